@@ -1,1 +1,18 @@
-//! migration
+//! Moving a running virtual machine: protocol, policy and both state machines.
+//!
+//! This crate knows no KVM, no socket and no verbs. A VMM brings a [`machine::SourceMachine`] or a
+//! [`machine::DestinationHost`], a transport crate brings a [`transport::SourcePlane`] and a
+//! [`transport::DestinationPlane`], and the engine here moves the one over the other.
+
+pub mod digest;
+pub mod dirty;
+pub mod failure;
+pub mod link;
+pub mod machine;
+pub mod memory;
+pub mod message;
+pub mod preamble;
+pub mod scan;
+pub mod transport;
+
+pub use failure::{Code, Failure};

@@ -1,0 +1,224 @@
+//! Writing into somebody else's RAM: the contract every data plane fulfils.
+//!
+//! RDMA shapes it, TCP imitates it. A migration has one [`SourcePlane`] of several [`Lane`]s (a
+//! TCP stream, a queue pair), each driven by one thread, and one [`DestinationPlane`] that does
+//! its work without being asked: through the network card, or through receiving threads.
+//!
+//! 1. An extent is (region, offset, length); its bounds are checked at both ends before anything
+//!    is touched.
+//! 2. [`Lane::write`] may return before the bytes have left, and the guest may change the page
+//!    meanwhile. What arrives is *some* content of the page, possibly torn; the dirty log
+//!    guarantees that a later round repairs it.
+//! 3. Two writes to the same page never overtake each other on one lane. Between lanes only a
+//!    barrier orders them: the engine sends a page at most once in a round, and ends every round
+//!    with a barrier on each lane it used.
+//! 4. A barrier is confirmed only when the *destination* has placed everything that was posted on
+//!    that lane before it.
+//! 5. After [`DestinationPlane::fence`] returns, no write of any age lands.
+//!
+//! [`crate::conformance`] tests all of this against any transport.
+
+use crate::failure::{Code, Failure};
+use crate::memory::{Extent, OutOfBounds, Ram};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Most lanes a session may have; bounds what a peer can make us open.
+pub const MAX_LANES: usize = 64;
+
+/// The random name of one migration, 128 bits from the kernel. Every data connection presents it,
+/// so that it belongs to exactly one session.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Token(pub [u8; 16]);
+
+impl Token {
+    /// A fresh token.
+    ///
+    /// # Errors
+    /// When the kernel has no random numbers to give.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0u8; 16];
+        // SAFETY: the pointer and the length describe `bytes`, which lives across the call.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        if got == bytes.len() as isize { Ok(Token(bytes)) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+impl std::fmt::Debug for Token {
+    /// Shows only the first bytes: whoever has the token can write into the shadow memory.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Token({:02x}{:02x}…)", self.0[0], self.0[1])
+    }
+}
+
+/// What went wrong in a data plane.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaneError {
+    /// An extent outside the machine's RAM.
+    #[error(transparent)]
+    OutOfBounds(#[from] OutOfBounds),
+    /// The connection broke or the device failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The peer sent what no correct peer sends.
+    #[error("the peer broke the data protocol: {0}")]
+    Protocol(String),
+    /// The peer did not confirm in time.
+    #[error("no confirmation from the peer within {0:?}")]
+    Timeout(Duration),
+    /// This transport cannot be used here; the text says what is missing.
+    #[error("{0}")]
+    Unavailable(String),
+    /// [`Interrupt::interrupt`] was called.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl From<PlaneError> for Failure {
+    fn from(error: PlaneError) -> Self {
+        let code = match error {
+            PlaneError::Timeout(_) => Code::TIMEOUT,
+            PlaneError::Protocol(_) | PlaneError::OutOfBounds(_) => Code::PROTOCOL,
+            PlaneError::Interrupted => Code::CANCELLED,
+            PlaneError::Io { .. } | PlaneError::Unavailable(_) => Code::TRANSPORT,
+        };
+        Failure::new(code, error)
+    }
+}
+
+/// What a data plane needs to know of the session it serves.
+#[derive(Clone)]
+pub struct Session {
+    /// The session's name.
+    pub token: Token,
+    /// This side's RAM.
+    pub ram: Arc<Ram>,
+    /// How long a peer may be silent while something is expected of it.
+    pub timeout: Duration,
+}
+
+/// A way to reach destinations: the source's side of a transport, before a connection.
+pub trait SourceTransport: Send {
+    /// The transport's name in offers and reports: "tcp", "rdma".
+    fn name(&self) -> &'static str;
+
+    /// Connects to what the destination offered. `offer` is the bytes that the other side's
+    /// [`DestinationTransport::offer`] returned; they come from a peer and are hostile.
+    ///
+    /// # Errors
+    /// [`PlaneError::Unavailable`] when this host cannot use the transport, saying why; others
+    /// when the connection fails.
+    fn connect(&mut self, session: &Session, offer: &[u8]) -> Result<Box<dyn SourcePlane>, PlaneError>;
+}
+
+/// The destination's side of a transport, before a connection.
+pub trait DestinationTransport: Send {
+    /// The transport's name in offers and reports.
+    fn name(&self) -> &'static str;
+
+    /// Opens the shadow RAM for this session. From here on connections that present the session's
+    /// token may write to it. Returns the bytes that tell the source how to connect.
+    ///
+    /// # Errors
+    /// [`PlaneError::Unavailable`] when this host cannot use the transport, saying why.
+    fn offer(&mut self, session: &Session) -> Result<(Vec<u8>, Box<dyn DestinationPlane>), PlaneError>;
+}
+
+/// Stops a plane from another thread.
+pub trait Interrupt: Send + Sync {
+    /// Makes every call that blocks in the plane, now or later, return an error soon. For good.
+    fn interrupt(&self);
+}
+
+/// The source's connected data plane.
+pub trait SourcePlane: Send {
+    /// The transport's name.
+    fn name(&self) -> &'static str;
+
+    /// The lanes, never none, each to be driven by one thread at a time.
+    fn lanes(&mut self) -> &mut [Box<dyn Lane>];
+
+    /// A handle that stops all lanes.
+    fn interrupter(&self) -> Arc<dyn Interrupt>;
+}
+
+/// One ordered stream of writes.
+pub trait Lane: Send {
+    /// Writes this machine's RAM at `extents` to the same extents at the destination. Extents do
+    /// not overlap each other.
+    ///
+    /// # Errors
+    /// [`PlaneError::OutOfBounds`] before anything is sent; others leave the lane unusable.
+    fn write(&mut self, extents: &[Extent]) -> Result<(), PlaneError>;
+
+    /// Makes `extents` at the destination read as zeros, without sending them.
+    ///
+    /// # Errors
+    /// As for [`write`](Self::write).
+    fn zero(&mut self, extents: &[Extent]) -> Result<(), PlaneError>;
+
+    /// Posts barrier number `round` and pushes out everything before it. Does not wait, so that
+    /// all lanes' barriers travel at once.
+    ///
+    /// # Errors
+    /// When the lane is broken.
+    fn post_barrier(&mut self, round: u32) -> Result<(), PlaneError>;
+
+    /// Waits until the destination has confirmed barrier number `round`.
+    ///
+    /// # Errors
+    /// [`PlaneError::Timeout`] when the session's time-out passes, or when the lane is broken.
+    fn wait_barrier(&mut self, round: u32) -> Result<(), PlaneError>;
+
+    /// What this lane has done so far.
+    fn stats(&self) -> LaneStats;
+}
+
+/// Counters of one lane.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LaneStats {
+    /// Bytes of guest RAM written.
+    pub bytes: u64,
+    /// Bytes named as zero.
+    pub zero_bytes: u64,
+    /// Messages, frames or work requests posted.
+    pub requests: u64,
+    /// Most requests that were in flight at once, where the transport knows.
+    pub max_in_flight: u64,
+    /// Microseconds spent registering memory, where the transport does.
+    pub registration_us: u64,
+    /// Of these, microseconds in which data was already moving.
+    pub registration_overlap_us: u64,
+}
+
+/// The destination's data plane. It places what arrives without being called.
+pub trait DestinationPlane: Send {
+    /// The transport's name.
+    fn name(&self) -> &'static str;
+
+    /// Shuts every connection of the session out. When it returns, no write of any age can land
+    /// any more, whatever the peer or the network still holds. Idempotent. Must be quick: it is
+    /// on the blackout's path, so what can be torn down later is.
+    ///
+    /// # Errors
+    /// When that cannot be guaranteed: the guest must then not run here.
+    fn fence(&mut self) -> Result<(), PlaneError>;
+
+    /// Bytes placed so far: grows while the source is alive and writing.
+    fn bytes_placed(&self) -> u64;
+
+    /// CPU time in microseconds that the plane's own threads have used so far.
+    fn cpu_us(&self) -> u64 {
+        0
+    }
+
+    /// Why the plane broke, if it did. A plane nobody connected to is not broken.
+    fn error(&self) -> Option<String>;
+}
