@@ -4,6 +4,7 @@
 //! [`machine::DestinationHost`], a transport crate brings a [`transport::SourcePlane`] and a
 //! [`transport::DestinationPlane`], and the engine here moves the one over the other.
 
+pub mod destination;
 pub mod digest;
 pub mod dirty;
 pub mod failure;
@@ -13,6 +14,10 @@ pub mod memory;
 pub mod message;
 pub mod preamble;
 pub mod scan;
+pub mod source;
 pub mod transport;
+
+#[cfg(test)]
+mod simulation;
 
 pub use failure::{Code, Failure};

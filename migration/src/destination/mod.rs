@@ -1,0 +1,7 @@
+//! The destination's side of a migration.
+
+mod state;
+
+#[cfg(test)]
+pub(crate) use state::Sabotage;
+pub use state::{Command, Event, Outcome, State, Waiting};
