@@ -112,12 +112,16 @@ impl World {
     /// Takes locks in their order; the first refusal gives back what was taken.
     fn take(&mut self, side: Side) -> bool {
         let Some(locks) = &mut self.locks else { return true };
-        for at in 0..DISKS {
-            if locks[at].is_some_and(|holder| holder != side) {
-                self.release(side);
-                return false;
+        let refused = locks.iter_mut().any(|lock| {
+            let refused = lock.is_some_and(|holder| holder != side);
+            if !refused {
+                *lock = Some(side);
             }
-            locks[at] = Some(side);
+            refused
+        });
+        if refused {
+            self.release(side);
+            return false;
         }
         true
     }

@@ -1,0 +1,108 @@
+//! Choosing the data plane, and changing it in mid-flight.
+
+use crate::failure::{Code, Failure};
+use crate::message::Offer;
+use crate::monitor::Monitor;
+use crate::report::Declined;
+use crate::transport::{Session, SourcePlane, SourceTransport};
+use std::collections::VecDeque;
+
+/// A transport that both sides have, and has not been tried.
+struct Candidate {
+    transport: Box<dyn SourceTransport>,
+    offer: Vec<u8>,
+}
+
+/// The connected plane, what could take its place, and what could not.
+pub(super) struct Path {
+    plane: Box<dyn SourcePlane>,
+    candidates: VecDeque<Candidate>,
+    /// Whether the destination's memory is as it was built: nothing has been written to it by a
+    /// plane that broke.
+    fresh: bool,
+}
+
+impl Path {
+    /// Connects the first of `transports` that the destination offers and that works. Every one
+    /// that does not is noted in `declined`.
+    ///
+    /// # Errors
+    /// [`Code::TRANSPORT`] when none works, with all the reasons.
+    pub(super) fn connect(
+        transports: Vec<Box<dyn SourceTransport>>,
+        mut offers: Vec<Offer>,
+        session: &Session,
+        monitor: &Monitor,
+        declined: &mut Vec<Declined>,
+    ) -> Result<Path, Failure> {
+        let mut candidates = VecDeque::new();
+        for transport in transports {
+            let name = transport.name();
+            let found = offers.iter().position(|o| o.transport == name).map(|at| offers.swap_remove(at));
+            match found.map(|offer| offer.details) {
+                Some(Ok(offer)) => candidates.push_back(Candidate { transport, offer }),
+                Some(Err(why)) => {
+                    let why = why.bounded().context("the destination");
+                    declined.push(Declined { transport: name.into(), why });
+                }
+                None => {
+                    let why = Failure::new(Code::TRANSPORT, "the destination does not know this transport");
+                    declined.push(Declined { transport: name.into(), why });
+                }
+            }
+        }
+        let plane = first_that_works(&mut candidates, session, monitor, declined)?;
+        Ok(Path { plane, candidates, fresh: true })
+    }
+
+    /// Puts the next candidate in the place of a plane that broke with `why`.
+    ///
+    /// # Errors
+    /// `why` itself, when there is no other transport or an operator has cancelled.
+    pub(super) fn replace(
+        &mut self,
+        why: Failure,
+        session: &Session,
+        monitor: &Monitor,
+        declined: &mut Vec<Declined>,
+    ) -> Result<(), Failure> {
+        let broken = matches!(why.code, Code::TRANSPORT | Code::TIMEOUT | Code::PROTOCOL);
+        if !broken || self.candidates.is_empty() || monitor.cancelled() {
+            return Err(why);
+        }
+        let before = why.clone();
+        declined.push(Declined { transport: self.plane.name().into(), why });
+        self.plane =
+            first_that_works(&mut self.candidates, session, monitor, declined).map_err(|_| before)?;
+        self.fresh = false;
+        Ok(())
+    }
+
+    pub(super) fn plane(&mut self) -> &mut dyn SourcePlane {
+        self.plane.as_mut()
+    }
+
+    pub(super) fn fresh(&self) -> bool {
+        self.fresh
+    }
+}
+
+fn first_that_works(
+    candidates: &mut VecDeque<Candidate>,
+    session: &Session,
+    monitor: &Monitor,
+    declined: &mut Vec<Declined>,
+) -> Result<Box<dyn SourcePlane>, Failure> {
+    while let Some(Candidate { mut transport, offer }) = candidates.pop_front() {
+        match transport.connect(session, &offer) {
+            Ok(plane) => {
+                monitor.arm(plane.interrupter());
+                monitor.update(|p| p.transport = plane.name().into());
+                return Ok(plane);
+            }
+            Err(why) => declined.push(Declined { transport: transport.name().into(), why: why.into() }),
+        }
+    }
+    let reasons: Vec<_> = declined.iter().map(|d| format!("{}: {}", d.transport, d.why)).collect();
+    Err(Failure::new(Code::TRANSPORT, format_args!("no transport works: {}", reasons.join("; "))))
+}
