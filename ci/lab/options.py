@@ -1,0 +1,73 @@
+"""Command line options that `run` and `pair` share."""
+
+import argparse
+import os
+from pathlib import Path
+
+from vm import LabError, Settings, parse_size
+
+# Passed on without asking; all else by --env.
+DEFAULT_ENVIRONMENT = ["PATH", "HOME", "USER", "LANG", "TERM"]
+
+
+def parser(usage, description, epilog):
+    """An argument parser with the common options."""
+    made = argparse.ArgumentParser(
+        usage=usage,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("--cpus", type=int, default=2, metavar="N", help="vCPUs of a VM (2)")
+    add("--memory", default="4G", metavar="SIZE", help="memory of a VM (4G)")
+    add("--timeout", type=float, default=600, metavar="SECONDS", help="then the exit code is 124 (600)")
+    add("--mtu", type=int, default=9000, metavar="BYTES", help="of the link; 1500 gives RDMA MTU 1024 (9000)")
+    add("--memlock", default="unlimited", metavar="SIZE", help="ulimit -l, felt by root too (unlimited)")
+    add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set or pass on a variable")
+    add("--rw", action="append", default=[], metavar="DIR", help="directory that the VM may write, same path inside")
+    add("--load", action="append", default=[], metavar="MODULE", help="load a further kernel module")
+    add("-v", "--verbose", action="store_true", help="say when the command starts")
+    add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help=argparse.SUPPRESS)
+    return made
+
+
+def settings(options):
+    """Checked settings from parsed options."""
+    environment = {"PATH": os.defpath}
+    environment |= {name: os.environ[name] for name in DEFAULT_ENVIRONMENT if name in os.environ}
+    for item in options.env:
+        name, equals, value = item.partition("=")
+        if not name.isidentifier():
+            raise LabError(f"--env {item!r}: {name!r} is no name of a variable")
+        if equals:
+            environment[name] = value
+        elif name in os.environ:
+            environment[name] = os.environ[name]
+    if options.memlock != "unlimited":
+        parse_size(options.memlock)
+    parse_size(options.memory)
+    writable = []
+    for name in options.rw:
+        path = Path(name).resolve()
+        if not path.is_dir() or not os.access(path, os.W_OK):
+            raise LabError(f"--rw {name}: not a directory that can be written")
+        writable.append(path)
+    return Settings(
+        cpus=options.cpus,
+        memory=options.memory,
+        mtu=options.mtu,
+        memlock=options.memlock,
+        environment=environment,
+        writable=writable,
+        modules=options.load,
+        verbose=options.verbose,
+    )
+
+
+def command(words):
+    """The words after the separating `--`."""
+    words = words[1:] if words[:1] == ["--"] else words
+    if not words:
+        raise LabError("no command; see --help")
+    return words

@@ -1,0 +1,406 @@
+"""Throw-away virtual machines under plain emulation: start, supervise, take down.
+
+Nothing of the host is needed but QEMU and the cache that `setup` made: no KVM, no root, no
+network. All lines between the host and a VM (streams, control, the cable of a pair) are
+socket pairs that QEMU inherits, so there are no ports or paths for parallel runs to
+collide on, and nothing to clean up.
+"""
+
+import ctypes
+import hashlib
+import os
+import resource
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Exit codes of the lab itself; any other is the command's own (timeout(1) does the same).
+TIMED_OUT = 124
+LAB_FAILED = 125
+
+HERE = Path(__file__).resolve().parent
+# In every VM. All else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
+MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm", "kvm_amd"]
+# From the end of the command to the end of QEMU; a healthy VM needs a fraction of it.
+GRACE_SECONDS = 20.0
+CONSOLE_TAIL_LINES = 40
+
+
+class LabError(Exception):
+    """The lab could not do its part; the message says what to do."""
+
+
+class Interrupted(Exception):
+    """SIGINT, SIGTERM or SIGHUP arrived."""
+
+    def __init__(self, signum):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@dataclass
+class Settings:
+    """What all VMs of one run have in common."""
+
+    cpus: int = 2
+    memory: str = "4G"
+    mtu: int = 9000
+    memlock: str = "unlimited"
+    environment: dict = field(default_factory=dict)
+    writable: list = field(default_factory=list)
+    modules: list = field(default_factory=list)
+    verbose: bool = False
+
+
+@dataclass
+class Node:
+    """One VM's place: its name, its command and its addresses."""
+
+    name: str
+    command: list
+    link: str  # "veth": both ends of the cable in this VM; "pair": one end
+    address: str
+    peer: str
+    device: str = "rxe0"
+    peer_device: str = "rxe0"
+    cable: socket.socket | None = None
+    mac: str = ""
+
+
+def cache_directory():
+    """The directory with kernel, modules and initramfs; LabError if it is stale or absent."""
+    base = os.environ.get("WHIMBREL_LAB_CACHE")
+    if not base:
+        xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = Path(xdg) / "whimbrel-lab"
+    current = (Path(base) / "current").resolve()
+    made_from = hashlib.sha256((HERE / "guest/init").read_bytes()).hexdigest()
+    try:
+        stamp = (current / "stamp").read_text().strip()
+    except OSError:
+        stamp = None
+    if stamp != made_from:
+        raise LabError(f"{base} is {'stale' if stamp else 'empty'}; run {HERE / 'setup'}")
+    return current
+
+
+def die_with_parent():
+    """In the child: a supervisor that is killed outright takes its QEMU along."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class Vm:
+    """One QEMU process with its command, streams and verdict."""
+
+    def __init__(self, node, settings, cache, directory):
+        self.node = node
+        self.settings = settings
+        self.cache = cache
+        self.directory = directory / node.name
+        self.console = self.directory / "console.log"
+        self.process = None
+        self.exit_code = None
+        self.failed = False
+        self.ready = False
+        self.streams = {}
+        self._control_line = b""
+
+    def start(self):
+        job = self.directory / "job"
+        job.mkdir(parents=True)
+        self._write_job(job)
+        inherited = []
+        for name in ("control", "stdout", "stderr"):
+            ours, theirs = socket.socketpair()
+            self.streams[name] = ours
+            inherited.append(theirs)
+        arguments = self._qemu(job, [end.fileno() for end in inherited])
+        if self.node.cable:
+            inherited.append(self.node.cable)
+        with open(self.directory / "qemu.log", "wb") as log:
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[end.fileno() for end in inherited],
+                # ^C at a terminal is for us to act on, not for QEMU.
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        for end in inherited:
+            end.close()
+
+    def _write_job(self, job):
+        """Writes the files that `guest/stage2` reads from its job share."""
+        node, settings = self.node, self.settings
+        release = (self.cache / "release").read_text().strip()
+        modules = MODULES + settings.modules
+        modules.append("virtio_net" if node.link == "pair" else "veth")
+        config = {
+            "LAB_MODULES": self.cache / "lib/modules" / release,
+            "LAB_LOAD": " ".join(modules),
+            "LAB_LINK": node.link,
+            "LAB_HOSTNAME": "lab" if node.link == "veth" else f"lab-{node.name}",
+            "LAB_ADDR": node.address,
+            "LAB_MTU": settings.mtu,
+        }
+        lines = [f"{name}={shlex.quote(str(value))}\n" for name, value in config.items()]
+        (job / "config").write_text("".join(lines))
+        shares = [f"share{i} {path}\n" for i, path in enumerate(settings.writable)]
+        (job / "shares").write_text("".join(shares))
+        (job / "enter").write_text(self._enter_script())
+        shutil.copyfile(HERE / "guest/stage2", job / "stage2")
+
+    def _enter_script(self):
+        """The shell script in the VM that becomes the command."""
+        node = self.node
+        environment = {
+            "LAB": "1",
+            "LAB_NODE": node.name,
+            "LAB_ADDR": node.address,
+            "LAB_PEER": node.peer,
+            "LAB_DEVICE": node.device,
+            "LAB_PEER_DEVICE": node.peer_device,
+        } | self.settings.environment
+        lines = ["echo 0 >/sys/fs/cgroup/lab/cgroup.procs"]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+        lines.append(f"cd {shlex.quote(os.getcwd())} || exit 126")
+        command = shlex.join(node.command)
+        limit = self.settings.memlock
+        if limit == "unlimited":
+            lines.append("ulimit -l unlimited")
+        else:
+            # CAP_IPC_LOCK overrides the limit, so root has to lose it to feel it.
+            lines.append(f"ulimit -l {parse_size(limit) // 1024}")
+            command = f"setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock -- {command}"
+        lines.append(f"exec {command}")
+        return "\n".join(lines) + "\n"
+
+    def _qemu(self, job, ports):
+        settings = self.settings
+        arguments = ["qemu-system-x86_64", "-name", f"lab-{self.node.name}"]
+        arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        arguments += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]
+        arguments += ["-smp", str(settings.cpus), "-m", settings.memory]
+        arguments += ["-kernel", str(self.cache / "vmlinux")]
+        arguments += ["-initrd", str(self.cache / "initramfs.cpio")]
+        arguments += ["-append", KERNEL_COMMAND_LINE]
+        arguments += ["-chardev", f"file,id=console,path={escape(self.console)}"]
+        arguments += ["-serial", "chardev:console"]
+        arguments += ["-device", "virtio-serial-pci"]
+        for number, descriptor in enumerate(ports, 1):
+            arguments += ["-chardev", f"socket,id=port{number},fd={descriptor}"]
+            arguments += ["-device", f"virtserialport,chardev=port{number},nr={number}"]
+        arguments += share("root", "/", "readonly=on,multidevs=remap")
+        arguments += share("job", job, "readonly=on")
+        for number, path in enumerate(settings.writable):
+            arguments += share(f"share{number}", path, "multidevs=remap")
+        if self.node.cable:
+            arguments += ["-netdev", f"socket,id=cable,fd={self.node.cable.fileno()}"]
+            arguments += [
+                "-device",
+                f"virtio-net-pci,netdev=cable,mac={self.node.mac},host_mtu={settings.mtu},romfile=",
+            ]
+        return arguments
+
+    def control(self, data):
+        """Takes what the VM wrote to its control port."""
+        *lines, self._control_line = (self._control_line + data).split(b"\n")
+        for line in lines:
+            match line.split():
+                case [b"ready"]:
+                    self.ready = True
+                case [b"exit", code]:
+                    self.exit_code = int(code)
+                case [b"failed"]:
+                    self.failed = True
+
+    def go(self):
+        """Lets the command start."""
+        self.streams["control"].sendall(b"go\n")
+
+    def kill(self):
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def post_mortem(self):
+        """Why there is no exit code, for a human, with the end of the console."""
+        console = self.console.read_text(errors="replace") if self.console.exists() else ""
+        if "Kernel panic" in console:
+            reason = "its kernel panicked"
+        elif self.failed:
+            reason = "it could not set itself up"
+        elif self.process.returncode:
+            reason = f"QEMU ended with status {self.process.returncode}"
+        else:
+            reason = "it stopped before the command ended"
+        log = (self.directory / "qemu.log").read_text(errors="replace")
+        tail = (console + log).replace("\r", "").splitlines()[-CONSOLE_TAIL_LINES:]
+        return "\n".join([f"VM {self.node.name}: {reason}; the end of its console:"] + tail)
+
+
+# No mitigations, watchdogs or audit: all of it is emulated, and slow. An oops is a panic,
+# since nothing measured after it means anything; a panic restarts at once, which under
+# -no-reboot ends QEMU.
+KERNEL_COMMAND_LINE = (
+    "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nowatchdog nokaslr audit=0 "
+    "tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests net.ifnames=0 "
+    "transparent_hugepage=madvise"
+)
+
+
+def escape(path):
+    """A path inside a QEMU option: a comma is written twice."""
+    return str(path).replace(",", ",,")
+
+
+def share(tag, path, options):
+    """A host directory for the VM over 9p."""
+    return [
+        "-fsdev",
+        f"local,id={tag},path={escape(path)},security_model=none,{options}",
+        "-device",
+        f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
+    ]
+
+
+def parse_size(text):
+    """Bytes, from a number with an optional K, M or G."""
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    try:
+        return int(text[:-1]) * factor if factor else int(text)
+    except ValueError:
+        raise LabError(f"{text!r} is no size; write for example 8M or unlimited") from None
+
+
+def note(text):
+    print(f"lab: {text}", file=sys.stderr, flush=True)
+
+
+class Run:
+    """Several VMs from start to end. `sink(node_name, stream, data)` takes their output."""
+
+    def __init__(self, nodes, settings, sink, timeout, leader=None):
+        self.nodes = nodes
+        self.settings = settings
+        self.sink = sink
+        self.timeout = timeout
+        self.leader = leader
+        self.selector = selectors.DefaultSelector()
+        self.vms = []
+
+    def run(self):
+        """Returns the exit code of each node by name; raises LabError or Interrupted."""
+        cache = cache_directory()
+        if not shutil.which("qemu-system-x86_64"):
+            raise LabError(f"qemu-system-x86_64 is not there; run {HERE / 'setup'}")
+        # Every file that is open in a VM is one of QEMU's.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with tempfile.TemporaryDirectory(prefix="whimbrel-lab.") as directory:
+            try:
+                for node in self.nodes:
+                    vm = Vm(node, self.settings, cache, Path(directory))
+                    self.vms.append(vm)
+                    vm.start()
+                    for name, stream in vm.streams.items():
+                        self.selector.register(stream, selectors.EVENT_READ, (vm, name))
+                self._supervise()
+            finally:
+                for vm in self.vms:
+                    vm.kill()
+        return {vm.node.name: vm.exit_code for vm in self.vms}
+
+    def _supervise(self):
+        begin = time.monotonic()
+        started = False
+        finish_by = None
+        while self.selector.get_map():
+            limit = begin + self.timeout if finish_by is None else finish_by
+            left = limit - time.monotonic()
+            if left <= 0 and finish_by is None:
+                raise TimeoutError
+            if left <= 0:
+                # The codes are there; a VM that does not end by itself is ended.
+                return
+            for key, _ in self.selector.select(left):
+                self._read(key)
+            if not started and all(vm.ready for vm in self.vms):
+                started = True
+                for vm in self.vms:
+                    vm.go()
+                if self.settings.verbose:
+                    note(f"command started after {time.monotonic() - begin:.1f} s")
+            if finish_by is None and self._decided():
+                finish_by = time.monotonic() + GRACE_SECONDS
+                self._dismiss_followers()
+        for vm in self.vms:
+            vm.process.wait()
+
+    def _read(self, key):
+        vm, name = key.data
+        try:
+            data = key.fileobj.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self.selector.unregister(key.fileobj)
+            key.fileobj.close()
+            if name == "control" and vm.exit_code is None:
+                vm.process.wait()
+                raise LabError(vm.post_mortem())
+        elif name == "control":
+            vm.control(data)
+        else:
+            self.sink(vm.node.name, name, data)
+
+    def _decided(self):
+        deciding = [vm for vm in self.vms if self.leader in (None, vm.node.name)]
+        return all(vm.exit_code is not None for vm in deciding)
+
+    def _dismiss_followers(self):
+        for vm in self.vms:
+            if vm.exit_code is None:
+                for stream in vm.streams.values():
+                    if stream.fileno() >= 0:
+                        self.selector.unregister(stream)
+                vm.kill()
+
+
+def install_signal_handlers():
+    def interrupt(signum, _frame):
+        # A second signal must not break off the cleaning up after the first.
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
+
+
+def guarded(main):
+    """Runs `main`, turns what can go wrong into exit codes, and ends the process."""
+    install_signal_handlers()
+    try:
+        code = main()
+    except LabError as error:
+        note(str(error))
+        code = LAB_FAILED
+    except TimeoutError:
+        note("time is up; the VM was stopped (--timeout)")
+        code = TIMED_OUT
+    except Interrupted as error:
+        note(f"stopped by {error}")
+        code = 128 + error.signum
+    sys.exit(code)
