@@ -5,7 +5,7 @@
 //! it is. Errors that never leave their process (a socket's, a verb's) keep their own types in
 //! their own crates and become a [`Failure`] where they end a migration.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 
 /// Longest message text that is sent or kept, in bytes. A peer's text is cut to this.
@@ -13,8 +13,8 @@ pub const MAX_MESSAGE: usize = 2048;
 
 /// What kind of thing went wrong. Sent as its number, so that a code from a newer peer still
 /// arrives (as [`Code::OTHER`]'s sibling with an unknown number) instead of breaking the decoder.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+/// JSON has its name.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Code(pub u16);
 
 macro_rules! codes {
@@ -25,6 +25,10 @@ macro_rules! codes {
             /// The code's name as it appears in JSON and in logs.
             pub fn name(self) -> &'static str {
                 match self { $(Code::$name => $text,)* _ => "unknown" }
+            }
+
+            fn from_name(name: &str) -> Code {
+                match name { $($text => Code::$name,)* _ => Code(u16::MAX) }
             }
         }
     };
@@ -65,6 +69,26 @@ codes! {
     HOST = 15, "host";
     /// The guest has ended and can no longer be moved.
     GUEST_ENDED = 16, "guest-ended";
+}
+
+impl Serialize for Code {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            serializer.serialize_str(self.name())
+        } else {
+            serializer.serialize_u16(self.0)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Code {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            Ok(Code::from_name(&String::deserialize(deserializer)?))
+        } else {
+            u16::deserialize(deserializer).map(Code)
+        }
+    }
 }
 
 impl fmt::Debug for Code {

@@ -116,6 +116,11 @@ impl Monitor {
         self.cancelled.load(Ordering::Acquire)
     }
 
+    /// Notes how it ended, for a migration that ended before the engine began.
+    pub fn end(&self, phase: Phase) {
+        self.update(|p| p.phase = phase);
+    }
+
     /// From now on `cancel` also stops this plane.
     pub(crate) fn arm(&self, interrupter: Arc<dyn Interrupt>) {
         let mut slot = lock(&self.interrupter);

@@ -91,6 +91,29 @@ pub struct Report {
 }
 
 impl Report {
+    /// The report of a migration of `memory` bytes that failed before the destination was reached.
+    pub fn not_begun(failure: Failure, memory: u64) -> Self {
+        Report {
+            verdict: Verdict::Stayed,
+            failure: Some(failure),
+            over_limit: None,
+            transport: String::new(),
+            declined: Vec::new(),
+            memory,
+            rounds: Vec::new(),
+            lanes: Vec::new(),
+            total_us: 0,
+            setup_us: 0,
+            build_us: 0,
+            blackout_us: 0,
+            spans: Vec::new(),
+            source_cpu_us: 0,
+            destination_cpu_us: None,
+            destination_resident: None,
+            testimony: None,
+        }
+    }
+
     /// Bytes that travelled, over all rounds.
     pub fn sent(&self) -> u64 {
         self.rounds.iter().map(|r| r.sent).sum()

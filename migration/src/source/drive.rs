@@ -306,12 +306,7 @@ impl<'a> Driver<'a> {
         let mut report = Report {
             verdict,
             failure,
-            over_limit: None,
-            transport: String::new(),
             declined: self.declined,
-            memory: self.ram.len(),
-            rounds: Vec::new(),
-            lanes: Vec::new(),
             total_us,
             setup_us: self.setup.map_or(0, |d| d.as_micros() as u64),
             build_us: self.build_us,
@@ -321,6 +316,7 @@ impl<'a> Driver<'a> {
             destination_cpu_us: epilogue.as_ref().map(|e| e.cpu_us),
             destination_resident: epilogue.as_ref().map(|e| e.resident),
             testimony: epilogue.and_then(|e| e.testimony),
+            ..Report::not_begun(Failure::new(Code::OTHER, ""), self.ram.len())
         };
         if let Some(mut precopy) = self.precopy {
             report.transport = precopy.transport().into();
@@ -329,7 +325,7 @@ impl<'a> Driver<'a> {
             report.rounds = std::mem::take(&mut precopy.reports);
             report.source_cpu_us += precopy.lane_cpu.as_micros() as u64;
         }
-        self.monitor.update(|p| p.phase = phase);
+        self.monitor.end(phase);
         report
     }
 
