@@ -225,9 +225,13 @@ class Vm:
                 case [b"failed"]:
                     self.failed = True
 
-    def go(self):
-        """Lets the command start."""
-        self.streams["control"].sendall(b"go\n")
+    def tell(self, word):
+        """`go` lets the command start, `off` ends the VM when its command has ended."""
+        try:
+            self.streams["control"].sendall(word + b"\n")
+        except OSError:
+            # It is gone already; reading its streams tells the rest.
+            pass
 
     def kill(self):
         if self.process and self.process.poll() is None:
@@ -339,12 +343,12 @@ class Run:
             if not started and all(vm.ready for vm in self.vms):
                 started = True
                 for vm in self.vms:
-                    vm.go()
+                    vm.tell(b"go")
                 if self.settings.verbose:
                     note(f"command started after {time.monotonic() - begin:.1f} s")
             if finish_by is None and self._decided():
                 finish_by = time.monotonic() + GRACE_SECONDS
-                self._dismiss_followers()
+                self._dismiss()
         for vm in self.vms:
             vm.process.wait()
 
@@ -369,13 +373,16 @@ class Run:
         deciding = [vm for vm in self.vms if self.leader in (None, vm.node.name)]
         return all(vm.exit_code is not None for vm in deciding)
 
-    def _dismiss_followers(self):
+    def _dismiss(self):
+        """Lets the VMs end; those whose command still runs are stopped (--leader)."""
         for vm in self.vms:
-            if vm.exit_code is None:
-                for stream in vm.streams.values():
-                    if stream.fileno() >= 0:
-                        self.selector.unregister(stream)
-                vm.kill()
+            if vm.exit_code is not None:
+                vm.tell(b"off")
+                continue
+            vm.kill()
+            for stream in vm.streams.values():
+                if stream.fileno() >= 0:
+                    self.selector.unregister(stream)
 
 
 def install_signal_handlers():
