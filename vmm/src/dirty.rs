@@ -1,0 +1,98 @@
+//! Which pages were written: KVM's log of vCPU writes and the VMM's own, as one.
+//!
+//! With manual protection KVM's log is read without being reset, and pages are re-armed range by
+//! range just before they are read: a page is write-protected for as short a time as can be, and
+//! starting to track write-protects nothing at all, since every page counts as dirty at first.
+
+use crate::error::{Error, What};
+use crate::ioctl;
+use crate::machine::set_memory_slot;
+use crate::memory::GuestRam;
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap,
+};
+use kvm_ioctls::VmFd;
+use migration::dirty::DirtySet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Dirty tracking of one machine.
+pub(crate) struct DirtyTracking {
+    vm: Arc<VmFd>,
+    /// What KVM answered last, before it is merged: it overwrites, and the caller wants an OR.
+    /// Allocated when tracking starts, one word per 64 pages of the largest region.
+    scratch: Mutex<Vec<u64>>,
+}
+
+impl DirtyTracking {
+    /// Sets the VM up for manual protection.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] on kernels before 5.7.
+    pub fn new(vm: &Arc<VmFd>) -> Result<Self, Error> {
+        let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+        let offered = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        if offered as u32 & wanted != wanted {
+            return Err(Error::Capability { what: "a manually protected dirty log (Linux 5.7)" });
+        }
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+        cap.args[0] = u64::from(wanted);
+        vm.enable_cap(&cap).what("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")?;
+        Ok(DirtyTracking { vm: vm.clone(), scratch: Mutex::new(Vec::new()) })
+    }
+
+    /// Starts tracking; every page counts as dirty. Starting again starts afresh.
+    pub fn start(&self, ram: &GuestRam) -> Result<(), Error> {
+        let largest = ram.ram().regions().iter().map(|r| r.pages().div_ceil(64)).max().unwrap_or(0);
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        *scratch = vec![0; largest as usize];
+        for region in 0..ram.ram().regions().len() {
+            // Off and on again: KVM makes a new log, all set, only then.
+            set_memory_slot(&self.vm, ram, region, 0)?;
+            set_memory_slot(&self.vm, ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
+            if let Some(log) = ram.write_log(region) {
+                // Nothing is lost: KVM's log says "dirty" for every page from here on.
+                log.reset();
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops tracking.
+    pub fn stop(&self, ram: &GuestRam) -> Result<(), Error> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        *scratch = Vec::new();
+        (0..ram.ram().regions().len()).try_for_each(|region| set_memory_slot(&self.vm, ram, region, 0))
+    }
+
+    /// Adds every page written since it was last cleared. Allocates nothing.
+    pub fn collect(&self, ram: &GuestRam, set: &mut DirtySet) -> Result<(), Error> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, region) in ram.ram().regions().iter().enumerate().take(set.regions()) {
+            ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
+                .what("KVM_GET_DIRTY_LOG")?;
+            let words = set.words_mut(number);
+            words.iter_mut().zip(scratch.iter()).for_each(|(out, word)| *out |= word);
+            if let Some(log) = ram.write_log(number) {
+                log.merge_into(words);
+            }
+        }
+        Ok(())
+    }
+
+    /// Clears the pages of `words`, whose first is page `first_page`, a multiple of 64.
+    pub fn clear(&self, ram: &GuestRam, region: usize, first_page: u64, words: &[u64]) -> Result<(), Error> {
+        let out_of_range = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        let total = ram.ram().regions().get(region).map_or(0, |r| r.pages());
+        let pages = total.saturating_sub(first_page).min(words.len() as u64 * 64);
+        if pages == 0 || !first_page.is_multiple_of(64) {
+            return Err(out_of_range()).what("a range of pages to clear that lies outside guest memory");
+        }
+        // The VMM's own log first: a write between the two is then at worst sent twice.
+        if let Some(log) = ram.write_log(region) {
+            log.clear(first_page, words);
+        }
+        let pages = u32::try_from(pages).map_err(|_| out_of_range()).what("KVM_CLEAR_DIRTY_LOG")?;
+        ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words).what("KVM_CLEAR_DIRTY_LOG")
+    }
+}

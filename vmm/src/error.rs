@@ -1,0 +1,109 @@
+//! What can go wrong with a machine.
+
+use crate::{cpuid, loader, machine::Outcome, memory, state};
+use migration::{Code, Failure};
+use std::io;
+
+/// Why a machine could not be built, run, saved or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// /dev/kvm cannot be used.
+    #[error("cannot use /dev/kvm: {source}; load the kvm_intel or kvm_amd module and check permissions")]
+    NoKvm {
+        /// What opening it said.
+        source: io::Error,
+    },
+    /// The host kernel's KVM lacks something without which no machine can run here.
+    #[error("this host's KVM lacks {what}; a newer kernel is needed")]
+    Capability {
+        /// The missing capability.
+        what: &'static str,
+    },
+    /// A number of vCPUs that no machine can have here.
+    #[error("{wanted} vCPUs: use 1 to {most} on this host")]
+    VcpuCount {
+        /// What was asked for.
+        wanted: u32,
+        /// Most this host can do.
+        most: u32,
+    },
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The kernel image or what goes with it.
+    #[error(transparent)]
+    Loader(#[from] loader::Error),
+    /// Saved state that cannot be used.
+    #[error(transparent)]
+    State(#[from] state::Error),
+    /// A CPU that cannot stand in for the one the guest was promised.
+    #[error(transparent)]
+    Cpu(#[from] cpuid::Incompatible),
+    /// KVM refused a call.
+    #[error("KVM refused {what}: {source}")]
+    Kvm {
+        /// The call.
+        what: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+    /// The serial port's output or input.
+    #[error("cannot use {path} for the serial port: {source}")]
+    Serial {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+    /// The guest ended by itself.
+    #[error("the guest has ended: {0}")]
+    Ended(Outcome),
+    /// The machine runs, and this needs it to be paused.
+    #[error("the machine is running; pause it first")]
+    NotPaused,
+    /// The machine was stopped for good.
+    #[error("the machine has been stopped")]
+    Stopped,
+}
+
+impl Error {
+    /// What kind of failure this is for the other side of a migration.
+    pub fn code(&self) -> Code {
+        match self {
+            Error::NoKvm { .. } | Error::Capability { .. } | Error::Thread(_) => Code::HOST,
+            Error::VcpuCount { .. } | Error::Cpu(_) => Code::CPU,
+            Error::Memory(_) => Code::MEMORY,
+            Error::Loader(_) | Error::NotPaused => Code::OTHER,
+            Error::State(_) | Error::Kvm { .. } => Code::STATE,
+            Error::Serial { .. } => Code::DEVICE,
+            Error::Ended(_) | Error::Stopped => Code::GUEST_ENDED,
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::new(error.code(), error)
+    }
+}
+
+/// Names the KVM call that failed.
+pub(crate) trait What<T> {
+    /// Turns the error into [`Error::Kvm`] for the call `what`.
+    fn what(self, what: &'static str) -> Result<T, Error>;
+}
+
+impl<T> What<T> for Result<T, kvm_ioctls::Error> {
+    fn what(self, what: &'static str) -> Result<T, Error> {
+        self.map_err(|error| Error::Kvm { what, source: io::Error::from_raw_os_error(error.errno()) })
+    }
+}
+
+impl<T> What<T> for io::Result<T> {
+    fn what(self, what: &'static str) -> Result<T, Error> {
+        self.map_err(|source| Error::Kvm { what, source })
+    }
+}

@@ -1,0 +1,284 @@
+//! A KVM machine: building it, running it, pausing it.
+//!
+//! All that takes time (VM, vCPUs, interrupt controllers, mappings, threads) is done by
+//! [`Machine::build`]. A machine built so is parked: it either boots a kernel or is loaded with
+//! another machine's state, and both then start by [`Machine::resume`].
+
+mod config;
+pub(crate) mod control;
+mod outcome;
+
+pub use config::MachineConfig;
+pub use outcome::{Crash, Outcome};
+
+use crate::cpuid;
+use crate::devices::Devices;
+use crate::dirty::DirtyTracking;
+use crate::error::{Error, What};
+use crate::host::Host;
+use crate::loader::{self, Boot};
+use crate::memory::{self, GuestRam};
+use crate::serial::SerialPort;
+use crate::state::{self, msr};
+use crate::vcpu::Vcpu;
+use control::{Control, KickTarget, Phase};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Three pages for Intel's virtual-8086 task, and one for its identity map: in the hole below 4
+/// GiB, above the APICs' pages, where no RAM can be.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// What the machine shares with its vCPU threads.
+pub(crate) struct Shared {
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) vcpus: Vec<Mutex<Vcpu>>,
+    pub(crate) devices: Devices,
+    control: Control,
+}
+
+/// A machine.
+pub struct Machine {
+    config: MachineConfig,
+    // The threads' handles come before what they use: they are joined in `drop`.
+    threads: Vec<JoinHandle<()>>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) tracking: DirtyTracking,
+    ram: GuestRam,
+    /// Serialises pause, resume, save and load; true once the guest has run and was paused, or was
+    /// loaded: it has to be told that its clock stood still.
+    interrupted: Mutex<bool>,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// Builds a machine, parked, with nothing in its RAM.
+    ///
+    /// # Errors
+    /// [`Error`] for a configuration this host cannot give.
+    pub fn build(host: &Host, config: MachineConfig) -> Result<Self, Error> {
+        let vcpus = host.check_vcpus(config.vcpus)?;
+        let end = memory::layout::regions(config.memory)?.last().map_or(0, |r| r.guest_address + r.len);
+        let bits = cpuid::physical_address_bits(&config.cpuid);
+        if end > 1u64.checked_shl(u32::from(bits)).unwrap_or(u64::MAX) {
+            return Err(memory::Error::AddressBits { size: config.memory, bits }.into());
+        }
+        control::install_kick_handler().map_err(Error::Thread)?;
+        let ram = GuestRam::new(config.memory, config.pages)?;
+        let vm = Arc::new(create_vm(host)?);
+        add_memory_slots(&vm, &ram)?;
+        let tracking = DirtyTracking::new(&vm)?;
+        let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?);
+        let msrs = msr::savable(host.kvm())?;
+        let vcpus = (0..vcpus)
+            .map(|index| {
+                let cpuid = cpuid::for_vcpu(&config.cpuid, index, vcpus)?;
+                Vcpu::new(&vm, index, &cpuid, config.tsc_khz, &msrs).map(Mutex::new)
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
+        let mut machine =
+            Machine { config, threads: Vec::new(), shared, tracking, ram, interrupted: Mutex::new(false) };
+        machine.spawn_threads()?;
+        Ok(machine)
+    }
+
+    /// Loads a kernel and points the boot vCPU at it.
+    ///
+    /// # Errors
+    /// [`Error::Loader`] for an image that cannot be booted.
+    pub fn boot(&self, boot: &Boot) -> Result<(), Error> {
+        let entry = loader::load(self.ram.memory(), boot)?;
+        crate::loader::mptable::write(self.ram.memory(), self.shared.vcpus.len() as u8)?;
+        let boot_vcpu = lock(&self.shared.vcpus[0]);
+        entry.apply(&boot_vcpu.fd, self.ram.memory())
+    }
+
+    /// Lets the guest run, for the first time or again.
+    ///
+    /// # Errors
+    /// [`Error::Ended`] if the guest has ended, [`Error::Stopped`] after [`stop`](Self::stop).
+    pub fn resume(&self) -> Result<(), Error> {
+        let interrupted = lock(&self.interrupted);
+        if *interrupted && !self.is_running() {
+            for vcpu in &self.shared.vcpus {
+                // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
+                // not use it makes this EINVAL, and needs no telling.
+                let _ = lock(vcpu).fd.kvmclock_ctrl();
+            }
+        }
+        self.shared.control.resume().map_err(|outcome| match outcome {
+            Outcome::Stopped => Error::Stopped,
+            outcome => Error::Ended(outcome),
+        })
+    }
+
+    /// Stops all vCPUs. When it returns, no vCPU runs, no device access is half done, and RAM no
+    /// longer changes. Pausing a paused machine, or one whose guest has ended, changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] after [`stop`](Self::stop).
+    pub fn pause(&self) -> Result<(), Error> {
+        let mut interrupted = lock(&self.interrupted);
+        if self.is_running() {
+            *interrupted = true;
+        }
+        self.shared.control.pause(self.shared.vcpus.len());
+        match self.shared.control.status() {
+            (Phase::Stopping, _) => Err(Error::Stopped),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the guest is running.
+    pub fn is_running(&self) -> bool {
+        self.shared.control.status().0 == Phase::Running
+    }
+
+    /// How the guest ended, if it has.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.shared.control.status().1
+    }
+
+    /// Waits for the guest's end.
+    pub fn wait(&self) -> Outcome {
+        self.shared.control.wait()
+    }
+
+    /// Waits for the guest's end for at most `patience`.
+    pub fn wait_timeout(&self, patience: Duration) -> Option<Outcome> {
+        self.shared.control.wait_timeout(patience)
+    }
+
+    /// Ends the machine for good. Whoever [waits](Self::wait) learns of it.
+    pub fn stop(&self) {
+        self.shared.control.stop();
+    }
+
+    /// The state of the paused machine, RAM excepted.
+    ///
+    /// # Errors
+    /// [`Error::NotPaused`], or what KVM refused.
+    pub fn save(&self) -> Result<Vec<u8>, Error> {
+        let _guard = self.guard_paused()?;
+        state::save(&self.shared)
+    }
+
+    /// Restores what [`save`](Self::save) saved. RAM must be in place.
+    ///
+    /// # Errors
+    /// [`Error::State`] for a state that is not one of an equal machine; [`Error::NotPaused`].
+    pub fn load(&self, state: &[u8]) -> Result<(), Error> {
+        let mut interrupted = self.guard_paused()?;
+        state::load(&self.shared, state)?;
+        *interrupted = true;
+        Ok(())
+    }
+
+    fn guard_paused(&self) -> Result<MutexGuard<'_, bool>, Error> {
+        let guard = lock(&self.interrupted);
+        match self.shared.control.status() {
+            (Phase::Running, _) => Err(Error::NotPaused),
+            (Phase::Stopping, _) => Err(Error::Stopped),
+            (Phase::Paused, _) => {
+                // After a guest's own end, its other vCPUs may still be on their way here.
+                self.shared.control.pause(self.shared.vcpus.len());
+                Ok(guard)
+            }
+        }
+    }
+
+    /// What the machine consists of.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Its RAM.
+    pub fn memory(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Its serial port.
+    pub fn serial(&self) -> &SerialPort {
+        self.shared.devices.serial()
+    }
+
+    /// The guest's TSC frequency in kHz.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] if KVM cannot say; [`Error::NotPaused`] while the guest runs.
+    pub fn tsc_khz(&self) -> Result<u32, Error> {
+        let _guard = self.guard_paused()?;
+        lock(&self.shared.vcpus[0]).fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")
+    }
+
+    fn spawn_threads(&mut self) -> Result<(), Error> {
+        for index in 0..self.shared.vcpus.len() {
+            let shared = self.shared.clone();
+            let run = move || run_vcpu(&shared, index);
+            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(run);
+            self.threads.push(thread.map_err(Error::Thread)?);
+        }
+        self.shared.control.set_threads(self.threads.iter().map(JoinHandleExt::as_pthread_t).collect());
+        // Whoever starts the machine must find every thread ready to be woken or kicked.
+        self.shared.control.pause(self.shared.vcpus.len());
+        Ok(())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+        for thread in self.threads.drain(..) {
+            // A vCPU thread that panicked has printed why; there is nothing left to save here.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run_vcpu(shared: &Shared, index: usize) {
+    let run_page = lock(&shared.vcpus[index]).run_page();
+    // SAFETY: the vCPU, and with it the page, belongs to `shared`, which outlives this function.
+    let _target = unsafe { KickTarget::set(run_page) };
+    while shared.control.park() {
+        lock(&shared.vcpus[index]).run(&shared.control, &shared.devices);
+    }
+}
+
+fn create_vm(host: &Host) -> Result<VmFd, Error> {
+    let vm = host.kvm().create_vm().what("KVM_CREATE_VM")?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).what("KVM_SET_IDENTITY_MAP_ADDR")?;
+    vm.set_tss_address(TSS_ADDRESS).what("KVM_SET_TSS_ADDR")?;
+    vm.create_irq_chip().what("KVM_CREATE_IRQCHIP")?;
+    // With the dummy, KVM answers port 0x61 as well, by which guests calibrate against the PIT.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).what("KVM_CREATE_PIT2")?;
+    Ok(vm)
+}
+
+/// The memory slot of region number `region`, with or without dirty logging.
+pub(crate) fn set_memory_slot(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Result<(), Error> {
+    let region_info = &ram.ram().regions()[region];
+    let slot = kvm_userspace_memory_region {
+        slot: region as u32,
+        flags,
+        guest_phys_addr: region_info.layout().guest_address,
+        memory_size: region_info.len(),
+        userspace_addr: region_info.address() as u64,
+    };
+    // SAFETY: the range is a whole mapping of guest RAM, which the machine keeps for longer than
+    // any vCPU can run; nobody holds references into it.
+    unsafe { vm.set_user_memory_region(slot) }.what("KVM_SET_USER_MEMORY_REGION")
+}
+
+fn add_memory_slots(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+    (0..ram.ram().regions().len()).try_for_each(|region| set_memory_slot(vm, ram, region, 0))
+}

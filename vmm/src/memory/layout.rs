@@ -1,0 +1,56 @@
+//! Where RAM lies in the guest.
+//!
+//! Up to 3 GiB from address 0, the rest from 4 GiB up. Between them is the hole for PCI, the
+//! interrupt controllers and KVM's own pages, where every x86 guest expects it.
+
+use super::Error;
+use migration::memory::RegionLayout;
+
+/// Least RAM a machine may have, in bytes.
+pub const MIN_RAM: u64 = 16 << 20;
+/// RAM comes in multiples of this many bytes.
+pub const RAM_UNIT: u64 = 1 << 20;
+/// Most RAM below 4 GiB, and the start of the hole.
+pub const HOLE_START: u64 = 3 << 30;
+/// Where RAM goes on above the hole.
+pub const HOLE_END: u64 = 4 << 30;
+
+/// The regions of a machine with `size` bytes of RAM.
+///
+/// # Errors
+/// [`Error::Size`] unless `size` is a multiple of [`RAM_UNIT`] and at least [`MIN_RAM`].
+pub fn regions(size: u64) -> Result<Vec<RegionLayout>, Error> {
+    if size < MIN_RAM || !size.is_multiple_of(RAM_UNIT) || size > i64::MAX as u64 {
+        return Err(Error::Size { size });
+    }
+    let low = size.min(HOLE_START);
+    let mut regions = vec![RegionLayout { guest_address: 0, len: low }];
+    if size > low {
+        regions.push(RegionLayout { guest_address: HOLE_END, len: size - low });
+    }
+    Ok(regions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_goes_around_the_hole() {
+        let region = |guest_address, len| RegionLayout { guest_address, len };
+        assert_eq!(regions(16 << 20).unwrap(), [region(0, 16 << 20)]);
+        assert_eq!(regions(3 << 30).unwrap(), [region(0, 3 << 30)]);
+        assert_eq!(
+            regions((3 << 30) + (256 << 20)).unwrap(),
+            [region(0, 3 << 30), region(4 << 30, 256 << 20)]
+        );
+    }
+
+    #[test]
+    fn sizes_that_make_no_machine_are_refused() {
+        for size in [0, 1, 15 << 20, (16 << 20) + 1, (16 << 20) + 4096, u64::MAX, u64::MAX & !(RAM_UNIT - 1)]
+        {
+            assert!(matches!(regions(size), Err(Error::Size { .. })), "{size}");
+        }
+    }
+}

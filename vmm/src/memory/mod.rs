@@ -1,0 +1,251 @@
+//! Guest RAM: one memfd per region, mapped shared.
+//!
+//! A memfd rather than anonymous memory, because a migration wants to ask what of it exists
+//! (`SEEK_DATA`), to send it by file (`sendfile`), and to share it with other processes. Nothing is
+//! touched when it is mapped: RAM that the guest never wrote costs nothing here and is never sent.
+
+pub mod host;
+pub mod layout;
+mod populate;
+pub mod write_log;
+
+pub use write_log::WriteLog;
+
+use migration::memory::{PAGE_SIZE, Ram, RamRegion, RegionLayout};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
+
+/// Guest memory as `vm-memory` sees it, with the VMM's own writes logged.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<WriteLog>;
+
+/// What backs guest RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PageSize {
+    /// Ordinary pages of 4 KiB.
+    #[default]
+    Small,
+    /// Huge pages of 2 MiB.
+    Huge2M,
+    /// Huge pages of 1 GiB.
+    Huge1G,
+}
+
+impl PageSize {
+    /// The page's size in bytes.
+    pub fn bytes(self) -> u64 {
+        match self {
+            PageSize::Small => PAGE_SIZE,
+            PageSize::Huge2M => 2 << 20,
+            PageSize::Huge1G => 1 << 30,
+        }
+    }
+
+    fn memfd_flags(self) -> libc::c_uint {
+        match self {
+            PageSize::Small => 0,
+            PageSize::Huge2M => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+            PageSize::Huge1G => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
+        }
+    }
+}
+
+impl std::str::FromStr for PageSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.to_ascii_lowercase().as_str() {
+            "4k" => Ok(PageSize::Small),
+            "2m" => Ok(PageSize::Huge2M),
+            "1g" => Ok(PageSize::Huge1G),
+            _ => Err(format!("\"{text}\" is no page size; use 4k, 2m or 1g")),
+        }
+    }
+}
+
+/// Why guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A size no machine can have.
+    #[error("{size} bytes of guest memory: use at least 16 MiB, in whole MiB")]
+    Size {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// More than the guest's CPU can address.
+    #[error(
+        "{} MiB of guest memory end beyond what this host's guests can address ({bits} physical address bits)",
+        size >> 20
+    )]
+    AddressBits {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// Width of a guest-physical address.
+        bits: u8,
+    },
+    /// More than the host has free.
+    #[error(
+        "{} MiB of guest memory: the host has {} MiB available; use less or free some",
+        size >> 20, available >> 20
+    )]
+    HostMemory {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// What is available, in bytes.
+        available: u64,
+    },
+    /// Not a multiple of the huge page.
+    #[error("{} MiB of guest memory do not divide into pages of {} MiB", size >> 20, page >> 20)]
+    HugePageMultiple {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// The page size in bytes.
+        page: u64,
+    },
+    /// Too few huge pages.
+    #[error(
+        "guest memory needs {wanted} huge pages of {kib} KiB and {free} are free; \
+         raise /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
+    )]
+    HugePages {
+        /// Pages needed.
+        wanted: u64,
+        /// Pages free.
+        free: u64,
+        /// Page size in KiB.
+        kib: u64,
+    },
+    /// No huge pages of that size.
+    #[error("this host has no huge pages of {kib} KiB; use another page size")]
+    NoHugePages {
+        /// Page size in KiB.
+        kib: u64,
+    },
+    /// Regions that are not those of any size.
+    #[error("the memory layout is not one this machine can have")]
+    Layout,
+    /// A system call failed.
+    #[error("cannot {what} guest memory: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// vm-memory refused the regions.
+    #[error("cannot map guest memory: {0}")]
+    Map(#[from] vm_memory::mmap::MmapRegionError),
+    /// vm-memory refused their arrangement.
+    #[error("cannot arrange guest memory: {0}")]
+    Arrange(#[from] vm_memory::GuestRegionCollectionError),
+}
+
+impl Error {
+    fn last(what: &'static str) -> Self {
+        Error::System { what, source: io::Error::last_os_error() }
+    }
+}
+
+/// A machine's RAM, in the two forms its users want: `vm-memory`'s for the VMM's own accesses,
+/// which are logged, and the engine's for migration.
+pub struct GuestRam {
+    memory: GuestMemory,
+    ram: Arc<Ram>,
+    pages: PageSize,
+}
+
+impl GuestRam {
+    /// Maps `size` bytes of RAM. Nothing is populated.
+    ///
+    /// # Errors
+    /// [`Error`] for a size that is no machine's or more than the host has free.
+    pub fn new(size: u64, pages: PageSize) -> Result<Self, Error> {
+        let regions = layout::regions(size)?;
+        if regions.iter().any(|r| r.len % pages.bytes() != 0) {
+            return Err(Error::HugePageMultiple { size, page: pages.bytes() });
+        }
+        host::check(size, pages)?;
+        let mut mapped = Vec::with_capacity(regions.len());
+        let mut described = Vec::with_capacity(regions.len());
+        for (number, layout) in regions.into_iter().enumerate() {
+            let (region, ram) = map_region(number, layout, pages)?;
+            mapped.push(region);
+            described.push(ram);
+        }
+        let memory = GuestMemory::from_arc_regions(mapped)?;
+        Ok(GuestRam { memory, ram: Arc::new(Ram::new(described)), pages })
+    }
+
+    /// RAM for the VMM's own, logged accesses.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// RAM for the migration engine.
+    pub fn ram(&self) -> &Arc<Ram> {
+        &self.ram
+    }
+
+    /// What backs it.
+    pub fn page_size(&self) -> PageSize {
+        self.pages
+    }
+
+    /// The log of the VMM's own writes to region number `region`.
+    pub fn write_log(&self, region: usize) -> Option<&WriteLog> {
+        self.memory.iter().nth(region).map(|region| region.bitmap())
+    }
+}
+
+type Mapped = (Arc<GuestRegionMmap<WriteLog>>, RamRegion);
+
+fn map_region(number: usize, layout: RegionLayout, pages: PageSize) -> Result<Mapped, Error> {
+    let file = create_memfd(number, layout.len, pages)?;
+    let duplicate: OwnedFd =
+        file.try_clone().map_err(|source| Error::System { what: "duplicate", source })?.into();
+    let len = layout.len as usize;
+    let mapping = MmapRegionBuilder::new_with_bitmap(len, WriteLog::new(len))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED)
+        .with_file_offset(FileOffset::new(file, 0))
+        .with_hugetlbfs(pages != PageSize::Small)
+        .build()?;
+    let address = NonNull::new(mapping.as_ptr()).ok_or_else(|| Error::last("map"))?;
+    // A core dump with the guest's memory in it would be as large as the guest, and its secrets.
+    // SAFETY: the range is exactly the mapping built above; the advice changes no content.
+    if unsafe { libc::madvise(address.as_ptr().cast(), len, libc::MADV_DONTDUMP) } != 0 {
+        return Err(Error::last("exclude from core dumps the"));
+    }
+    let region =
+        Arc::new(GuestRegionMmap::new(mapping, GuestAddress(layout.guest_address)).ok_or(Error::Layout)?);
+    // SAFETY: the mapping is shared, readable and writable, covers `len` bytes of the memfd from 0,
+    // and lives as long as `region`, of which the owner below is a reference.
+    let ram = unsafe { RamRegion::new(layout, address, pages.bytes(), duplicate, 0, region.clone()) };
+    Ok((region, ram))
+}
+
+fn create_memfd(number: usize, len: u64, pages: PageSize) -> Result<File, Error> {
+    let name = std::ffi::CString::new(format!("guest-ram-{number}")).unwrap_or_default();
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | pages.memfd_flags();
+    // SAFETY: `name` is a valid C string for the duration of the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(Error::last("create the file of"));
+    }
+    // SAFETY: the kernel just gave us this descriptor and nobody else has it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len).map_err(|source| Error::System { what: "size", source })?;
+    // Whoever else comes to hold the file must not be able to cut it off under our mapping, which
+    // would turn our next access into SIGBUS.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an integer; the descriptor is ours.
+    if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(Error::last("seal"));
+    }
+    Ok(file)
+}

@@ -1,0 +1,232 @@
+//! The serial port: a 16550 at 0x3f8 on interrupt line 4, and where its bytes go.
+//!
+//! The port's registers are vm-superio's. Ours are the interrupt line, the output that never holds
+//! a vCPU up, the input, and the saved form.
+
+mod output;
+
+pub use output::Output;
+
+use crate::error::Error;
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use vm_superio::serial::{SerialEvents, SerialState as Registers};
+use vm_superio::{Serial, Trigger};
+
+/// Interrupt line of the first serial port, as on every PC.
+pub const IRQ: u32 = 4;
+
+/// Where the guest's serial output goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialOutput {
+    /// This process's standard output.
+    #[default]
+    Stdout,
+    /// A file or device, appended to; created if absent.
+    File(PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+impl SerialOutput {
+    fn open(&self) -> Result<Output, Error> {
+        match self {
+            SerialOutput::Stdout => {
+                let file = io::stdout().as_fd().try_clone_to_owned();
+                file.map(|fd| Output::to(fd.into()))
+                    .map_err(|source| Error::Serial { path: "stdout".into(), source })
+            }
+            SerialOutput::File(path) => {
+                let file = OpenOptions::new().append(true).create(true).open(path);
+                file.map(Output::to)
+                    .map_err(|source| Error::Serial { path: path.display().to_string(), source })
+            }
+            SerialOutput::Null => Ok(Output::null()),
+        }
+    }
+}
+
+/// The port's interrupt line.
+///
+/// It is raised by a call rather than through an irqfd: KVM injects an irqfd's interrupt from a
+/// kernel thread some time later, and one that arrived after the interrupt controllers were saved
+/// would be lost to the guest.
+struct Line {
+    vm: Arc<VmFd>,
+    /// Unset while registers are restored: the saved interrupt controllers already know.
+    live: AtomicBool,
+}
+
+#[derive(Clone)]
+struct LineTrigger(Arc<Line>);
+
+impl Trigger for LineTrigger {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        if !self.0.live.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // ISA lines are edge-triggered: up and down again is one interrupt.
+        for level in [true, false] {
+            self.0.vm.set_irq_line(IRQ, level).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Tells the input thread that the guest made room.
+#[derive(Clone, Default)]
+struct Room(Arc<(Mutex<bool>, Condvar)>);
+
+impl SerialEvents for Room {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        *lock(&self.0.0) = true;
+        self.0.1.notify_one();
+    }
+}
+
+type Port = Serial<LineTrigger, Room, Output>;
+
+/// The serial port as the machine has it.
+pub struct SerialPort {
+    port: Arc<Mutex<Port>>,
+    line: Arc<Line>,
+    room: Room,
+    output: Output,
+}
+
+/// The port's saved registers, in this crate's own form: vm-superio's has no serialised one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    registers: [u8; 9],
+    /// Bytes that arrived and the guest has not read yet.
+    input: Vec<u8>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that holds these locks can leave what they protect half changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl SerialPort {
+    /// A port with its registers at reset.
+    ///
+    /// # Errors
+    /// [`Error::Serial`] if the output cannot be opened.
+    pub fn new(vm: Arc<VmFd>, output: &SerialOutput) -> Result<Self, Error> {
+        let output = output.open()?;
+        let line = Arc::new(Line { vm, live: AtomicBool::new(true) });
+        let room = Room::default();
+        let port = Serial::with_events(LineTrigger(line.clone()), room.clone(), output.clone());
+        Ok(SerialPort { port: Arc::new(Mutex::new(port)), line, room, output })
+    }
+
+    /// A guest's write to register `offset`.
+    pub fn write(&self, offset: u8, value: u8) {
+        // What the output could not take is counted there; the guest goes on as on real hardware.
+        let _ = lock(&self.port).write(offset, value);
+    }
+
+    /// A guest's read of register `offset`.
+    pub fn read(&self, offset: u8) -> u8 {
+        lock(&self.port).read(offset)
+    }
+
+    /// Bytes of output that were dropped because whoever reads it did not keep up.
+    pub fn lost_output(&self) -> u64 {
+        self.output.lost()
+    }
+
+    /// Feeds `input` to the guest from a thread of its own, until the input ends.
+    ///
+    /// # Errors
+    /// [`Error::Thread`] if the thread cannot be started.
+    pub fn attach_input(&self, input: File) -> Result<(), Error> {
+        let port = Arc::downgrade(&self.port);
+        let room = self.room.clone();
+        let feed = move || {
+            let mut input = input;
+            let mut buffer = [0u8; 64];
+            while let Ok(read @ 1..) = input.read(&mut buffer) {
+                let mut rest = &buffer[..read];
+                while !rest.is_empty() {
+                    let Some(port) = port.upgrade() else { return };
+                    let taken = {
+                        let mut port = lock(&port);
+                        let fits = port.fifo_capacity().min(rest.len());
+                        *lock(&room.0.0) = false;
+                        port.enqueue_raw_bytes(&rest[..fits]).unwrap_or(fits)
+                    };
+                    drop(port);
+                    rest = &rest[taken..];
+                    if taken == 0 {
+                        let (flag, empty) = &*room.0;
+                        let guard = lock(flag);
+                        // In loopback mode the port takes nothing; look again from time to time.
+                        let wait = std::time::Duration::from_millis(100);
+                        drop(empty.wait_timeout_while(guard, wait, |room| !*room));
+                    }
+                }
+            }
+        };
+        std::thread::Builder::new().name("serial-input".into()).spawn(feed).map_err(Error::Thread)?;
+        Ok(())
+    }
+
+    /// The port's registers.
+    pub fn save(&self) -> SerialState {
+        let r = lock(&self.port).state();
+        SerialState {
+            registers: [
+                r.baud_divisor_low,
+                r.baud_divisor_high,
+                r.interrupt_enable,
+                r.interrupt_identification,
+                r.line_control,
+                r.line_status,
+                r.modem_control,
+                r.modem_status,
+                r.scratch,
+            ],
+            input: r.in_buffer,
+        }
+    }
+
+    /// Restores the port's registers, raising no interrupt.
+    ///
+    /// # Errors
+    /// A text that says what is wrong with the state.
+    pub fn load(&self, state: &SerialState) -> Result<(), String> {
+        let [low, high, enable, identification, control, status, modem_control, modem_status, scratch] =
+            state.registers;
+        let registers = Registers {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: control,
+            line_status: status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: state.input.clone(),
+        };
+        let mut port = lock(&self.port);
+        self.line.live.store(false, Ordering::Release);
+        let trigger = LineTrigger(self.line.clone());
+        let restored = Serial::from_state(&registers, trigger, self.room.clone(), self.output.clone());
+        self.line.live.store(true, Ordering::Release);
+        *port = restored.map_err(|_| format!("{} bytes of input do not fit its FIFO", state.input.len()))?;
+        Ok(())
+    }
+}

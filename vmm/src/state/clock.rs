@@ -1,0 +1,131 @@
+//! Time: kvmclock and the TSC, carried over a blackout.
+//!
+//! A guest's clocks must go on as if the blackout had been a pause of the CPU: never backwards, and
+//! not losing the time that passed. The source saves its TSC and kvmclock together with
+//! CLOCK_REALTIME, and the destination moves both on by the real time that has passed since, as
+//! KVM itself does for kvmclock with KVM_CLOCK_REALTIME. Where the two hosts' clocks disagree so
+//! much that no time seems to have passed, they go on from where they stopped.
+//!
+//! All vCPUs' TSCs are moved by the same amount, by their offsets, so that they stay as much in
+//! step as they were: two writes of IA32_TSC would leave the time between the writes between them.
+
+use super::msr::{self, IA32_TSC};
+use super::vcpu::VcpuState;
+use crate::error::{Error, What};
+use crate::ioctl;
+use crate::vcpu::Vcpu;
+use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
+use kvm_ioctls::{Cap, VmFd};
+use serde::{Deserialize, Serialize};
+use std::ops::DerefMut;
+
+/// A machine's time at the moment it was saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockState {
+    /// kvmclock, in nanoseconds since the machine began.
+    kvmclock: u64,
+    /// CLOCK_REALTIME in nanoseconds when `kvmclock` was read, if KVM says.
+    kvmclock_realtime: Option<u64>,
+    /// The boot vCPU's TSC.
+    guest_tsc: u64,
+    /// CLOCK_REALTIME in nanoseconds when `guest_tsc` was read, or just after.
+    tsc_realtime: u64,
+    /// Guest TSC ticks per millisecond.
+    tsc_khz: u32,
+}
+
+/// CLOCK_REALTIME in nanoseconds.
+fn realtime() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
+}
+
+impl ClockState {
+    pub fn save(vm: &VmFd, boot_vcpu: &Vcpu) -> Result<Self, Error> {
+        let guest_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
+        let tsc_realtime = realtime();
+        let clock = vm.get_clock().what("KVM_GET_CLOCK")?;
+        let has_realtime = clock.flags & KVM_CLOCK_REALTIME != 0;
+        Ok(ClockState {
+            kvmclock: clock.clock,
+            kvmclock_realtime: has_realtime.then_some(clock.realtime),
+            guest_tsc,
+            tsc_realtime,
+            tsc_khz: boot_vcpu.fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")?,
+        })
+    }
+
+    /// What the boot vCPU's TSC should read at CLOCK_REALTIME `now`.
+    fn tsc_at(&self, now: u64) -> u64 {
+        let elapsed = now.saturating_sub(self.tsc_realtime);
+        let ticks = u128::from(elapsed) * u128::from(self.tsc_khz) / 1_000_000;
+        self.guest_tsc.wrapping_add(ticks as u64)
+    }
+
+    /// Sets every vCPU's TSC to its saved value plus what has passed since.
+    pub fn advance_tsc(
+        &self,
+        vcpus: &mut [impl DerefMut<Target = Vcpu>],
+        saved: &[VcpuState],
+    ) -> Result<(), Error> {
+        let (Some(boot_vcpu), Some(boot_saved)) = (vcpus.first(), saved.first()) else { return Ok(()) };
+        let offsets = boot_vcpu.tsc_offset && saved.iter().all(|state| state.tsc_offset.is_some());
+        if !offsets {
+            // An old kernel on either side: KVM itself recognises writes of nearly the same value
+            // to several vCPUs and keeps them in step.
+            for vcpu in vcpus {
+                msr::write(&mut *vcpu, IA32_TSC, self.tsc_at(realtime()))?;
+            }
+            return Ok(());
+        }
+        // Real time first: the TSC is read a moment later, and setting it a moment too low loses
+        // that moment, where too high would add it on every move.
+        let current_offset = ioctl::get_tsc_offset(&boot_vcpu.fd).what("KVM_VCPU_TSC_OFFSET")?;
+        let now = realtime();
+        let current_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
+        let boot_offset = current_offset.wrapping_add(self.tsc_at(now)).wrapping_sub(current_tsc);
+        for (vcpu, state) in vcpus.iter().zip(saved) {
+            // A guest may have given its vCPUs different TSCs; that difference is kept.
+            let ahead = state.tsc_offset.unwrap_or(0).wrapping_sub(boot_saved.tsc_offset.unwrap_or(0));
+            let offset = boot_offset.wrapping_add(ahead);
+            ioctl::set_tsc_offset(&vcpu.fd, offset).what("KVM_VCPU_TSC_OFFSET")?;
+        }
+        Ok(())
+    }
+
+    /// Sets kvmclock to its saved value plus what has passed since.
+    pub fn load(&self, vm: &VmFd) -> Result<(), Error> {
+        let takes_realtime = vm.check_extension_int(Cap::AdjustClock) as u32 & KVM_CLOCK_REALTIME != 0;
+        let mut clock = kvm_clock_data { clock: self.kvmclock, ..Default::default() };
+        match self.kvmclock_realtime {
+            Some(saved) if takes_realtime => {
+                clock.flags = KVM_CLOCK_REALTIME;
+                clock.realtime = saved;
+            }
+            saved => {
+                let elapsed = realtime().saturating_sub(saved.unwrap_or(self.tsc_realtime));
+                clock.clock = self.kvmclock.saturating_add(elapsed);
+            }
+        }
+        vm.set_clock(&clock).what("KVM_SET_CLOCK")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tsc_goes_on_and_never_back() {
+        let state = ClockState {
+            kvmclock: 0,
+            kvmclock_realtime: None,
+            guest_tsc: 1_000_000,
+            tsc_realtime: 5_000_000_000,
+            tsc_khz: 2_100_000,
+        };
+        assert_eq!(state.tsc_at(5_000_000_000), 1_000_000);
+        assert_eq!(state.tsc_at(5_010_000_000), 1_000_000 + 21_000_000);
+        assert_eq!(state.tsc_at(4_000_000_000), 1_000_000, "a clock that is behind adds nothing");
+    }
+}

@@ -1,0 +1,48 @@
+//! The interrupt controllers and the timer, all KVM's.
+
+use crate::error::{Error, What};
+use kvm_bindings::{kvm_irqchip, kvm_pit_state2};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+
+/// Master PIC, slave PIC, IOAPIC: KVM's numbers for them.
+const CHIPS: u32 = 3;
+
+/// Both PICs and the IOAPIC.
+#[derive(Serialize, Deserialize)]
+pub struct IrqchipState {
+    chips: [kvm_irqchip; CHIPS as usize],
+}
+
+impl IrqchipState {
+    pub fn save(vm: &VmFd) -> Result<Self, Error> {
+        let mut chips = [kvm_irqchip::default(); CHIPS as usize];
+        for (chip_id, chip) in (0..CHIPS).zip(&mut chips) {
+            chip.chip_id = chip_id;
+            vm.get_irqchip(chip).what("KVM_GET_IRQCHIP")?;
+        }
+        Ok(IrqchipState { chips })
+    }
+
+    pub fn load(&self, vm: &VmFd) -> Result<(), Error> {
+        for (chip_id, chip) in (0..CHIPS).zip(self.chips) {
+            // The position says which chip it is, whatever the state claims.
+            vm.set_irqchip(&kvm_irqchip { chip_id, ..chip }).what("KVM_SET_IRQCHIP")?;
+        }
+        Ok(())
+    }
+}
+
+/// The timer.
+#[derive(Serialize, Deserialize)]
+pub struct PitState(kvm_pit_state2);
+
+impl PitState {
+    pub fn save(vm: &VmFd) -> Result<Self, Error> {
+        Ok(PitState(vm.get_pit2().what("KVM_GET_PIT2")?))
+    }
+
+    pub fn load(&self, vm: &VmFd) -> Result<(), Error> {
+        vm.set_pit2(&self.0).what("KVM_SET_PIT2")
+    }
+}

@@ -1,0 +1,78 @@
+//! Saving a machine's state and loading it into another.
+//!
+//! The state is a list of components (each vCPU, the interrupt controllers, the timer, the clock,
+//! the serial port), each with a kind, a version and a payload. A component that this version does
+//! not know, or that is missing, or has bytes left over is refused by name: a guest that was
+//! restored in part must never run.
+//!
+//! Order matters. Saving: every vCPU with `mp_state` first, since reading it lets pending INIT and
+//! SIPI take effect, and `vcpu_events` last, since reading other state may queue events. Loading:
+//! vCPUs, then one shift of the TSC for all of them, then the interrupt controllers, the timer and
+//! devices, the TSC deadlines (which need LAPIC and TSC in place), and the clock last, so that as
+//! little as possible passes between setting it and running.
+//!
+//! Two saves of one paused machine are equal but for what time itself changes: the clock component
+//! (kvmclock, real time and the TSC at that moment), each LAPIC's current count, IA32_TSC, and
+//! what in the PIT and in KVM's clock derives from the host's time at the moment of reading.
+
+mod clock;
+mod component;
+mod irqchip;
+pub(crate) mod msr;
+pub mod vcpu;
+
+pub use component::Error;
+
+use crate::error::Error as MachineError;
+use crate::machine::{Shared, lock};
+use crate::serial::SerialState;
+use clock::ClockState;
+use component::{Component, Kind, decode, encode, payload};
+use irqchip::{IrqchipState, PitState};
+use vcpu::VcpuState;
+
+/// Saves the state of a machine whose vCPUs are all parked.
+pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
+    let mut components = Vec::with_capacity(shared.vcpus.len() + 4);
+    for vcpu in &shared.vcpus {
+        let mut vcpu = lock(vcpu);
+        let index = vcpu.index;
+        components.push(Component::new(Kind::Vcpu, index, &VcpuState::save(&mut vcpu)?)?);
+    }
+    components.push(Component::new(Kind::Irqchip, 0, &IrqchipState::save(&shared.vm)?)?);
+    components.push(Component::new(Kind::Pit, 0, &PitState::save(&shared.vm)?)?);
+    components.push(Component::new(Kind::Serial, 0, &shared.devices.serial().save())?);
+    let boot_vcpu = lock(&shared.vcpus[0]);
+    components.push(Component::new(Kind::Clock, 0, &ClockState::save(&shared.vm, &boot_vcpu)?)?);
+    Ok(encode(&components)?)
+}
+
+/// Loads a state into a machine whose vCPUs are all parked.
+pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
+    // Everything is decoded before anything is set.
+    let components = decode(bytes, shared.vcpus.len())?;
+    let vcpus = (0..shared.vcpus.len())
+        .map(|index| payload::<VcpuState>(&components, Kind::Vcpu, index as u8))
+        .collect::<Result<Vec<_>, Error>>()?;
+    let irqchip: IrqchipState = payload(&components, Kind::Irqchip, 0)?;
+    let pit: PitState = payload(&components, Kind::Pit, 0)?;
+    let serial: SerialState = payload(&components, Kind::Serial, 0)?;
+    let clock: ClockState = payload(&components, Kind::Clock, 0)?;
+
+    for (vcpu, state) in shared.vcpus.iter().zip(&vcpus) {
+        state.load(&mut lock(vcpu))?;
+    }
+    let mut targets: Vec<_> = shared.vcpus.iter().map(lock).collect();
+    clock.advance_tsc(&mut targets, &vcpus)?;
+    irqchip.load(&shared.vm)?;
+    pit.load(&shared.vm)?;
+    shared.devices.serial().load(&serial).map_err(|what| Error::Malformed {
+        kind: Kind::Serial,
+        index: 0,
+        what,
+    })?;
+    for (target, state) in targets.iter_mut().zip(&vcpus) {
+        state.load_deadline(target)?;
+    }
+    clock.load(&shared.vm)
+}

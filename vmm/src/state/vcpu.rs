@@ -1,0 +1,99 @@
+//! One vCPU's state.
+
+use super::component::{self, Kind};
+use super::msr::{self, IA32_TSC_DEADLINE};
+use crate::error::{Error, What};
+use crate::ioctl;
+use crate::vcpu::Vcpu;
+use kvm_bindings::{
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use serde::{Deserialize, Serialize};
+
+/// One vCPU's state, in the order in which it is saved.
+#[derive(Serialize, Deserialize)]
+pub struct VcpuState {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: Vec<u8>,
+    xcrs: kvm_xcrs,
+    debugregs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    msrs: Vec<(u32, u64)>,
+    tsc_deadline: Option<u64>,
+    /// Guest TSC minus host TSC on the source; only differences between vCPUs mean anything
+    /// elsewhere. `None` where the source's kernel cannot say.
+    pub(super) tsc_offset: Option<u64>,
+    events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// Reads the state of a parked vCPU.
+    pub(crate) fn save(vcpu: &mut Vcpu) -> Result<Self, Error> {
+        let fd = &vcpu.fd;
+        let mp_state = fd.get_mp_state().what("KVM_GET_MP_STATE")?;
+        let regs = fd.get_regs().what("KVM_GET_REGS")?;
+        let sregs = fd.get_sregs().what("KVM_GET_SREGS")?;
+        let mut xsave = vec![0; vcpu.xsave_len.max(size_of::<kvm_xsave>())];
+        ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len).what("KVM_GET_XSAVE2")?;
+        let xcrs = fd.get_xcrs().what("KVM_GET_XCRS")?;
+        let debugregs = fd.get_debug_regs().what("KVM_GET_DEBUGREGS")?;
+        let lapic = fd.get_lapic().what("KVM_GET_LAPIC")?;
+        let msrs = vcpu.msrs.save(fd)?;
+        let tsc_deadline = msr::read(fd, IA32_TSC_DEADLINE).ok();
+        let tsc_offset =
+            if vcpu.tsc_offset { Some(ioctl::get_tsc_offset(fd).what("KVM_VCPU_TSC_OFFSET")?) } else { None };
+        let events = fd.get_vcpu_events().what("KVM_GET_VCPU_EVENTS")?;
+        Ok(VcpuState {
+            mp_state,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debugregs,
+            lapic,
+            msrs,
+            tsc_deadline,
+            tsc_offset,
+            events,
+        })
+    }
+
+    /// Sets the state of a parked vCPU, all but its TSC and what needs the TSC.
+    pub(crate) fn load(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
+        let xsave = self.fitting_xsave(vcpu)?;
+        let fd = &vcpu.fd;
+        fd.set_mp_state(self.mp_state).what("KVM_SET_MP_STATE")?;
+        fd.set_regs(&self.regs).what("KVM_SET_REGS")?;
+        fd.set_sregs(&self.sregs).what("KVM_SET_SREGS")?;
+        ioctl::set_xsave(fd, &xsave, vcpu.xsave_len).what("KVM_SET_XSAVE")?;
+        fd.set_xcrs(&self.xcrs).what("KVM_SET_XCRS")?;
+        fd.set_debug_regs(&self.debugregs).what("KVM_SET_DEBUGREGS")?;
+        fd.set_lapic(&self.lapic).what("KVM_SET_LAPIC")?;
+        msr::restore(vcpu, &self.msrs)?;
+        // With the flags that KVM gave them: they say which fields are true. (A pending SIPI is not
+        // among these; it was turned into `mp_state` when that was read.)
+        vcpu.fd.set_vcpu_events(&self.events).what("KVM_SET_VCPU_EVENTS")
+    }
+
+    /// Arms the deadline timer again, once LAPIC and TSC are in place.
+    pub(crate) fn load_deadline(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
+        match self.tsc_deadline {
+            Some(deadline) if deadline != 0 => msr::write(vcpu, IA32_TSC_DEADLINE, deadline),
+            _ => Ok(()),
+        }
+    }
+
+    /// The XSAVE area in this host's length. What would be cut off must be empty.
+    fn fitting_xsave(&self, vcpu: &Vcpu) -> Result<Vec<u8>, Error> {
+        let len = vcpu.xsave_len.max(size_of::<kvm_xsave>());
+        let mut xsave = self.xsave.clone();
+        if xsave.iter().skip(len).any(|byte| *byte != 0) {
+            let what = format!("its XSAVE area of {} bytes does not fit this host's {len}", xsave.len());
+            return Err(component::Error::Malformed { kind: Kind::Vcpu, index: vcpu.index, what }.into());
+        }
+        xsave.resize(len, 0);
+        Ok(xsave)
+    }
+}

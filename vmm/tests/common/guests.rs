@@ -1,0 +1,239 @@
+//! The guests' code, entered in 32-bit protected mode with flat segments.
+//!
+//! Addresses inside a guest are set as `label - start + 0x100000`: the code is assembled wherever
+//! this program has it, and runs at `BASE`.
+
+use std::arch::global_asm;
+
+/// Counts loops; see [`TICKER`].
+pub const LOOPS: u64 = 0x20_0000;
+/// Counts timer interrupts.
+pub const TICKS: u64 = 0x20_0004;
+/// Counts the times the TSC ran backwards.
+pub const BACKWARDS: u64 = 0x20_0010;
+/// Counts port reads that gave something else than they should.
+pub const BAD_READS: u64 = 0x20_0014;
+/// Where each of the other vCPUs counts: four bytes each, by APIC ID.
+pub const AP_LOOPS: u64 = 0x20_0100;
+
+macro_rules! guest {
+    ($(#[$doc:meta])* $name:ident, $start:ident, $end:ident) => {
+        $(#[$doc])*
+        pub fn $name() -> &'static [u8] {
+            unsafe extern "C" {
+                static $start: u8;
+                static $end: u8;
+            }
+            // SAFETY: the assembler puts both symbols into one section, the code between them.
+            unsafe {
+                let (start, end) = (&raw const $start, &raw const $end);
+                std::slice::from_raw_parts(start, end.offset_from(start) as usize)
+            }
+        }
+    };
+}
+
+guest!(
+    /// Prints "hello" and powers off.
+    hello, guest_hello_start, guest_hello_end
+);
+guest!(
+    /// Counts loops and PIT interrupts, watches the TSC and port reads.
+    ticker, guest_ticker_start, guest_ticker_end
+);
+guest!(
+    /// Starts all other vCPUs, which count for themselves, and then counts as well.
+    smp, guest_smp_start, guest_smp_end
+);
+guest!(
+    /// Faults until it cannot.
+    triple_fault, guest_fault_start, guest_fault_end
+);
+guest!(
+    /// Asks the keyboard controller for a reset.
+    reset, guest_reset_start, guest_reset_end
+);
+guest!(
+    /// Writes one word into each page from 2 MiB to 4 MiB, then counts at `LOOPS`.
+    toucher, guest_toucher_start, guest_toucher_end
+);
+
+global_asm!(
+    r#"
+    .pushsection .rodata.guests, "a"
+    .code32
+
+    guest_hello_start:
+        .set hello_text_at, hello_text - guest_hello_start + 0x100000
+        mov esi, offset hello_text_at
+        mov edx, 0x3f8
+    1:  lodsb
+        test al, al
+        jz 2f
+        out dx, al
+        jmp 1b
+    2:  mov edx, 0x604
+        mov eax, 0x2000
+        out dx, ax
+    3:  hlt
+        jmp 3b
+    hello_text:
+        .asciz "hello\n"
+    guest_hello_end:
+
+    guest_ticker_start:
+        mov esp, 0x80000
+        # Gate 0x20 of an IDT at 0x180000.
+        .set ticker_irq_at, ticker_irq - guest_ticker_start + 0x100000
+        mov eax, offset ticker_irq_at
+        mov word ptr [0x180100], ax
+        mov word ptr [0x180102], 0x10
+        mov word ptr [0x180104], 0x8e00
+        shr eax, 16
+        mov word ptr [0x180106], ax
+        mov word ptr [0x180800], 0x7ff
+        mov dword ptr [0x180802], 0x180000
+        lidt [0x180800]
+        # Both PICs: vectors 0x20 and 0x28, only line 0 open.
+        mov al, 0x11
+        out 0x20, al
+        out 0xa0, al
+        mov al, 0x20
+        out 0x21, al
+        mov al, 0x28
+        out 0xa1, al
+        mov al, 4
+        out 0x21, al
+        mov al, 2
+        out 0xa1, al
+        mov al, 1
+        out 0x21, al
+        out 0xa1, al
+        mov al, 0xfe
+        out 0x21, al
+        mov al, 0xff
+        out 0xa1, al
+        # PIT channel 0, rate generator, some 500 Hz.
+        mov al, 0x34
+        out 0x43, al
+        mov al, 0x52
+        out 0x40, al
+        mov al, 0x09
+        out 0x40, al
+        sti
+        xor edi, edi
+        xor ebx, ebx
+    1:  inc dword ptr [0x200000]
+        rdtsc
+        cmp edx, edi
+        jb 2f
+        ja 3f
+        cmp eax, ebx
+        jae 3f
+    2:  inc dword ptr [0x200010]
+    3:  mov edi, edx
+        mov ebx, eax
+        # A port that is not there, then the serial port's scratch register: each read must give
+        # what it should however often the vCPU is paused in the middle of it.
+        mov edx, 0x2000
+        xor eax, eax
+        in eax, dx
+        cmp eax, 0xffffffff
+        jne 4f
+        mov edx, 0x3ff
+        mov al, 0x5a
+        out dx, al
+        xor eax, eax
+        in al, dx
+        cmp al, 0x5a
+        je 1b
+    4:  inc dword ptr [0x200014]
+        jmp 1b
+    ticker_irq:
+        push eax
+        inc dword ptr [0x200004]
+        mov al, 0x20
+        out 0x20, al
+        pop eax
+        # What IRET does, by instructions that every KVM can emulate.
+        push dword ptr [esp + 8]
+        popfd
+        retf 4
+    guest_ticker_end:
+
+    guest_smp_start:
+        # The others begin in real mode at 0x8000.
+        .set ap_start_at, ap_start - guest_smp_start + 0x100000
+        .set ap_len, ap_end - ap_start
+        .set ap_gdtr_at, ap_gdtr - ap_start + 0x8000
+        .set ap_protected_at, ap_protected - ap_start + 0x8000
+        mov esi, offset ap_start_at
+        mov edi, 0x8000
+        mov ecx, offset ap_len
+        rep movsb
+        # APIC on, then INIT and two SIPIs to all but self.
+        mov dword ptr [0xfee000f0], 0x1ff
+        mov dword ptr [0xfee00300], 0xc4500
+        mov ecx, 2
+    1:  mov dword ptr [0xfee00300], 0xc4608
+        mov edx, 2000
+    2:  dec edx
+        jnz 2b
+        loop 1b
+    3:  inc dword ptr [0x200000]
+        jmp 3b
+    .code16
+    ap_start:
+        cli
+        xor ax, ax
+        mov ds, ax
+        .byte 0x66, 0x0f, 0x01, 0x16 # lgdt, with a 32-bit base
+        .word ap_gdtr_at
+        mov eax, cr0
+        or al, 1
+        mov cr0, eax
+        .byte 0x66, 0xea # far jump to 0x10:ap_protected
+        .long ap_protected_at
+        .word 0x10
+    .code32
+    ap_protected:
+        mov ax, 0x18
+        mov ds, ax
+        mov ebx, dword ptr [0xfee00020]
+        shr ebx, 24
+    1:  inc dword ptr [0x200100 + ebx * 4]
+        jmp 1b
+    ap_gdtr:
+        .word 0x27
+        .long 0x500
+    ap_end:
+    guest_smp_end:
+
+    guest_fault_start:
+        mov dword ptr [0x180802], 0
+        mov word ptr [0x180800], 0
+        lidt [0x180800]
+        ud2
+    guest_fault_end:
+
+    guest_reset_start:
+        mov al, 0xfe
+        out 0x64, al
+    1:  hlt
+        jmp 1b
+    guest_reset_end:
+
+    guest_toucher_start:
+        mov edi, 0x200000
+    1:  mov dword ptr [edi + 8], edi
+        add edi, 4096
+        cmp edi, 0x400000
+        jb 1b
+    2:  inc dword ptr [0x200000]
+        jmp 2b
+    guest_toucher_end:
+
+    .code64
+    .popsection
+    "#
+);

@@ -1,0 +1,80 @@
+//! Whole machines with real guests: booting, pausing, ending.
+
+mod common;
+
+use common::guests::{self, AP_LOOPS, BACKWARDS, BAD_READS, LOOPS, TICKS};
+use common::{boot, machine, machine_with, peek, wait_above};
+use std::time::Duration;
+use vmm::{Crash, Error, Outcome, SerialOutput};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_guest_prints_and_powers_off() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serial");
+    let machine = machine_with(16, 1, SerialOutput::File(path.clone()));
+    machine.boot(&boot(guests::hello())).unwrap();
+    machine.resume().unwrap();
+    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "hello\n");
+    assert!(matches!(machine.resume(), Err(Error::Ended(Outcome::PoweredOff))));
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_its_port_reads_stay_whole() {
+    let machine = machine(16, 1);
+    machine.boot(&boot(guests::ticker())).unwrap();
+    machine.resume().unwrap();
+    wait_above(&machine, TICKS, 2);
+    for _ in 0..300 {
+        machine.pause().unwrap();
+        let loops = peek(&machine, LOOPS);
+        machine.save().unwrap();
+        assert_eq!(peek(&machine, LOOPS), loops);
+        machine.resume().unwrap();
+        std::thread::yield_now();
+    }
+    let ticks = peek(&machine, TICKS);
+    wait_above(&machine, TICKS, ticks + 2);
+    assert_eq!((peek(&machine, BAD_READS), peek(&machine, BACKWARDS)), (0, 0));
+    machine.stop();
+    assert_eq!(machine.wait(), Outcome::Stopped);
+    assert!(matches!(machine.resume(), Err(Error::Stopped)));
+}
+
+#[test]
+fn every_vcpu_runs() {
+    let machine = machine(16, 4);
+    machine.boot(&boot(guests::smp())).unwrap();
+    machine.resume().unwrap();
+    wait_above(&machine, LOOPS, 0);
+    for vcpu in 1..4 {
+        wait_above(&machine, AP_LOOPS + vcpu * 4, 0);
+    }
+    machine.pause().unwrap();
+    assert!(matches!(machine.pause(), Ok(())), "pausing twice changes nothing");
+}
+
+#[test]
+fn guests_end_in_known_ways_and_can_be_looked_at_afterwards() {
+    let crash = Outcome::Crashed(Crash::TripleFault { vcpu: 0 });
+    for (guest, outcome) in [(guests::triple_fault(), crash), (guests::reset(), Outcome::Reset)] {
+        let machine = machine(16, 2);
+        machine.boot(&boot(guest)).unwrap();
+        machine.resume().unwrap();
+        assert_eq!(machine.wait_timeout(PATIENCE), Some(outcome.clone()));
+        machine.pause().unwrap();
+        assert!(!machine.save().unwrap().is_empty());
+        assert_eq!(machine.outcome(), Some(outcome));
+    }
+}
+
+#[test]
+fn a_running_machine_is_not_saved() {
+    let machine = machine(16, 1);
+    machine.boot(&boot(guests::ticker())).unwrap();
+    machine.resume().unwrap();
+    assert!(matches!(machine.save(), Err(Error::NotPaused)));
+    assert!(matches!(machine.load(&[]), Err(Error::NotPaused)));
+}
