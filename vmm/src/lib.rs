@@ -1,17 +1,21 @@
 //! The KVM machine of Whimbrel, built to be moved.
 //!
 //! [`Machine`] is a virtual machine whose RAM lives in memfds, whose writes are tracked, and whose
-//! state can be saved and loaded; [`migrate`] makes it a machine that the `migration` engine moves.
+//! state can be saved and loaded. It is itself what the `migration` engine moves away, and
+//! [`incoming`] builds what the engine moves in.
 
 pub mod cpuid;
+mod description;
 pub mod devices;
 mod dirty;
 mod error;
 pub mod host;
+pub mod incoming;
 mod ioctl;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+mod outgoing;
 pub mod serial;
 pub mod state;
 mod vcpu;

@@ -50,6 +50,8 @@ pub struct Machine {
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracking: DirtyTracking,
     ram: GuestRam,
+    tsc_khz: u32,
+    saved_msrs: Vec<u32>,
     /// Serialises pause, resume, save and load; true once the guest has run and was paused, or was
     /// loaded: it has to be told that its clock stood still.
     interrupted: Mutex<bool>,
@@ -84,9 +86,21 @@ impl Machine {
                 Vcpu::new(&vm, index, &cpuid, config.tsc_khz, &msrs).map(Mutex::new)
             })
             .collect::<Result<Vec<_>, Error>>()?;
+        let (tsc_khz, saved_msrs) = {
+            let boot_vcpu = lock(&vcpus[0]);
+            (boot_vcpu.fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
+        };
         let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
-        let mut machine =
-            Machine { config, threads: Vec::new(), shared, tracking, ram, interrupted: Mutex::new(false) };
+        let mut machine = Machine {
+            config,
+            threads: Vec::new(),
+            shared,
+            tracking,
+            ram,
+            tsc_khz,
+            saved_msrs,
+            interrupted: Mutex::new(false),
+        };
         machine.spawn_threads()?;
         Ok(machine)
     }
@@ -172,7 +186,8 @@ impl Machine {
         state::save(&self.shared)
     }
 
-    /// Restores what [`save`](Self::save) saved. RAM must be in place.
+    /// Restores what [`save`](Self::save) saved. RAM must be in place. Whole for a machine that has
+    /// never run; one whose load failed part-way is to be dropped.
     ///
     /// # Errors
     /// [`Error::State`] for a state that is not one of an equal machine; [`Error::NotPaused`].
@@ -212,12 +227,13 @@ impl Machine {
     }
 
     /// The guest's TSC frequency in kHz.
-    ///
-    /// # Errors
-    /// [`Error::Kvm`] if KVM cannot say; [`Error::NotPaused`] while the guest runs.
-    pub fn tsc_khz(&self) -> Result<u32, Error> {
-        let _guard = self.guard_paused()?;
-        lock(&self.shared.vcpus[0]).fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// The model-specific registers that its state has.
+    pub(crate) fn saved_msrs(&self) -> &[u32] {
+        &self.saved_msrs
     }
 
     fn spawn_threads(&mut self) -> Result<(), Error> {

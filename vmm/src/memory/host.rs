@@ -29,8 +29,8 @@ pub fn check(size: u64, pages: PageSize) -> Result<(), Error> {
     }
 }
 
-/// `MemAvailable`, in bytes; `None` where /proc does not say.
-fn available() -> Option<u64> {
+/// Memory that the host could give now (`MemAvailable`), in bytes; `None` where /proc does not say.
+pub fn available() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)

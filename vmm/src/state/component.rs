@@ -16,6 +16,9 @@ pub enum Error {
     /// Not a state at all.
     #[error("the machine state cannot be read: {0}")]
     NotState(&'static str),
+    /// Not a description of a machine.
+    #[error("the machine's description cannot be read: {0}")]
+    NotDescription(String),
     /// A kind this version does not know.
     #[error(
         "the machine state has a component of unknown kind {kind}; the source is newer than this program"
@@ -174,9 +177,9 @@ pub fn payload<T: DeserializeOwned + Serialize>(
     strict(&component.payload).map_err(|what| Error::Malformed { kind, index, what })
 }
 
-/// Decodes exactly what [`encode`] would give. The comparison with a second encoding is what makes
+/// Decodes exactly what encoding the result would give. The comparison with a second encoding is what makes
 /// it exact: KVM's structures decode from too few or too many bytes without complaint.
-fn strict<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, String> {
+pub(crate) fn strict<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, String> {
     let value: T = postcard::from_bytes(bytes).map_err(|e| e.to_string())?;
     let again = postcard::to_stdvec(&value).map_err(|e| e.to_string())?;
     if again == bytes { Ok(value) } else { Err("bytes are missing or left over".into()) }

@@ -22,6 +22,7 @@ pub(crate) mod msr;
 pub mod vcpu;
 
 pub use component::Error;
+pub(crate) use component::strict;
 
 use crate::error::Error as MachineError;
 use crate::machine::{Shared, lock};
@@ -75,4 +76,26 @@ pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
         state.load_deadline(target)?;
     }
     clock.load(&shared.vm)
+}
+
+/// A saved state's components, each by name and encoded with what time itself changes set to zero
+/// (see the module's own text): equal for two saves of a machine that did not run between them.
+///
+/// # Errors
+/// [`Error`] for a state that cannot be read.
+pub fn timeless(bytes: &[u8], vcpus: usize) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    let components = decode(bytes, vcpus)?;
+    let mut named = Vec::new();
+    for index in 0..vcpus {
+        let mut state: VcpuState = payload(&components, Kind::Vcpu, index as u8)?;
+        state.forget_time();
+        state.name_parts(index, &mut named)?;
+    }
+    let irqchip: IrqchipState = payload(&components, Kind::Irqchip, 0)?;
+    named.push((Kind::Irqchip.to_string(), postcard::to_stdvec(&irqchip)?));
+    let pit: PitState = payload(&components, Kind::Pit, 0)?;
+    named.push((Kind::Pit.to_string(), postcard::to_stdvec(&pit.without_time())?));
+    let serial: SerialState = payload(&components, Kind::Serial, 0)?;
+    named.push((Kind::Serial.to_string(), postcard::to_stdvec(&serial)?));
+    Ok(named)
 }

@@ -99,6 +99,11 @@ impl MsrTable {
         Ok(MsrTable(table(&readable)?))
     }
 
+    /// Their numbers.
+    pub fn indices(&self) -> Vec<u32> {
+        self.0.as_slice().iter().map(|e| e.index).collect()
+    }
+
     /// Reads all.
     pub fn save(&mut self, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, Error> {
         let expected = self.0.as_slice().len();

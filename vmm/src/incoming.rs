@@ -1,0 +1,101 @@
+//! Machines as the migration engine's destination builds them.
+
+use crate::cpuid::{self, Incompatible};
+use crate::description::Description;
+use crate::error::Error;
+use crate::host::Host;
+use crate::machine::Machine;
+use crate::serial::SerialOutput;
+use crate::state::msr;
+use migration::machine::{DestinationHost, DestinationMachine};
+use migration::memory::{Ram, RegionLayout};
+use migration::{Code, Failure};
+use std::sync::Arc;
+
+/// What a destination decides for itself.
+#[derive(Clone, Debug, Default)]
+pub struct IncomingOptions {
+    /// Where the guest's serial output goes from here on.
+    pub serial: SerialOutput,
+    /// Whether RAM is populated before the source may write to it.
+    pub populate: bool,
+}
+
+/// Builds shadow machines on this host.
+pub struct IncomingHost {
+    host: Host,
+    options: IncomingOptions,
+}
+
+impl IncomingHost {
+    /// Opens this host's KVM, so that what is missing shows before a guest comes.
+    ///
+    /// # Errors
+    /// [`Error::NoKvm`] or [`Error::Capability`].
+    pub fn open(options: IncomingOptions) -> Result<Self, Error> {
+        Ok(IncomingHost { host: Host::open()?, options })
+    }
+
+    fn shadow(&self, description: &[u8], layout: &[RegionLayout]) -> Result<Machine, Failure> {
+        let description = Description::decode(description)?;
+        let missing = cpuid::missing_features(description.cpuid(), &cpuid::baseline(self.host.kvm())?);
+        if !missing.is_empty() {
+            return Err(Error::Cpu(Incompatible { missing }).into());
+        }
+        let msrs = description.msrs().to_vec();
+        let machine = Machine::build(&self.host, description.into_config(self.options.serial.clone()))?;
+        // A register that this host lacks would fail the load in the middle of the blackout.
+        let known = machine.saved_msrs();
+        let lacking: Vec<_> = msrs
+            .iter()
+            .filter(|msr| !known.contains(msr) && !msr::TOLERATED.contains(msr))
+            .map(|msr| format!("MSR {msr:#x}"))
+            .collect();
+        if !lacking.is_empty() {
+            return Err(Error::Cpu(Incompatible { missing: lacking }).into());
+        }
+        if machine.memory().ram().layout() != layout {
+            let text = "the announced memory layout is not the one that the described machine has";
+            return Err(Failure::new(Code::MEMORY, text));
+        }
+        if self.options.populate {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            machine.memory().populate(threads).map_err(Error::from)?;
+        }
+        Ok(machine)
+    }
+}
+
+impl DestinationHost for IncomingHost {
+    type Machine = IncomingMachine;
+
+    fn build(&mut self, description: &[u8], layout: &[RegionLayout]) -> Result<IncomingMachine, Failure> {
+        Ok(IncomingMachine { machine: Arc::new(self.shadow(description, layout)?) })
+    }
+}
+
+/// A machine that is being taken in.
+pub struct IncomingMachine {
+    machine: Arc<Machine>,
+}
+
+impl IncomingMachine {
+    /// The machine, to be kept once its guest runs here.
+    pub fn machine(&self) -> Arc<Machine> {
+        self.machine.clone()
+    }
+}
+
+impl DestinationMachine for IncomingMachine {
+    fn ram(&self) -> Arc<Ram> {
+        self.machine.memory().ram().clone()
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Failure> {
+        Ok(self.machine.load(state)?)
+    }
+
+    fn run(&mut self) -> Result<(), Failure> {
+        Ok(self.machine.resume()?)
+    }
+}

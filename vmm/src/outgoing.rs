@@ -1,0 +1,68 @@
+//! A machine as the migration engine's source.
+
+use crate::description::Description;
+use crate::error::Error;
+use crate::machine::{Crash, Machine, Outcome};
+use migration::Failure;
+use migration::dirty::DirtySet;
+use migration::machine::SourceMachine;
+use migration::memory::Ram;
+use std::sync::Arc;
+
+impl Machine {
+    /// Whether there is a guest to move. One that KVM could not run on is moved as it stands: the
+    /// destination may know how to go on where this host did not.
+    fn movable(&self) -> Result<(), Error> {
+        match self.outcome() {
+            None => Ok(()),
+            Some(Outcome::Crashed(Crash::Emulation { .. } | Crash::Internal { .. })) => Ok(()),
+            Some(Outcome::Stopped) => Err(Error::Stopped),
+            Some(outcome) => Err(Error::Ended(outcome)),
+        }
+    }
+}
+
+impl SourceMachine for Machine {
+    fn ram(&self) -> Arc<Ram> {
+        self.memory().ram().clone()
+    }
+
+    fn describe(&self) -> Result<Vec<u8>, Failure> {
+        self.movable()?;
+        Ok(Description::of(self).encode()?)
+    }
+
+    fn start_tracking(&self) -> Result<(), Failure> {
+        Ok(self.tracking.start(self.memory())?)
+    }
+
+    fn stop_tracking(&self) -> Result<(), Failure> {
+        Ok(self.tracking.stop(self.memory())?)
+    }
+
+    fn collect_dirty(&self, set: &mut DirtySet) -> Result<(), Failure> {
+        Ok(self.tracking.collect(self.memory(), set)?)
+    }
+
+    fn clear_dirty(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), Failure> {
+        Ok(self.tracking.clear(self.memory(), region, first_page, words)?)
+    }
+
+    fn pause(&self) -> Result<(), Failure> {
+        Machine::pause(self)?;
+        // A guest may have ended while its last round was under way.
+        Ok(self.movable()?)
+    }
+
+    fn resume(&self) -> Result<(), Failure> {
+        match Machine::resume(self) {
+            // Nothing is left to run, which is no failure of the migration's.
+            Err(Error::Ended(_)) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn save(&self) -> Result<Vec<u8>, Failure> {
+        Ok(Machine::save(self)?)
+    }
+}
