@@ -1,1 +1,120 @@
-//! transport-tcp
+//! Migration over TCP: the control link, and a data plane of N streams.
+//!
+//! One port of the destination takes all connections; their preambles tell them apart
+//! ([`listener`]). What travels in a data stream is told in [`frame`].
+
+mod destination;
+pub mod frame;
+mod link;
+pub mod listener;
+mod socket;
+mod source;
+
+pub use destination::TcpDestination;
+pub use link::{Connection, connect_control};
+pub use listener::{Call, Listener};
+pub use source::{DEFAULT_STREAMS, TcpSource};
+
+/// The name of this transport in offers and reports.
+pub const NAME: &str = "tcp";
+
+use migration::preamble::PreambleError;
+use migration::{Code, Failure};
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+/// Why a connection or a listening port could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}{}", hint(source))]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The destination's name means nothing.
+    #[error("cannot find {to:?}: {why}; write the destination as host:port")]
+    Resolve {
+        /// What was asked for.
+        to: String,
+        /// What was wrong with it.
+        why: String,
+    },
+    /// The destination cannot be reached.
+    #[error("cannot connect to {to}: {source}; is `whimbrel receive` running there, and the port open?")]
+    Connect {
+        /// The address.
+        to: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It accepted and then said nothing.
+    #[error("{to} accepted the connection but says nothing for {waited:?}; is it a Whimbrel receiver?")]
+    Silent {
+        /// The address.
+        to: SocketAddr,
+        /// How long it was silent.
+        waited: Duration,
+    },
+    /// It hung up, or said something that is not ours.
+    #[error("{to}: {why}")]
+    Preamble {
+        /// The address.
+        to: SocketAddr,
+        /// What it said.
+        why: PreambleError,
+    },
+    /// It hung up before it answered.
+    #[error("{to} closed the connection without an answer; is it a Whimbrel receiver?")]
+    HungUp {
+        /// The address.
+        to: SocketAddr,
+    },
+    /// It takes in another guest.
+    #[error("{to} is busy taking in another guest; wait, or use another receiver")]
+    Busy {
+        /// The address.
+        to: SocketAddr,
+    },
+    /// It knows no such session.
+    #[error("{to} does not know this migration")]
+    Session {
+        /// The address.
+        to: SocketAddr,
+    },
+    /// The listener can take no more connections.
+    #[error("the listener has stopped: {0}")]
+    Stopped(io::Error),
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; another program listens there: end it or choose another port",
+        io::ErrorKind::AddrNotAvailable => "; this host has no such address",
+        io::ErrorKind::PermissionDenied => "; ports below 1024 need privileges",
+        _ => "",
+    }
+}
+
+impl Error {
+    fn code(&self) -> Code {
+        match self {
+            Error::Preamble { why: PreambleError::Version { .. }, .. } => Code::VERSION,
+            Error::Preamble { .. } | Error::HungUp { .. } | Error::Session { .. } => Code::PROTOCOL,
+            Error::Busy { .. } => Code::BUSY,
+            Error::Silent { .. } => Code::TIMEOUT,
+            Error::Bind { .. } | Error::Resolve { .. } | Error::Connect { .. } | Error::Stopped(_) => {
+                Code::LINK
+            }
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::new(error.code(), error)
+    }
+}

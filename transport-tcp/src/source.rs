@@ -1,0 +1,298 @@
+//! The source's streams.
+//!
+//! Large extents go by `sendfile` from the guest's memfd: the kernel puts references to the guest's
+//! own pages into the socket, and nothing is copied on this side. That a page may change before it
+//! leaves is within the contract. Small extents, and memory whose file cannot be sent (hugetlbfs), go
+//! by `sendmsg` from the mapping, many at a time.
+
+use crate::frame::{self, Header, Kind, MAX_EXTENTS, UNIT};
+use crate::{Error, socket};
+use migration::memory::{Extent, PAGE_SIZE, Ram};
+use migration::preamble::Preamble;
+use migration::transport::{Interrupt, Lane, LaneStats, PlaneError, Session, SourcePlane, SourceTransport};
+use std::io::{self, Read};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Streams that a source opens by default.
+pub const DEFAULT_STREAMS: u16 = 2;
+
+/// From this length on an extent goes by `sendfile`; below, the call costs more than the copy.
+const SENDFILE_FROM: u64 = 32 << 10;
+
+/// Most buffers in one `sendmsg`.
+const MAX_IOVECS: usize = 512;
+
+/// TCP to the address to which the control link goes.
+pub struct TcpSource {
+    to: SocketAddr,
+    streams: u16,
+}
+
+impl TcpSource {
+    /// `streams` connections to `to`; 0 for [`DEFAULT_STREAMS`].
+    pub fn new(to: SocketAddr, streams: u16) -> Self {
+        TcpSource { to, streams: if streams == 0 { DEFAULT_STREAMS } else { streams } }
+    }
+}
+
+impl SourceTransport for TcpSource {
+    fn name(&self) -> &'static str {
+        crate::NAME
+    }
+
+    fn connect(&mut self, session: &Session, _offer: &[u8]) -> Result<Box<dyn SourcePlane>, PlaneError> {
+        let broken = |source| PlaneError::Io { what: "preparing a data connection", source };
+        let interrupt = Arc::new(Interrupter::default());
+        let mut lanes: Vec<Box<dyn Lane>> = Vec::new();
+        let mut handles = Vec::new();
+        for lane in 0..self.streams {
+            let preamble = Preamble::data(session.token, lane, self.streams);
+            let stream =
+                socket::connect(self.to, preamble, session.timeout).map_err(|error| match error {
+                    Error::Silent { waited, .. } => PlaneError::Timeout(waited),
+                    error => PlaneError::Unavailable(error.to_string()),
+                })?;
+            handles.push(stream.try_clone().map_err(broken)?);
+            stream.set_read_timeout(Some(session.timeout)).map_err(broken)?;
+            lanes.push(Box::new(TcpLane {
+                stream,
+                ram: Arc::clone(&session.ram),
+                timeout: session.timeout,
+                head: Vec::with_capacity(UNIT * (MAX_EXTENTS + 1)),
+                stats: LaneStats::default(),
+                interrupt: Arc::clone(&interrupt),
+            }));
+        }
+        let interrupter = Arc::new(Interrupting { shared: interrupt, streams: handles });
+        Ok(Box::new(TcpPlane { lanes, interrupter }))
+    }
+}
+
+#[derive(Default)]
+struct Interrupter {
+    interrupted: AtomicBool,
+}
+
+struct Interrupting {
+    shared: Arc<Interrupter>,
+    streams: Vec<TcpStream>,
+}
+
+impl Interrupt for Interrupting {
+    fn interrupt(&self) {
+        self.shared.interrupted.store(true, Ordering::Release);
+        for stream in &self.streams {
+            // Fails only for a connection that is down already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+struct TcpPlane {
+    lanes: Vec<Box<dyn Lane>>,
+    interrupter: Arc<Interrupting>,
+}
+
+impl SourcePlane for TcpPlane {
+    fn name(&self) -> &'static str {
+        crate::NAME
+    }
+
+    fn lanes(&mut self) -> &mut [Box<dyn Lane>] {
+        &mut self.lanes
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.interrupter) as Arc<dyn Interrupt>
+    }
+}
+
+struct TcpLane {
+    stream: TcpStream,
+    ram: Arc<Ram>,
+    timeout: Duration,
+    /// Header and table of the frame that is being sent.
+    head: Vec<u8>,
+    stats: LaneStats,
+    interrupt: Arc<Interrupter>,
+}
+
+impl TcpLane {
+    fn error(&self, what: &'static str, source: io::Error) -> PlaneError {
+        if self.interrupt.interrupted.load(Ordering::Acquire) {
+            return PlaneError::Interrupted;
+        }
+        match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => PlaneError::Timeout(self.timeout),
+            _ => PlaneError::Io { what, source },
+        }
+    }
+
+    fn check(&self, extents: &[Extent]) -> Result<(), PlaneError> {
+        for extent in extents {
+            self.ram.check(extent)?;
+            if !frame::fits(extent) {
+                return Err(PlaneError::Protocol(format!("{extent:?} is not made of whole pages")));
+            }
+        }
+        Ok(())
+    }
+
+    fn fill_head(&mut self, kind: Kind, extents: &[Extent], round: u32) {
+        self.head.clear();
+        self.head.extend_from_slice(&Header { kind, extents: extents.len() as u32, round }.encode());
+        extents.iter().for_each(|extent| frame::put_extent(&mut self.head, extent));
+        self.stats.requests += 1;
+    }
+
+    /// Sends the head and then the extents' content, copying nothing of large extents.
+    fn send_payload(&mut self, extents: &[Extent]) -> io::Result<()> {
+        let mut batch = Batch::new(&self.stream);
+        batch.add(self.head.as_ptr(), self.head.len(), true)?;
+        for (index, extent) in extents.iter().enumerate() {
+            let more = index + 1 < extents.len();
+            // `check` has passed all extents.
+            let Ok(region) = self.ram.check(extent) else { continue };
+            let address = region.address().wrapping_add(extent.offset as usize);
+            if extent.len < SENDFILE_FROM || region.backing_page() > PAGE_SIZE {
+                batch.add(address, extent.len as usize, more)?;
+            } else {
+                batch.flush(true)?;
+                send_file(
+                    &self.stream,
+                    region.file().as_raw_fd(),
+                    region.file_offset() + extent.offset,
+                    extent.len,
+                )?;
+            }
+        }
+        batch.flush(false)
+    }
+}
+
+impl Lane for TcpLane {
+    fn write(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
+        self.check(extents)?;
+        for some in extents.chunks(MAX_EXTENTS) {
+            self.fill_head(Kind::Write, some, 0);
+            self.send_payload(some).map_err(|e| self.error("sending memory", e))?;
+            self.stats.bytes += some.iter().map(|e| e.len).sum::<u64>();
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
+        self.check(extents)?;
+        for some in extents.chunks(MAX_EXTENTS) {
+            self.fill_head(Kind::Zero, some, 0);
+            self.send_payload(&[]).map_err(|e| self.error("naming zero pages", e))?;
+            self.stats.zero_bytes += some.iter().map(|e| e.len).sum::<u64>();
+        }
+        Ok(())
+    }
+
+    fn post_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
+        self.fill_head(Kind::Barrier, &[], round);
+        self.send_payload(&[]).map_err(|e| self.error("sending a barrier", e))
+    }
+
+    fn wait_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
+        let mut bytes = [0; UNIT];
+        let read = self.stream.read_exact(&mut bytes);
+        read.map_err(|e| self.error("waiting for a barrier's confirmation", e))?;
+        match Header::decode(&bytes) {
+            Ok(Header { kind: Kind::Barrier, round: confirmed, .. }) if confirmed == round => Ok(()),
+            other => Err(PlaneError::Protocol(format!("barrier {round} was answered with {other:?}"))),
+        }
+    }
+
+    fn stats(&self) -> LaneStats {
+        self.stats.clone()
+    }
+}
+
+/// Collects buffers for one `sendmsg`.
+struct Batch<'a> {
+    stream: &'a TcpStream,
+    iovecs: [libc::iovec; MAX_IOVECS],
+    filled: usize,
+}
+
+impl<'a> Batch<'a> {
+    fn new(stream: &'a TcpStream) -> Self {
+        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        Batch { stream, iovecs: [none; MAX_IOVECS], filled: 0 }
+    }
+
+    /// Adds a buffer, which must stay readable until the next flush; `more`: others follow.
+    fn add(&mut self, address: *const u8, len: usize, more: bool) -> io::Result<()> {
+        self.iovecs[self.filled] = libc::iovec { iov_base: address.cast_mut().cast(), iov_len: len };
+        self.filled += 1;
+        if self.filled == MAX_IOVECS { self.flush(more) } else { Ok(()) }
+    }
+
+    /// Sends what was added; with `more` the last segment waits for what follows.
+    fn flush(&mut self, more: bool) -> io::Result<()> {
+        let flags = libc::MSG_NOSIGNAL | if more { libc::MSG_MORE } else { 0 };
+        let mut first = 0;
+        while first < self.filled {
+            // SAFETY: an all-zero msghdr is a valid empty one.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = self.iovecs[first..].as_mut_ptr();
+            message.msg_iovlen = self.filled - first;
+            // SAFETY: the iovecs from `first` to `filled` describe the frame's head, which the lane
+            // owns, and guest memory inside checked regions; both outlive the call. The kernel
+            // only reads them, and racing guest writes are the contract's own.
+            let sent = unsafe { libc::sendmsg(self.stream.as_raw_fd(), &message, flags) };
+            if sent < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(error);
+            }
+            first = advance(&mut self.iovecs, first, self.filled, sent as usize);
+        }
+        self.filled = 0;
+        Ok(())
+    }
+}
+
+/// Takes `done` bytes off the iovecs from `first`; returns the first that is not used up.
+pub(crate) fn advance(iovecs: &mut [libc::iovec], mut first: usize, end: usize, mut done: usize) -> usize {
+    while first < end {
+        let iovec = &mut iovecs[first];
+        if done < iovec.iov_len {
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(done);
+            iovec.iov_len -= done;
+            break;
+        }
+        done -= iovec.iov_len;
+        first += 1;
+    }
+    first
+}
+
+fn send_file(stream: &TcpStream, file: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+    let mut at = offset as libc::off_t;
+    let end = at + len as libc::off_t;
+    while at < end {
+        // SAFETY: `at` is a local that the kernel advances; no other memory is involved.
+        let sent = unsafe { libc::sendfile(stream.as_raw_fd(), file, &mut at, (end - at) as usize) };
+        match sent {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n if n < 0 => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
