@@ -4,8 +4,9 @@ mod common;
 
 use common::guests::{self, AP_LOOPS, BACKWARDS, BAD_READS, LOOPS, TICKS};
 use common::{boot, machine, machine_with, peek, wait_above};
+use migration::machine::SourceMachine;
 use std::time::Duration;
-use vmm::{Crash, Error, Outcome, SerialOutput};
+use vmm::{Crash, Error, Host, Machine, MachineConfig, Outcome, SerialOutput, memory};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -68,6 +69,38 @@ fn guests_end_in_known_ways_and_can_be_looked_at_afterwards() {
         assert!(!machine.save().unwrap().is_empty());
         assert_eq!(machine.outcome(), Some(outcome));
     }
+}
+
+#[test]
+fn what_kvm_cannot_emulate_ends_the_guest_with_its_place() {
+    let machine = machine(16, 1);
+    machine.boot(&boot(guests::lost())).unwrap();
+    machine.resume().unwrap();
+    match machine.wait_timeout(PATIENCE) {
+        Some(Outcome::Crashed(Crash::Emulation { vcpu: 0, rip: 0xd000_0000, .. })) => {}
+        other => panic!("{other:?}"),
+    }
+    // It can still be moved: another host may know better.
+    assert!(!machine.save().unwrap().is_empty());
+    assert!(SourceMachine::describe(&machine).is_ok());
+    assert!(SourceMachine::pause(&machine).is_ok() && SourceMachine::resume(&machine).is_ok());
+}
+
+#[test]
+fn machines_that_no_host_can_give_are_refused() {
+    let host = Host::open().unwrap();
+    let config = |memory: u64, vcpus: u32| MachineConfig {
+        serial: SerialOutput::Null,
+        ..MachineConfig::new(&host, memory, vcpus).unwrap()
+    };
+    let refused = |memory, vcpus| Machine::build(&host, config(memory, vcpus)).err().unwrap();
+    assert!(matches!(refused(16 << 20, 0), Error::VcpuCount { wanted: 0, .. }));
+    assert!(matches!(refused(16 << 20, 100_000), Error::VcpuCount { .. }));
+    assert!(matches!(refused(0, 1), Error::Memory(memory::Error::Size { .. })));
+    assert!(matches!(refused(1 << 45, 1), Error::Memory(_)));
+    let serial = SerialOutput::File("/nonexistent/serial".into());
+    let error = Machine::build(&host, MachineConfig { serial, ..config(16 << 20, 1) }).err().unwrap();
+    assert!(error.to_string().contains("/nonexistent/serial"), "{error}");
 }
 
 #[test]

@@ -51,6 +51,39 @@ fn a_guest_goes_on_with_its_timer_and_its_tsc() {
 }
 
 #[test]
+fn a_deadline_timer_is_never_lost() {
+    let first = machine(16, 1);
+    first.boot(&boot(guests::deadline())).unwrap();
+    Machine::resume(&first).unwrap();
+    let mut current = Arc::new(first);
+    wait_above(&current, TICKS, 2);
+    for _ in 0..20 {
+        let next = hop(&current);
+        wait_above(&next, TICKS, peek(&current, TICKS) + 2);
+        current = next;
+    }
+}
+
+#[test]
+fn ram_above_the_hole_is_tracked_and_moves() {
+    let source = machine((3 << 10) + 256, 1);
+    source.boot(&boot(guests::ticker())).unwrap();
+    source.start_tracking().unwrap();
+    clear_all(&source, &collected(&source));
+    let high = GuestAddress((4 << 30) + (255 << 20) + 17);
+    source.memory().memory().write_obj(0x1234_5678u32, high).unwrap();
+    let set = collected(&source);
+    assert_eq!(set.count(), 1);
+    assert_eq!(migration::dirty::runs(set.words(1), 0).next(), Some((255 << 8, 1)));
+    source.stop_tracking().unwrap();
+    Machine::resume(&source).unwrap();
+    wait_above(&source, TICKS, 2);
+    let target = hop(&source);
+    wait_above(&target, TICKS, peek(&source, TICKS) + 2);
+    assert_eq!(target.memory().memory().read_obj::<u32>(high).unwrap(), 0x1234_5678);
+}
+
+#[test]
 fn every_vcpu_goes_on() {
     let source = machine(16, 4);
     source.boot(&boot(guests::smp())).unwrap();

@@ -48,8 +48,7 @@ mod tests {
 
     #[test]
     fn sizes_that_make_no_machine_are_refused() {
-        for size in [0, 1, 15 << 20, (16 << 20) + 1, (16 << 20) + 4096, u64::MAX, u64::MAX & !(RAM_UNIT - 1)]
-        {
+        for size in [0, 1, 15 << 20, (16 << 20) + 1, (16 << 20) + 4096, u64::MAX, !(RAM_UNIT - 1)] {
             assert!(matches!(regions(size), Err(Error::Size { .. })), "{size}");
         }
     }

@@ -106,7 +106,7 @@ mod tests {
         let mut words = [0u64; 4];
         log.merge_into(&mut words);
         assert_eq!(words, [0, 0b101, 0, 0]);
-        log.clear(u64::MAX & !63, &[u64::MAX]);
+        log.clear(!63, &[u64::MAX]);
         log.reset();
         let mut words = [0u64; 4];
         log.merge_into(&mut words);

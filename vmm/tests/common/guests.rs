@@ -46,6 +46,15 @@ guest!(
     smp, guest_smp_start, guest_smp_end
 );
 guest!(
+    /// Counts TSC deadline interrupts, each of which sets the next deadline: one that is lost is
+    /// the last.
+    deadline, guest_deadline_start, guest_deadline_end
+);
+guest!(
+    /// Jumps to where no memory is, which no KVM can emulate.
+    lost, guest_lost_start, guest_lost_end
+);
+guest!(
     /// Faults until it cannot.
     triple_fault, guest_fault_start, guest_fault_end
 );
@@ -208,6 +217,52 @@ global_asm!(
         .long 0x500
     ap_end:
     guest_smp_end:
+
+    guest_deadline_start:
+        mov esp, 0x80000
+        # Gate 0x30 of an IDT at 0x180000; both PICs masked.
+        .set deadline_irq_at, deadline_irq - guest_deadline_start + 0x100000
+        mov eax, offset deadline_irq_at
+        mov word ptr [0x180180], ax
+        mov word ptr [0x180182], 0x10
+        mov word ptr [0x180184], 0x8e00
+        shr eax, 16
+        mov word ptr [0x180186], ax
+        mov word ptr [0x180800], 0x7ff
+        mov dword ptr [0x180802], 0x180000
+        lidt [0x180800]
+        mov al, 0xff
+        out 0x21, al
+        out 0xa1, al
+        # APIC on; its timer in TSC deadline mode, vector 0x30.
+        mov dword ptr [0xfee000f0], 0x1ff
+        mov dword ptr [0xfee00320], 0x40030
+        call set_deadline
+        sti
+    1:  inc dword ptr [0x200000]
+        jmp 1b
+    deadline_irq:
+        pushad
+        inc dword ptr [0x200004]
+        mov dword ptr [0xfee000b0], 0
+        call set_deadline
+        popad
+        push dword ptr [esp + 8]
+        popfd
+        retf 4
+    set_deadline:
+        rdtsc
+        add eax, 4000000
+        adc edx, 0
+        mov ecx, 0x6e0
+        wrmsr
+        ret
+    guest_deadline_end:
+
+    guest_lost_start:
+        mov eax, 0xd0000000
+        jmp eax
+    guest_lost_end:
 
     guest_fault_start:
         mov dword ptr [0x180802], 0
