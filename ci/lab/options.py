@@ -27,6 +27,7 @@ def parser(usage, description, epilog):
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set or pass on a variable")
     add("--rw", action="append", default=[], metavar="DIR", help="directory that the VM may write, same path inside")
     add("--load", action="append", default=[], metavar="MODULE", help="load a further kernel module")
+    add("--logs", metavar="DIR", help="keep console.log (kernel messages) and qemu.log there")
     add("-v", "--verbose", action="store_true", help="say when the command starts")
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help=argparse.SUPPRESS)
     return made
@@ -47,22 +48,25 @@ def settings(options):
     if options.memlock != "unlimited":
         parse_size(options.memlock)
     parse_size(options.memory)
-    writable = []
-    for name in options.rw:
-        path = Path(name).resolve()
-        if not path.is_dir() or not os.access(path, os.W_OK):
-            raise LabError(f"--rw {name}: not a directory that can be written")
-        writable.append(path)
     return Settings(
         cpus=options.cpus,
         memory=options.memory,
         mtu=options.mtu,
         memlock=options.memlock,
         environment=environment,
-        writable=writable,
+        writable=[writable_directory("--rw", name) for name in options.rw],
         modules=options.load,
+        logs=writable_directory("--logs", options.logs) if options.logs else None,
         verbose=options.verbose,
     )
+
+
+def writable_directory(option, name):
+    """The real path of an existing directory that we may write."""
+    path = Path(name).resolve()
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise LabError(f"{option} {name}: not a directory that can be written")
+    return path
 
 
 def command(words):

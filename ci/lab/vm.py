@@ -38,6 +38,10 @@ class LabError(Exception):
     """The lab could not do its part; the message says what to do."""
 
 
+class OutOfTime(Exception):
+    """The time limit passed; the message says how far the VMs came."""
+
+
 class Interrupted(Exception):
     """SIGINT, SIGTERM or SIGHUP arrived."""
 
@@ -57,6 +61,8 @@ class Settings:
     environment: dict = field(default_factory=dict)
     writable: list = field(default_factory=list)
     modules: list = field(default_factory=list)
+    # Where console and QEMU logs stay; None: a temporary directory.
+    logs: Path | None = None
     verbose: bool = False
 
 
@@ -238,10 +244,16 @@ class Vm:
             self.process.kill()
             self.process.wait()
 
+    def keep_logs(self, destination):
+        """Copies the console (kernel messages) and QEMU's own words to a directory."""
+        for log in (self.console, self.directory / "qemu.log"):
+            if log.exists():
+                shutil.copyfile(log, destination / f"{self.node.name}.{log.name}")
+
     def post_mortem(self):
         """Why there is no exit code, for a human, with the end of the console."""
-        console = self.console.read_text(errors="replace") if self.console.exists() else ""
-        if "Kernel panic" in console:
+        tail = self.console_tail()
+        if "Kernel panic" in tail:
             reason = "its kernel panicked"
         elif self.failed:
             reason = "it could not set itself up"
@@ -249,9 +261,15 @@ class Vm:
             reason = f"QEMU ended with status {self.process.returncode}"
         else:
             reason = "it stopped before the command ended"
-        log = (self.directory / "qemu.log").read_text(errors="replace")
-        tail = (console + log).replace("\r", "").splitlines()[-CONSOLE_TAIL_LINES:]
-        return "\n".join([f"VM {self.node.name}: {reason}; the end of its console:"] + tail)
+        return f"VM {self.node.name}: {reason}; the end of its console:\n{tail}"
+
+    def console_tail(self):
+        """The last lines of the console and of what QEMU itself said."""
+        lines = []
+        for log in (self.console, self.directory / "qemu.log"):
+            if log.exists():
+                lines += log.read_text(errors="replace").replace("\r", "").splitlines()
+        return "\n".join(lines[-CONSOLE_TAIL_LINES:])
 
 
 # No mitigations, watchdogs or audit: all of it is emulated, and slow. An oops is a panic,
@@ -324,6 +342,8 @@ class Run:
             finally:
                 for vm in self.vms:
                     vm.kill()
+                    if self.settings.logs:
+                        vm.keep_logs(self.settings.logs)
         return {vm.node.name: vm.exit_code for vm in self.vms}
 
     def _supervise(self):
@@ -334,7 +354,7 @@ class Run:
             limit = begin + self.timeout if finish_by is None else finish_by
             left = limit - time.monotonic()
             if left <= 0 and finish_by is None:
-                raise TimeoutError
+                raise OutOfTime(self._progress())
             if left <= 0:
                 # The codes are there; a VM that does not end by itself is ended.
                 return
@@ -373,6 +393,13 @@ class Run:
         deciding = [vm for vm in self.vms if self.leader in (None, vm.node.name)]
         return all(vm.exit_code is not None for vm in deciding)
 
+    def _progress(self):
+        late = [vm for vm in self.vms if not vm.ready]
+        if late:
+            return "\n".join(f"VM {vm.node.name} never came up:\n{vm.console_tail()}" for vm in late)
+        running = [vm.node.name for vm in self.vms if vm.exit_code is None]
+        return f"the command in VM {' and '.join(running)} was still running"
+
     def _dismiss(self):
         """Lets the VMs end; those whose command still runs are stopped (--leader)."""
         for vm in self.vms:
@@ -404,9 +431,14 @@ def guarded(main):
     except LabError as error:
         note(str(error))
         code = LAB_FAILED
-    except TimeoutError:
-        note("time is up; the VM was stopped (--timeout)")
+    except OutOfTime as error:
+        note(f"time is up (--timeout): {error}")
         code = TIMED_OUT
+    except BrokenPipeError:
+        # Who read our output has gone; end as a program does that ignores no SIGPIPE, and
+        # keep the interpreter from writing what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except Interrupted as error:
         note(f"stopped by {error}")
         code = 128 + error.signum
