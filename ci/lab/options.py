@@ -10,9 +10,16 @@ from vm import LabError, Settings, parse_size
 DEFAULT_ENVIRONMENT = ["PATH", "HOME", "USER", "LANG", "TERM"]
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints end in the lab's own exit code, not one of a command."""
+
+    def error(self, message):
+        raise LabError(f"{message}; see --help")
+
+
 def parser(usage, description, epilog):
     """An argument parser with the common options."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         usage=usage,
         description=description,
         epilog=epilog,

@@ -1,4 +1,4 @@
-"""Throw-away virtual machines under plain emulation: start, supervise, take down.
+"""A throw-away virtual machine under plain emulation: its command line, job and streams.
 
 Nothing of the host is needed but QEMU and the cache that `setup` made: no KVM, no root, no
 network. All lines between the host and a VM (streams, control, the cable of a pair) are
@@ -9,45 +9,22 @@ collide on, and nothing to clean up.
 import ctypes
 import hashlib
 import os
-import resource
-import selectors
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# Exit codes of the lab itself; any other is the command's own (timeout(1) does the same).
-TIMED_OUT = 124
-LAB_FAILED = 125
 
 HERE = Path(__file__).resolve().parent
 # In every VM. All else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
 MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm", "kvm_amd"]
-# From the end of the command to the end of QEMU; a healthy VM needs a fraction of it.
-GRACE_SECONDS = 20.0
 CONSOLE_TAIL_LINES = 40
 
 
 class LabError(Exception):
     """The lab could not do its part; the message says what to do."""
-
-
-class OutOfTime(Exception):
-    """The time limit passed; the message says how far the VMs came."""
-
-
-class Interrupted(Exception):
-    """SIGINT, SIGTERM or SIGHUP arrived."""
-
-    def __init__(self, signum):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 @dataclass
@@ -253,7 +230,7 @@ class Vm:
     def post_mortem(self):
         """Why there is no exit code, for a human, with the end of the console."""
         tail = self.console_tail()
-        if "Kernel panic" in tail:
+        if self.console.exists() and b"Kernel panic" in self.console.read_bytes():
             reason = "its kernel panicked"
         elif self.failed:
             reason = "it could not set itself up"
@@ -304,142 +281,3 @@ def parse_size(text):
         return int(text[:-1]) * factor if factor else int(text)
     except ValueError:
         raise LabError(f"{text!r} is no size; write for example 8M or unlimited") from None
-
-
-def note(text):
-    print(f"lab: {text}", file=sys.stderr, flush=True)
-
-
-class Run:
-    """Several VMs from start to end. `sink(node_name, stream, data)` takes their output."""
-
-    def __init__(self, nodes, settings, sink, timeout, leader=None):
-        self.nodes = nodes
-        self.settings = settings
-        self.sink = sink
-        self.timeout = timeout
-        self.leader = leader
-        self.selector = selectors.DefaultSelector()
-        self.vms = []
-
-    def run(self):
-        """Returns the exit code of each node by name; raises LabError or Interrupted."""
-        cache = cache_directory()
-        if not shutil.which("qemu-system-x86_64"):
-            raise LabError(f"qemu-system-x86_64 is not there; run {HERE / 'setup'}")
-        # Every file that is open in a VM is one of QEMU's.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        with tempfile.TemporaryDirectory(prefix="whimbrel-lab.") as directory:
-            try:
-                for node in self.nodes:
-                    vm = Vm(node, self.settings, cache, Path(directory))
-                    self.vms.append(vm)
-                    vm.start()
-                    for name, stream in vm.streams.items():
-                        self.selector.register(stream, selectors.EVENT_READ, (vm, name))
-                self._supervise()
-            finally:
-                for vm in self.vms:
-                    vm.kill()
-                    if self.settings.logs:
-                        vm.keep_logs(self.settings.logs)
-        return {vm.node.name: vm.exit_code for vm in self.vms}
-
-    def _supervise(self):
-        begin = time.monotonic()
-        started = False
-        finish_by = None
-        while self.selector.get_map():
-            limit = begin + self.timeout if finish_by is None else finish_by
-            left = limit - time.monotonic()
-            if left <= 0 and finish_by is None:
-                raise OutOfTime(self._progress())
-            if left <= 0:
-                # The codes are there; a VM that does not end by itself is ended.
-                return
-            for key, _ in self.selector.select(left):
-                self._read(key)
-            if not started and all(vm.ready for vm in self.vms):
-                started = True
-                for vm in self.vms:
-                    vm.tell(b"go")
-                if self.settings.verbose:
-                    note(f"command started after {time.monotonic() - begin:.1f} s")
-            if finish_by is None and self._decided():
-                finish_by = time.monotonic() + GRACE_SECONDS
-                self._dismiss()
-        for vm in self.vms:
-            vm.process.wait()
-
-    def _read(self, key):
-        vm, name = key.data
-        try:
-            data = key.fileobj.recv(1 << 16)
-        except ConnectionResetError:
-            data = b""
-        if not data:
-            self.selector.unregister(key.fileobj)
-            key.fileobj.close()
-            if name == "control" and vm.exit_code is None:
-                vm.process.wait()
-                raise LabError(vm.post_mortem())
-        elif name == "control":
-            vm.control(data)
-        else:
-            self.sink(vm.node.name, name, data)
-
-    def _decided(self):
-        deciding = [vm for vm in self.vms if self.leader in (None, vm.node.name)]
-        return all(vm.exit_code is not None for vm in deciding)
-
-    def _progress(self):
-        late = [vm for vm in self.vms if not vm.ready]
-        if late:
-            return "\n".join(f"VM {vm.node.name} never came up:\n{vm.console_tail()}" for vm in late)
-        running = [vm.node.name for vm in self.vms if vm.exit_code is None]
-        return f"the command in VM {' and '.join(running)} was still running"
-
-    def _dismiss(self):
-        """Lets the VMs end; those whose command still runs are stopped (--leader)."""
-        for vm in self.vms:
-            if vm.exit_code is not None:
-                vm.tell(b"off")
-                continue
-            vm.kill()
-            for stream in vm.streams.values():
-                if stream.fileno() >= 0:
-                    self.selector.unregister(stream)
-
-
-def install_signal_handlers():
-    def interrupt(signum, _frame):
-        # A second signal must not break off the cleaning up after the first.
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupt)
-
-
-def guarded(main):
-    """Runs `main`, turns what can go wrong into exit codes, and ends the process."""
-    install_signal_handlers()
-    try:
-        code = main()
-    except LabError as error:
-        note(str(error))
-        code = LAB_FAILED
-    except OutOfTime as error:
-        note(f"time is up (--timeout): {error}")
-        code = TIMED_OUT
-    except BrokenPipeError:
-        # Who read our output has gone; end as a program does that ignores no SIGPIPE, and
-        # keep the interpreter from writing what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    except Interrupted as error:
-        note(f"stopped by {error}")
-        code = 128 + error.signum
-    sys.exit(code)
