@@ -208,18 +208,17 @@ fn a_second_save_after_a_load_is_equal_but_for_time() {
     Machine::resume(&source).unwrap();
     wait_above(&source, AP_LOOPS + 4, 10);
     Machine::pause(&source).unwrap();
-    let saved = vmm::state::timeless(&Machine::save(&source).unwrap(), 2).unwrap();
-    assert_eq!(
-        vmm::state::timeless(&Machine::save(&source).unwrap(), 2).unwrap(),
-        saved,
-        "saving changes nothing"
-    );
+    let saved = Machine::save(&source).unwrap();
+    assert_eq!(differences(&saved, &Machine::save(&source).unwrap()), [""; 0], "saving changes nothing");
     let target = twin(&source);
-    let again = vmm::state::timeless(&Machine::save(&target).unwrap(), 2).unwrap();
-    for (a, b) in saved.iter().zip(&again) {
-        assert_eq!(a, b);
-    }
-    assert_eq!(saved.len(), again.len());
+    assert_eq!(differences(&saved, &Machine::save(&target).unwrap()), [""; 0], "loading gives the same");
+}
+
+/// The parts in which two states of two vCPUs differ, time aside.
+fn differences(a: &[u8], b: &[u8]) -> Vec<String> {
+    let (a, b) = (vmm::state::timeless(a, 2).unwrap(), vmm::state::timeless(b, 2).unwrap());
+    assert_eq!(a.len(), b.len());
+    a.into_iter().zip(b).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
 
 /// Not a test of speed: prints what each step of a blackout costs on this host.

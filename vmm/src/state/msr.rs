@@ -40,6 +40,8 @@ fn hidden(msr: u32) -> bool {
         | 0x4c1..=0x4c8 | 0xc001_0000..=0xc001_0007 | 0xc001_0200..=0xc001_020b | 0xc000_0300..=0xc000_0303
         // VMX and SVM.
         | 0x480..=0x493 | 0xc001_0114 | 0xc001_0117
+        // Hyper-V's synthetic registers, some of which count time.
+        | 0x4000_0000..=0x4000_01ff
         // Processor trace, SGX launch control, AMX's XFD.
         | 0x560..=0x58f | 0x8c..=0x8f | 0x1c4 | 0x1c5)
 }
