@@ -9,6 +9,7 @@ mod description;
 pub mod devices;
 mod dirty;
 mod error;
+pub mod guest;
 pub mod host;
 pub mod incoming;
 mod ioctl;

@@ -1,0 +1,114 @@
+//! Starting the embedded guest.
+
+use super::abi::{PAGE, WORKING_SET_START};
+use crate::error::Error;
+use crate::loader::{Boot, Image};
+use crate::machine::Machine;
+use std::borrow::Cow;
+use vm_memory::{Bytes, GuestAddress};
+
+/// The guest's ELF file.
+pub const ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
+
+/// Timer interrupts a second: a guest that always works looks at the clock anyway, one that sleeps only
+/// when it is woken.
+const BUSY_HZ: u32 = 100;
+const SLEEPY_HZ: u32 = 1000;
+
+/// What the embedded guest is to do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Workload {
+    /// Virtual CPUs, which it has to be told.
+    pub vcpus: u32,
+    /// Bytes that it keeps rewriting and checking; 0 for an idle guest. Cut down to the RAM there is.
+    pub working_set: u64,
+    /// Pages rewritten each second; 0 for as many as it can.
+    pub rate: u64,
+    /// Bytes of RAM to be filled with random content before it starts, beside its working set. Cut
+    /// down to the RAM there is.
+    pub fill: u64,
+}
+
+impl Workload {
+    /// The guest's command line. It knows a few more words, of which the last one given counts:
+    /// `words=512` checks whole pages, `step=7` scatters the writes (`guest/options.rs`).
+    pub fn command_line(&self) -> String {
+        let sleeps = self.working_set == 0 || self.rate != 0;
+        let hz = if sleeps { SLEEPY_HZ } else { BUSY_HZ };
+        format!("vcpus={} ws={} rate={} hz={hz}", self.vcpus, self.working_set, self.rate)
+    }
+
+    /// Loads the guest into a machine that has not run.
+    ///
+    /// # Errors
+    /// [`Error::Loader`] when the guest does not fit.
+    pub fn boot(&self, machine: &Machine) -> Result<(), Error> {
+        machine.boot(&Boot {
+            kernel: Image::Bytes(Cow::Borrowed(ELF)),
+            cmdline: self.command_line(),
+            initramfs: None,
+        })?;
+        self.fill(machine);
+        Ok(())
+    }
+
+    /// Fills RAM with content that does not compress and is nowhere zero. The working set lies at the
+    /// end of low memory and at the begin of high memory, so low memory is filled from its begin and
+    /// high memory up to its end; the guest's first pass overwrites what it needs.
+    fn fill(&self, machine: &Machine) {
+        let mut left = self.fill / PAGE * PAGE;
+        let mut random = Random::default();
+        let mut block = vec![0u8; 1 << 20];
+        for region in machine.memory().ram().layout() {
+            let start = region.guest_address.max(WORKING_SET_START);
+            let room = (region.guest_address + region.len).saturating_sub(start).min(left);
+            left -= room;
+            for at in (0..room).step_by(block.len()) {
+                random.fill(&mut block);
+                let length = block.len().min((room - at) as usize);
+                // Inside a region of the machine's own layout.
+                let _ = machine.memory().memory().write_slice(&block[..length], GuestAddress(start + at));
+            }
+        }
+    }
+}
+
+/// A xorshift generator: random enough that nothing compresses it, fast enough for gibibytes.
+pub(super) struct Random(u64);
+
+impl Default for Random {
+    fn default() -> Self {
+        Random(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+impl Random {
+    pub(super) fn fill(&mut self, block: &mut [u8]) {
+        for word in block.as_chunks_mut::<8>().0 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            *word = self.0.to_le_bytes();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_is_told_what_to_do() {
+        let busy = Workload { vcpus: 2, working_set: 64 << 20, rate: 0, fill: 0 };
+        assert_eq!(busy.command_line(), "vcpus=2 ws=67108864 rate=0 hz=100");
+        let slow = Workload { rate: 5, ..busy.clone() };
+        assert_eq!(slow.command_line(), "vcpus=2 ws=67108864 rate=5 hz=1000");
+        let idle = Workload { working_set: 0, ..busy };
+        assert_eq!(idle.command_line(), "vcpus=2 ws=0 rate=0 hz=1000");
+    }
+
+    #[test]
+    fn the_guest_is_an_elf_file() {
+        assert_eq!(&ELF[..4], b"\x7fELF");
+    }
+}
