@@ -1,9 +1,10 @@
 //! Builds the embedded guest (`guest/`) into one ELF file that the program carries.
 //!
-//! The guest runs without an operating system and must use neither vector registers, which KVM's
-//! instruction emulation lacks, nor memory below the stack pointer. The bare-metal target promises both;
-//! where its core library is not installed, the host's target does with those features turned off, at the
-//! price of a compiler warning that is kept out of the build's output.
+//! The guest must use neither vector registers, which KVM's instruction emulation lacks, nor memory below
+//! the stack pointer. The bare-metal target promises both. Where its core library is not installed, the
+//! host's target does with those features turned off. The compiler then warns that a later release will
+//! refuse this; the warning is kept out of the build's output, and the error, when it comes, names the
+//! target to install.
 
 use std::env;
 use std::error::Error;

@@ -38,11 +38,11 @@ pvh_entry:
     call enter_long_mode
     ljmp $8, $first_64
 
-# Control registers for long mode with SSE; the caller jumps to a 64-bit segment next.
+# Control registers for long mode; the caller jumps to a 64-bit segment next.
 enter_long_mode:
     lgdt boot_gdtr
     mov %cr4, %eax
-    or $0x620, %eax             # PAE, OSFXSR, OSXMMEXCPT
+    or $0x20, %eax              # PAE
     mov %eax, %cr4
     mov $pml4, %eax
     mov %eax, %cr3
@@ -51,8 +51,7 @@ enter_long_mode:
     or $0x100, %eax
     wrmsr
     mov %cr0, %eax
-    and $~0x4, %eax             # no x87 emulation
-    or $0x80000003, %eax        # paging, monitor coprocessor, protection
+    or $0x80000001, %eax        # paging, protection
     mov %eax, %cr0
     ret
 
@@ -130,8 +129,9 @@ other_64:
     jmp halt
 
 # --- interrupts ---
-# They run on stacks of their own (IST): the compiler's functions keep data below rsp. They use no
-# vector registers, and find their vCPU by its local APIC number.
+# They run on a stack of their own (IST), for an exception may be the stack's fault. Timers are counted
+# here and not in Rust: a few instructions, and no registers to save but three. A handler finds its
+# vCPU by the number of its local APIC.
     .macro enter
     push %rax
     push %rcx

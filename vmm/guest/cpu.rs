@@ -19,6 +19,9 @@ unsafe extern "C" {
     static exceptions: [u64; 32];
 }
 
+/// Words of the stack on which interrupts and exceptions are handled; the latter also print.
+const INTERRUPT_STACK: usize = 512;
+
 /// Memory that one vCPU writes, or that is written only before the others run.
 #[repr(transparent)]
 struct Own<T>(UnsafeCell<T>);
@@ -32,12 +35,12 @@ struct Tables {
     gdt: [u64; 6],
     /// Task state: only the interrupt stack (IST 1) at byte 36 matters.
     tss: [u32; 26],
-    interrupt_stack: [u64; 128],
+    interrupt_stack: [u64; INTERRUPT_STACK],
 }
 
-static TABLES: [Own<Tables>; MAX_VCPUS] =
-    [const { Own(UnsafeCell::new(Tables { gdt: [0; 6], tss: [0; 26], interrupt_stack: [0; 128] })) };
-        MAX_VCPUS];
+static TABLES: [Own<Tables>; MAX_VCPUS] = [const {
+    Own(UnsafeCell::new(Tables { gdt: [0; 6], tss: [0; 26], interrupt_stack: [0; INTERRUPT_STACK] }))
+}; MAX_VCPUS];
 
 static IDT: Own<[[u64; 2]; 256]> = Own(UnsafeCell::new([[0; 2]; 256]));
 

@@ -10,6 +10,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 /// only makes the check weaker for a moment; that is why no locked instruction is needed.
 static LATEST: AtomicU64 = AtomicU64::new(0);
 
+/// A vCPU that is away for longer than this part of a second was not running all that time.
+const LONGEST_RUN: u64 = 50;
+
 /// One vCPU's watch.
 pub struct Watch {
     number: usize,
@@ -24,6 +27,10 @@ pub struct Watch {
     /// last one was noticed.
     ticks: [u64; 2],
     silent: [u64; 2],
+    /// How long it has run since timers and kvmclock were checked, and when that was: once in a
+    /// millisecond, since it costs as much as rewriting several pages.
+    ran: u64,
+    checked: u64,
     interval: u32,
     interval_end: u64,
     in_interval: u64,
@@ -44,6 +51,8 @@ impl Watch {
             last_ns: kvmclock.map_or(0, KvmClock::nanoseconds),
             ticks: [0; 2],
             silent: [0; 2],
+            ran: 0,
+            checked: now,
             interval: 0,
             interval_end: 0,
             in_interval: 0,
@@ -72,6 +81,16 @@ impl Watch {
         self.last_tsc = now;
         self.note_gap(now, gap);
         self.note_interval(now, units);
+        // What a single gap adds is limited: in a long one the guest was away, and so were its timers.
+        self.ran += gap.min(self.tsc_khz * 1000 / LONGEST_RUN);
+        if now.saturating_sub(self.checked) >= self.tsc_khz {
+            self.checked = now;
+            self.check_kvmclock();
+            self.check_timers();
+        }
+    }
+
+    fn check_kvmclock(&mut self) {
         if let Some(kvmclock) = self.kvmclock {
             let nanoseconds = kvmclock.nanoseconds();
             if nanoseconds < self.last_ns {
@@ -79,7 +98,6 @@ impl Watch {
             }
             self.last_ns = nanoseconds;
         }
-        self.look_at_timers(gap);
     }
 
     fn note_gap(&self, now: u64, gap: u64) {
@@ -115,18 +133,16 @@ impl Watch {
         self.in_interval += units;
     }
 
-    /// A timer that has been silent for a second of running was lost. What a single gap adds to that is
-    /// limited: in a long one the guest was away, and so were its timers.
-    fn look_at_timers(&mut self, gap: u64) {
-        let second = self.tsc_khz * 1000;
-        let ran = gap.min(second / 50);
-        self.timer(0, apic::ticks(self.number), ran, second);
+    /// A timer that has been silent for a second of running was lost.
+    fn check_timers(&mut self) {
+        let ran = core::mem::take(&mut self.ran);
+        self.check_timer(0, apic::ticks(self.number), ran);
         if self.number == 0 {
-            self.timer(1, apic::pit(), ran, second);
+            self.check_timer(1, apic::pit(), ran);
         }
     }
 
-    fn timer(&mut self, which: usize, ticks: u64, ran: u64, second: u64) {
+    fn check_timer(&mut self, which: usize, ticks: u64, ran: u64) {
         if ticks != self.ticks[which] {
             self.ticks[which] = ticks;
             self.silent[which] = 0;
@@ -136,6 +152,7 @@ impl Watch {
             return;
         }
         self.silent[which] += ran;
+        let second = self.tsc_khz * 1000;
         if second != 0 && self.silent[which] > second {
             self.silent[which] = 0;
             field!(self.report, timer_lost).add(1);

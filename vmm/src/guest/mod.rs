@@ -5,6 +5,8 @@
 //! guest's word: any content gives a testimony or none, never a panic.
 
 mod gaps;
+#[cfg(test)]
+mod live;
 mod testimony;
 mod workload;
 
