@@ -3,6 +3,7 @@
 use crate::cpuid::{self, Incompatible};
 use crate::description::Description;
 use crate::error::Error;
+use crate::guest::{self, When};
 use crate::host::Host;
 use crate::machine::Machine;
 use crate::serial::SerialOutput;
@@ -11,6 +12,10 @@ use migration::machine::{DestinationHost, DestinationMachine};
 use migration::memory::{Ram, RegionLayout};
 use migration::{Code, Failure};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long after its switchover a guest still feels it: page faults on memory that just arrived.
+const AFTERMATH: Duration = Duration::from_millis(300);
 
 /// What a destination decides for itself.
 #[derive(Clone, Debug, Default)]
@@ -97,5 +102,12 @@ impl DestinationMachine for IncomingMachine {
 
     fn run(&mut self) -> Result<(), Failure> {
         Ok(self.machine.resume()?)
+    }
+
+    fn testimony(&mut self) -> Option<String> {
+        guest::testimony(self.machine.memory())?;
+        std::thread::sleep(AFTERMATH);
+        guest::set_phase(self.machine.memory(), When::After);
+        guest::testimony(self.machine.memory()).and_then(|t| serde_json::to_string(&t).ok())
     }
 }

@@ -4,18 +4,22 @@
 //! state can be saved and loaded. It is itself what the `migration` engine moves away, and
 //! [`incoming`] builds what the engine moves in.
 
+pub mod api;
 pub mod cpuid;
 mod description;
 pub mod devices;
 mod dirty;
+pub mod doctor;
 mod error;
 pub mod guest;
 pub mod host;
 pub mod incoming;
+pub mod instance;
 mod ioctl;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod node;
 mod outgoing;
 pub mod serial;
 pub mod state;

@@ -2,6 +2,7 @@
 
 use crate::description::Description;
 use crate::error::Error;
+use crate::guest::{self, When};
 use crate::machine::{Crash, Machine, Outcome};
 use migration::Failure;
 use migration::dirty::DirtySet;
@@ -64,5 +65,9 @@ impl SourceMachine for Machine {
 
     fn save(&self) -> Result<Vec<u8>, Failure> {
         Ok(Machine::save(self)?)
+    }
+
+    fn switchover_begins(&self) {
+        guest::set_phase(self.memory(), When::During);
     }
 }

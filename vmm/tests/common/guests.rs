@@ -72,6 +72,7 @@ global_asm!(
     .pushsection .rodata.guests, "a"
     .code32
 
+    .globl guest_hello_start
     guest_hello_start:
         .set hello_text_at, hello_text - guest_hello_start + 0x100000
         mov esi, offset hello_text_at
@@ -88,8 +89,10 @@ global_asm!(
         jmp 3b
     hello_text:
         .asciz "hello\n"
+    .globl guest_hello_end
     guest_hello_end:
 
+    .globl guest_ticker_start
     guest_ticker_start:
         mov esp, 0x80000
         # Gate 0x20 of an IDT at 0x180000.
@@ -168,8 +171,10 @@ global_asm!(
         push dword ptr [esp + 8]
         popfd
         retf 4
+    .globl guest_ticker_end
     guest_ticker_end:
 
+    .globl guest_smp_start
     guest_smp_start:
         # The others begin in real mode at 0x8000.
         .set ap_start_at, ap_start - guest_smp_start + 0x100000
@@ -216,8 +221,10 @@ global_asm!(
         .word 0x27
         .long 0x500
     ap_end:
+    .globl guest_smp_end
     guest_smp_end:
 
+    .globl guest_deadline_start
     guest_deadline_start:
         mov esp, 0x80000
         # Gate 0x30 of an IDT at 0x180000; both PICs masked.
@@ -257,27 +264,35 @@ global_asm!(
         mov ecx, 0x6e0
         wrmsr
         ret
+    .globl guest_deadline_end
     guest_deadline_end:
 
+    .globl guest_lost_start
     guest_lost_start:
         mov eax, 0xd0000000
         jmp eax
+    .globl guest_lost_end
     guest_lost_end:
 
+    .globl guest_fault_start
     guest_fault_start:
         mov dword ptr [0x180802], 0
         mov word ptr [0x180800], 0
         lidt [0x180800]
         ud2
+    .globl guest_fault_end
     guest_fault_end:
 
+    .globl guest_reset_start
     guest_reset_start:
         mov al, 0xfe
         out 0x64, al
     1:  hlt
         jmp 1b
+    .globl guest_reset_end
     guest_reset_end:
 
+    .globl guest_toucher_start
     guest_toucher_start:
         mov edi, 0x200000
     1:  mov dword ptr [edi + 8], edi
@@ -286,6 +301,7 @@ global_asm!(
         jb 1b
     2:  inc dword ptr [0x200000]
         jmp 2b
+    .globl guest_toucher_end
     guest_toucher_end:
 
     .code64

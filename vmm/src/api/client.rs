@@ -1,0 +1,104 @@
+//! The API's client, for the program's own commands.
+
+use super::Error;
+use super::model::ErrorBody;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::{Method, Request};
+use hyper_util::rt::TokioIo;
+use migration::{Code, Failure};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+/// Largest answer that is read, in bytes.
+const MAX_ANSWER: usize = 16 << 20;
+
+/// How long one answer may take.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Talks to one machine. Every call opens its own connection: calls are rare, and a machine that
+/// ended in between is noticed at once.
+pub struct Client {
+    path: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Client {
+    /// A client of the machine that serves on `path`.
+    ///
+    /// # Errors
+    /// When the process can have no more threads or descriptors.
+    pub fn new(path: &Path) -> Result<Self, Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|source| Error::Connect { path: path.into(), source })?;
+        Ok(Client { path: path.into(), runtime })
+    }
+
+    /// `GET path`.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] when nobody is there, [`Error::Refused`] with the machine's own reason.
+    pub fn get<A: DeserializeOwned>(&self, path: &str) -> Result<A, Error> {
+        self.call(Method::GET, path, &())
+    }
+
+    /// `method path` with a JSON body.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    pub fn call<A: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<A, Error> {
+        let body = serde_json::to_vec(body).map_err(http)?;
+        self.runtime.block_on(async {
+            tokio::time::timeout(TIMEOUT, self.exchange(method, path, body))
+                .await
+                .unwrap_or_else(|_| Err(Error::Http(format!("no answer within {} s", TIMEOUT.as_secs()))))
+        })
+    }
+
+    async fn exchange<A: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<A, Error> {
+        let stream = UnixStream::connect(&self.path)
+            .await
+            .map_err(|source| Error::Connect { path: self.path.clone(), source })?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "vm")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(http)?;
+        let response = sender.send_request(request).await.map_err(http)?;
+        let status = response.status();
+        let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();
+        if status.is_success() {
+            return serde_json::from_slice(&bytes).map_err(http);
+        }
+        Err(Error::Refused(match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => body.error,
+            Err(_) => {
+                Failure::new(Code::OTHER, format_args!("{status}: {}", String::from_utf8_lossy(&bytes)))
+            }
+        }))
+    }
+}
+
+fn http(error: impl std::fmt::Display) -> Error {
+    Error::Http(error.to_string())
+}

@@ -1,0 +1,132 @@
+//! What the HTTP API takes and gives, as JSON. `docs/api.md` tells the same for people.
+
+use crate::guest::Testimony;
+use migration::Failure;
+use migration::monitor::Progress;
+use migration::policy::{OnStall, Policy};
+use migration::report::Report;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// What a virtual machine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// It runs here.
+    Running,
+    /// An operator has paused it.
+    Paused,
+    /// It is being moved away.
+    Migrating,
+    /// It was handed over and nobody confirmed: paused here until an operator decides.
+    Held,
+    /// It runs elsewhere now.
+    Moved,
+    /// It has ended.
+    Ended,
+}
+
+/// `GET /v1/vm`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Vm {
+    /// The machine's name.
+    pub name: String,
+    /// What it is doing.
+    pub state: VmState,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Number of virtual CPUs.
+    pub vcpus: u32,
+    /// Process that runs it.
+    pub pid: u32,
+    /// What the embedded guest says of itself; absent for other guests.
+    pub guest: Option<Testimony>,
+}
+
+/// `POST /v1/migration`: where to, and how. All but `to` may be left out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationRequest {
+    /// Where `whimbrel receive` listens, as `host:port`.
+    pub to: String,
+    /// `auto`, or the one transport to use.
+    #[serde(default)]
+    pub transport: TransportChoice,
+    /// TCP streams; 0 for the default.
+    #[serde(default)]
+    pub streams: u16,
+    /// Longest acceptable blackout in milliseconds.
+    #[serde(default = "default_downtime")]
+    pub downtime_limit_ms: u64,
+    /// Most pre-copy rounds.
+    #[serde(default = "default_rounds")]
+    pub max_rounds: u32,
+    /// Most seconds of pre-copy.
+    #[serde(default)]
+    pub timeout_s: Option<u64>,
+    /// What to do when the guest dirties memory too fast.
+    #[serde(default)]
+    pub on_stall: OnStall,
+    /// Compare all memory on both sides before handing over.
+    #[serde(default)]
+    pub compare_memory: bool,
+    /// Seconds without any sign from the destination after which it counts as lost.
+    #[serde(default = "default_silence")]
+    pub silence_s: u64,
+}
+
+fn default_downtime() -> u64 {
+    Policy::default().downtime_limit.as_millis() as u64
+}
+
+fn default_rounds() -> u32 {
+    Policy::default().max_rounds
+}
+
+fn default_silence() -> u64 {
+    migration::source::Timeouts::default().data.as_secs()
+}
+
+impl MigrationRequest {
+    /// The policy that the request asks for.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            downtime_limit: Duration::from_millis(self.downtime_limit_ms),
+            max_rounds: self.max_rounds,
+            timeout: self.timeout_s.map(Duration::from_secs),
+            on_stall: self.on_stall,
+            ..Policy::default()
+        }
+    }
+}
+
+/// Which transports may be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TransportChoice {
+    /// The best one that both sides have; another steps in if it breaks.
+    #[default]
+    Auto,
+    /// TCP.
+    Tcp,
+}
+
+/// `GET /v1/migration`: the migration that is under way, or the last one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Migration {
+    /// Counts the migrations of this process, from 1.
+    pub number: u64,
+    /// Where to.
+    pub to: String,
+    /// This moment.
+    pub progress: Progress,
+    /// The whole story, once it is over.
+    pub report: Option<Report>,
+}
+
+/// Body of every answer that is not 2xx.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// What went wrong and what to do.
+    pub error: Failure,
+}

@@ -1,0 +1,240 @@
+//! The API's server: one thread, one socket, one [`Instance`], which may arrive later.
+
+use super::Error;
+use super::model::{ErrorBody, Migration, MigrationRequest, Vm};
+use crate::instance::Instance;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Query};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, put};
+use axum::{Json, Router};
+use migration::{Code, Failure};
+use serde::Deserialize;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// Largest request body in bytes.
+const MAX_BODY: usize = 64 << 10;
+
+/// How long requests under way may take to be answered when the process ends.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// A served API. Dropping it answers the requests under way (one of them may be what ends the process)
+/// and removes the socket.
+pub struct Server {
+    path: PathBuf,
+    close: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Either fails only if the serving thread has ended already.
+        let _ = self.close.take().map(|close| close.send(()));
+        let _ = self.thread.take().map(JoinHandle::join);
+        // Nobody is left to tell; a stale socket is replaced at the next start.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// The place of the instance that is served. A receiver serves before its guest has arrived.
+#[derive(Default)]
+pub struct Slot(OnceLock<Arc<Instance>>);
+
+impl Slot {
+    /// Puts the instance in its place; the first one stays.
+    pub fn put(&self, instance: Arc<Instance>) {
+        let _ = self.0.set(instance);
+    }
+
+    /// The instance, if it is there yet.
+    pub fn get(&self) -> Option<&Arc<Instance>> {
+        self.0.get()
+    }
+}
+
+/// Serves what is, or will be, in `slot` on a new socket at `path`, which only this user may open.
+///
+/// # Errors
+/// [`Error::InUse`] when a live process serves there, [`Error::NotASocket`], [`Error::Bind`]. A socket
+/// that nobody serves any more is replaced.
+pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
+    let bind = |source| Error::Bind { path: path.into(), source };
+    clear_stale(path)?;
+    let listener = UnixListener::bind(path).map_err(bind)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(bind)?;
+    listener.set_nonblocking(true).map_err(bind)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(bind)?;
+    let router = router(slot);
+    let (close, closed) = oneshot::channel();
+    let thread = thread::Builder::new()
+        .name("api".into())
+        .spawn(move || {
+            if let Err(error) = runtime.block_on(answer(listener, router, closed)) {
+                eprintln!("whimbrel: the API has stopped: {error}");
+            }
+            // A request that hangs in a blocking call must not keep the process.
+            runtime.shutdown_background();
+        })
+        .map_err(bind)?;
+    Ok(Server { path: path.into(), close: Some(close), thread: Some(thread) })
+}
+
+/// Serves until `closed`, then at most [`FAREWELL`] longer.
+async fn answer(listener: UnixListener, router: Router, closed: oneshot::Receiver<()>) -> io::Result<()> {
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    let (closing, last_call) = oneshot::channel();
+    let graceful = axum::serve(listener, router).with_graceful_shutdown(async {
+        // An error means that the server was dropped without a word: the same.
+        let _ = closed.await;
+        let _ = closing.send(());
+    });
+    let too_late = async {
+        let _ = last_call.await;
+        tokio::time::sleep(FAREWELL).await;
+    };
+    tokio::select! {
+        result = graceful.into_future() => result,
+        () = too_late => Ok(()),
+    }
+}
+
+fn clear_stale(path: &Path) -> Result<(), Error> {
+    let kind = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Error::Bind { path: path.into(), source }),
+    };
+    if !kind.is_socket() {
+        return Err(Error::NotASocket(path.into()));
+    }
+    if UnixStream::connect(path).is_ok() {
+        return Err(Error::InUse(path.into()));
+    }
+    std::fs::remove_file(path).map_err(|source| Error::Bind { path: path.into(), source })
+}
+
+fn router(slot: Arc<Slot>) -> Router {
+    Router::new()
+        .route("/v1/vm", get(vm))
+        .route("/v1/vm/pause", put(pause))
+        .route("/v1/vm/resume", put(resume))
+        .route("/v1/vm/quit", put(quit))
+        .route("/v1/migration", get(migration).post(migrate).delete(cancel))
+        .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "no such path; see docs/api.md"))
+        .method_not_allowed_fallback(async || {
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no such method on this path; see docs/api.md")
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(slot)
+}
+
+/// The instance of a request; refuses as long as no guest is here.
+struct Present(Arc<Instance>);
+
+impl FromRequestParts<Arc<Slot>> for Present {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(_: &mut Parts, slot: &Arc<Slot>) -> Result<Self, Refusal> {
+        let none = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no virtual machine is here yet");
+        slot.get().cloned().map(Present).ok_or_else(none)
+    }
+}
+
+/// An error answer.
+struct Refusal(StatusCode, Failure);
+
+impl Refusal {
+    fn new(status: StatusCode, message: &str) -> Self {
+        Refusal(status, Failure::new(Code::OTHER, message))
+    }
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        let status = match failure.code {
+            Code::BUSY | Code::GUEST_ENDED => StatusCode::CONFLICT,
+            Code::PROTOCOL => StatusCode::BAD_REQUEST,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Refusal(status, failure)
+    }
+}
+
+impl From<JsonRejection> for Refusal {
+    fn from(rejection: JsonRejection) -> Self {
+        Refusal::new(rejection.status(), &rejection.body_text())
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, Json(ErrorBody { error: self.1 })).into_response()
+    }
+}
+
+/// Runs what may block away from the server's thread, so that a status query is always answered.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<Json<T>, Refusal> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(Json(result?)),
+        Err(error) => Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string())),
+    }
+}
+
+async fn vm(Present(instance): Present) -> Json<Vm> {
+    Json(instance.status())
+}
+
+async fn pause(Present(instance): Present) -> Result<Json<()>, Refusal> {
+    blocking(move || instance.pause()).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Resume {
+    /// Resume a held guest: the operator vouches that it does not run at the destination.
+    #[serde(default)]
+    force: bool,
+}
+
+async fn resume(Present(instance): Present, Query(query): Query<Resume>) -> Result<Json<()>, Refusal> {
+    blocking(move || instance.resume(query.force)).await
+}
+
+async fn quit(Present(instance): Present) -> Result<Json<()>, Refusal> {
+    blocking(move || {
+        instance.quit();
+        Ok(())
+    })
+    .await
+}
+
+async fn migrate(
+    Present(instance): Present,
+    request: Result<Json<MigrationRequest>, JsonRejection>,
+) -> Result<Response, Refusal> {
+    let Json(request) = request?;
+    let started = blocking(move || instance.migrate(request)).await?;
+    Ok((StatusCode::ACCEPTED, started).into_response())
+}
+
+async fn migration(Present(instance): Present) -> Result<Json<Migration>, Refusal> {
+    match instance.migration() {
+        Some(migration) => Ok(Json(migration)),
+        None => Err(Refusal::new(StatusCode::NOT_FOUND, "this machine has not been migrated")),
+    }
+}
+
+async fn cancel(Present(instance): Present) -> Result<Json<Migration>, Refusal> {
+    blocking(move || instance.cancel()).await
+}

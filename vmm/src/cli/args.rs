@@ -1,0 +1,280 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use vmm::memory::PageSize;
+
+/// Moves running KVM virtual machines from host to host.
+#[derive(Debug, Parser)]
+#[command(name = "whimbrel", version, about, max_term_width = 110, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the migration failed and the guest runs \
+on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed.";
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine
+    Run(RunArgs),
+    /// Wait for a virtual machine to arrive, then run it
+    Receive(ReceiveArgs),
+    /// Move a running virtual machine to a waiting receiver
+    Migrate(MigrateArgs),
+    /// Show what a virtual machine is doing, and its migration
+    Status(Target),
+    /// Call off a migration; the guest runs on where it is
+    Cancel(Target),
+    /// Pause a virtual machine
+    Pause(Target),
+    /// Let a paused virtual machine run on
+    Resume(ResumeArgs),
+    /// End a virtual machine's process
+    Quit(Target),
+    /// Say what this host can do, what it lacks and how to mend it
+    Doctor(DoctorArgs),
+    /// Move an embedded guest between two processes on this machine and show what it felt
+    Demo(DemoArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages
+    Man {
+        /// Folder to write them to
+        folder: PathBuf,
+    },
+}
+
+/// What kind of machine.
+#[derive(Args, Clone, Debug)]
+pub struct MachineArgs {
+    /// Guest memory, such as 512M or 4G; from 16M up
+    #[arg(long, short = 'm', default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Virtual CPUs
+    #[arg(long, short = 'c', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub vcpus: u32,
+    /// Pages that back guest memory: 4k, or 2m and 1g huge pages
+    #[arg(long, default_value = "4k")]
+    pub pages: PageSize,
+}
+
+/// The embedded guest.
+#[derive(Args, Clone, Debug)]
+pub struct WorkloadArgs {
+    /// Memory that the embedded guest keeps rewriting and checking; 0 for an idle guest
+    #[arg(long, default_value = "0", value_parser = size)]
+    pub working_set: u64,
+    /// Pages that it rewrites each second; 0 for as many as it can
+    #[arg(long, default_value_t = 0)]
+    pub rate: u64,
+    /// Memory to fill with random content before it starts, beside its working set
+    #[arg(long, default_value = "0", value_parser = size)]
+    pub fill: u64,
+}
+
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Kernel to start: a PVH ELF image or a 64-bit bzImage; without one, the embedded guest
+    #[arg(long, short = 'k')]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel
+    #[arg(long, requires = "kernel")]
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, default_value = "console=ttyS0")]
+    pub cmdline: String,
+    #[command(flatten)]
+    pub workload: WorkloadArgs,
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+/// What a machine's process is connected to.
+#[derive(Args, Clone, Debug)]
+pub struct ProcessArgs {
+    /// Unix socket for the API; the other commands reach the machine through it
+    #[arg(long)]
+    pub api: Option<PathBuf>,
+    /// The machine's name, for people
+    #[arg(long, default_value = "vm")]
+    pub name: String,
+    /// Where the serial port goes: stdout, none, or a file to append to
+    #[arg(long, default_value = "stdout")]
+    pub serial: SerialTarget,
+    /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Debug)]
+pub enum SerialTarget {
+    Stdout,
+    None,
+    File(PathBuf),
+}
+
+impl std::str::FromStr for SerialTarget {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "stdout" => SerialTarget::Stdout,
+            "none" => SerialTarget::None,
+            path => SerialTarget::File(path.into()),
+        })
+    }
+}
+
+#[derive(Args, Debug)]
+pub struct ReceiveArgs {
+    /// Address to listen on, for control and data alike; port 0 chooses one
+    #[arg(long, short = 'l')]
+    pub listen: SocketAddr,
+    /// Populate guest memory before the source may write to it; takes time, saves it later
+    #[arg(long)]
+    pub populate: bool,
+    /// End after the first migration that fails, instead of waiting for another
+    #[arg(long)]
+    pub once: bool,
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct Target {
+    /// Unix socket of the machine's API
+    #[arg(long)]
+    pub api: PathBuf,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct ResumeArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Resume a held guest; only if it certainly does not run at the destination
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct MigrateArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Where the receiver listens, as host:port
+    #[arg(long)]
+    pub to: String,
+    /// Return at once instead of watching
+    #[arg(long)]
+    pub detach: bool,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+}
+
+/// How to move.
+#[derive(Args, Clone, Debug)]
+pub struct PolicyArgs {
+    /// Which way memory travels
+    #[arg(long, value_enum, default_value_t = Transport::Auto)]
+    pub transport: Transport,
+    /// TCP streams; 0 for the default
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub streams: u16,
+    /// Longest acceptable blackout
+    #[arg(long, default_value = "300ms", value_parser = humantime::parse_duration)]
+    pub downtime_limit: Duration,
+    /// Most rounds of pre-copy
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_rounds: u32,
+    /// Most time for pre-copy, such as 2m; without it, as long as it makes progress
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub timeout: Option<Duration>,
+    /// What to do with a guest that dirties memory faster than it can be sent
+    #[arg(long, value_enum, default_value_t = Stall::Abort)]
+    pub on_stall: Stall,
+    /// Compare all memory on both sides before handing over (lengthens the blackout)
+    #[arg(long)]
+    pub compare_memory: bool,
+    /// How long the destination may give no sign of life before it counts as lost
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    pub silence: Duration,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Transport {
+    /// The best that both sides have; falls back by itself
+    Auto,
+    /// TCP
+    Tcp,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Stall {
+    /// Give up; the guest runs on at the source
+    Abort,
+    /// Switch over with a blackout over the limit
+    Switch,
+}
+
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Size of the virtual machine to check for
+    #[arg(long, short = 'm', default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct DemoArgs {
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Memory that the guest keeps rewriting and checking while it moves; 0 for an idle guest
+    #[arg(long, default_value = "64M", value_parser = size)]
+    pub working_set: u64,
+    /// How often it moves
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub moves: u32,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A size in bytes; K, M, G and T are powers of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let config = parse_size::Config::new().with_binary();
+    config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(size("64M"), Ok(64 << 20));
+        assert_eq!(size("1.5G"), Ok(3 << 29));
+        assert!(size("many").is_err());
+        assert!(size("-1").is_err());
+    }
+}

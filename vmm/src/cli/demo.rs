@@ -1,0 +1,78 @@
+//! `whimbrel demo`: both sides on this machine, and a guest that checks itself.
+
+use super::Exit;
+use super::args::DemoArgs;
+use super::migrate::{exit, request, watch};
+use super::render;
+use anyhow::Context;
+use serde_json::json;
+use std::thread;
+use std::time::Duration;
+use vmm::node::Node;
+
+/// How long the guest may take to fill its working set: emulated hosts are slow.
+const READY: Duration = Duration::from_secs(120);
+
+/// How long the guest runs between moves.
+const BETWEEN: Duration = Duration::from_millis(500);
+
+pub fn demo(args: &DemoArgs) -> anyhow::Result<Exit> {
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let say = |text: String| {
+        if !args.json {
+            println!("{text}");
+        }
+    };
+    let options = [
+        ("--memory", args.machine.memory.to_string()),
+        ("--vcpus", args.machine.vcpus.to_string()),
+        ("--working-set", args.working_set.to_string()),
+        ("--serial", "none".to_string()),
+    ];
+    let run =
+        std::iter::once("run".to_string()).chain(options.into_iter().flat_map(|(k, v)| [k.to_string(), v]));
+    let mut node = Node::start(&program, folder.path(), "guest-0", run)?;
+    node.expect("running")?;
+    node.wait_guest("the guest's start", READY, |guest| guest.state == "running")?;
+    say(format!(
+        "a guest of {} with {} vCPUs runs in process {} and keeps rewriting {}",
+        render::size(args.machine.memory),
+        args.machine.vcpus,
+        node.pid(),
+        render::size(args.working_set)
+    ));
+    let mut reports = Vec::new();
+    for number in 1..=args.moves {
+        thread::sleep(BETWEEN);
+        let name = format!("guest-{number}");
+        let (mut next, address) = Node::receiver(&program, folder.path(), &name, [""; 0])?;
+        say(format!("\nmove {number}: from process {} to process {}", node.pid(), next.pid()));
+        node.migrate(&request(&address.to_string(), &args.policy))?;
+        let ended = watch(node.api())?;
+        let report = ended.report.as_ref().context("the machine sent no report")?;
+        say(render::migration(&ended));
+        reports.push(render::with_testimony(&ended)?);
+        if exit(report) != Exit::Done {
+            if args.json {
+                println!("{}", json!({ "moves": reports, "guest": node.status()?.guest }));
+            }
+            return Ok(exit(report));
+        }
+        next.expect("arrived")?;
+        node = next;
+    }
+    thread::sleep(BETWEEN);
+    let guest = node.status()?.guest.context("the guest keeps no record of itself")?;
+    node.quit()?;
+    let clean = guest.clean;
+    if args.json {
+        println!("{}", json!({ "moves": reports, "guest": guest }));
+    } else {
+        say(format!(
+            "the guest's own verdict: {}",
+            if clean { "no page wrong, no timer lost, time never ran backwards" } else { "DAMAGED" }
+        ));
+    }
+    Ok(if clean { Exit::Done } else { Exit::Failed })
+}

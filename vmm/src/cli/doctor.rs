@@ -1,0 +1,37 @@
+//! `whimbrel doctor`: what this host can do, what it lacks and how to mend it.
+
+use super::Exit;
+use super::args::DoctorArgs;
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{ContentArrangement, Table};
+use vmm::doctor::{Finding, Level};
+
+pub fn doctor(args: &DoctorArgs) -> anyhow::Result<Exit> {
+    let findings = vmm::doctor::examine(args.memory);
+    let healthy = findings.iter().all(|f| f.level != Level::Broken);
+    if args.json {
+        println!("{}", serde_json::json!({ "healthy": healthy, "findings": findings }));
+    } else {
+        println!("{}", table(&findings));
+        println!(
+            "{}",
+            if healthy { "virtual machines can run and be moved here" } else { "mend what is broken first" }
+        );
+    }
+    Ok(if healthy { Exit::Done } else { Exit::Failed })
+}
+
+fn table(findings: &[Finding]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["", "what", "found", "to mend it"]);
+    for f in findings {
+        let level = match f.level {
+            Level::Good => "ok",
+            Level::Limited => "limited",
+            Level::Broken => "BROKEN",
+        };
+        table.add_row([level, f.what, &f.found, f.mend.as_deref().unwrap_or("")]);
+    }
+    table
+}

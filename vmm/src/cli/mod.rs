@@ -1,0 +1,107 @@
+//! The program's commands: one file each, and what they share.
+
+pub mod args;
+mod demo;
+mod doctor;
+mod migrate;
+mod process;
+mod receive;
+mod render;
+mod run;
+
+use args::{Cli, Command, Target};
+use clap::CommandFactory;
+use hyper::Method;
+use serde_json::Value;
+use std::process::ExitCode;
+use vmm::api::client::Client;
+use vmm::api::model::{Migration, Vm};
+
+/// How a command ends, if it does not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Done,
+    Failed,
+    /// The migration failed; the guest runs on at the source.
+    Stayed,
+    /// The guest is held paused.
+    Held,
+    /// The guest crashed.
+    Crashed,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(match exit {
+            Exit::Done => 0,
+            Exit::Failed => 1,
+            Exit::Stayed => 3,
+            Exit::Held => 4,
+            Exit::Crashed => 5,
+        })
+    }
+}
+
+/// Carries out the command line.
+pub fn run(cli: Cli) -> ExitCode {
+    let result = match cli.command {
+        Command::Run(args) => run::run(args),
+        Command::Receive(args) => receive::receive(args),
+        Command::Migrate(args) => migrate::migrate(args),
+        Command::Status(target) => status(&target),
+        Command::Cancel(target) => put(&target, Method::DELETE, "/v1/migration"),
+        Command::Pause(target) => put(&target, Method::PUT, "/v1/vm/pause"),
+        Command::Resume(args) if args.force => put(&args.target, Method::PUT, "/v1/vm/resume?force=true"),
+        Command::Resume(args) => put(&args.target, Method::PUT, "/v1/vm/resume"),
+        Command::Quit(target) => put(&target, Method::PUT, "/v1/vm/quit"),
+        Command::Doctor(args) => doctor::doctor(&args),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "whimbrel", &mut std::io::stdout());
+            Ok(Exit::Done)
+        }
+        Command::Man { folder } => man(&folder),
+    };
+    match result {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            eprintln!("whimbrel: {error:#}");
+            Exit::Failed.into()
+        }
+    }
+}
+
+fn man(folder: &std::path::Path) -> anyhow::Result<Exit> {
+    std::fs::create_dir_all(folder)?;
+    clap_mangen::generate_to(Cli::command(), folder)?;
+    Ok(Exit::Done)
+}
+
+fn status(target: &Target) -> anyhow::Result<Exit> {
+    let client = Client::new(&target.api)?;
+    let vm: Vm = client.get("/v1/vm")?;
+    let migration: Option<Migration> = match client.get("/v1/migration") {
+        Ok(migration) => Some(migration),
+        Err(vmm::api::Error::Refused(_)) => None,
+        Err(error) => return Err(error.into()),
+    };
+    if target.json {
+        let migration = migration.map(|m| render::with_testimony(&m)).transpose()?;
+        println!("{}", serde_json::json!({ "vm": vm, "migration": migration }));
+    } else {
+        print!("{}", render::vm(&vm));
+        if let Some(migration) = migration {
+            print!("{}", render::migration(&migration));
+        }
+    }
+    Ok(Exit::Done)
+}
+
+/// A request whose answer matters only to programs.
+fn put(target: &Target, method: Method, path: &str) -> anyhow::Result<Exit> {
+    let answer: Value = Client::new(&target.api)?.call(method, path, &())?;
+    if target.json {
+        println!("{answer}");
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,86 @@
+//! What `run` and `receive` share: a process that holds one virtual machine until it ends.
+
+use super::Exit;
+use super::args::{ProcessArgs, SerialTarget};
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::Write;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+use vmm::api::server::Slot;
+use vmm::instance::{End, Instance};
+use vmm::machine::Outcome;
+use vmm::serial::SerialOutput;
+
+/// How long the process of a guest that has moved away stays for somebody to fetch its report.
+const LINGER: Duration = Duration::from_secs(5);
+
+impl ProcessArgs {
+    /// Where the serial port goes.
+    pub fn serial(&self) -> SerialOutput {
+        match &self.serial {
+            SerialTarget::Stdout => SerialOutput::Stdout,
+            SerialTarget::None => SerialOutput::Null,
+            SerialTarget::File(path) => SerialOutput::File(path.clone()),
+        }
+    }
+
+    /// Reports an event: to programs as a line of JSON on standard output, to people on standard
+    /// error.
+    pub fn tell(&self, event: &str, text: &str, mut details: Value) {
+        if self.json {
+            if let Value::Object(map) = &mut details {
+                map.insert("event".into(), event.into());
+            }
+            // A closed pipe must not take the guest down.
+            let _ = writeln!(std::io::stdout(), "{details}");
+        } else {
+            eprintln!("whimbrel: {text}");
+        }
+    }
+}
+
+/// On SIGTERM or SIGINT calls `quit` with the instance, once there is one; before that, exits.
+pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let slot = Arc::clone(slot);
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            match slot.get() {
+                Some(instance) => instance.quit(),
+                None => std::process::exit(128 + signal),
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Waits until the machine's process has nothing left to do.
+pub fn stay(args: &ProcessArgs, instance: &Instance) -> Exit {
+    let end = instance.wait();
+    match end {
+        End::Guest(outcome) => {
+            let exit = match outcome {
+                Outcome::PoweredOff | Outcome::Reset | Outcome::Stopped => Exit::Done,
+                Outcome::Crashed(_) => Exit::Crashed,
+            };
+            args.tell("ended", &outcome.to_string(), json!({ "how": outcome }));
+            exit
+        }
+        End::Moved => {
+            let deadline = Instant::now() + LINGER;
+            while !instance.report_seen() && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(10));
+            }
+            args.tell("moved", "the guest runs elsewhere now", json!({}));
+            Exit::Done
+        }
+        End::Quit => {
+            instance.machine().stop();
+            args.tell("quit", "told to quit", json!({}));
+            Exit::Done
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! `whimbrel receive`: waits for a virtual machine, then holds it as `run` does.
+
+use super::Exit;
+use super::args::ReceiveArgs;
+use super::process::{quit_on_signals, stay};
+use migration::destination::{self, Timeouts};
+use migration::transport::DestinationTransport;
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+use transport_tcp::{Listener, TcpDestination};
+use vmm::api::server::{self, Slot};
+use vmm::incoming::{IncomingHost, IncomingOptions};
+use vmm::instance::{Instance, SOFTWARE};
+
+/// How long one wait for a caller lasts; there is no limit to how many there are.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
+    let slot = Arc::new(Slot::default());
+    quit_on_signals(&slot)?;
+    let _server =
+        args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
+    // Whatever is missing on this host is said now, not when a guest arrives.
+    let mut host =
+        IncomingHost::open(IncomingOptions { serial: args.process.serial(), populate: args.populate })?;
+    let listener = Listener::bind(args.listen)?;
+    let address = listener.local_addr();
+    args.process.tell(
+        "listening",
+        &format!("waiting for a guest on {address}"),
+        json!({ "address": address }),
+    );
+    loop {
+        let Some(mut call) = listener.next_control(PATIENCE)? else { continue };
+        let peer = call.peer();
+        let mut transports: Vec<Box<dyn DestinationTransport>> =
+            vec![Box::new(TcpDestination::new(&listener))];
+        let token = call.token();
+        let taken = destination::receive(
+            &mut host,
+            &mut call,
+            token,
+            &mut transports,
+            SOFTWARE,
+            &Timeouts::default(),
+        );
+        match taken {
+            Ok(mut arrival) => {
+                let machine = arrival.machine.machine();
+                let instance = Instance::new(args.process.name.clone(), machine)?;
+                slot.put(Arc::clone(&instance));
+                args.process.tell(
+                    "arrived",
+                    &format!("a guest has arrived from {peer} and runs"),
+                    json!({ "from": peer, "sender": arrival.sender }),
+                );
+                arrival.conclude(&mut call);
+                drop((call, transports, listener));
+                return Ok(stay(&args.process, &instance));
+            }
+            Err(why) => {
+                args.process.tell(
+                    "refused",
+                    &format!("the guest from {peer} was not taken in: {why}"),
+                    json!({ "from": peer, "why": why }),
+                );
+                if args.once {
+                    return Ok(Exit::Failed);
+                }
+            }
+        }
+    }
+}

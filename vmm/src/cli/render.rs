@@ -1,0 +1,189 @@
+//! Reports for people, and the JSON for programs where it differs from the API's.
+
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{CellAlignment, Table};
+use migration::report::{Report, Verdict};
+use serde_json::Value;
+use std::fmt::Write;
+use vmm::api::model::{Migration, Vm};
+use vmm::guest::Testimony;
+
+/// A number of bytes in the largest binary unit that it fills.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+fn ms(us: u64) -> String {
+    format!("{:.2} ms", us as f64 / 1e3)
+}
+
+/// The migration as JSON, with the guest's testimony as an object instead of a text.
+pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
+    let mut value = serde_json::to_value(migration)?;
+    if let Some(testimony) = value.pointer_mut("/report/testimony")
+        && let Some(text) = testimony.as_str()
+    {
+        *testimony = serde_json::from_str(text)?;
+    }
+    Ok(value)
+}
+
+/// A machine's status.
+pub fn vm(vm: &Vm) -> String {
+    let state =
+        serde_json::to_value(vm.state).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
+    format!("{}: {state}, {} vCPUs, {}, process {}\n", vm.name, vm.vcpus, size(vm.memory), vm.pid)
+}
+
+/// A migration's status or report.
+pub fn migration(migration: &Migration) -> String {
+    match &migration.report {
+        Some(report) => self::report(report, &migration.to),
+        None => {
+            let p = &migration.progress;
+            format!(
+                "moving to {}: round {}, {} sent at {}/s, dirtied {}/s, blackout of {} expected\n",
+                migration.to,
+                p.round,
+                size(p.sent),
+                size(p.rate as u64),
+                size(p.dirty_rate as u64),
+                ms(p.predicted_blackout_us)
+            )
+        }
+    }
+}
+
+/// The whole story.
+pub fn report(report: &Report, to: &str) -> String {
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ = write_report(&mut text, report, to);
+    text
+}
+
+fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result {
+    match (&report.verdict, &report.failure) {
+        (Verdict::Moved, _) => {
+            writeln!(out, "moved to {to} over {} in {}", report.transport, ms(report.total_us))?
+        }
+        (Verdict::Stayed, Some(why)) => writeln!(out, "not moved, the guest runs on here: {why}")?,
+        (Verdict::Held, Some(why)) => writeln!(
+            out,
+            "HELD: the guest is paused here and may run at {to}: {why}\n\
+             If it runs there, end this process. If it certainly does not, `whimbrel resume --force` lets it run here."
+        )?,
+        (_, None) => writeln!(out, "not moved")?,
+    }
+    for declined in &report.declined {
+        writeln!(out, "{} was not used: {}", declined.transport, declined.why)?;
+    }
+    if let Some(why) = &report.over_limit {
+        writeln!(out, "switched over beyond the limit: {why}")?;
+    }
+    if !report.rounds.is_empty() {
+        writeln!(out, "{}", rounds(report))?;
+    }
+    if report.blackout_us > 0 {
+        writeln!(out, "blackout {}", ms(report.blackout_us))?;
+        writeln!(out, "{}", spans(report))?;
+    }
+    if report.verdict == Verdict::Moved {
+        let cpu = |us: Option<u64>| us.map_or("unknown".into(), ms);
+        writeln!(
+            out,
+            "memory {}: sent {}, zero {}, never touched {}, resident there {}",
+            size(report.memory),
+            size(report.sent()),
+            size(report.zero()),
+            size(report.untouched()),
+            report.destination_resident.map_or("unknown".into(), size),
+        )?;
+        writeln!(
+            out,
+            "set-up {} (building there {}); CPU here {}, there {}",
+            ms(report.setup_us),
+            ms(report.build_us),
+            ms(report.source_cpu_us),
+            cpu(report.destination_cpu_us),
+        )?;
+    }
+    if let Some(testimony) =
+        report.testimony.as_deref().and_then(|t| serde_json::from_str::<Testimony>(t).ok())
+    {
+        write!(out, "{testimony}")?;
+    }
+    Ok(())
+}
+
+fn rounds(report: &Report) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY);
+    table.set_header([
+        "round",
+        "dirty",
+        "sent",
+        "zero",
+        "untouched",
+        "time",
+        "rate",
+        "barrier",
+        "dirty after",
+        "predicted",
+    ]);
+    let final_round = (report.blackout_us > 0).then(|| report.rounds.len() - 1);
+    for (index, r) in report.rounds.iter().enumerate() {
+        let rate = (r.sent as f64 / (r.elapsed_us.max(1) as f64 / 1e6)) as u64;
+        let last = final_round == Some(index);
+        table.add_row([
+            if last { "final".to_string() } else { r.round.to_string() },
+            size(r.dirty),
+            size(r.sent),
+            size(r.zero),
+            size(r.untouched),
+            ms(r.elapsed_us),
+            format!("{}/s", size(rate)),
+            ms(r.barrier_us),
+            if last { String::new() } else { size(r.remaining) },
+            if last { String::new() } else { ms(r.predicted_blackout_us) },
+        ]);
+    }
+    right_align(table)
+}
+
+fn spans(report: &Report) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY);
+    for span in &report.spans {
+        table.add_row([span.name.clone(), ms(span.us)]);
+    }
+    right_align(table)
+}
+
+/// All columns but the first hold figures.
+fn right_align(mut table: Table) -> Table {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size;
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(1023), "1023 B");
+        assert_eq!(size(1536), "1.5 KiB");
+        assert_eq!(size(8 << 30), "8.0 GiB");
+    }
+}

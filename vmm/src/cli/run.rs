@@ -1,0 +1,46 @@
+//! `whimbrel run`: a virtual machine in this process.
+
+use super::Exit;
+use super::args::RunArgs;
+use super::process::{quit_on_signals, stay};
+use serde_json::json;
+use std::sync::Arc;
+use vmm::api::server::{self, Slot};
+use vmm::guest::Workload;
+use vmm::host::Host;
+use vmm::instance::Instance;
+use vmm::loader::{Boot, Image};
+use vmm::machine::{Machine, MachineConfig};
+
+pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
+    let slot = Arc::new(Slot::default());
+    quit_on_signals(&slot)?;
+    let _server =
+        args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
+    let host = Host::open()?;
+    let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
+    config.pages = args.machine.pages;
+    config.serial = args.process.serial();
+    let machine = Machine::build(&host, config)?;
+    match &args.kernel {
+        Some(kernel) => machine.boot(&Boot {
+            kernel: Image::File(kernel.clone()),
+            initramfs: args.initramfs.clone(),
+            cmdline: args.cmdline.clone(),
+        })?,
+        None => {
+            let workload = Workload {
+                vcpus: args.machine.vcpus,
+                working_set: args.workload.working_set,
+                rate: args.workload.rate,
+                fill: args.workload.fill,
+            };
+            workload.boot(&machine)?;
+        }
+    }
+    machine.resume()?;
+    let instance = Instance::new(args.process.name.clone(), Arc::new(machine))?;
+    slot.put(Arc::clone(&instance));
+    args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
+    Ok(stay(&args.process, &instance))
+}

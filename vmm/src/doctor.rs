@@ -1,0 +1,136 @@
+//! What this host can do for a virtual machine of a given size, what it lacks and how to mend it.
+
+use crate::host::Host;
+use crate::memory::host::available;
+use serde::Serialize;
+use std::fs;
+
+/// How a finding matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// As it should be.
+    Good,
+    /// It works, but slower or with less than it could.
+    Limited,
+    /// Machines cannot run or be moved.
+    Broken,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub what: &'static str,
+    /// What it means.
+    pub level: Level,
+    /// What was found.
+    pub found: String,
+    /// The command or change that mends it.
+    pub mend: Option<String>,
+}
+
+/// Examines this host for a machine of `memory` bytes.
+pub fn examine(memory: u64) -> Vec<Finding> {
+    vec![kvm(), ram(memory), socket_buffers(), shmem_huge_pages(), cpus()]
+}
+
+fn good(what: &'static str, found: String) -> Finding {
+    Finding { what, level: Level::Good, found, mend: None }
+}
+
+fn kvm() -> Finding {
+    match Host::open() {
+        Ok(host) => good("KVM", format!("/dev/kvm works, up to {} vCPUs", host.most_vcpus())),
+        Err(error) => Finding {
+            what: "KVM",
+            level: Level::Broken,
+            found: error.to_string(),
+            mend: Some(
+                "modprobe kvm_intel || modprobe kvm_amd; usermod -aG kvm $USER; enable virtualisation in the firmware"
+                    .into(),
+            ),
+        },
+    }
+}
+
+fn ram(memory: u64) -> Finding {
+    let mib = |bytes: u64| bytes >> 20;
+    match available() {
+        Some(free) if free >= memory => {
+            good("memory", format!("{} MiB available for {} MiB", mib(free), mib(memory)))
+        }
+        Some(free) => Finding {
+            what: "memory",
+            level: Level::Broken,
+            found: format!("{} MiB available, {} MiB wanted", mib(free), mib(memory)),
+            mend: Some("free memory, or choose a smaller machine".into()),
+        },
+        None => Finding {
+            what: "memory",
+            level: Level::Limited,
+            found: "/proc/meminfo does not say what is available".into(),
+            mend: Some("mount -t proc proc /proc".into()),
+        },
+    }
+}
+
+fn number(path: &str) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The kernel caps what a program may ask for; below a megabyte a fast link with some distance
+/// cannot be kept full by one stream.
+fn socket_buffers() -> Finding {
+    const WANTED: u64 = 1 << 20;
+    let path = "/proc/sys/net/core/wmem_max";
+    match number(path) {
+        Some(max) if max >= WANTED => good("socket buffers", format!("up to {} KiB", max >> 10)),
+        Some(max) => Finding {
+            what: "socket buffers",
+            level: Level::Limited,
+            found: format!("at most {} KiB may be set; the kernel's own tuning is used instead", max >> 10),
+            mend: Some("sysctl -w net.core.wmem_max=4194304 net.core.rmem_max=4194304".into()),
+        },
+        None => Finding {
+            what: "socket buffers",
+            level: Level::Limited,
+            found: format!("{path} cannot be read"),
+            mend: None,
+        },
+    }
+}
+
+/// Memfds in huge pages are populated faster; off by default.
+fn shmem_huge_pages() -> Finding {
+    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let setting = fs::read_to_string(path).unwrap_or_default();
+    let chosen = setting.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+    match chosen {
+        Some("never" | "deny") => Finding {
+            what: "huge pages for guests",
+            level: Level::Limited,
+            found: "transparent huge pages are off for shared memory: more page faults while a guest arrives"
+                .into(),
+            mend: Some(format!("echo advise > {path}")),
+        },
+        Some(other) => {
+            good("huge pages for guests", format!("transparent huge pages for shared memory: {other}"))
+        }
+        None => Finding {
+            what: "huge pages for guests",
+            level: Level::Limited,
+            found: "this kernel has no transparent huge pages for shared memory".into(),
+            mend: None,
+        },
+    }
+}
+
+fn cpus() -> Finding {
+    match std::thread::available_parallelism() {
+        Ok(n) => good("processors", format!("{n} may be used; each TCP stream can keep one busy")),
+        Err(error) => {
+            Finding { what: "processors", level: Level::Limited, found: error.to_string(), mend: None }
+        }
+    }
+}

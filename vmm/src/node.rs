@@ -1,0 +1,256 @@
+//! Another `whimbrel` process, started and driven from this one: for the demo, the tests and the
+//! benchmarks, which all need two sides on one machine.
+
+use crate::api::client::Client;
+use crate::api::model::{Migration, MigrationRequest, Vm};
+use crate::guest::Testimony;
+use hyper::Method;
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::io::{self, BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Why a node did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The process could not be started, or its output not be read.
+    #[error("cannot run {}: {source}", program.display())]
+    Process {
+        /// The program.
+        program: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It ended, or said something else than was expected.
+    #[error("the process said {said:?} instead of \"{expected}\"; its error output: {stderr}")]
+    Unexpected {
+        /// The event that was waited for.
+        expected: &'static str,
+        /// What came.
+        said: String,
+        /// The end of its error output.
+        stderr: String,
+    },
+    /// Its API.
+    #[error(transparent)]
+    Api(#[from] crate::api::Error),
+    /// Something did not happen in time.
+    #[error("{what} did not happen within {patience:?}")]
+    Timeout {
+        /// What was waited for.
+        what: &'static str,
+        /// For how long.
+        patience: Duration,
+    },
+}
+
+/// A child process that holds, or will hold, a virtual machine. Dropping it kills the process.
+pub struct Node {
+    program: PathBuf,
+    child: Child,
+    events: BufReader<ChildStdout>,
+    stderr: PathBuf,
+    api_path: PathBuf,
+    api: Client,
+}
+
+impl Node {
+    /// Starts `program` with `args` and a socket and log named `name` in `folder`; it tells events on
+    /// standard output.
+    ///
+    /// # Errors
+    /// [`Error::Process`].
+    pub fn start<A: AsRef<OsStr>>(
+        program: &Path,
+        folder: &Path,
+        name: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<Self, Error> {
+        let failed = |source| Error::Process { program: program.into(), source };
+        let api_path = folder.join(format!("{name}.sock"));
+        let stderr = folder.join(format!("{name}.stderr"));
+        let log = std::fs::File::create(&stderr).map_err(failed)?;
+        let mut child = Command::new(program)
+            .args(args)
+            .args(["--json", "--name", name, "--api"])
+            .arg(&api_path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .map_err(failed)?;
+        let stdout = child.stdout.take().ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
+        let api = Client::new(&api_path)?;
+        Ok(Node { program: program.into(), child, events: BufReader::new(stdout), stderr, api_path, api })
+    }
+
+    /// Starts a receiver on a free loopback port; returns it with its address.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] when it does not come to listen.
+    pub fn receiver<A: AsRef<OsStr>>(
+        program: &Path,
+        folder: &Path,
+        name: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<(Self, SocketAddr), Error> {
+        let fixed = ["receive", "--listen", "127.0.0.1:0", "--serial", "none"].map(OsStr::new);
+        let args: Vec<_> = args.into_iter().collect();
+        let all = fixed.into_iter().chain(args.iter().map(AsRef::as_ref));
+        let mut node = Node::start(program, folder, name, all)?;
+        let event = node.expect("listening")?;
+        let address = event["address"].as_str().and_then(|a| a.parse().ok());
+        match address {
+            Some(address) => Ok((node, address)),
+            None => Err(node.unexpected("listening", event.to_string())),
+        }
+    }
+
+    /// The next event, which must be of this kind.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] for any other, or the end of output.
+    pub fn expect(&mut self, expected: &'static str) -> Result<Value, Error> {
+        let mut line = String::new();
+        self.events
+            .read_line(&mut line)
+            .map_err(|source| Error::Process { program: self.program.clone(), source })?;
+        match serde_json::from_str::<Value>(&line) {
+            Ok(event) if event["event"] == expected => Ok(event),
+            _ => Err(self.unexpected(expected, line)),
+        }
+    }
+
+    fn unexpected(&self, expected: &'static str, said: String) -> Error {
+        Error::Unexpected { expected, said, stderr: self.stderr() }
+    }
+
+    /// What it has written to its error output.
+    pub fn stderr(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its API.
+    pub fn api(&self) -> &Client {
+        &self.api
+    }
+
+    /// Its API's socket.
+    pub fn api_path(&self) -> &Path {
+        &self.api_path
+    }
+
+    /// Its status.
+    ///
+    /// # Errors
+    /// [`Error::Api`].
+    pub fn status(&self) -> Result<Vm, Error> {
+        Ok(self.api.get("/v1/vm")?)
+    }
+
+    /// Waits until the guest's own record satisfies `wanted`.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], or when the API is gone.
+    pub fn wait_guest(
+        &self,
+        what: &'static str,
+        patience: Duration,
+        wanted: impl Fn(&Testimony) -> bool,
+    ) -> Result<Testimony, Error> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(guest) = self.status()?.guest
+                && wanted(&guest)
+            {
+                return Ok(guest);
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout { what, patience });
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Starts a migration.
+    ///
+    /// # Errors
+    /// [`Error::Api`] when it is refused.
+    pub fn migrate(&self, request: &MigrationRequest) -> Result<Migration, Error> {
+        Ok(self.api.call(Method::POST, "/v1/migration", request)?)
+    }
+
+    /// Waits for the migration's end; its report is then present.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], or when the API is gone.
+    pub fn wait_migration(&self, patience: Duration) -> Result<Migration, Error> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let migration: Migration = self.api.get("/v1/migration")?;
+            if migration.report.is_some() {
+                return Ok(migration);
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout { what: "the migration's end", patience });
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Ends the machine and its process.
+    ///
+    /// # Errors
+    /// When it does not listen, or does not end in ten seconds.
+    pub fn quit(&mut self) -> Result<ExitStatus, Error> {
+        let _: Value = self.api.call(Method::PUT, "/v1/vm/quit", &())?;
+        self.wait_exit(Duration::from_secs(10))
+    }
+
+    /// Waits for the process to end.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`].
+    pub fn wait_exit(&mut self, patience: Duration) -> Result<ExitStatus, Error> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let status = self
+                .child
+                .try_wait()
+                .map_err(|source| Error::Process { program: self.program.clone(), source })?;
+            if let Some(status) = status {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout { what: "the process's end", patience });
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// `kill -9`.
+    ///
+    /// # Errors
+    /// When the process cannot be waited for.
+    pub fn kill(&mut self) -> io::Result<()> {
+        self.child.kill()?;
+        self.child.wait().map(drop)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
