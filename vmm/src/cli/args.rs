@@ -55,7 +55,7 @@ pub enum Command {
 #[derive(Args, Clone, Debug)]
 pub struct MachineArgs {
     /// Guest memory, such as 512M or 4G; from 16M up
-    #[arg(long, short = 'm', default_value = "1G", value_parser = size)]
+    #[arg(long, short = 'm', default_value = "1G", value_parser = memory)]
     pub memory: u64,
     /// Virtual CPUs
     #[arg(long, short = 'c', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -260,6 +260,13 @@ fn size(text: &str) -> Result<u64, String> {
     config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
 }
 
+/// A size that guest memory can have.
+fn memory(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    vmm::memory::layout::regions(bytes).map_err(|e| e.to_string())?;
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -276,5 +283,7 @@ mod tests {
         assert_eq!(size("1.5G"), Ok(3 << 29));
         assert!(size("many").is_err());
         assert!(size("-1").is_err());
+        assert!(memory("0").is_err());
+        assert_eq!(memory("16M"), Ok(16 << 20));
     }
 }

@@ -3,7 +3,7 @@
 use super::Exit;
 use super::args::DemoArgs;
 use super::migrate::{exit, request, watch};
-use super::render;
+use super::{render, say};
 use anyhow::Context;
 use serde_json::json;
 use std::thread;
@@ -19,11 +19,7 @@ const BETWEEN: Duration = Duration::from_millis(500);
 pub fn demo(args: &DemoArgs) -> anyhow::Result<Exit> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-    let say = |text: String| {
-        if !args.json {
-            println!("{text}");
-        }
-    };
+    let tell = |text: String| if args.json { Ok(()) } else { say(text) };
     let options = [
         ("--memory", args.machine.memory.to_string()),
         ("--vcpus", args.machine.vcpus.to_string()),
@@ -35,27 +31,27 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Exit> {
     let mut node = Node::start(&program, folder.path(), "guest-0", run)?;
     node.expect("running")?;
     node.wait_guest("the guest's start", READY, |guest| guest.state == "running")?;
-    say(format!(
-        "a guest of {} with {} vCPUs runs in process {} and keeps rewriting {}",
+    tell(format!(
+        "a guest of {} with {} runs in process {} and keeps rewriting {}",
         render::size(args.machine.memory),
-        args.machine.vcpus,
+        render::vcpus(args.machine.vcpus),
         node.pid(),
         render::size(args.working_set)
-    ));
+    ))?;
     let mut reports = Vec::new();
     for number in 1..=args.moves {
         thread::sleep(BETWEEN);
         let name = format!("guest-{number}");
         let (mut next, address) = Node::receiver(&program, folder.path(), &name, [""; 0])?;
-        say(format!("\nmove {number}: from process {} to process {}", node.pid(), next.pid()));
+        tell(format!("\nmove {number}: from process {} to process {}", node.pid(), next.pid()))?;
         node.migrate(&request(&address.to_string(), &args.policy))?;
         let ended = watch(node.api())?;
         let report = ended.report.as_ref().context("the machine sent no report")?;
-        say(render::migration(&ended));
+        tell(render::migration(&ended))?;
         reports.push(render::with_testimony(&ended)?);
         if exit(report) != Exit::Done {
             if args.json {
-                println!("{}", json!({ "moves": reports, "guest": node.status()?.guest }));
+                say(json!({ "moves": reports, "guest": node.status()?.guest }))?;
             }
             return Ok(exit(report));
         }
@@ -67,12 +63,12 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Exit> {
     node.quit()?;
     let clean = guest.clean;
     if args.json {
-        println!("{}", json!({ "moves": reports, "guest": guest }));
+        say(json!({ "moves": reports, "guest": guest }))?;
     } else {
         say(format!(
             "the guest's own verdict: {}",
             if clean { "no page wrong, no timer lost, time never ran backwards" } else { "DAMAGED" }
-        ));
+        ))?;
     }
     Ok(if clean { Exit::Done } else { Exit::Failed })
 }

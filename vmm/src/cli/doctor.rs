@@ -2,7 +2,7 @@
 
 use super::Exit;
 use super::args::DoctorArgs;
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use super::{render, say};
 use comfy_table::{ContentArrangement, Table};
 use vmm::doctor::{Finding, Level};
 
@@ -10,20 +10,21 @@ pub fn doctor(args: &DoctorArgs) -> anyhow::Result<Exit> {
     let findings = vmm::doctor::examine(args.memory);
     let healthy = findings.iter().all(|f| f.level != Level::Broken);
     if args.json {
-        println!("{}", serde_json::json!({ "healthy": healthy, "findings": findings }));
+        say(serde_json::json!({ "healthy": healthy, "findings": findings }))?;
     } else {
-        println!("{}", table(&findings));
-        println!(
-            "{}",
-            if healthy { "virtual machines can run and be moved here" } else { "mend what is broken first" }
-        );
+        say(table(&findings))?;
+        say(if healthy {
+            "virtual machines can run and be moved here"
+        } else {
+            "mend what is broken first"
+        })?;
     }
     Ok(if healthy { Exit::Done } else { Exit::Failed })
 }
 
 fn table(findings: &[Finding]) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut table = render::table();
+    table.set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["", "what", "found", "to mend it"]);
     for f in findings {
         let level = match f.level {

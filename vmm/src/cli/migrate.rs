@@ -2,7 +2,7 @@
 
 use super::Exit;
 use super::args::{MigrateArgs, PolicyArgs, Stall, Transport};
-use super::render;
+use super::{render, say};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use migration::monitor::{Phase, Progress};
@@ -44,16 +44,16 @@ pub fn migrate(args: MigrateArgs) -> anyhow::Result<Exit> {
     let started: Migration = client.call(Method::POST, "/v1/migration", &request(&args.to, &args.policy))?;
     if args.detach {
         if args.target.json {
-            println!("{}", serde_json::to_string(&started)?);
+            say(serde_json::to_string(&started)?)?;
         }
         return Ok(Exit::Done);
     }
     let ended = watch(&client)?;
     let Some(report) = &ended.report else { anyhow::bail!("the machine sent no report") };
     if args.target.json {
-        println!("{}", render::with_testimony(&ended)?);
+        say(render::with_testimony(&ended)?)?;
     } else {
-        print!("{}", render::migration(&ended));
+        say(render::migration(&ended))?;
     }
     Ok(exit(report))
 }

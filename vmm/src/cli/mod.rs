@@ -9,10 +9,12 @@ mod receive;
 mod render;
 mod run;
 
+use anyhow::Context;
 use args::{Cli, Command, Target};
 use clap::CommandFactory;
 use hyper::Method;
 use serde_json::Value;
+use std::io::Write;
 use std::process::ExitCode;
 use vmm::api::client::Client;
 use vmm::api::model::{Migration, Vm};
@@ -65,10 +67,32 @@ pub fn run(cli: Cli) -> ExitCode {
     match result {
         Ok(exit) => exit.into(),
         Err(error) => {
-            eprintln!("whimbrel: {error:#}");
+            eprintln!("whimbrel: {}", story(&error));
             Exit::Failed.into()
         }
     }
+}
+
+/// Prints a command's answer. A reader that has gone is no error: the exit code still tells the rest.
+fn say(answer: impl std::fmt::Display) -> anyhow::Result<()> {
+    match writeln!(std::io::stdout(), "{answer}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An error with its causes, each told once: most of our errors name their cause themselves.
+fn story(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 fn man(folder: &std::path::Path) -> anyhow::Result<Exit> {
@@ -87,11 +111,11 @@ fn status(target: &Target) -> anyhow::Result<Exit> {
     };
     if target.json {
         let migration = migration.map(|m| render::with_testimony(&m)).transpose()?;
-        println!("{}", serde_json::json!({ "vm": vm, "migration": migration }));
+        say(serde_json::json!({ "vm": vm, "migration": migration }))?;
     } else {
-        print!("{}", render::vm(&vm));
+        say(render::vm(&vm))?;
         if let Some(migration) = migration {
-            print!("{}", render::migration(&migration));
+            say(render::migration(&migration))?;
         }
     }
     Ok(Exit::Done)
@@ -101,7 +125,7 @@ fn status(target: &Target) -> anyhow::Result<Exit> {
 fn put(target: &Target, method: Method, path: &str) -> anyhow::Result<Exit> {
     let answer: Value = Client::new(&target.api)?.call(method, path, &())?;
     if target.json {
-        println!("{answer}");
+        say(answer)?;
     }
     Ok(Exit::Done)
 }

@@ -1,7 +1,6 @@
 //! Reports for people, and the JSON for programs where it differs from the API's.
 
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
-use comfy_table::{CellAlignment, Table};
+use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use migration::report::{Report, Verdict};
 use serde_json::Value;
 use std::fmt::Write;
@@ -18,6 +17,11 @@ pub fn size(bytes: u64) -> String {
         unit += 1;
     }
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// A number of vCPUs.
+pub fn vcpus(number: u32) -> String {
+    format!("{number} vCPU{}", if number == 1 { "" } else { "s" })
 }
 
 fn ms(us: u64) -> String {
@@ -39,7 +43,7 @@ pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
 pub fn vm(vm: &Vm) -> String {
     let state =
         serde_json::to_value(vm.state).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
-    format!("{}: {state}, {} vCPUs, {}, process {}\n", vm.name, vm.vcpus, size(vm.memory), vm.pid)
+    format!("{}: {state}, {}, {}, process {}", vm.name, vcpus(vm.vcpus), size(vm.memory), vm.pid)
 }
 
 /// A migration's status or report.
@@ -49,7 +53,7 @@ pub fn migration(migration: &Migration) -> String {
         None => {
             let p = &migration.progress;
             format!(
-                "moving to {}: round {}, {} sent at {}/s, dirtied {}/s, blackout of {} expected\n",
+                "moving to {}: round {}, {} sent at {}/s, dirtied {}/s, blackout of {} expected",
                 migration.to,
                 p.round,
                 size(p.sent),
@@ -66,6 +70,7 @@ pub fn report(report: &Report, to: &str) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.
     let _ = write_report(&mut text, report, to);
+    text.truncate(text.trim_end().len());
     text
 }
 
@@ -124,8 +129,7 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
 }
 
 fn rounds(report: &Report) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY);
+    let mut table = table();
     table.set_header([
         "round",
         "dirty",
@@ -159,12 +163,18 @@ fn rounds(report: &Report) -> Table {
 }
 
 fn spans(report: &Report) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY);
+    let mut table = table();
     for span in &report.spans {
         table.add_row([span.name.clone(), ms(span.us)]);
     }
     right_align(table)
+}
+
+/// An empty table as all commands print it.
+pub fn table() -> Table {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─')));
+    table
 }
 
 /// All columns but the first hold figures.
