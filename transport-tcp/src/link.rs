@@ -48,6 +48,14 @@ impl Connection {
         self.peer
     }
 
+    /// This end's address: the one at which the other end reaches this host.
+    ///
+    /// # Errors
+    /// When the connection has been reset.
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        self.stream.local_addr()
+    }
+
     /// A whole frame, if one has arrived.
     fn take_frame(&mut self) -> Result<Option<Vec<u8>>, LinkError> {
         let Some((head, rest)) = self.arrived.split_first_chunk::<4>() else { return Ok(None) };

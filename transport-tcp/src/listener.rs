@@ -67,6 +67,14 @@ impl Call {
     pub fn peer(&self) -> SocketAddr {
         self.connection.peer()
     }
+
+    /// The address that it called, as [`Connection::local`].
+    ///
+    /// # Errors
+    /// When the connection has been reset.
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        self.connection.local()
+    }
 }
 
 impl ControlLink for Call {
