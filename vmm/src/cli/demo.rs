@@ -23,6 +23,7 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Exit> {
     let options = [
         ("--memory", args.machine.memory.to_string()),
         ("--vcpus", args.machine.vcpus.to_string()),
+        ("--pages", args.machine.pages.to_string()),
         ("--working-set", args.working_set.to_string()),
         ("--serial", "none".to_string()),
     ];

@@ -55,6 +55,16 @@ impl PageSize {
     }
 }
 
+impl std::fmt::Display for PageSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            PageSize::Small => "4k",
+            PageSize::Huge2M => "2m",
+            PageSize::Huge1G => "1g",
+        })
+    }
+}
+
 impl std::str::FromStr for PageSize {
     type Err = String;
 
