@@ -96,6 +96,9 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
     if !report.rounds.is_empty() {
         writeln!(out, "{}", rounds(report))?;
     }
+    if !report.lanes.is_empty() {
+        writeln!(out, "{}", lanes(report))?;
+    }
     if report.blackout_us > 0 {
         writeln!(out, "blackout {}", ms(report.blackout_us))?;
         writeln!(out, "{}", spans(report))?;
@@ -158,6 +161,30 @@ fn rounds(report: &Report) -> Table {
             if last { String::new() } else { size(r.remaining) },
             if last { String::new() } else { ms(r.predicted_blackout_us) },
         ]);
+    }
+    right_align(table)
+}
+
+/// What each lane carried. Depth and registration are columns only for transports that have them.
+fn lanes(report: &Report) -> Table {
+    let deep = report.lanes.iter().any(|l| l.max_in_flight > 0);
+    let mut table = table();
+    let mut header = vec!["lane", "bytes", "zero", "requests"];
+    if deep {
+        header.extend(["in flight", "registering", "of it while sending"]);
+    }
+    table.set_header(header);
+    for (number, lane) in report.lanes.iter().enumerate() {
+        let mut row =
+            vec![number.to_string(), size(lane.bytes), size(lane.zero_bytes), lane.requests.to_string()];
+        if deep {
+            row.extend([
+                lane.max_in_flight.to_string(),
+                ms(lane.registration_us),
+                ms(lane.registration_overlap_us),
+            ]);
+        }
+        table.add_row(row);
     }
     right_align(table)
 }
