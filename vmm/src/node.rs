@@ -10,9 +10,13 @@ use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// How long an event is waited for: longer than any step of a migration may take on a slow host.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Why a node did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +56,7 @@ pub enum Error {
 pub struct Node {
     program: PathBuf,
     child: Child,
-    events: BufReader<ChildStdout>,
+    events: Receiver<String>,
     stderr: PathBuf,
     api_path: PathBuf,
     api: Client,
@@ -84,8 +88,14 @@ impl Node {
             .spawn()
             .map_err(failed)?;
         let stdout = child.stdout.take().ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
+        // A thread reads the events, so that waiting for one can end; it ends with the process.
+        let (sender, events) = mpsc::channel();
+        thread::spawn(move || {
+            let lines = BufReader::new(stdout).lines().map_while(Result::ok);
+            lines.map(|line| sender.send(line)).take_while(Result::is_ok).for_each(drop);
+        });
         let api = Client::new(&api_path)?;
-        Ok(Node { program: program.into(), child, events: BufReader::new(stdout), stderr, api_path, api })
+        Ok(Node { program: program.into(), child, events, stderr, api_path, api })
     }
 
     /// Starts a receiver on a free loopback port; returns it with its address.
@@ -110,19 +120,30 @@ impl Node {
         }
     }
 
+    /// The next event, whatever it is.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] when the process ended or said no event, [`Error::Timeout`] when it said
+    /// nothing.
+    pub fn next_event(&mut self) -> Result<Value, Error> {
+        const ANY: &str = "an event";
+        let line = match self.events.recv_timeout(PATIENCE) {
+            Ok(line) => line,
+            Err(mpsc::RecvTimeoutError::Disconnected) => String::new(),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                return Err(Error::Timeout { what: ANY, patience: PATIENCE });
+            }
+        };
+        serde_json::from_str(&line).map_err(|_| self.unexpected(ANY, line))
+    }
+
     /// The next event, which must be of this kind.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] for any other, or the end of output.
+    /// As for [`next_event`](Self::next_event); [`Error::Unexpected`] for any other.
     pub fn expect(&mut self, expected: &'static str) -> Result<Value, Error> {
-        let mut line = String::new();
-        self.events
-            .read_line(&mut line)
-            .map_err(|source| Error::Process { program: self.program.clone(), source })?;
-        match serde_json::from_str::<Value>(&line) {
-            Ok(event) if event["event"] == expected => Ok(event),
-            _ => Err(self.unexpected(expected, line)),
-        }
+        let event = self.next_event()?;
+        if event["event"] == expected { Ok(event) } else { Err(self.unexpected(expected, event.to_string())) }
     }
 
     fn unexpected(&self, expected: &'static str, said: String) -> Error {
@@ -189,6 +210,30 @@ impl Node {
         Ok(self.api.call(Method::POST, "/v1/migration", request)?)
     }
 
+    /// The migration under way, or the last one.
+    ///
+    /// # Errors
+    /// [`Error::Api`], also when there was none yet.
+    pub fn migration(&self) -> Result<Migration, Error> {
+        Ok(self.api.get("/v1/migration")?)
+    }
+
+    /// Calls the migration off.
+    ///
+    /// # Errors
+    /// [`Error::Api`] when none is under way, or it is too late.
+    pub fn cancel(&self) -> Result<Migration, Error> {
+        Ok(self.api.call(Method::DELETE, "/v1/migration", &())?)
+    }
+
+    /// Lets a paused guest run on; a held one only by `force`.
+    ///
+    /// # Errors
+    /// [`Error::Api`] when it is refused.
+    pub fn resume(&self, force: bool) -> Result<(), Error> {
+        Ok(self.api.call(Method::PUT, &format!("/v1/vm/resume?force={force}"), &())?)
+    }
+
     /// Waits for the migration's end; its report is then present.
     ///
     /// # Errors
@@ -196,7 +241,7 @@ impl Node {
     pub fn wait_migration(&self, patience: Duration) -> Result<Migration, Error> {
         let deadline = Instant::now() + patience;
         loop {
-            let migration: Migration = self.api.get("/v1/migration")?;
+            let migration = self.migration()?;
             if migration.report.is_some() {
                 return Ok(migration);
             }
