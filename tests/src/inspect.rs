@@ -1,0 +1,53 @@
+//! The last move of a guest: into the test's own process, where it is told to verify all that it has.
+//!
+//! From outside, a guest can only be asked how it is. In this process its memory is at hand, so it can be
+//! told to verify each page of its working set once more and to power off; and what it says then is
+//! final.
+
+use crate::sides::{Guest, PATIENCE, request};
+use migration::destination::{self, Timeouts};
+use migration::report::Verdict;
+use migration::transport::DestinationTransport;
+use std::sync::Arc;
+use std::thread;
+use transport_tcp::{Listener, TcpDestination};
+use vmm::guest::{self, Request, Testimony};
+use vmm::incoming::{IncomingHost, IncomingOptions};
+use vmm::node::Node;
+use vmm::{Machine, Outcome, SerialOutput};
+
+/// Moves the guest of `node` here, with all memory compared on the way, has it verify everything and power
+/// off; nothing may be wrong.
+pub fn settle(node: &Node, expected: &Guest) -> Testimony {
+    let listener = Listener::bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let mut request = request(listener.local_addr());
+    request.compare_memory = true;
+    let taking = thread::spawn(move || take(&listener));
+    node.migrate(&request).unwrap();
+    let report = node.wait_migration(PATIENCE).unwrap().report.unwrap();
+    assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
+    verify(&taking.join().unwrap(), expected)
+}
+
+fn take(listener: &Listener) -> Arc<Machine> {
+    let options = IncomingOptions { serial: SerialOutput::Null, populate: false };
+    let mut host = IncomingHost::open(options).unwrap();
+    let mut call = listener.next_control(PATIENCE).unwrap().unwrap();
+    let token = call.token();
+    let mut transports: Vec<Box<dyn DestinationTransport>> = vec![Box::new(TcpDestination::new(listener))];
+    let timeouts = Timeouts::default();
+    let taken = destination::receive(&mut host, &mut call, token, &mut transports, "inspector", &timeouts);
+    taken.unwrap().machine.machine()
+}
+
+fn verify(machine: &Machine, expected: &Guest) -> Testimony {
+    guest::request(machine.memory(), Request::PowerOff);
+    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
+    let testimony = guest::testimony(machine.memory()).unwrap();
+    assert!(testimony.clean, "{:?}", testimony.problems);
+    assert_eq!(testimony.state, "finished");
+    assert_eq!(testimony.vcpus, expected.vcpus);
+    assert_eq!(testimony.working_set, expected.working_set);
+    assert_eq!(testimony.verified * 4096, expected.working_set);
+    testimony
+}

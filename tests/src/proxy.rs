@@ -1,0 +1,214 @@
+//! A network that is slow, and that breaks where it is told to: a TCP relay between source and receiver.
+//!
+//! It tells control connections from data connections by the kind in their first 32 bytes, and reads the
+//! control messages that pass, so that a test knows what was said.
+
+use migration::message::Message;
+use migration::preamble;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plane {
+    /// Control messages.
+    Control,
+    /// Guest memory.
+    Data,
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the source to the destination.
+    Up,
+    /// From the destination to the source.
+    Down,
+}
+
+/// Where a connection is cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Cut {
+    /// In connections of this kind.
+    pub plane: Plane,
+    /// By what has passed this way.
+    pub way: Way,
+    /// Bytes that still pass, over all such connections together.
+    pub after: u64,
+}
+
+/// How the network behaves.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules {
+    /// Time that each piece of control traffic takes.
+    pub control_delay: Duration,
+    /// Time that each 64 KiB of guest memory take.
+    pub data_delay: Duration,
+    /// Where it breaks.
+    pub cut: Option<Cut>,
+}
+
+struct Shared {
+    target: SocketAddr,
+    rules: Rules,
+    /// Indexed by plane and way.
+    passed: [[AtomicU64; 2]; 2],
+    messages: Mutex<Vec<(Way, &'static str)>>,
+    closed: AtomicBool,
+    streams: Mutex<Vec<TcpStream>>,
+}
+
+/// A relay to one receiver. Dropping it closes all its connections.
+pub struct Proxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+impl Proxy {
+    /// A relay to `target` on a free loopback port.
+    pub fn start(target: SocketAddr, rules: Rules) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared {
+            target,
+            rules,
+            passed: Default::default(),
+            messages: Mutex::default(),
+            closed: AtomicBool::new(false),
+            streams: Mutex::default(),
+        });
+        let relaying = Arc::clone(&shared);
+        let accepting = thread::spawn(move || {
+            while let Ok((caller, _)) = listener.accept() {
+                if relaying.closed.load(Ordering::Acquire) {
+                    return;
+                }
+                let relaying = Arc::clone(&relaying);
+                thread::spawn(move || relaying.relay(caller));
+            }
+        });
+        Proxy { address, shared, accepting: Some(accepting) }
+    }
+
+    /// Where sources connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Bytes that were delivered.
+    pub fn passed(&self, plane: Plane, way: Way) -> u64 {
+        self.shared.passed[plane as usize][way as usize].load(Ordering::Acquire)
+    }
+
+    /// Whether a whole control message of this name was delivered.
+    pub fn delivered(&self, way: Way, name: &str) -> bool {
+        let messages = self.shared.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.contains(&(way, name))
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+        // Wakes the accepting thread.
+        let woken = TcpStream::connect(self.address);
+        if let (Ok(_), Some(thread)) = (woken, self.accepting.take()) {
+            let _ = thread.join();
+        }
+        for stream in self.shared.streams.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Shared {
+    /// Relays one connection. Whatever fails here is a closed connection to both ends.
+    fn relay(self: Arc<Self>, mut caller: TcpStream) {
+        let Ok(mut receiver) = TcpStream::connect(self.target) else { return };
+        let _ = (caller.set_nodelay(true), receiver.set_nodelay(true));
+        {
+            let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+            streams.extend([&caller, &receiver].into_iter().filter_map(|s| s.try_clone().ok()));
+        }
+        let mut first = [0; preamble::LEN];
+        if caller.read_exact(&mut first).is_err() {
+            return;
+        }
+        let plane = if first[10] == 2 { Plane::Data } else { Plane::Control };
+        let (Ok(mut back_from), Ok(mut back_to)) = (receiver.try_clone(), caller.try_clone()) else { return };
+        let shared = Arc::clone(&self);
+        thread::spawn(move || shared.pump(plane, Way::Down, &mut back_from, &mut back_to, &[]));
+        self.pump(plane, Way::Up, &mut caller, &mut receiver, &first);
+    }
+
+    fn pump(&self, plane: Plane, way: Way, from: &mut TcpStream, to: &mut TcpStream, first: &[u8]) {
+        let mut ear = Ear { skip: preamble::LEN, heard: Vec::new() };
+        let mut buffer = vec![0; 64 << 10];
+        buffer[..first.len()].copy_from_slice(first);
+        let mut filled = first.len();
+        loop {
+            if filled > 0 {
+                thread::sleep(match plane {
+                    Plane::Control => self.rules.control_delay,
+                    Plane::Data => self.rules.data_delay,
+                });
+            }
+            let whole = self.deliver(plane, way, to, &buffer[..filled], &mut ear);
+            if !whole {
+                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                return;
+            }
+            match from.read(&mut buffer) {
+                Ok(n) if n > 0 => filled = n,
+                _ => {
+                    let _ = to.shutdown(Shutdown::Write);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Delivers what the rules let pass; false when that is not all, or nobody takes it.
+    fn deliver(&self, plane: Plane, way: Way, to: &mut TcpStream, bytes: &[u8], ear: &mut Ear) -> bool {
+        let counter = &self.passed[plane as usize][way as usize];
+        let before = counter.fetch_add(bytes.len() as u64, Ordering::AcqRel);
+        let allowed = match self.rules.cut {
+            Some(cut) if cut.plane == plane && cut.way == way => {
+                cut.after.saturating_sub(before).min(bytes.len() as u64) as usize
+            }
+            _ => bytes.len(),
+        };
+        if plane == Plane::Control {
+            // Noted before it is delivered: whoever acts on a message finds it noted.
+            let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+            messages.extend(ear.listen(&bytes[..allowed]).into_iter().map(|name| (way, name)));
+        }
+        to.write_all(&bytes[..allowed]).is_ok() && allowed == bytes.len()
+    }
+}
+
+/// Understands the control messages in a stream of bytes.
+struct Ear {
+    skip: usize,
+    heard: Vec<u8>,
+}
+
+impl Ear {
+    fn listen(&mut self, bytes: &[u8]) -> Vec<&'static str> {
+        let skipped = self.skip.min(bytes.len());
+        self.skip -= skipped;
+        self.heard.extend_from_slice(&bytes[skipped..]);
+        let mut names = Vec::new();
+        while let Some((head, rest)) = self.heard.split_first_chunk::<4>() {
+            let Some(frame) = rest.get(..u32::from_le_bytes(*head) as usize) else { break };
+            names.extend(Message::decode(frame).map(|message| message.name()));
+            self.heard.drain(..4 + frame.len());
+        }
+        names
+    }
+}
