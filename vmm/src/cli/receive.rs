@@ -60,6 +60,8 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
                 return Ok(stay(&args.process, &instance));
             }
             Err(why) => {
+                // Whoever reads the event may call at once.
+                drop((call, transports));
                 args.process.tell(
                     "refused",
                     &format!("the guest from {peer} was not taken in: {why}"),
