@@ -3,7 +3,7 @@
 use super::Error;
 use super::model::{ErrorBody, Migration, MigrationRequest, Vm};
 use crate::instance::Instance;
-use axum::extract::rejection::JsonRejection;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Query};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
@@ -175,6 +175,12 @@ impl From<JsonRejection> for Refusal {
     }
 }
 
+impl From<QueryRejection> for Refusal {
+    fn from(rejection: QueryRejection) -> Self {
+        Refusal::new(rejection.status(), &rejection.body_text())
+    }
+}
+
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         (self.0, Json(ErrorBody { error: self.1 })).into_response()
@@ -207,7 +213,11 @@ struct Resume {
     force: bool,
 }
 
-async fn resume(Present(instance): Present, Query(query): Query<Resume>) -> Result<Json<()>, Refusal> {
+async fn resume(
+    Present(instance): Present,
+    query: Result<Query<Resume>, QueryRejection>,
+) -> Result<Json<()>, Refusal> {
+    let Query(query) = query?;
     blocking(move || instance.resume(query.force)).await
 }
 
