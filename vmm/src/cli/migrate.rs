@@ -98,6 +98,10 @@ fn show(bar: &ProgressBar, progress: &Progress) {
         Phase::Moved | Phase::Stayed | Phase::Held => "done".into(),
     };
     bar.set_prefix(phase);
+    if progress.transport.is_empty() {
+        // Nothing travels before a transport is chosen.
+        return;
+    }
     bar.set_length(progress.round_bytes);
     bar.set_position(progress.round_done);
     bar.set_message(format!(
