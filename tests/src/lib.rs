@@ -5,5 +5,6 @@ pub mod command;
 pub mod inspect;
 pub mod program;
 pub mod proxy;
+pub mod rogue;
 pub mod say;
 pub mod sides;

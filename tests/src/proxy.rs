@@ -30,9 +30,20 @@ pub enum Way {
     Down,
 }
 
-/// Where a connection is cut.
+/// How a connection breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// Both ends see it closed.
+    Close,
+    /// Nothing passes any more, and nobody is told.
+    Silence,
+}
+
+/// Where a connection breaks.
 #[derive(Clone, Copy, Debug)]
 pub struct Cut {
+    /// How.
+    pub how: Break,
     /// In connections of this kind.
     pub plane: Plane,
     /// By what has passed this way.
@@ -57,7 +68,8 @@ struct Shared {
     rules: Rules,
     /// Indexed by plane and way.
     passed: [[AtomicU64; 2]; 2],
-    messages: Mutex<Vec<(Way, &'static str)>>,
+    /// Way, name, and how many bytes of that plane and way had passed at its end.
+    messages: Mutex<Vec<(Way, &'static str, u64)>>,
     closed: AtomicBool,
     streams: Mutex<Vec<TcpStream>>,
 }
@@ -108,7 +120,13 @@ impl Proxy {
     /// Whether a whole control message of this name was delivered.
     pub fn delivered(&self, way: Way, name: &str) -> bool {
         let messages = self.shared.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        messages.contains(&(way, name))
+        messages.iter().any(|message| (message.0, message.1) == (way, name))
+    }
+
+    /// Where each control message that was delivered ended, in bytes of its way.
+    pub fn ends(&self, way: Way) -> Vec<u64> {
+        let messages = self.shared.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.iter().filter(|message| message.0 == way).map(|message| message.2).collect()
     }
 }
 
@@ -160,6 +178,10 @@ impl Shared {
             }
             let whole = self.deliver(plane, way, to, &buffer[..filled], &mut ear);
             if !whole {
+                let silent = self.rules.cut.is_some_and(|cut| cut.how == Break::Silence);
+                while silent && !self.closed.load(Ordering::Acquire) {
+                    thread::sleep(Duration::from_millis(5));
+                }
                 let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
                 return;
             }
@@ -186,7 +208,9 @@ impl Shared {
         if plane == Plane::Control {
             // Noted before it is delivered: whoever acts on a message finds it noted.
             let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-            messages.extend(ear.listen(&bytes[..allowed]).into_iter().map(|name| (way, name)));
+            let heard = ear.listen(&bytes[..allowed]);
+            let end = before + allowed as u64;
+            messages.extend(heard.into_iter().map(|(name, pending)| (way, name, end - pending)));
         }
         to.write_all(&bytes[..allowed]).is_ok() && allowed == bytes.len()
     }
@@ -199,15 +223,17 @@ struct Ear {
 }
 
 impl Ear {
-    fn listen(&mut self, bytes: &[u8]) -> Vec<&'static str> {
+    /// The messages that these bytes complete, each with the number of bytes that followed it.
+    fn listen(&mut self, bytes: &[u8]) -> Vec<(&'static str, u64)> {
         let skipped = self.skip.min(bytes.len());
         self.skip -= skipped;
         self.heard.extend_from_slice(&bytes[skipped..]);
         let mut names = Vec::new();
         while let Some((head, rest)) = self.heard.split_first_chunk::<4>() {
             let Some(frame) = rest.get(..u32::from_le_bytes(*head) as usize) else { break };
-            names.extend(Message::decode(frame).map(|message| message.name()));
+            let name = Message::decode(frame).map(|message| message.name());
             self.heard.drain(..4 + frame.len());
+            names.extend(name.map(|name| (name, self.heard.len() as u64)));
         }
         names
     }
