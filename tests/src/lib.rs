@@ -1,5 +1,19 @@
 //! End-to-end tests: real processes, real KVM, real sockets, real faults. What they share is here; the
-//! tests are in `tests/`.
+//! tests are in `tests/`:
+//!
+//! | file | what it shows |
+//! |---|---|
+//! | `chain` | guests of all sizes move ten times while they rewrite their memory, and nothing is wrong |
+//! | `kill` | either side is killed at any moment: one owner, or held and says so |
+//! | `cuts` | the line is cut, or goes dead, at any byte |
+//! | `hostile` | peers of either side that are no Whimbrel, or do not keep to the protocol |
+//! | `hosts` | destinations that could not run the guest |
+//! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
+//! | `guests` | foreign guests |
+//! | `usage`, `cli`, `http` | the program as its users see it |
+//!
+//! Where a test says that a guest is as good as it was, the guest has been moved once more, into the test's own
+//! process ([`inspect`]), with all memory compared on the way, and has verified each of its pages there.
 
 pub mod command;
 pub mod inspect;

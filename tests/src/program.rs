@@ -26,7 +26,7 @@ pub fn whimbrel() -> &'static Path {
         };
         for source in sources(&folder.join("whimbrel.d")) {
             assert!(
-                modified(&source).is_none_or(|changed| changed <= built),
+                changed(&source).is_none_or(|changed| changed <= built),
                 "{} is older than {}; run the tests with `{command}`",
                 program.display(),
                 source.display()
@@ -42,6 +42,14 @@ fn command(folder: &Path) -> &'static str {
 
 fn modified(path: &Path) -> Option<SystemTime> {
     path.metadata().and_then(|m| m.modified()).ok()
+}
+
+/// When a file, or the last of the files in a folder, was changed: a build script may name a whole folder.
+fn changed(path: &Path) -> Option<SystemTime> {
+    match std::fs::read_dir(path) {
+        Ok(entries) => entries.flatten().filter_map(|entry| changed(&entry.path())).max(),
+        Err(_) => modified(path),
+    }
 }
 
 /// The files named in a dependency file, `program: file file …`. Without one, none: Cargo always writes it.

@@ -45,6 +45,15 @@ fn chain(memory: u64, vcpus: u32, working_set: u64) {
 }
 
 fn chains(memory: u64, working_set: u64) {
+    let available = vmm::memory::host::available().unwrap_or(u64::MAX);
+    if available < memory + 512 * MIB {
+        let (wanted, available) = (memory / MIB, available / MIB);
+        say::skipped(
+            &format!("chains of {wanted} MiB"),
+            format_args!("{available} MiB of memory are available; free some"),
+        );
+        return;
+    }
     [1, 2, 4].into_iter().for_each(|vcpus| chain(memory, vcpus, working_set));
 }
 

@@ -59,9 +59,9 @@ fn without_kvm() {
     say::figures("a host without /dev/kvm", "run and receive say so, the doctor finds it");
 }
 
-/// A receiver refuses a guest of 1 GiB for want of memory; a small one it takes.
+/// A receiver refuses a guest of 3 GiB for want of memory; a small one it takes.
 fn refuses_for_memory(what: &str, prefix: &[&str], folder: &Path) {
-    let large = Guest { memory: 1 << 30, ..Guest::SMALL };
+    let large = Guest { memory: 3 << 30, ..Guest::SMALL };
     let source = large.start(folder, &format!("{what}-large"));
     let (mut node, address) = receiver_in(folder, &format!("{what}-receiver"), prefix);
     let report = migrate(&source, &request(address));
@@ -98,7 +98,7 @@ fn with_too_little_memory_available() {
 #[test]
 fn with_a_limit_on_memory() {
     let folder = tempfile::tempdir().unwrap();
-    refuses_for_memory("limited", &["prlimit", "--as=1000000000"], folder.path());
+    refuses_for_memory("limited", &["prlimit", "--as=2500000000"], folder.path());
 }
 
 /// The source is a machine in this process, whose CPU has a feature that no host has.

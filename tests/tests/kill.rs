@@ -102,7 +102,7 @@ impl Schedule {
             }
             Side::Destination => {
                 destination.kill().unwrap();
-                (phase, self.destination_died(&source, &proxy, folder.path()))
+                (phase, self.destination_died(&mut source, &proxy, folder.path()))
             }
         }
     }
@@ -138,7 +138,7 @@ impl Schedule {
 
     /// The guest runs at the source; or is held there, if the destination may have been told to run it; or
     /// had moved, and died with its machine.
-    fn destination_died(&self, source: &Node, proxy: &Proxy, folder: &Path) -> &'static str {
+    fn destination_died(&self, source: &mut Node, proxy: &Proxy, folder: &Path) -> &'static str {
         let report = source.wait_migration(PATIENCE).unwrap().report.unwrap();
         match report.verdict {
             Verdict::Stayed => {
@@ -164,6 +164,9 @@ impl Schedule {
             }
             Verdict::Moved => {
                 assert!(proxy.delivered(Way::Down, "Running"), "{self:?}: moved without a word");
+                // Its process ends: nothing runs here.
+                source.expect("moved").unwrap();
+                assert_eq!(source.wait_exit(PATIENCE).unwrap().code(), Some(0));
                 "had moved, died with its machine"
             }
         }
