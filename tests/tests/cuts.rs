@@ -101,6 +101,8 @@ fn cut(pair: &mut Pair, cut: Cut) -> Verdict {
     match report.verdict {
         Verdict::Stayed => {
             assert!(!committed, "{cut:?}: the destination was told to run the guest: {report:?}");
+            // With Ready the source tries to say Commit, and from then on it cannot know.
+            assert!(!proxy.delivered(Way::Down, "Ready"), "{cut:?}: {report:?}");
             assert!(report.failure.is_some_and(|f| !f.message.is_empty()), "{cut:?}");
             assert_runs(&pair.source);
             if proxy.passed(Plane::Control, Way::Up) >= preamble::LEN as u64 && !never_called(&cut) {

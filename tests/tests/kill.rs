@@ -143,6 +143,7 @@ impl Schedule {
         match report.verdict {
             Verdict::Stayed => {
                 assert!(!proxy.delivered(Way::Up, "Commit"), "{self:?}: resumed after Commit: {report:?}");
+                assert!(!proxy.delivered(Way::Down, "Ready"), "{self:?}: {report:?}");
                 assert_runs(source);
                 settle(source, &Guest::SMALL);
                 "went on at the source"
