@@ -26,7 +26,7 @@ fn status_and_migrate() {
     let api = api(&guest);
     let ran = run(["status", "--api", api]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    assert!(ran.stdout.starts_with("swift: running, 1 vCPUs, 32.0 MiB, process "), "{ran:?}");
+    assert!(ran.stdout.starts_with("swift: running, 1 vCPU, 32.0 MiB, process "), "{ran:?}");
     let status = run(["status", "--api", api, "--json"]).json();
     assert_eq!(status["vm"]["state"], "running");
     assert_eq!(status["vm"]["guest"]["clean"], true);

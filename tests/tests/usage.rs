@@ -37,11 +37,16 @@ fn wrong_usage() {
 #[test]
 fn machines_that_cannot_be() {
     let run = |memory: &str| run(["run", "--serial", "none", "--memory", memory]);
-    run("0").refused(1, "0 bytes of guest memory: use at least 16 MiB");
-    run("15M").refused(1, "use at least 16 MiB");
-    run("17000000").refused(1, "in whole MiB");
+    for (memory, message) in [
+        ("0", "0 bytes of guest memory: use at least 16 MiB"),
+        ("15M", "use at least 16 MiB"),
+        ("17000000", "in whole MiB"),
+    ] {
+        let ran = run(memory);
+        assert!(ran.code == Some(2) && ran.stderr.contains(message), "{ran:?}");
+    }
     run("900G").refused(1, "the host has");
-    run("4194304T").refused(1, "of guest memory");
+    run("1000000T").refused(1, "of guest memory");
     say::figures("machines that cannot be", "5 sizes refused");
 }
 
