@@ -1,0 +1,12 @@
+//! What we are measured beside, in the same run.
+
+pub mod iperf3;
+pub mod qemu;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+/// A loopback port that was free a moment ago, for programs that cannot choose one themselves.
+fn free_port() -> std::io::Result<u16> {
+    let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    Ok(listener.local_addr()?.port())
+}

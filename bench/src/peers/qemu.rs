@@ -1,0 +1,65 @@
+//! A QEMU guest, moved by a script that is given by its path.
+//!
+//! The script takes `--mib`, `--uri`, `--multifd` and `--prefault` and prints one line of JSON, of
+//! which `status`, `total_s`, `cpu_source_s` and `cpu_target_s` are used.
+
+use super::free_port;
+use anyhow::{Context, bail};
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Moves a guest of `memory` bytes of random content; returns what the script says.
+///
+/// # Errors
+/// When the script fails, or the migration that it made.
+pub fn run(script: &Path, memory: u64, multifd: u16, prefault: bool) -> anyhow::Result<Value> {
+    let mut command = Command::new(script);
+    command
+        .args(["--mib", &(memory >> 20).to_string()])
+        .args(["--uri", &format!("tcp:127.0.0.1:{}", free_port()?)])
+        .args(["--multifd", &multifd.to_string()]);
+    if prefault {
+        command.arg("--prefault");
+    }
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {}", script.display()))?;
+    parse(&String::from_utf8_lossy(&output.stdout))
+        .with_context(|| format!("{}: {}", script.display(), String::from_utf8_lossy(&output.stderr)))
+}
+
+fn parse(output: &str) -> anyhow::Result<Value> {
+    let line = output.lines().rfind(|line| line.starts_with('{')).context("it printed no JSON")?;
+    let said: Value = serde_json::from_str(line).context("it printed no JSON")?;
+    if said["status"] != "completed" {
+        bail!("QEMU's migration did not succeed: {line}");
+    }
+    Ok(said)
+}
+
+/// MiB a second: guest memory over QEMU's own `total-time`, which runs from the command to the end of
+/// the migration, set-up included.
+pub fn rate(said: &Value) -> Option<f64> {
+    Some(said["mib"].as_f64()? / said["total_s"].as_f64().filter(|s| *s > 0.0)?)
+}
+
+/// CPU seconds of both sides for each GiB.
+pub fn cpu(said: &Value) -> (Option<f64>, Option<f64>) {
+    let per_gib = |name: &str| Some(said[name].as_f64()? / (said["mib"].as_f64()? / 1024.0));
+    (per_gib("cpu_source_s"), per_gib("cpu_target_s"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scripts_line_is_read() {
+        let line = r#"{"status": "completed", "mib": 2048, "total_s": 2.0, "cpu_source_s": 1.0}"#;
+        let said = parse(&format!("a warning\n{line}\n")).unwrap();
+        assert_eq!(rate(&said), Some(1024.0));
+        assert_eq!(cpu(&said), (Some(0.5), None));
+        assert!(parse("").is_err());
+        assert!(parse(r#"{"status": "failed"}"#).is_err());
+    }
+}
