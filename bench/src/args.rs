@@ -112,7 +112,7 @@ pub struct ThroughputArgs {
     /// Its multifd channels; without it, 2 when the destination is populated, else 4
     #[arg(long, value_delimiter = ',', requires = "qemu_script")]
     pub multifd: Vec<u16>,
-    /// Do not touch and free as much memory as the runs need before they begin
+    /// Do not touch and free as much memory as a run needs before each run
     #[arg(long)]
     pub no_warm_up: bool,
 }

@@ -126,10 +126,6 @@ fn contenders(args: &ThroughputArgs) -> anyhow::Result<Vec<(String, Contender)>>
 /// When any run fails: a comparison with holes is none.
 pub fn run(args: &ThroughputArgs) -> anyhow::Result<Outcome> {
     let contenders = contenders(args)?;
-    if !args.no_warm_up {
-        // Both sides of a migration, and what their processes need beside guest memory.
-        warm::up(2 * args.memory + (512 << 20))?;
-    }
     let bar = output::progress(u64::from(args.rounds) * contenders.len() as u64);
     let mut figures = vec![Vec::new(); contenders.len()];
     let mut runs = Vec::new();
@@ -138,6 +134,10 @@ pub fn run(args: &ThroughputArgs) -> anyhow::Result<Outcome> {
             let which = (turn + round as usize) % contenders.len();
             let (name, contender) = &contenders[which];
             bar.set_message(name.clone());
+            if !args.no_warm_up {
+                // Both sides of a migration, and what their processes need beside guest memory.
+                warm::up(2 * args.memory + (512 << 20))?;
+            }
             let (figure, said) = contender.run(args)?;
             figures[which].push(figure);
             runs.push(json!({

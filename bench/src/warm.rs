@@ -2,6 +2,8 @@
 //!
 //! In a virtual machine, memory that was never touched since the machine started has yet to be found by its
 //! host: the first touch of it costs many times what a later one does. Whoever runs first would pay for all.
+//! Where free memory is handed back to the host (free page reporting), what was warm grows cold again within
+//! a minute, so it has to be done before every run, and alike for all that are compared.
 
 use anyhow::Context;
 use std::thread;
