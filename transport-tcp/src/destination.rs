@@ -2,7 +2,7 @@
 
 use crate::frame::{self, Header, Kind, MAX_EXTENTS, UNIT};
 use crate::listener::{Listener, Shared};
-use crate::source::advance;
+use crate::place::{Placer, Turns};
 use migration::memory::{Extent, Ram};
 use migration::preamble::{Preamble, Status};
 use migration::report::thread_cpu;
@@ -10,13 +10,9 @@ use migration::scan;
 use migration::transport::{DestinationPlane, DestinationTransport, MAX_LANES, PlaneError, Session};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-
-/// Most buffers in one `recvmsg`.
-const MAX_IOVECS: usize = 512;
 
 /// TCP through the port on which the control link was accepted.
 pub struct TcpDestination {
@@ -38,6 +34,7 @@ impl DestinationTransport for TcpDestination {
     fn offer(&mut self, session: &Session) -> Result<(Vec<u8>, Box<dyn DestinationPlane>), PlaneError> {
         let plane = Arc::new(Plane {
             session: session.clone(),
+            turns: Turns::new(&session.ram),
             streams: Mutex::default(),
             placed: AtomicU64::new(0),
             cpu_us: AtomicU64::new(0),
@@ -62,6 +59,7 @@ struct Streams {
 /// A session's receiving end; the listener hands it its connections.
 pub(crate) struct Plane {
     session: Session,
+    turns: Turns,
     streams: Mutex<Streams>,
     placed: AtomicU64,
     cpu_us: AtomicU64,
@@ -93,7 +91,8 @@ impl Plane {
     }
 
     fn serve(&self, stream: TcpStream) {
-        let mut receiver = Receiver { plane: self, stream, table: Vec::new(), extents: Vec::new() };
+        let mut receiver =
+            Receiver { plane: self, stream, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
         let result = receiver.run();
         self.cpu_us.fetch_add(thread_cpu().as_micros() as u64, Ordering::Relaxed);
         let fenced = lock(&self.streams).fenced;
@@ -165,6 +164,7 @@ struct Receiver<'a> {
     stream: TcpStream,
     table: Vec<u8>,
     extents: Vec<Extent>,
+    placer: Placer,
 }
 
 impl Receiver<'_> {
@@ -182,7 +182,8 @@ impl Receiver<'_> {
             self.read_table(header.extents as usize)?;
             match header.kind {
                 Kind::Write => {
-                    place(&self.stream, &self.plane.session.ram, &self.extents).map_err(broken)?;
+                    let Plane { session, turns, .. } = self.plane;
+                    self.placer.place(&self.stream, &session.ram, turns, &self.extents).map_err(broken)?;
                     let bytes = self.extents.iter().map(|e| e.len).sum();
                     self.plane.placed.fetch_add(bytes, Ordering::Relaxed);
                 }
@@ -212,39 +213,6 @@ impl Receiver<'_> {
         }
         Ok(())
     }
-}
-
-/// Receives the content of checked extents into guest RAM.
-fn place(stream: &TcpStream, ram: &Ram, extents: &[Extent]) -> io::Result<()> {
-    let mut iovecs = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_IOVECS];
-    for some in extents.chunks(MAX_IOVECS) {
-        for (iovec, extent) in iovecs.iter_mut().zip(some) {
-            let address = ram.address(extent).map_err(io::Error::other)?;
-            *iovec = libc::iovec { iov_base: address.cast(), iov_len: extent.len as usize };
-        }
-        let mut first = 0;
-        while first < some.len() {
-            // SAFETY: an all-zero msghdr is a valid empty one.
-            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-            message.msg_iov = iovecs[first..].as_mut_ptr();
-            message.msg_iovlen = some.len() - first;
-            // SAFETY: the iovecs from `first` on describe writable guest memory: `Ram::address` has
-            // checked each against its region, whose mapping `ram` keeps alive. No reference to
-            // guest memory exists in this process while the kernel writes.
-            let got = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_WAITALL) };
-            match got {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n if n < 0 => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
-                n => first = advance(&mut iovecs, first, some.len(), n as usize),
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Makes a checked extent read as zeros. Pages that do not exist already do, and are not made to exist.

@@ -1,0 +1,376 @@
+//! Placing what arrives in guest RAM, with as little work as the kernel lets us.
+//!
+//! **Memory that exists** is received into through its mapping: one copy, from the socket's buffers to
+//! the guest's page.
+//!
+//! **Memory that does not exist yet** would be made to by a page fault for each page, and cleared, only to
+//! be overwritten at once. So large extents of it are written to the memfd as to a file instead, by `splice`
+//! through a pipe: the kernel then allocates a page knowing that all of it will be written. It is the same
+//! single copy, without the fault and without the clearing.
+//!
+//! The kernel lets one thread at a time write to a file, and lets the others spin for their turn. Streams
+//! therefore take turns by a lock of ours, on which they sleep, so that the sender on the other CPU, or
+//! another stream's receiving, gets on.
+//!
+//! **Low water.** A receiver that is woken for each 64 KiB spends as much on waking up as on copying. So in
+//! the middle of a large frame it asks to be woken for [`BATCH`] bytes or more. It may ask so only while at
+//! least that many bytes of the frame are still to come, or it would sleep for ever over the frame's end.
+
+use migration::memory::{Extent, PAGE_SIZE, Ram};
+use migration::scan;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+/// Most buffers in one `recvmsg`.
+const MAX_IOVECS: usize = 512;
+
+/// Bytes to be woken for in the middle of a frame.
+const BATCH: u64 = 512 << 10;
+
+/// From this length on it is worth asking whether an extent exists.
+const SPLICE_FROM: u64 = 64 << 10;
+
+/// Whose turn it is to write to each region's file; shared by all streams of a session.
+pub(crate) struct Turns(Vec<Mutex<()>>);
+
+impl Turns {
+    pub(crate) fn new(ram: &Ram) -> Self {
+        Turns(ram.regions().iter().map(|_| Mutex::new(())).collect())
+    }
+}
+
+/// Places frames of one stream.
+pub(crate) struct Placer {
+    /// Made when it is first needed; `None` also where there can be none.
+    pipe: Option<Pipe>,
+    no_pipe: bool,
+    low_water: u64,
+    /// Bytes of the frame that are still to come.
+    left: u64,
+}
+
+impl Placer {
+    pub(crate) fn new() -> Self {
+        Placer { pipe: None, no_pipe: false, low_water: 1, left: 0 }
+    }
+
+    /// Receives the content of checked extents.
+    pub(crate) fn place(
+        &mut self,
+        stream: &TcpStream,
+        ram: &Ram,
+        turns: &Turns,
+        extents: &[Extent],
+    ) -> io::Result<()> {
+        self.left = extents.iter().map(|extent| extent.len).sum();
+        let mut iovecs = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_IOVECS];
+        let mut filled = 0;
+        for extent in extents {
+            if extent.len >= SPLICE_FROM && self.is_new(ram, extent) {
+                self.receive(stream, &mut iovecs[..filled])?;
+                filled = 0;
+                self.splice(stream, ram, turns, extent)?;
+                continue;
+            }
+            let address = ram.address(extent).map_err(io::Error::other)?;
+            iovecs[filled] = libc::iovec { iov_base: address.cast(), iov_len: extent.len as usize };
+            filled += 1;
+            if filled == MAX_IOVECS {
+                self.receive(stream, &mut iovecs)?;
+                filled = 0;
+            }
+        }
+        self.receive(stream, &mut iovecs[..filled])?;
+        // The next frame's head is to be noticed at once.
+        self.wake_at(stream, 1)
+    }
+
+    /// Whether an extent's first page does not exist, and the extent can be written as a file. Either way
+    /// of placing is right for any extent; this only chooses the cheaper one.
+    fn is_new(&mut self, ram: &Ram, extent: &Extent) -> bool {
+        let Ok(region) = ram.check(extent) else { return false };
+        if region.backing_page() > PAGE_SIZE || self.no_pipe {
+            return false;
+        }
+        let mut new = true;
+        scan::existing(region, extent.offset / PAGE_SIZE, 1, |_, _| new = false);
+        if new && self.pipe.is_none() {
+            self.pipe = Pipe::new().ok();
+            self.no_pipe = self.pipe.is_none();
+        }
+        new && self.pipe.is_some()
+    }
+
+    fn wake_at(&mut self, stream: &TcpStream, bytes: u64) -> io::Result<()> {
+        if self.low_water != bytes {
+            set_low_water(stream, bytes)?;
+            self.low_water = bytes;
+        }
+        Ok(())
+    }
+
+    /// Before something is waited for: how many bytes may be received under the low-water mark that is
+    /// now set.
+    fn allowance(&mut self, stream: &TcpStream) -> io::Result<u64> {
+        if self.left > BATCH {
+            // Whenever the receiver sleeps before these have come, at least BATCH more are to come.
+            self.wake_at(stream, BATCH)?;
+            Ok(self.left - BATCH)
+        } else {
+            self.wake_at(stream, 1)?;
+            Ok(self.left)
+        }
+    }
+
+    /// Fills buffers of guest memory.
+    fn receive(&mut self, stream: &TcpStream, iovecs: &mut [libc::iovec]) -> io::Result<()> {
+        let (mut first, end) = (0, iovecs.len());
+        while first < end {
+            let allowed = self.allowance(stream)? as usize;
+            // Of the first buffers as many as may be received now; the last of them perhaps in part.
+            let (mut count, mut bytes) = (0, 0);
+            while first + count < end && bytes < allowed {
+                bytes += iovecs[first + count].iov_len;
+                count += 1;
+            }
+            let surplus = bytes.saturating_sub(allowed);
+            let last = first + count - 1;
+            iovecs[last].iov_len -= surplus;
+            // SAFETY: an all-zero msghdr is a valid empty one.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = iovecs[first..].as_mut_ptr();
+            message.msg_iovlen = count;
+            // SAFETY: the iovecs describe writable guest memory: `Ram::address` has checked each
+            // against its region, whose mapping `ram` keeps alive, and the last was only made shorter.
+            // No reference to guest memory exists in this process while the kernel writes.
+            let got = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_WAITALL) };
+            iovecs[last].iov_len += surplus;
+            let got = received(got)?;
+            self.left -= got;
+            first = crate::source::advance(iovecs, first, end, got as usize);
+        }
+        Ok(())
+    }
+
+    /// Writes an extent to its memfd.
+    fn splice(&mut self, stream: &TcpStream, ram: &Ram, turns: &Turns, extent: &Extent) -> io::Result<()> {
+        let region = ram.check(extent).map_err(io::Error::other)?;
+        let turn = &turns.0[extent.region as usize];
+        let mut offset = (region.file_offset() + extent.offset) as libc::loff_t;
+        let mut wanted = extent.len;
+        while wanted > 0 {
+            let most = self.allowance(stream)?.min(wanted);
+            let Some(pipe) = &self.pipe else { return Err(io::ErrorKind::BrokenPipe.into()) };
+            let mut held = pipe.fill(stream, most)?;
+            self.left -= held;
+            wanted -= held;
+            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            while held > 0 {
+                held -= pipe.drain(region.file().as_raw_fd(), &mut offset, held)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A pipe through which bytes go from a socket to a file without being copied in between.
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+/// Bytes that a pipe holds: [`BATCH`] in pages, when each arrives in a buffer of its own. The kernel's
+/// limit for unprivileged users is 1 MiB.
+const PIPE_BYTES: libc::c_int = 1 << 20;
+
+impl Pipe {
+    fn new() -> io::Result<Self> {
+        let mut ends = [0; 2];
+        // SAFETY: the kernel writes two descriptors into an array of two.
+        if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given us these descriptors; nobody else has them.
+        let pipe =
+            unsafe { Pipe { read: OwnedFd::from_raw_fd(ends[0]), write: OwnedFd::from_raw_fd(ends[1]) } };
+        // SAFETY: F_SETPIPE_SZ takes an integer. A refusal leaves a smaller pipe, which works as well.
+        unsafe { libc::fcntl(pipe.write.as_raw_fd(), libc::F_SETPIPE_SZ, PIPE_BYTES) };
+        Ok(pipe)
+    }
+
+    /// Moves up to `most` bytes from the socket into the empty pipe; waits for the first.
+    fn fill(&self, stream: &TcpStream, most: u64) -> io::Result<u64> {
+        loop {
+            // SAFETY: no offsets are given, so no memory is involved; both descriptors are open.
+            let got = unsafe {
+                libc::splice(
+                    stream.as_raw_fd(),
+                    std::ptr::null_mut(),
+                    self.write.as_raw_fd(),
+                    std::ptr::null_mut(),
+                    most as usize,
+                    libc::SPLICE_F_MOVE,
+                )
+            };
+            match received(got)? {
+                0 => {}
+                got => return Ok(got),
+            }
+        }
+    }
+
+    /// Moves up to `most` of the bytes in the pipe to a file.
+    fn drain(&self, file: libc::c_int, offset: &mut libc::loff_t, most: u64) -> io::Result<u64> {
+        // SAFETY: `offset` is a live integer, which the kernel advances; both descriptors are open.
+        let put = unsafe {
+            libc::splice(
+                self.read.as_raw_fd(),
+                std::ptr::null_mut(),
+                file,
+                offset,
+                most as usize,
+                libc::SPLICE_F_MOVE,
+            )
+        };
+        received(put)
+    }
+}
+
+/// A system call's count of bytes: none is the stream's end, and one that was interrupted has moved none.
+fn received(result: libc::ssize_t) -> io::Result<u64> {
+    match result {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        n if n < 0 => {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted { Ok(0) } else { Err(error) }
+        }
+        n => Ok(n as u64),
+    }
+}
+
+fn set_low_water(stream: &TcpStream, bytes: u64) -> io::Result<()> {
+    let value = bytes as libc::c_int;
+    // SAFETY: the option's value is an int, and its length is given.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            std::ptr::from_ref(&value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use migration::memory::{RamRegion, RegionLayout};
+    use std::io::Write;
+    use std::net::TcpListener;
+    use std::ptr::NonNull;
+    use std::sync::Arc;
+    use std::thread;
+
+    /// RAM of one region of this many pages, of which nothing exists.
+    fn ram(pages: u64) -> Ram {
+        let len = pages * PAGE_SIZE;
+        // SAFETY: a new memfd, which nobody else has; a shared mapping of all of it, which is never
+        // unmapped and so outlives any owner.
+        let region = unsafe {
+            let file = OwnedFd::from_raw_fd(libc::memfd_create(c"test".as_ptr(), 0));
+            assert_eq!(libc::ftruncate(file.as_raw_fd(), len as i64), 0);
+            let (rw, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+            let address = libc::mmap(std::ptr::null_mut(), len as usize, rw, shared, file.as_raw_fd(), 0);
+            assert_ne!(address, libc::MAP_FAILED);
+            let address = NonNull::new(address.cast()).unwrap();
+            RamRegion::new(RegionLayout { guest_address: 0, len }, address, PAGE_SIZE, file, 0, Arc::new(()))
+        };
+        Ram::new(vec![region])
+    }
+
+    fn extent(first_page: u64, pages: u64) -> Extent {
+        Extent { region: 0, offset: first_page * PAGE_SIZE, len: pages * PAGE_SIZE }
+    }
+
+    /// Sends random content for each frame's extents and says that it is in place, and that nothing was
+    /// taken off the stream that does not belong to the frame. A receiver that asks to be woken for
+    /// more than comes would hang here.
+    fn frames_arrive(frames: &[&[Extent]], touched: &[Extent]) {
+        let ram = ram(4096);
+        for extent in touched {
+            // SAFETY: inside the mapping; nobody else uses it.
+            unsafe { ram.address(extent).unwrap().write_bytes(0xee, extent.len as usize) };
+        }
+        let turns = Turns::new(&ram);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (receiver, _) = listener.accept().unwrap();
+        let mut placer = Placer::new();
+        let mut random = fastrand::Rng::with_seed(7);
+        for extents in frames {
+            let bytes: u64 = extents.iter().map(|e| e.len).sum();
+            let content: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(bytes as usize).collect();
+            thread::scope(|scope| {
+                scope.spawn(|| sender.write_all(&content).unwrap());
+                placer.place(&receiver, &ram, &turns, extents).unwrap();
+            });
+            let mut at = 0;
+            for extent in *extents {
+                let len = extent.len as usize;
+                // SAFETY: inside the mapping; the frame is in place and nobody writes any more.
+                let got = unsafe { std::slice::from_raw_parts(ram.address(extent).unwrap(), len) };
+                assert!(got == &content[at..at + len], "{extent:?}");
+                at += len;
+            }
+        }
+    }
+
+    #[test]
+    fn new_and_existing_memory_are_written_alike() {
+        let frames: [&[Extent]; 3] = [
+            &[extent(0, 300), extent(301, 1), extent(400, 16), extent(1000, 1500)],
+            &[extent(3, 700), extent(2600, 1), extent(2610, 15), extent(2700, 17)],
+            &[extent(0, 4096)],
+        ];
+        frames_arrive(&frames, &[]);
+        frames_arrive(&frames, &[extent(100, 50), extent(400, 1), extent(1001, 900)]);
+        frames_arrive(&frames, &[extent(0, 4096)]);
+    }
+
+    #[test]
+    fn frames_of_any_length_end() {
+        let batch = BATCH / PAGE_SIZE;
+        for pages in [1, 15, 16, 17, batch - 1, batch, batch + 1, 2 * batch - 1, 2 * batch, 2 * batch + 1] {
+            frames_arrive(&[&[extent(5, pages)], &[extent(5, pages)], &[extent(5, 1)]], &[]);
+        }
+    }
+
+    #[test]
+    fn more_buffers_than_a_call_takes() {
+        let scattered: Vec<Extent> = (0..2 * MAX_IOVECS as u64).map(|page| extent(2 * page, 1)).collect();
+        frames_arrive(&[&scattered, &scattered], &[]);
+    }
+
+    #[test]
+    fn a_stream_that_ends_is_an_error() {
+        let ram = ram(512);
+        for (touched, sent) in [(false, 4096), (true, 4096), (false, 0)] {
+            if touched {
+                // SAFETY: the whole mapping; nobody else uses it.
+                unsafe { ram.address(&extent(0, 512)).unwrap().write_bytes(1, 512 * PAGE_SIZE as usize) };
+            }
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (receiver, _) = listener.accept().unwrap();
+            sender.write_all(&vec![1; sent]).unwrap();
+            drop(sender);
+            let error =
+                Placer::new().place(&receiver, &ram, &Turns::new(&ram), &[extent(0, 512)]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+}
