@@ -4,7 +4,7 @@
 //! make a test of each [case](cases). The cases run both ends in one process, on RAM of their own, and
 //! know nothing of the transport but the contract: a new transport passes them unchanged, or it is none.
 
-mod bed;
+pub mod bed;
 pub mod cases;
 
 pub use bed::Bed;
