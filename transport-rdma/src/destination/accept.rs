@@ -1,0 +1,126 @@
+//! Taking a session's connections, and noticing when they end.
+
+use super::{Connection, Plane};
+use crate::cm::{CmId, Event, EventChannel};
+use crate::halt::{lock, wait_readable};
+use crate::hello::{self, Purpose};
+use crate::queue::QueuePair;
+use crate::slots::Slots;
+use crate::source::{LANE_CREDITS, REGISTRATION_CREDITS};
+use crate::unavailable;
+use migration::preamble::Status;
+use migration::report::thread_cpu;
+use migration::transport::{MAX_LANES, PlaneError};
+use rdma_sys::rdma_cm_event_type::*;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+
+impl Plane {
+    /// Takes connections until the plane is shut.
+    pub(super) fn accept(self: &Arc<Self>, channel: &Arc<EventChannel>, listener: CmId) {
+        if let Err(source) = self.serve_events(channel) {
+            self.fail(&PlaneError::Io { what: "waiting for RDMA connections", source });
+        }
+        // Whoever comes now finds nobody listening.
+        drop(listener);
+    }
+
+    fn serve_events(self: &Arc<Self>, channel: &Arc<EventChannel>) -> io::Result<()> {
+        loop {
+            while let Some(event) = channel.next()? {
+                self.event(event);
+            }
+            if lock(&self.connections).closed {
+                return Ok(());
+            }
+            // A plane that a lane's failure has halted still has to see its connections end.
+            let failed = self.halt.why().is_some();
+            if failed {
+                self.retire();
+                return Ok(());
+            }
+            wait_readable([channel.fd(), self.halt.fd()], None)?;
+        }
+    }
+
+    fn event(self: &Arc<Self>, event: Event) {
+        match event.kind {
+            RDMA_CM_EVENT_CONNECT_REQUEST => {
+                let Some(id) = event.incoming else { return };
+                let id = Arc::new(id);
+                let joined = hello::accept(&event.private, self.session.token)
+                    .and_then(|purpose| self.join(&id, purpose));
+                if let Err(status) = joined {
+                    id.reject(&hello::refusal(status));
+                }
+            }
+            RDMA_CM_EVENT_DEVICE_REMOVAL => {
+                lock(&self.error).get_or_insert("the RDMA device was removed".into());
+                self.retire();
+            }
+            RDMA_CM_EVENT_DISCONNECTED if self.knows(&event) => self.retire(),
+            _ => {}
+        }
+    }
+
+    /// Whether an event is about one of the connections that were taken.
+    fn knows(&self, event: &Event) -> bool {
+        lock(&self.connections).all.iter().any(|connection| connection.id.key() == event.key)
+    }
+
+    /// The source has gone, or the device has. A source that leaves us for another transport waits for our
+    /// answer before it goes on, and the answer means that nothing of its old writes can land any more.
+    fn retire(&self) {
+        match self.shut() {
+            Ok(()) => self.hang_up(),
+            Err(error) => {
+                lock(&self.error).get_or_insert(error.to_string());
+            }
+        }
+    }
+
+    /// Takes a connection that has presented this session's token.
+    fn join(self: &Arc<Self>, id: &Arc<CmId>, purpose: Purpose) -> Result<(), Status> {
+        let mut connections = lock(&self.connections);
+        let known = connections.all.iter().any(|c| c.purpose == purpose);
+        if connections.closed || known || connections.all.len() > MAX_LANES {
+            return Err(Status::Session);
+        }
+        let connection = self.serve(id, purpose).map_err(|error| {
+            lock(&self.error).get_or_insert(error.to_string());
+            Status::Busy
+        })?;
+        connections.all.push(connection);
+        Ok(())
+    }
+
+    fn serve(self: &Arc<Self>, id: &Arc<CmId>, purpose: Purpose) -> Result<Connection, PlaneError> {
+        let buffers = |error| unavailable::resource("registering message buffers", error);
+        let (credits, name) = match purpose {
+            Purpose::Lane(lane) => (LANE_CREDITS, format!("receive-{lane}")),
+            Purpose::Registrations => (REGISTRATION_CREDITS, "rdma-register".into()),
+        };
+        let depth = credits as u32;
+        let waiting = if purpose == Purpose::Registrations { Default::default() } else { self.waiting };
+        let queue = Arc::new(QueuePair::new(Arc::clone(id), &self.domain, depth, depth, waiting)?);
+        let sends = Slots::new(&self.domain, credits).map_err(buffers)?;
+        let receives = Slots::new(&self.domain, credits).map_err(buffers)?;
+        let mut post = super::lane::Post::new(Arc::clone(&queue), sends, receives)?;
+        id.accept(&[]).map_err(|e| unavailable::resource("accepting an RDMA connection", e))?;
+        let plane = Arc::clone(self);
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            let result = match purpose {
+                Purpose::Lane(_) => plane.serve_lane(&mut post),
+                Purpose::Registrations => plane.serve_registrations(&mut post),
+            };
+            plane.cpu_us.fetch_add(thread_cpu().as_micros() as u64, Ordering::Relaxed);
+            if let Err(error) = result {
+                plane.fail(&error);
+            }
+        });
+        let thread = thread.map_err(|e| unavailable::resource("starting a thread", e))?;
+        Ok(Connection { purpose, id: Arc::clone(id), queue, thread: Some(thread) })
+    }
+}

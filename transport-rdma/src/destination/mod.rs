@@ -1,0 +1,215 @@
+//! The destination's side: what it offers, and the plane that its source writes into.
+
+mod accept;
+mod lane;
+mod register;
+
+use crate::chunks::least_shifts;
+use crate::cm::{CmId, EventChannel};
+use crate::domain::{Domain, MemoryRegion};
+use crate::halt::{Halt, Why, lock};
+use crate::hello::Purpose;
+use crate::limits;
+use crate::offer::Offer;
+use crate::options::Options;
+use crate::queue::QueuePair;
+use crate::unavailable;
+use migration::memory::Extent;
+use migration::transport::{DestinationPlane, DestinationTransport, MAX_LANES, PlaneError, Session};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+/// RDMA on the device that has the address to which the source has connected.
+pub struct RdmaDestination {
+    local: IpAddr,
+    options: Options,
+}
+
+impl RdmaDestination {
+    /// `local` is this host's address on the network that is to be used: that on which the control connection
+    /// was accepted.
+    pub fn new(local: IpAddr, options: Options) -> Self {
+        RdmaDestination { local: local.to_canonical(), options }
+    }
+}
+
+impl DestinationTransport for RdmaDestination {
+    fn name(&self) -> &'static str {
+        crate::NAME
+    }
+
+    fn offer(&mut self, session: &Session) -> Result<(Vec<u8>, Box<dyn DestinationPlane>), PlaneError> {
+        let broken = |source| PlaneError::Io { what: "preparing for RDMA connections", source };
+        let channel = EventChannel::new()?;
+        let domain = Domain::open(&channel, self.local, self.options.on_demand)?;
+        if !domain.on_demand() {
+            limits::check_locked_memory(session.ram.len())?;
+        }
+        let listener = CmId::new(&channel).map_err(|e| unavailable::no_rdma(&e))?;
+        let address = SocketAddr::new(self.local, 0);
+        listener.bind(address).map_err(|e| unavailable::not_on_a_device(self.local, &e))?;
+        let port = listener
+            .listen(MAX_LANES as i32 + 1)
+            .map_err(|e| unavailable::resource("listening for RDMA connections", e))?;
+        let chunk_shifts = least_shifts(&session.ram, self.options.chunk, domain.abilities().max_mr);
+        let offer = Offer { address: SocketAddr::new(self.local, port), chunk_shifts };
+        let plane = Arc::new(Plane {
+            session: session.clone(),
+            waiting: self.options.waiting,
+            chunk_shifts: offer.chunk_shifts.clone(),
+            domain,
+            halt: Halt::new().map_err(broken)?,
+            connections: Mutex::default(),
+            regions: Mutex::default(),
+            placed: AtomicU64::new(0),
+            cpu_us: AtomicU64::new(0),
+            error: Mutex::default(),
+        });
+        let accepting = Arc::clone(&plane);
+        let accept = thread::Builder::new()
+            .name("rdma-accept".into())
+            .spawn(move || accepting.accept(&channel, listener))
+            .map_err(broken)?;
+        Ok((offer.encode(), Box::new(Served { plane, accept: Some(accept) })))
+    }
+}
+
+/// A connection, with the thread that serves it.
+struct Connection {
+    purpose: Purpose,
+    id: Arc<CmId>,
+    queue: Arc<QueuePair>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Connections {
+    /// Set for good: no connection is taken any more.
+    closed: bool,
+    all: Vec<Connection>,
+}
+
+/// A session's receiving end.
+struct Plane {
+    session: Session,
+    waiting: crate::completions::Waiting,
+    chunk_shifts: Vec<u8>,
+    domain: Arc<Domain>,
+    halt: Halt,
+    connections: Mutex<Connections>,
+    /// What is registered, by region and offset.
+    regions: Mutex<BTreeMap<(u32, u64), (Extent, MemoryRegion)>>,
+    placed: AtomicU64,
+    cpu_us: AtomicU64,
+    error: Mutex<Option<String>>,
+}
+
+impl Plane {
+    /// Shuts every connection out of memory, and ends the threads that clear pages. Idempotent.
+    ///
+    /// Why no write can land once this has returned:
+    ///
+    /// - Memory of this session is reached through keys of its protection domain, and the devices check that
+    ///   a key is used on a queue pair of the key's domain.
+    /// - The only queue pairs of the domain are those in `connections`: `join` adds to them under the lock
+    ///   that is held here, and not once `closed` is set.
+    /// - Each of them is in RESET: the call that takes it there returns only when the device has stopped
+    ///   working on it, the packet in hand included, and packets that come later, new or repeated, match no
+    ///   connection and are dropped. It stays there: nothing here ever takes a pair out of RESET, and rdma_cm
+    ///   only does so for a connection that is being made.
+    /// - The only threads of ours that write to memory are the lanes', which clear pages, and they have ended.
+    ///
+    /// So the keys need not be revoked for the guest to be safe; taking the registrations down, which takes
+    /// time, is left for later.
+    fn shut(&self) -> Result<(), PlaneError> {
+        let mut connections = lock(&self.connections);
+        connections.closed = true;
+        self.halt.halt(Why::Interrupted);
+        let mut result = Ok(());
+        for connection in &mut connections.all {
+            if let Err(source) = connection.queue.reset() {
+                result = Err(PlaneError::Io { what: "taking an RDMA queue pair out of service", source });
+            }
+        }
+        for connection in &mut connections.all {
+            // A registration that is under way writes nothing, and may take its time.
+            if connection.purpose == Purpose::Registrations {
+                continue;
+            }
+            if let Some(thread) = connection.thread.take()
+                && thread.join().is_err()
+            {
+                result = Err(PlaneError::Protocol("a receiving thread panicked".into()));
+            }
+        }
+        result
+    }
+
+    /// After [`shut`](Self::shut): tells the source, and gives the connections back.
+    fn hang_up(&self) {
+        let all = std::mem::take(&mut lock(&self.connections).all);
+        for mut connection in all {
+            // Its panic has been reported by its own message.
+            let _ = connection.thread.take().map(JoinHandle::join);
+            drop(connection.queue);
+            connection.id.disconnect();
+        }
+    }
+
+    /// Something is wrong: nothing of this plane is of use any more.
+    fn fail(&self, error: &PlaneError) {
+        if self.halt.why().is_none() {
+            lock(&self.error).get_or_insert(error.to_string());
+            self.halt.halt(Why::from(error));
+        }
+    }
+}
+
+/// The plane as the engine has it.
+struct Served {
+    plane: Arc<Plane>,
+    accept: Option<JoinHandle<()>>,
+}
+
+impl DestinationPlane for Served {
+    fn name(&self) -> &'static str {
+        crate::NAME
+    }
+
+    fn fence(&mut self) -> Result<(), PlaneError> {
+        self.plane.shut()?;
+        // What is left takes time and no longer matters: connections, and above all unpinning memory. RAM
+        // stays mapped for as long as a registration holds it.
+        if let Some(accept) = self.accept.take() {
+            let plane = Arc::clone(&self.plane);
+            let _ = thread::Builder::new().name("rdma-unpin".into()).spawn(move || {
+                plane.hang_up();
+                let _ = accept.join();
+                lock(&plane.regions).clear();
+            });
+        }
+        Ok(())
+    }
+
+    fn bytes_placed(&self) -> u64 {
+        self.plane.placed.load(Ordering::Relaxed)
+    }
+
+    fn cpu_us(&self) -> u64 {
+        self.plane.cpu_us.load(Ordering::Relaxed)
+    }
+
+    fn error(&self) -> Option<String> {
+        lock(&self.plane.error).clone()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // Who drops a plane without a fence does not run the guest.
+        let _ = self.fence();
+    }
+}

@@ -1,0 +1,120 @@
+//! Queue pairs: one reliable connection each.
+
+use crate::cm::CmId;
+use crate::completions::{CompletionQueue, Waiting};
+use crate::device::code;
+use crate::domain::Domain;
+use crate::unavailable;
+use migration::transport::PlaneError;
+use rdma_sys::*;
+use std::io;
+use std::mem;
+use std::ptr;
+use std::sync::Arc;
+
+/// A queue pair with its completion queue, on a connection of rdma_cm.
+pub(crate) struct QueuePair {
+    raw: *mut ibv_qp,
+    id: Arc<CmId>,
+    domain: Arc<Domain>,
+    /// After the pair itself is destroyed.
+    completions: CompletionQueue,
+}
+
+// SAFETY: verbs on a queue pair are thread-safe; the pointer is valid until `drop`, which needs the last owner.
+unsafe impl Send for QueuePair {}
+// SAFETY: as for Send.
+unsafe impl Sync for QueuePair {}
+
+impl QueuePair {
+    /// Makes a queue pair for `id`, with room for that many requests.
+    pub(crate) fn new(
+        id: Arc<CmId>,
+        domain: &Arc<Domain>,
+        sends: u32,
+        receives: u32,
+        waiting: Waiting,
+    ) -> Result<QueuePair, PlaneError> {
+        let failed = |error| unavailable::resource("making a queue pair", error);
+        if id.context() != domain.context() {
+            return Err(failed(io::Error::other(
+                "the connection goes through another device than the session",
+            )));
+        }
+        let completions = CompletionQueue::new(domain, sends + receives, waiting)?;
+        // SAFETY: plain data, for which zeros are valid.
+        let mut attributes: ibv_qp_init_attr = unsafe { mem::zeroed() };
+        attributes.send_cq = completions.raw();
+        attributes.recv_cq = completions.raw();
+        attributes.qp_type = ibv_qp_type::IBV_QPT_RC;
+        attributes.cap.max_send_wr = sends;
+        attributes.cap.max_recv_wr = receives;
+        attributes.cap.max_send_sge = 1;
+        attributes.cap.max_recv_sge = 1;
+        // SAFETY: the identifier is on the domain's device, and both, with the completion queue, outlive the
+        // pair, which holds them.
+        let result = unsafe { (domain.api().rdma_create_qp)(id.raw(), domain.raw(), &mut attributes) };
+        if result != 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        // SAFETY: the call has set the identifier's queue pair.
+        let raw = unsafe { (*id.raw()).qp };
+        Ok(QueuePair { raw, id, domain: Arc::clone(domain), completions })
+    }
+
+    pub(crate) fn completions(&self) -> &CompletionQueue {
+        &self.completions
+    }
+
+    /// Posts a chain of sends.
+    ///
+    /// # Safety
+    /// The chain must be well-formed; what its entries point to must be registered in the pair's domain and
+    /// stay valid until the requests are complete.
+    pub(crate) unsafe fn post_send(&self, first: *mut ibv_send_wr) -> io::Result<()> {
+        let mut bad = ptr::null_mut();
+        // SAFETY: the pair is valid, and the caller vouches for the chain.
+        code(unsafe { ibv_post_send(self.raw, first, &mut bad) })
+    }
+
+    /// Posts one buffer to be received into.
+    ///
+    /// # Safety
+    /// The buffer must be registered for local writing and be left alone until the request is complete.
+    pub(crate) unsafe fn post_receive(&self, id: u64, mut buffer: ibv_sge) -> io::Result<()> {
+        let mut request = ibv_recv_wr { wr_id: id, next: ptr::null_mut(), sg_list: &mut buffer, num_sge: 1 };
+        let mut bad = ptr::null_mut();
+        // SAFETY: the pair is valid, the request is a chain of one, and the caller vouches for the buffer.
+        code(unsafe { ibv_post_recv(self.raw, &mut request, &mut bad) })
+    }
+
+    /// Takes the pair out of service, for good and at once.
+    ///
+    /// After this the device neither sends for it nor accepts anything for it: the transition to RESET
+    /// completes only when the device has stopped working on the pair, incoming packets included, and what
+    /// comes later finds no connection. (ERROR would not do: it stops new work, but a responder may be in the
+    /// middle of a packet when the call returns.)
+    ///
+    /// # Errors
+    /// When the device says no, and the pair may be alive.
+    pub(crate) fn reset(&self) -> io::Result<()> {
+        // SAFETY: plain data, for which zeros are valid.
+        let mut attributes: ibv_qp_attr = unsafe { mem::zeroed() };
+        attributes.qp_state = ibv_qp_state::IBV_QPS_RESET;
+        let mask = ibv_qp_attr_mask::IBV_QP_STATE.0 as i32;
+        // SAFETY: the pair is valid; the mask says that only the state is read.
+        code(unsafe { (self.domain.api().ibv_modify_qp)(self.raw, &mut attributes, mask) })
+    }
+}
+
+impl Drop for QueuePair {
+    fn drop(&mut self) {
+        // SAFETY: the last owner lets go of the pair, which `rdma_destroy_qp` would destroy in the same way;
+        // clearing the field tells librdmacm that there is none any more. The call fails only where the
+        // device is gone, and with it the pair.
+        unsafe {
+            (self.domain.api().ibv_destroy_qp)(self.raw);
+            (*self.id.raw()).qp = ptr::null_mut();
+        }
+    }
+}

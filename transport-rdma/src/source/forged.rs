@@ -1,0 +1,189 @@
+//! Tests with a hostile source: one that even knows the session's token, and writes with whatever keys and
+//! addresses it likes, at whatever time.
+
+use super::{RdmaPlane, connect};
+use crate::cm::{CmId, EventChannel};
+use crate::domain::{Domain, MemoryRegion};
+use crate::halt::Halt;
+use crate::hello::{self, Purpose};
+use crate::offer::Offer;
+use crate::queue::QueuePair;
+use crate::{Options, RdmaDestination, probe};
+use migration::conformance::bed::{extent, ram, read, scramble};
+use migration::memory::Ram;
+use migration::transport::{DestinationPlane, DestinationTransport, PlaneError, Session, SourcePlane, Token};
+use rdma_sys::*;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A session with a source that behaves, and has written page 0.
+struct Honest {
+    session: Session,
+    shadow: Arc<Ram>,
+    offer: Vec<u8>,
+    destination: Box<dyn DestinationPlane>,
+    plane: RdmaPlane,
+    /// The destination's key for the first chunk.
+    key: u32,
+}
+
+impl Honest {
+    fn new(to: IpAddr) -> Honest {
+        let options = Options { lanes: 1, ..Options::default() };
+        let shadow = ram();
+        let there = Session { token: Token::random().unwrap(), ram: Arc::clone(&shadow), timeout: PATIENCE };
+        let (offer, destination) = RdmaDestination::new(to, options.clone()).offer(&there).unwrap();
+        let session = Session { ram: ram(), ..there };
+        scramble(&session.ram, &extent(0, 0, 64), &mut fastrand::Rng::with_seed(1));
+        let mut plane = connect::connect(&session, &offer, &options).unwrap();
+        let lane = &mut plane.lanes()[0];
+        lane.write(&[extent(0, 0, 1)]).unwrap();
+        lane.post_barrier(0).unwrap();
+        lane.wait_barrier(0).unwrap();
+        let key = plane.registry.keys(0).unwrap().expect("a chunk that was written").remote;
+        Honest { session, shadow, offer, destination, plane, key }
+    }
+}
+
+/// A further lane of a session, driven by hand.
+struct Intruder {
+    halt: Halt,
+    queue: QueuePair,
+    memory: MemoryRegion,
+    _channel: Arc<EventChannel>,
+}
+
+impl Intruder {
+    fn join(session: &Session, offer: &[u8], lane: u16) -> Result<Intruder, u32> {
+        let channel = EventChannel::new().unwrap();
+        let halt = Halt::new().unwrap();
+        let id = Arc::new(CmId::new(&channel).unwrap());
+        let wait = || channel.wait(&halt, Instant::now() + PATIENCE, PATIENCE).unwrap().kind;
+        id.resolve_address(Offer::decode(offer, 2).unwrap().address, PATIENCE).unwrap();
+        assert_eq!(wait(), rdma_cm_event_type::RDMA_CM_EVENT_ADDR_RESOLVED);
+        id.resolve_route(PATIENCE).unwrap();
+        assert_eq!(wait(), rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED);
+        let domain = Domain::open(&channel, id.local_ip().unwrap(), false).unwrap();
+        let queue = QueuePair::new(Arc::clone(&id), &domain, 4, 4, Default::default()).unwrap();
+        let memory = domain.register_ram(&session.ram, &extent(0, 0, 64), false).unwrap();
+        id.connect(&hello::request(session.token, Purpose::Lane(lane), lane + 1)).unwrap();
+        match wait() {
+            rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED => {
+                Ok(Intruder { halt, queue, memory, _channel: channel })
+            }
+            other => Err(other),
+        }
+    }
+
+    /// Writes the source's pages 32 and 33 to `address` in the destination's first region.
+    fn write(&self, address: u64, key: u32) -> Result<(), PlaneError> {
+        let page = extent(0, 32, 2);
+        let mut sge = ibv_sge { addr: page.offset, length: page.len as u32, lkey: self.memory.lkey() };
+        // SAFETY: plain data, for which zeros are valid.
+        let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
+        request.sg_list = &mut sge;
+        request.num_sge = 1;
+        request.opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE;
+        request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
+        request.wr.rdma.remote_addr = address;
+        request.wr.rdma.rkey = key;
+        // SAFETY: a chain of one; what it reads is registered, and stays so for as long as the queue pair.
+        unsafe { self.queue.post_send(&mut request) }
+            .map_err(|source| PlaneError::Io { what: "posting", source })?;
+        let deadline = Some(Instant::now() + Duration::from_secs(8));
+        match self.queue.completions().wait(&mut Vec::new(), &self.halt, deadline)? {
+            true => Ok(()),
+            false => Err(PlaneError::Timeout(PATIENCE)),
+        }
+    }
+}
+
+/// A device's address, or a line that says that the test is skipped.
+fn device(test: &str) -> Option<IpAddr> {
+    let found = probe::addresses(&probe::host()).into_iter().rfind(IpAddr::is_ipv4);
+    if found.is_none() {
+        println!("SKIPPED {test}: no RDMA device");
+    }
+    found
+}
+
+const AT: u64 = 40 << 12;
+
+/// What must not change; and with the right key and address it does, so that the tests would see it.
+fn target(shadow: &Ram) -> Vec<u8> {
+    read(shadow, &extent(0, 0, 8192))
+}
+
+#[test]
+fn the_right_key_writes() {
+    let Some(to) = device("the_right_key_writes") else { return };
+    let honest = Honest::new(to);
+    let intruder = Intruder::join(&honest.session, &honest.offer, 5).unwrap();
+    intruder.write(AT, honest.key).unwrap();
+    let (sent, arrived) = (extent(0, 32, 2), extent(0, 40, 2));
+    assert!(read(&honest.shadow, &arrived) == read(&honest.session.ram, &sent));
+}
+
+#[test]
+fn wrong_keys_and_addresses_are_refused() {
+    let Some(to) = device("wrong_keys_and_addresses_are_refused") else { return };
+    let other = Honest::new(to);
+    let chunk = crate::DEFAULT_CHUNK;
+    for case in 0..6 {
+        let honest = Honest::new(to);
+        let key = honest.key;
+        let (what, address, key) = match case {
+            0 => ("a key that is off by one", AT, key ^ 1),
+            1 => ("a key of no memory", AT, key.wrapping_add(0x0100_0000)),
+            2 => ("another session's key", AT, other.key),
+            3 => ("an address after the chunk", chunk, key),
+            4 => ("a write that leaves the chunk", chunk - 4096, key),
+            _ => ("an address that wraps", 0u64.wrapping_sub(4096), key),
+        };
+        let (before, others) = (target(&honest.shadow), target(&other.shadow));
+        let intruder = Intruder::join(&honest.session, &honest.offer, 5).unwrap();
+        let refused = intruder.write(address, key);
+        assert!(matches!(refused, Err(PlaneError::Io { .. })), "{what}: {refused:?}");
+        assert!(target(&honest.shadow) == before, "{what} changed memory");
+        assert!(target(&other.shadow) == others, "{what} changed another guest's memory");
+    }
+}
+
+#[test]
+fn the_right_key_is_worth_nothing_after_the_fence() {
+    let Some(to) = device("the_right_key_is_worth_nothing_after_the_fence") else { return };
+    let mut honest = Honest::new(to);
+    let intruder = Intruder::join(&honest.session, &honest.offer, 5).unwrap();
+    intruder.write(AT, honest.key).unwrap();
+    honest.destination.fence().unwrap();
+    // The guest has changed its memory since: what the write would do to it shows.
+    scramble(&honest.shadow, &extent(0, 40, 2), &mut fastrand::Rng::with_seed(2));
+    let before = target(&honest.shadow);
+    let late = intruder.write(AT, honest.key);
+    assert!(late.is_err(), "a write after the fence was acknowledged");
+    assert!(target(&honest.shadow) == before, "a write after the fence landed");
+    assert!(Intruder::join(&honest.session, &honest.offer, 6).is_err(), "somebody joined after the fence");
+    assert!(target(&honest.shadow) == before);
+}
+
+/// Queue pairs that fail take the plane with them, at once and not after the session's patience.
+#[test]
+fn a_failed_queue_pair_is_noticed() {
+    let Some(to) = device("a_failed_queue_pair_is_noticed") else { return };
+    let mut honest = Honest::new(to);
+    // A forged write puts the destination's queue pair into the error state.
+    let intruder = Intruder::join(&honest.session, &honest.offer, 5).unwrap();
+    assert!(intruder.write(AT, honest.key ^ 1).is_err());
+    let began = Instant::now();
+    let lane = &mut honest.plane.lanes()[0];
+    let result = (0..).find_map(|round| {
+        let sent = lane.write(&[extent(0, 0, 1)]).and_then(|()| lane.post_barrier(round));
+        sent.and_then(|()| lane.wait_barrier(round)).err()
+    });
+    assert!(began.elapsed() < PATIENCE, "noticed late: {result:?}");
+    assert!(honest.destination.error().is_some(), "the destination does not know");
+    honest.destination.fence().unwrap();
+}

@@ -1,0 +1,7 @@
+//! The contract of the data plane, over the devices of this host.
+
+mod common;
+
+use common::Devices;
+
+migration::conformance_suite!(Devices::find());
