@@ -98,7 +98,7 @@ impl EventChannel {
         let incoming = (event.event == rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST)
             .then(|| NonNull::new(event.id))
             .flatten()
-            .map(|raw| CmId { api: self.api, raw, channel: Arc::clone(self) });
+            .map(|raw| CmId { api: self.api, raw, _channel: Arc::clone(self) });
         let copy =
             Event { key: Key(event.id as usize), kind: event.event, status: event.status, private, incoming };
         // SAFETY: the event is valid, and not used after this.
@@ -141,7 +141,7 @@ impl Drop for EventChannel {
 pub(crate) struct CmId {
     api: &'static Api,
     raw: NonNull<rdma_cm_id>,
-    channel: Arc<EventChannel>,
+    _channel: Arc<EventChannel>,
 }
 
 // SAFETY: librdmacm's calls on an identifier are thread-safe apart from its destruction, which needs the last
@@ -167,7 +167,7 @@ impl CmId {
         // SAFETY: the channel is valid and outlives the identifier, which holds it.
         check(unsafe { (api.rdma_create_id)(channel.raw.as_ptr(), &mut raw, ptr::null_mut(), space) })?;
         let raw = NonNull::new(raw).ok_or(io::ErrorKind::Other)?;
-        Ok(CmId { api, raw, channel: Arc::clone(channel) })
+        Ok(CmId { api, raw, _channel: Arc::clone(channel) })
     }
 
     pub(crate) fn key(&self) -> Key {
@@ -300,7 +300,6 @@ impl Drop for CmId {
         // SAFETY: the last owner lets go; its queue pair is gone (`QueuePair` holds its identifier and destroys
         // the pair first), and no event of it is unacknowledged.
         unsafe { (self.api.rdma_destroy_id)(self.raw()) };
-        let _ = &self.channel;
     }
 }
 

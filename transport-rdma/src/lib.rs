@@ -4,15 +4,14 @@
 //! the network card: no processor copies a byte on either side, and the destination does nothing per page. The
 //! control link stays on TCP; see `transport-tcp`.
 //!
-//! - Connections are made by rdma_cm and bound to the session by its token ([`hello`]).
-//! - Memory is registered chunk by chunk while earlier chunks are already being written ([`source::registry`]).
-//! - Lanes write, name zeros and post barriers ([`source::lane`], [`destination::lane`]).
-//! - The fence takes the queue pairs out of service ([`destination`]).
+//! - Connections are made by rdma_cm and bound to the session by its token (`hello`).
+//! - Memory is registered chunk by chunk while earlier chunks are already being written (`source::registry`).
+//! - Lanes write, name zeros and post barriers (`source::lane`, `destination::lane`).
+//! - The fence takes the queue pairs out of service (`destination`).
 //!
-//! Nothing is linked against RDMA libraries: they are looked for when a plane is first asked for ([`api`]), and
+//! Nothing is linked against RDMA libraries: they are looked for when a plane is first asked for (`api`), and
 //! everything that is missing is a [`PlaneError::Unavailable`](migration::transport::PlaneError::Unavailable)
 //! that says what to do, so that the engine can take TCP instead. `docs/rdma.md` has the whole picture.
-#![allow(rustdoc::private_intra_doc_links)] // the modules named above are this crate's own map
 
 mod api;
 mod chunks;

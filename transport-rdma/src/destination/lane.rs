@@ -11,6 +11,7 @@ use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::scan;
 use migration::transport::PlaneError;
 use rdma_sys::*;
+use std::collections::VecDeque;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,6 +24,8 @@ pub(super) struct Post {
     queue: Arc<QueuePair>,
     sends: Slots,
     free: Vec<usize>,
+    /// Answers for which no buffer was free.
+    waiting: VecDeque<Message<'static>>,
     receives: Slots,
     completions: Vec<Completion>,
 }
@@ -30,7 +33,7 @@ pub(super) struct Post {
 impl Post {
     pub(super) fn new(queue: Arc<QueuePair>, sends: Slots, receives: Slots) -> Result<Post, PlaneError> {
         let free = (0..sends.count()).collect();
-        let post = Post { queue, sends, free, receives, completions: Vec::new() };
+        let post = Post { queue, sends, free, waiting: VecDeque::new(), receives, completions: Vec::new() };
         (0..post.receives.count()).try_for_each(|slot| post.post(slot))?;
         Ok(post)
     }
@@ -54,6 +57,9 @@ impl Post {
                 let Completion { id, len, immediate } = self.completions[at];
                 if id & RECEIVE == 0 {
                     self.free.push(id as usize);
+                    if let Some(message) = self.waiting.pop_front() {
+                        self.send(message)?;
+                    }
                     continue;
                 }
                 let slot = (id & !RECEIVE) as usize;
@@ -63,20 +69,25 @@ impl Post {
                 let answer = each(immediate, unsafe { self.receives.get(slot, len) })?;
                 self.post(slot)?;
                 if let Some(message) = answer {
-                    self.send(&message)?;
+                    self.send(message)?;
                 }
             }
         }
     }
 
-    fn send(&mut self, message: &Message<'_>) -> Result<(), PlaneError> {
-        // As many buffers as the source may have questions: a correct source has an answer's buffer posted
-        // before it lets us run out, and one that is not only harms itself.
+    fn send(&mut self, message: Message<'static>) -> Result<(), PlaneError> {
         let Some(slot) = self.free.pop() else {
-            return Err(PlaneError::Protocol("the source takes no answers".into()));
+            // A source has taken the answers to all its messages but the last few, as many as we have buffers.
+            // Its device's acknowledgements may come later than its next message, but no more answers than
+            // that ever wait here, unless it sends and takes none.
+            if self.waiting.len() >= self.sends.count() {
+                return Err(PlaneError::Protocol("the source takes no answers".into()));
+            }
+            self.waiting.push_back(message);
+            return Ok(());
         };
         // SAFETY: free buffers are those whose send is complete.
-        let len = message::put(unsafe { self.sends.get_mut(slot) }, message);
+        let len = message::put(unsafe { self.sends.get_mut(slot) }, &message);
         let mut sge = self.sends.sge(slot, len);
         // SAFETY: plain data, for which zeros are valid.
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
