@@ -197,10 +197,8 @@ mod tests {
         for page in filed {
             let offset = (page * PAGE_SIZE) as i64;
             // SAFETY: one byte is read from a live array.
-            assert_eq!(
-                unsafe { libc::pwrite(region.file().as_raw_fd(), [1u8].as_ptr().cast(), 1, offset) },
-                1
-            );
+            let put = unsafe { libc::pwrite(region.file().as_raw_fd(), [1u8].as_ptr().cast(), 1, offset) };
+            assert_eq!(put, 1);
         }
         let mut all: Vec<u64> = mapped.into_iter().chain(filed).collect();
         all.sort_unstable();

@@ -3,17 +3,17 @@
 use crate::api::model::{Migration, MigrationRequest, Vm, VmState};
 use crate::guest;
 use crate::machine::{Machine, Outcome};
+use crate::transports;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use migration::monitor::{Monitor, Phase};
 use migration::report::{Report, Verdict};
 use migration::source::{Options, Timeouts};
-use migration::transport::{SourceTransport, Token};
+use migration::transport::Token;
 use migration::{Code, Failure};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-use transport_tcp::TcpSource;
 
 /// Name and version, as told to peers.
 pub const SOFTWARE: &str = concat!("whimbrel ", env!("CARGO_PKG_VERSION"));
@@ -282,8 +282,7 @@ impl Instance {
     ) -> Result<Report, Failure> {
         let silence = Duration::from_secs(request.silence_s.max(1));
         let mut connection = transport_tcp::connect_control(&request.to, token, silence)?;
-        let transports: Vec<Box<dyn SourceTransport>> =
-            vec![Box::new(TcpSource::new(connection.peer(), request.streams))];
+        let transports = transports::source(request, &connection);
         let options = Options {
             policy: request.policy(),
             timeouts: Timeouts { answer: silence, data: silence, ..Timeouts::default() },

@@ -23,6 +23,7 @@ pub mod node;
 mod outgoing;
 pub mod serial;
 pub mod state;
+pub mod transports;
 mod vcpu;
 
 pub use error::Error;

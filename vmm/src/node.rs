@@ -8,7 +8,7 @@ use hyper::Method;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -108,7 +108,22 @@ impl Node {
         name: &str,
         args: impl IntoIterator<Item = A>,
     ) -> Result<(Self, SocketAddr), Error> {
-        let fixed = ["receive", "--listen", "127.0.0.1:0", "--serial", "none"].map(OsStr::new);
+        Node::receiver_on(program, folder, name, (Ipv4Addr::LOCALHOST, 0).into(), args)
+    }
+
+    /// Starts a receiver on `listen` (port 0 for a free one); returns it with its address.
+    ///
+    /// # Errors
+    /// As for [`receiver`](Self::receiver).
+    pub fn receiver_on<A: AsRef<OsStr>>(
+        program: &Path,
+        folder: &Path,
+        name: &str,
+        listen: SocketAddr,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<(Self, SocketAddr), Error> {
+        let listen = listen.to_string();
+        let fixed = ["receive", "--listen", &listen, "--serial", "none"].map(OsStr::new);
         let args: Vec<_> = args.into_iter().collect();
         let all = fixed.into_iter().chain(args.iter().map(AsRef::as_ref));
         let mut node = Node::start(program, folder, name, all)?;

@@ -55,6 +55,12 @@ pub struct MigrationRequest {
     /// TCP streams; 0 for the default.
     #[serde(default)]
     pub streams: u16,
+    /// RDMA queue pairs; 0 for the default.
+    #[serde(default)]
+    pub queue_pairs: u16,
+    /// Spin on RDMA completions instead of sleeping: shorter waits, a whole processor for each queue pair.
+    #[serde(default)]
+    pub busy_poll: bool,
     /// Longest acceptable blackout in milliseconds.
     #[serde(default = "default_downtime")]
     pub downtime_limit_ms: u64,
@@ -107,6 +113,8 @@ pub enum TransportChoice {
     /// The best one that both sides have; another steps in if it breaks.
     #[default]
     Auto,
+    /// RDMA or nothing.
+    Rdma,
     /// TCP.
     Tcp,
 }

@@ -1,7 +1,7 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use vmm::memory::PageSize;
@@ -142,6 +142,9 @@ pub struct ReceiveArgs {
     /// Populate guest memory before the source may write to it; takes time, saves it later
     #[arg(long)]
     pub populate: bool,
+    /// Spin on RDMA completions instead of sleeping
+    #[arg(long)]
+    pub busy_poll: bool,
     /// End after the first migration that fails, instead of waiting for another
     #[arg(long)]
     pub once: bool,
@@ -191,6 +194,12 @@ pub struct PolicyArgs {
     /// TCP streams; 0 for the default
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     pub streams: u16,
+    /// RDMA queue pairs; 0 for the default
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub queue_pairs: u16,
+    /// Spin on RDMA completions: shorter waits, a whole processor for each queue pair
+    #[arg(long)]
+    pub busy_poll: bool,
     /// Longest acceptable blackout
     #[arg(long, default_value = "300ms", value_parser = humantime::parse_duration)]
     pub downtime_limit: Duration,
@@ -215,6 +224,8 @@ pub struct PolicyArgs {
 pub enum Transport {
     /// The best that both sides have; falls back by itself
     Auto,
+    /// RDMA; fails where it cannot be had
+    Rdma,
     /// TCP
     Tcp,
 }
@@ -244,6 +255,9 @@ pub struct DemoArgs {
     /// Memory that the guest keeps rewriting and checking while it moves; 0 for an idle guest
     #[arg(long, default_value = "64M", value_parser = size)]
     pub working_set: u64,
+    /// Address of this machine through which it moves; one of an RDMA device to see it move over RDMA
+    #[arg(long, default_value = "127.0.0.1")]
+    pub via: IpAddr,
     /// How often it moves
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub moves: u32,

@@ -43,7 +43,8 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Exit> {
     for number in 1..=args.moves {
         thread::sleep(BETWEEN);
         let name = format!("guest-{number}");
-        let (mut next, address) = Node::receiver(&program, folder.path(), &name, [""; 0])?;
+        let (mut next, address) =
+            Node::receiver_on(&program, folder.path(), &name, (args.via, 0).into(), [""; 0])?;
         tell(format!("\nmove {number}: from process {} to process {}", node.pid(), next.pid()))?;
         node.migrate(&request(&address.to_string(), &args.policy))?;
         let ended = watch(node.api())?;

@@ -23,9 +23,12 @@ pub fn request(to: &str, policy: &PolicyArgs) -> MigrationRequest {
         to: to.into(),
         transport: match policy.transport {
             Transport::Auto => TransportChoice::Auto,
+            Transport::Rdma => TransportChoice::Rdma,
             Transport::Tcp => TransportChoice::Tcp,
         },
         streams: policy.streams,
+        queue_pairs: policy.queue_pairs,
+        busy_poll: policy.busy_poll,
         downtime_limit_ms: policy.downtime_limit.as_millis() as u64,
         max_rounds: policy.max_rounds,
         timeout_s: policy.timeout.map(|t| t.as_secs().max(1)),

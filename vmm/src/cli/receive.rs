@@ -4,14 +4,14 @@ use super::Exit;
 use super::args::ReceiveArgs;
 use super::process::{quit_on_signals, stay};
 use migration::destination::{self, Timeouts};
-use migration::transport::DestinationTransport;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
-use transport_tcp::{Listener, TcpDestination};
+use transport_tcp::Listener;
 use vmm::api::server::{self, Slot};
 use vmm::incoming::{IncomingHost, IncomingOptions};
 use vmm::instance::{Instance, SOFTWARE};
+use vmm::transports;
 
 /// How long one wait for a caller lasts; there is no limit to how many there are.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -34,8 +34,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     loop {
         let Some(mut call) = listener.next_control(PATIENCE)? else { continue };
         let peer = call.peer();
-        let mut transports: Vec<Box<dyn DestinationTransport>> =
-            vec![Box::new(TcpDestination::new(&listener))];
+        let mut transports = transports::destination(&call, &listener, args.busy_poll);
         let token = call.token();
         let taken = destination::receive(
             &mut host,

@@ -1,5 +1,8 @@
 //! What this host can do for a virtual machine of a given size, what it lacks and how to mend it.
 
+mod cgroup;
+mod rdma;
+
 use crate::host::Host;
 use crate::memory::host::available;
 use serde::Serialize;
@@ -32,11 +35,19 @@ pub struct Finding {
 
 /// Examines this host for a machine of `memory` bytes.
 pub fn examine(memory: u64) -> Vec<Finding> {
-    vec![kvm(), ram(memory), socket_buffers(), shmem_huge_pages(), cpus()]
+    let mut findings = vec![kvm(), ram(memory)];
+    findings.extend(cgroup::examine(memory));
+    findings.extend([socket_buffers(), shmem_huge_pages(), cpus()]);
+    findings.extend(rdma::examine(memory));
+    findings
 }
 
 fn good(what: &'static str, found: String) -> Finding {
     Finding { what, level: Level::Good, found, mend: None }
+}
+
+fn limited(what: &'static str, found: String, mend: Option<String>) -> Finding {
+    Finding { what, level: Level::Limited, found, mend }
 }
 
 fn kvm() -> Finding {

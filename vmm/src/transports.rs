@@ -1,0 +1,38 @@
+//! Which data planes a migration may use, best first.
+
+use crate::api::model::{MigrationRequest, TransportChoice};
+use migration::transport::{DestinationTransport, SourceTransport};
+use transport_rdma::{Options, RdmaDestination, RdmaSource, Waiting};
+use transport_tcp::{Call, Connection, Listener, TcpDestination, TcpSource};
+
+/// What a source may use towards the other end of `connection`. With [`TransportChoice::Auto`] TCP stands
+/// behind RDMA, from the beginning or from the moment that RDMA breaks.
+pub fn source(request: &MigrationRequest, connection: &Connection) -> Vec<Box<dyn SourceTransport>> {
+    let rdma = || -> Box<dyn SourceTransport> {
+        let waiting = waiting(request.busy_poll);
+        Box::new(RdmaSource::new(Options { lanes: request.queue_pairs, waiting, ..Options::default() }))
+    };
+    let tcp = || -> Box<dyn SourceTransport> { Box::new(TcpSource::new(connection.peer(), request.streams)) };
+    match request.transport {
+        TransportChoice::Auto => vec![rdma(), tcp()],
+        TransportChoice::Rdma => vec![rdma()],
+        TransportChoice::Tcp => vec![tcp()],
+    }
+}
+
+/// What a destination has for the source that made `call`; the source chooses.
+pub fn destination(call: &Call, listener: &Listener, busy_poll: bool) -> Vec<Box<dyn DestinationTransport>> {
+    let mut transports: Vec<Box<dyn DestinationTransport>> = Vec::new();
+    // RDMA goes to the address that the source has called: that is the network it was told to use. A
+    // connection that has no address any more is about to fail by itself.
+    if let Ok(local) = call.local() {
+        let options = Options { waiting: waiting(busy_poll), ..Options::default() };
+        transports.push(Box::new(RdmaDestination::new(local.ip(), options)));
+    }
+    transports.push(Box::new(TcpDestination::new(listener)));
+    transports
+}
+
+fn waiting(busy_poll: bool) -> Waiting {
+    if busy_poll { Waiting::BusyPoll } else { Waiting::Sleep }
+}
