@@ -10,6 +10,8 @@
 //! | `hosts` | destinations that could not run the guest |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
 //! | `guests` | foreign guests |
+//! | `rdma`, `memlock` | moves over RDMA, and without it (in the lab) |
+//! | `pair` | moves between two hosts (two VMs of the lab) |
 //! | `usage`, `cli`, `http` | the program as its users see it |
 //!
 //! Where a test says that a guest is as good as it was, the guest has been moved once more, into the test's own
@@ -17,6 +19,7 @@
 
 pub mod command;
 pub mod inspect;
+pub mod lab;
 pub mod program;
 pub mod proxy;
 pub mod rogue;

@@ -57,6 +57,11 @@ pub fn receiver(folder: &Path, name: &str) -> (Node, SocketAddr) {
     Node::receiver(whimbrel(), folder, name, [""; 0]).unwrap()
 }
 
+/// The same at an address of this host.
+pub fn receiver_on(folder: &Path, name: &str, listen: SocketAddr) -> (Node, SocketAddr) {
+    Node::receiver_on(whimbrel(), folder, name, listen, [""; 0]).unwrap()
+}
+
 /// A migration that switches over in any case: how fast this machine is decides nothing.
 pub fn request(to: SocketAddr) -> MigrationRequest {
     let mut request: MigrationRequest = serde_json::from_value(json!({ "to": to.to_string() })).unwrap();
@@ -66,7 +71,12 @@ pub fn request(to: SocketAddr) -> MigrationRequest {
 
 /// Moves the guest; it must succeed.
 pub fn hop(from: &Node, to: &mut Node, address: SocketAddr) -> Report {
-    let report = migrate(from, &request(address));
+    hop_as(from, to, &request(address))
+}
+
+/// Moves the guest as asked; it must succeed.
+pub fn hop_as(from: &Node, to: &mut Node, request: &MigrationRequest) -> Report {
+    let report = migrate(from, request);
     assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
     to.expect("arrived").unwrap();
     report
