@@ -1,8 +1,9 @@
 //! What breaks in mid-flight: devices, links, limits, libraries. These tests take devices away from the host,
-//! so they run only in the lab; all of them but those of limits and libraries.
+//! so they run only in the lab; all of them but those of libraries and addresses.
 
 mod common;
 
+use common::Devices;
 use migration::conformance::Bed;
 use migration::conformance::bed::{extent, read, scramble};
 use migration::transport::{DestinationTransport, PlaneError, SourceTransport};
@@ -51,10 +52,6 @@ impl Drop for Repair {
 /// used RDMA may be there when a device is to be gone.
 macro_rules! apart_in_the_lab {
     ($test:literal, $after:expr) => {{
-        if std::env::var_os("LAB").is_none() {
-            println!("SKIPPED {}: it takes devices away, so it runs in the lab only (ci/lab/run)", $test);
-            return;
-        }
         if !changed() {
             let _alone = alone();
             again($test, &[], &[]);
@@ -62,7 +59,7 @@ macro_rules! apart_in_the_lab {
             again("a_session_works", &[], &[]);
             return;
         }
-        devices_or_skip!($test)
+        Devices::of_this_host()
     }};
 }
 
@@ -111,16 +108,13 @@ fn can_be_fenced(bed: Bed) {
 }
 
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn a_session_works() {
-    if let Err(why) = probe::devices() {
-        println!("SKIPPED a_session_works: no RDMA device: {why}");
-        return;
-    }
     if !changed() {
         let _alone = alone();
         return again("a_session_works", &[], &[]);
     }
-    let devices = devices_or_skip!("a_session_works");
+    let devices = Devices::of_this_host();
     let mut bed = Bed::new(&devices, 1);
     scramble(&bed.source.ram, &extent(1, 0, 9), &mut fastrand::Rng::with_seed(2));
     bed.plane.lanes()[0].write(&[extent(1, 0, 9)]).expect("a new session");
@@ -154,6 +148,7 @@ fn add(device: &str, interface: &str) {
 }
 
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn the_destinations_device_is_removed() {
     let devices = apart_in_the_lab!("the_destinations_device_is_removed", add("rxe1", "lab1"));
     let mut bed = Bed::with_patience(&devices, 2, PATIENCE);
@@ -162,6 +157,7 @@ fn the_destinations_device_is_removed() {
 }
 
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn the_sources_device_is_removed() {
     let devices = apart_in_the_lab!("the_sources_device_is_removed", add("rxe0", "lab0"));
     let mut bed = Bed::with_patience(&devices, 2, PATIENCE);
@@ -171,6 +167,7 @@ fn the_sources_device_is_removed() {
 
 /// The cable loses everything, and both ports stay active: the least that there is to notice.
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn the_link_is_cut() {
     let devices = apart_in_the_lab!("the_link_is_cut", ());
     let mut bed = Bed::with_patience(&devices, 2, PATIENCE);
@@ -181,6 +178,7 @@ fn the_link_is_cut() {
 }
 
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn the_port_goes_down() {
     // Linux 6.1's soft-RoCE does not always receive again after its interface was down under load; a new device
     // does.
@@ -202,6 +200,7 @@ fn the_port_goes_down() {
 
 /// Loss is not failure: queue pairs repeat what is lost.
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn a_lossy_link_loses_nothing() {
     let devices = apart_in_the_lab!("a_lossy_link_loses_nothing", ());
     let mut bed = Bed::new(&devices, 2);
@@ -219,7 +218,8 @@ fn a_lossy_link_loses_nothing() {
 fn again(test: &str, prefix: &[&str], variables: &[(&str, &str)]) {
     let this = std::env::current_exe().expect("this program");
     let this = this.to_str().expect("a path in UTF-8");
-    let words: Vec<&str> = prefix.iter().copied().chain([this, "--exact", test, "--nocapture"]).collect();
+    let words: Vec<&str> =
+        prefix.iter().copied().chain([this, "--include-ignored", "--exact", test, "--nocapture"]).collect();
     let mut command = Command::new(words[0]);
     command.args(&words[1..]).env("CHANGED", "1").envs(variables.iter().copied());
     let output = command.output().expect("the test again");
@@ -227,7 +227,6 @@ fn again(test: &str, prefix: &[&str], variables: &[(&str, &str)]) {
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     println!("{text}");
     assert!(output.status.success() && text.contains("1 passed"), "{test} failed in a process of its own");
-    assert!(!text.contains("SKIPPED"), "{test} was skipped in a process of its own");
 }
 
 fn changed() -> bool {
@@ -259,14 +258,11 @@ fn unavailable(to: std::net::IpAddr) -> [String; 2] {
 }
 
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn too_little_lockable_memory_is_said_before_anything_moves() {
     const TEST: &str = "too_little_lockable_memory_is_said_before_anything_moves";
-    if let Err(why) = probe::devices() {
-        println!("SKIPPED {TEST}: no RDMA device: {why}");
-        return;
-    }
     if changed() {
-        let devices = devices_or_skip!("too_little_lockable_memory_is_said_before_anything_moves");
+        let devices = Devices::of_this_host();
         for text in unavailable(devices.to) {
             assert!(text.contains("8192 KiB") && text.contains("ulimit -l"), "{text}");
         }

@@ -2,14 +2,16 @@
 
 mod common;
 
+use common::Devices;
 use migration::conformance::Bed;
 use migration::conformance::bed::{extent, resident, scramble};
 use transport_rdma::{DEFAULT_CHUNK, MIN_CHUNK, Options, Waiting};
 
 /// Pinning makes memory exist, so only chunks that are written to are pinned: on both sides.
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn untouched_chunks_stay_untouched() {
-    let devices = devices_or_skip!("untouched_chunks_stay_untouched");
+    let devices = Devices::of_this_host();
     let mut bed = Bed::new(&devices, 2);
     assert!(bed.source.ram.len() > 2 * DEFAULT_CHUNK);
     scramble(&bed.source.ram, &extent(0, 7, 1), &mut fastrand::Rng::with_seed(1));
@@ -23,11 +25,12 @@ fn untouched_chunks_stay_untouched() {
 
 /// Chunks of any size, lanes that do not sleep, and sides that chose differently.
 #[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn every_choice_carries_a_round() {
-    let devices = devices_or_skip!("every_choice_carries_a_round");
+    let devices = Devices::of_this_host();
     for (waiting, chunk) in [(Waiting::BusyPoll, MIN_CHUNK), (Waiting::Sleep, 1), (Waiting::Sleep, 1 << 30)] {
         let options = Options { waiting, chunk, ..Options::default() };
-        let mut bed = Bed::new(&common::Devices { options, ..devices }, 2);
+        let mut bed = Bed::new(&Devices { options, ..devices }, 2);
         let mut random = fastrand::Rng::with_seed(chunk);
         // Across every boundary of a small chunk, and the end of the region.
         let all = [extent(0, 500, 1000), extent(0, 8000, 195), extent(1, 0, 513)];

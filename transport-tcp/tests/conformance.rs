@@ -2,7 +2,7 @@
 
 use migration::conformance::Fixture;
 use migration::transport::{DestinationTransport, SourceTransport};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use transport_tcp::{Listener, TcpDestination, TcpSource};
 
 struct Tcp(Listener);
@@ -17,9 +17,8 @@ impl Fixture for Tcp {
     }
 }
 
-fn tcp() -> Result<impl Fixture, String> {
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    Ok(Tcp(Listener::bind(loopback).expect("a port on loopback")))
+fn tcp() -> impl Fixture {
+    Tcp(Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port on loopback"))
 }
 
 migration::conformance_suite!(tcp());

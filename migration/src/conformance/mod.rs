@@ -21,12 +21,22 @@ pub trait Fixture {
     fn destination(&self) -> Box<dyn DestinationTransport>;
 }
 
-/// Makes one test of each case. `$fixture` is an expression that gives a `Result<impl Fixture, String>`: the
-/// text says what this machine lacks, and the tests then print it after `SKIPPED` and end.
+/// Makes one test of each case. `$fixture` is an expression that gives an `impl Fixture`; attributes after
+/// it and a semicolon, such as `#[ignore = "needs a device"]`, become those of the tests.
 #[macro_export]
 macro_rules! conformance_suite {
-    ($fixture:expr) => {
-        $crate::conformance_suite! { $fixture =>
+    (@case $fixture:expr, ($(#[$attribute:meta])*) $case:ident) => {
+        #[test]
+        $(#[$attribute])*
+        fn $case() {
+            $crate::conformance::cases::$case(&$fixture);
+        }
+    };
+    (@cases $fixture:expr, $attributes:tt $($case:ident)*) => {
+        $($crate::conformance_suite! { @case $fixture, $attributes $case })*
+    };
+    ($fixture:expr $(; $(#[$attribute:meta])*)?) => {
+        $crate::conformance_suite! { @cases $fixture, ($($(#[$attribute])*)?)
             content_arrives_and_nothing_else_changes
             extents_outside_memory_are_refused_and_harm_nothing
             zeros_are_named_and_make_nothing_exist
@@ -45,16 +55,5 @@ macro_rules! conformance_suite {
             nonsense_offers_are_refused
             lanes_count_what_they_carry
         }
-    };
-    ($fixture:expr => $($case:ident)*) => {
-        $(
-            #[test]
-            fn $case() {
-                match $fixture {
-                    Ok(fixture) => $crate::conformance::cases::$case(&fixture),
-                    Err(why) => println!("SKIPPED {}: {why}", stringify!($case)),
-                }
-            }
-        )*
     };
 }

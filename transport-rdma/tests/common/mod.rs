@@ -16,16 +16,15 @@ pub struct Devices {
 impl Devices {
     /// The last device's address: where there are two, routing has the source take the other.
     ///
-    /// # Errors
-    /// Why there is none.
-    pub fn find() -> Result<Devices, String> {
+    /// # Panics
+    /// When there is none.
+    pub fn of_this_host() -> Devices {
         let host = probe::host();
-        host.devices.clone().map_err(|why| format!("no RDMA device: {why}"))?;
-        host.connections.clone()?;
-        let v4 = |address: &IpAddr| address.is_ipv4();
-        let to = probe::addresses(&host).into_iter().rfind(v4);
-        let to = to.ok_or("no RDMA device: none has an active port with an IPv4 address")?;
-        Ok(Devices { to, options: Options::default() })
+        host.devices.clone().expect("RDMA devices");
+        host.connections.clone().expect("connections over RDMA");
+        let to = probe::addresses(&host).into_iter().rfind(IpAddr::is_ipv4);
+        let to = to.expect("an active port with an IPv4 address");
+        Devices { to, options: Options::default() }
     }
 }
 
@@ -37,18 +36,4 @@ impl Fixture for Devices {
     fn destination(&self) -> Box<dyn DestinationTransport> {
         Box::new(RdmaDestination::new(self.to, self.options.clone()))
     }
-}
-
-/// The devices, or a line that says that the test is skipped.
-#[macro_export]
-macro_rules! devices_or_skip {
-    ($test:literal) => {
-        match $crate::common::Devices::find() {
-            Ok(devices) => devices,
-            Err(why) => {
-                println!("SKIPPED {}: {why}", $test);
-                return;
-            }
-        }
-    };
 }
