@@ -42,8 +42,9 @@ fn take(listener: &Listener) -> Arc<Machine> {
 
 fn verify(machine: &Machine, expected: &Guest) -> Testimony {
     guest::request(machine.memory(), Request::PowerOff);
-    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
+    let outcome = machine.wait_timeout(PATIENCE);
     let testimony = guest::testimony(machine.memory()).unwrap();
+    assert_eq!(outcome, Some(Outcome::PoweredOff), "{testimony}");
     assert!(testimony.clean, "{:?}", testimony.problems);
     assert_eq!(testimony.state, "finished");
     assert_eq!(testimony.vcpus, expected.vcpus);
