@@ -1,14 +1,18 @@
-//! The I/O ports that are emulated here; the interrupt controllers and the timer are KVM's.
+//! What a guest reaches by ports and by memory that is not RAM; the interrupt controllers and the
+//! timer are KVM's.
 //!
 //! | port | what |
 //! |---|---|
 //! | 0x64 | keyboard controller: writing 0xfe resets the machine |
 //! | 0x80 | POST codes: ignored |
 //! | 0x3f8 to 0x3ff | serial port |
-//! | 0x604 | power: writing a word with bit 13 set (ACPI's SLP_EN) powers the machine off |
+//! | 0x600 to 0x605 | [power](crate::power): writing a word with bit 13 set to 0x604 powers off |
+//! | 0xcf8 to 0xcff | [PCI](crate::pci) configuration |
 //!
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
 
+use crate::pci::{Bus, CONFIG_ADDRESS_PORT};
+use crate::power::{self, Power};
 use crate::serial::SerialPort;
 
 /// First port of the serial port's eight.
@@ -17,10 +21,6 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const RESET_PORT: u16 = 0x64;
 /// The command that pulses the CPU's reset line.
 pub const RESET_COMMAND: u8 = 0xfe;
-/// The power control port.
-pub const POWER_PORT: u16 = 0x604;
-/// The bit in a word written to [`POWER_PORT`] that powers the machine off.
-pub const POWER_OFF: u16 = 1 << 13;
 
 /// What a write asks of the machine as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,20 +31,32 @@ pub enum Request {
     PowerOff,
 }
 
-/// The devices behind the port bus.
+/// All devices that are not KVM's.
 pub struct Devices {
     serial: SerialPort,
+    power: Power,
+    pci: Bus,
 }
 
 impl Devices {
-    /// A bus with these devices.
-    pub fn new(serial: SerialPort) -> Self {
-        Devices { serial }
+    /// A machine's devices.
+    pub fn new(serial: SerialPort, pci: Bus) -> Self {
+        Devices { serial, power: Power::default(), pci }
     }
 
     /// The serial port.
     pub fn serial(&self) -> &SerialPort {
         &self.serial
+    }
+
+    /// The power registers.
+    pub fn power(&self) -> &Power {
+        &self.power
+    }
+
+    /// The PCI bus.
+    pub fn pci(&self) -> &Bus {
+        &self.pci
     }
 
     /// A guest's read. String instructions arrive as many accesses to one port.
@@ -55,6 +67,8 @@ impl Devices {
             }
             // Neither input nor output buffer full: the controller is ready for a command.
             RESET_PORT => data.fill(0),
+            power::EVENT_PORT..=power::LAST_PORT => self.power.read(port - power::EVENT_PORT, data),
+            CONFIG_ADDRESS_PORT..=0xcff => self.pci.port_in(port, data),
             _ => data.fill(0xff),
         }
     }
@@ -67,13 +81,22 @@ impl Devices {
                 None
             }
             RESET_PORT => data.contains(&RESET_COMMAND).then_some(Request::Reset),
-            POWER_PORT => match data {
-                [low, high, ..] if u16::from_le_bytes([*low, *high]) & POWER_OFF != 0 => {
-                    Some(Request::PowerOff)
-                }
-                _ => None,
-            },
+            power::EVENT_PORT..=power::LAST_PORT => self.power.write(port - power::EVENT_PORT, data),
+            CONFIG_ADDRESS_PORT..=0xcff => {
+                self.pci.port_out(port, data);
+                None
+            }
             _ => None,
         }
+    }
+
+    /// A guest's read of memory where no RAM is.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.pci.mmio_read(address, data);
+    }
+
+    /// A guest's write there.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.pci.mmio_write(address, data);
     }
 }

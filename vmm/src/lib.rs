@@ -4,6 +4,7 @@
 //! state can be saved and loaded. It is itself what the `migration` engine moves away, and
 //! [`incoming`] builds what the engine moves in.
 
+pub mod acpi;
 pub mod api;
 pub mod cpuid;
 mod description;
@@ -21,6 +22,8 @@ pub mod machine;
 pub mod memory;
 pub mod node;
 mod outgoing;
+pub mod pci;
+pub mod power;
 pub mod serial;
 pub mod state;
 pub mod transports;

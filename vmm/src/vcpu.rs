@@ -64,11 +64,15 @@ impl Vcpu {
                         Request::PowerOff => Outcome::PoweredOff,
                     })
                 }
-                Ok(VcpuExit::MmioRead(_, data)) => {
-                    data.fill(0xff);
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    devices.mmio_read(address, data);
                     None
                 }
-                Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => None,
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    devices.mmio_write(address, data);
+                    None
+                }
+                Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => None,
                 Ok(VcpuExit::Shutdown) => Some(Outcome::Crashed(Crash::TripleFault { vcpu: self.index })),
                 Ok(VcpuExit::SystemEvent(event, _)) => self.system_event(event),
                 Ok(VcpuExit::FailEntry(reason, _)) => {

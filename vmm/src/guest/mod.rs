@@ -190,7 +190,7 @@ mod tests {
     fn both_sides_mean_the_same_port() {
         assert_eq!(
             (abi::POWER_PORT, abi::POWER_OFF),
-            (crate::devices::POWER_PORT, crate::devices::POWER_OFF)
+            (crate::power::CONTROL_PORT, crate::power::SLEEP_ENABLE)
         );
     }
 }

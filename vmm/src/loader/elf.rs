@@ -4,6 +4,7 @@ use super::{
     Boot, COMMAND_LINE, Entry, Error, MAX_COMMAND_LINE, MODULE_LIST, PVH_MEMORY_MAP, START_INFO,
     load_initramfs, low_memory, memmap, write_command_line,
 };
+use crate::acpi;
 use crate::memory::GuestMemory;
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
@@ -59,6 +60,7 @@ fn write_start_info(memory: &GuestMemory, initramfs: Option<super::Initramfs>) -
         magic: START_MAGIC,
         version: 1, // with a memory map
         cmdline_paddr: COMMAND_LINE.0,
+        rsdp_paddr: acpi::RSDP.0,
         memmap_paddr: PVH_MEMORY_MAP.0,
         memmap_entries: ranges.len() as u32,
         ..Default::default()

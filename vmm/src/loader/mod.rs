@@ -12,6 +12,7 @@
 //! | 0x9000 to 0xf000 | page tables that map the first 4 GiB one to one |
 //! | 0x20000 | command line |
 //! | 0x9e000 | MP table; pointer to it at 0x9fc00 |
+//! | 0xe0000 | ACPI tables |
 
 mod bzimage;
 mod elf;

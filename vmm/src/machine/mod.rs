@@ -11,6 +11,7 @@ mod outcome;
 pub use config::MachineConfig;
 pub use outcome::{Crash, Outcome};
 
+use crate::acpi;
 use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
@@ -18,6 +19,7 @@ use crate::error::{Error, What};
 use crate::host::Host;
 use crate::loader::{self, Boot};
 use crate::memory::{self, GuestRam};
+use crate::pci::Bus;
 use crate::serial::SerialPort;
 use crate::state::{self, msr};
 use crate::vcpu::Vcpu;
@@ -78,7 +80,7 @@ impl Machine {
         let vm = Arc::new(create_vm(host)?);
         add_memory_slots(&vm, &ram)?;
         let tracking = DirtyTracking::new(&vm)?;
-        let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?);
+        let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?, Bus::new(Vec::new()));
         let msrs = msr::savable(host.kvm())?;
         let vcpus = (0..vcpus)
             .map(|index| {
@@ -111,7 +113,9 @@ impl Machine {
     /// [`Error::Loader`] for an image that cannot be booted.
     pub fn boot(&self, boot: &Boot) -> Result<(), Error> {
         let entry = loader::load(self.ram.memory(), boot)?;
-        crate::loader::mptable::write(self.ram.memory(), self.shared.vcpus.len() as u8)?;
+        let vcpus = self.shared.vcpus.len() as u8;
+        loader::mptable::write(self.ram.memory(), vcpus)?;
+        acpi::write(self.ram.memory(), vcpus).map_err(loader::Error::from)?;
         let boot_vcpu = lock(&self.shared.vcpus[0]);
         entry.apply(&boot_vcpu.fd, self.ram.memory())
     }

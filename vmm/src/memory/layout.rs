@@ -14,6 +14,10 @@ pub const RAM_UNIT: u64 = 1 << 20;
 pub const HOLE_START: u64 = 3 << 30;
 /// Where RAM goes on above the hole.
 pub const HOLE_END: u64 = 4 << 30;
+/// Where PCI functions' registers begin: the lower half of the hole.
+pub const PCI_WINDOW_START: u64 = HOLE_START;
+/// Where they end.
+pub const PCI_WINDOW_END: u64 = HOLE_START + (512 << 20);
 
 /// The regions of a machine with `size` bytes of RAM.
 ///

@@ -1,14 +1,14 @@
 //! Saving a machine's state and loading it into another.
 //!
 //! The state is a list of components (each vCPU, the interrupt controllers, the timer, the clock,
-//! the serial port), each with a kind, a version and a payload. A component that this version does
+//! the serial port, each PCI device), each with a kind, a version and a payload. A component that this version does
 //! not know, or that is missing, or has bytes left over is refused by name: a guest that was
 //! restored in part must never run.
 //!
 //! Order matters. Saving: every vCPU with `mp_state` first, since reading it lets pending INIT and
 //! SIPI take effect, and `vcpu_events` last, since reading other state may queue events. Loading:
 //! vCPUs, then one shift of the TSC for all of them, then the interrupt controllers, the timer and
-//! devices, the TSC deadlines (which need LAPIC and TSC in place), and the clock last, so that as
+//! devices (whose queues are checked against RAM, which must be in place), the TSC deadlines (which need LAPIC and TSC in place), and the clock last, so that as
 //! little as possible passes between setting it and running.
 //!
 //! Two saves of one paused machine are equal but for what time itself changes: the clock component
@@ -21,14 +21,16 @@ mod irqchip;
 pub(crate) mod msr;
 pub mod vcpu;
 
-pub use component::Error;
-pub(crate) use component::strict;
+pub use component::{Component, Error, Kind};
+pub(crate) use component::{payload, strict};
 
 use crate::error::Error as MachineError;
 use crate::machine::{Shared, lock};
+use crate::pci::BusState;
+use crate::power::PowerState;
 use crate::serial::SerialState;
 use clock::ClockState;
-use component::{Component, Kind, decode, encode, payload};
+use component::{check, decode, encode};
 use irqchip::{IrqchipState, PitState};
 use vcpu::VcpuState;
 
@@ -42,7 +44,10 @@ pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
     }
     components.push(Component::new(Kind::Irqchip, 0, &IrqchipState::save(&shared.vm)?)?);
     components.push(Component::new(Kind::Pit, 0, &PitState::save(&shared.vm)?)?);
-    components.push(Component::new(Kind::Serial, 0, &shared.devices.serial().save())?);
+    let devices = &shared.devices;
+    components.push(Component::new(Kind::Serial, 0, &devices.serial().save())?);
+    components.push(Component::new(Kind::Power, 0, &devices.power().save())?);
+    components.push(Component::new(Kind::Pci, 0, &devices.pci().save())?);
     let boot_vcpu = lock(&shared.vcpus[0]);
     components.push(Component::new(Kind::Clock, 0, &ClockState::save(&shared.vm, &boot_vcpu)?)?);
     Ok(encode(&components)?)
@@ -51,13 +56,16 @@ pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
 /// Loads a state into a machine whose vCPUs are all parked.
 pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
     // Everything is decoded before anything is set.
-    let components = decode(bytes, shared.vcpus.len())?;
+    let components = decode(bytes)?;
+    check(&components, &places(shared))?;
     let vcpus = (0..shared.vcpus.len())
         .map(|index| payload::<VcpuState>(&components, Kind::Vcpu, index as u8))
         .collect::<Result<Vec<_>, Error>>()?;
     let irqchip: IrqchipState = payload(&components, Kind::Irqchip, 0)?;
     let pit: PitState = payload(&components, Kind::Pit, 0)?;
     let serial: SerialState = payload(&components, Kind::Serial, 0)?;
+    let power: PowerState = payload(&components, Kind::Power, 0)?;
+    let bus: BusState = payload(&components, Kind::Pci, 0)?;
     let clock: ClockState = payload(&components, Kind::Clock, 0)?;
 
     for (vcpu, state) in shared.vcpus.iter().zip(&vcpus) {
@@ -72,10 +80,19 @@ pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
         index: 0,
         what,
     })?;
+    shared.devices.power().load(&power);
+    shared.devices.pci().load(&bus);
     for (target, state) in targets.iter_mut().zip(&vcpus) {
         state.load_deadline(target)?;
     }
     clock.load(&shared.vm)
+}
+
+/// The components that a machine has.
+fn places(shared: &Shared) -> Vec<(Kind, u8)> {
+    let single = [Kind::Irqchip, Kind::Pit, Kind::Serial, Kind::Power, Kind::Pci, Kind::Clock];
+    let vcpus = shared.vcpus.iter().zip(0..).map(|(_, index)| (Kind::Vcpu, index));
+    single.map(|kind| (kind, 0)).into_iter().chain(vcpus).collect()
 }
 
 /// A saved state's components, each by name and encoded with what time itself changes set to zero
@@ -84,18 +101,22 @@ pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
 /// # Errors
 /// [`Error`] for a state that cannot be read.
 pub fn timeless(bytes: &[u8], vcpus: usize) -> Result<Vec<(String, Vec<u8>)>, Error> {
-    let components = decode(bytes, vcpus)?;
+    let components = decode(bytes)?;
     let mut named = Vec::new();
     for index in 0..vcpus {
         let mut state: VcpuState = payload(&components, Kind::Vcpu, index as u8)?;
         state.forget_time();
         state.name_parts(index, &mut named)?;
     }
-    let irqchip: IrqchipState = payload(&components, Kind::Irqchip, 0)?;
-    named.push((Kind::Irqchip.to_string(), postcard::to_stdvec(&irqchip)?));
-    let pit: PitState = payload(&components, Kind::Pit, 0)?;
-    named.push((Kind::Pit.to_string(), postcard::to_stdvec(&pit.without_time())?));
-    let serial: SerialState = payload(&components, Kind::Serial, 0)?;
-    named.push((Kind::Serial.to_string(), postcard::to_stdvec(&serial)?));
+    for component in &components {
+        match component.place()? {
+            (Kind::Vcpu | Kind::Clock, _) => {}
+            (Kind::Pit, _) => {
+                let pit: PitState = payload(&components, Kind::Pit, 0)?;
+                named.push((Kind::Pit.to_string(), postcard::to_stdvec(&pit.without_time())?));
+            }
+            (kind, index) => named.push((format!("{kind} {index}"), component.bytes().to_vec())),
+        }
+    }
     Ok(named)
 }

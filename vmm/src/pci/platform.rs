@@ -1,0 +1,44 @@
+//! What a function needs of the machine around it.
+
+use crate::error::{Error, What};
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
+
+/// What a function needs of the machine around it.
+pub trait Platform: Send + Sync {
+    /// Sends an interrupt message. When it returns, the interrupt is in the guest's APIC.
+    fn send_message(&self, address: u64, data: u32);
+
+    /// From here on a guest's write of any length to `address` adds one to `doorbell` instead of
+    /// coming to the function.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), Error>;
+
+    /// Undoes [`add_doorbell`](Self::add_doorbell).
+    fn remove_doorbell(&self, address: u64, doorbell: &EventFd);
+}
+
+/// KVM as the platform.
+pub struct KvmPlatform(pub Arc<VmFd>);
+
+impl Platform for KvmPlatform {
+    fn send_message(&self, address: u64, data: u32) {
+        let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
+        // A message that no APIC takes (a guest may write any address) is lost, as on hardware.
+        let _ = self.0.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() });
+    }
+
+    fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), Error> {
+        let at = IoEventAddress::Mmio(address);
+        self.0.register_ioevent(doorbell, &at, NoDatamatch).what("KVM_IOEVENTFD")
+    }
+
+    fn remove_doorbell(&self, address: u64, doorbell: &EventFd) {
+        // Fails only for what is not there.
+        let _ = self.0.unregister_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch);
+    }
+}
