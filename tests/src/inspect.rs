@@ -30,7 +30,7 @@ pub fn settle(node: &Node, expected: &Guest) -> Testimony {
 }
 
 fn take(listener: &Listener) -> Arc<Machine> {
-    let options = IncomingOptions { serial: SerialOutput::Null, populate: false };
+    let options = IncomingOptions { serial: SerialOutput::Null, ..IncomingOptions::default() };
     let mut host = IncomingHost::open(options).unwrap();
     let mut call = listener.next_control(PATIENCE).unwrap().unwrap();
     let token = call.token();

@@ -5,11 +5,12 @@ use crate::machine::{Machine, MachineConfig};
 use crate::memory::PageSize;
 use crate::serial::SerialOutput;
 use crate::state::{Error as StateError, strict};
+use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 /// The version that this program writes and reads.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Most CPUID entries that KVM takes.
 const MOST_CPUID_ENTRIES: usize = 256;
@@ -24,6 +25,8 @@ pub(crate) struct Description {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// The registers whose values will be in the state.
     msrs: Vec<u32>,
+    /// PCI devices by place.
+    devices: Vec<DeviceConfig>,
 }
 
 impl Description {
@@ -36,6 +39,7 @@ impl Description {
             tsc_khz: machine.tsc_khz(),
             cpuid: config.cpuid.clone(),
             msrs: machine.saved_msrs().to_vec(),
+            devices: config.devices.clone(),
         }
     }
 
@@ -69,7 +73,7 @@ impl Description {
     }
 
     /// The machine to be built.
-    pub fn into_config(self, serial: SerialOutput) -> MachineConfig {
+    pub fn into_config(self, serial: SerialOutput, local: LocalConfig) -> MachineConfig {
         MachineConfig {
             memory: self.memory,
             pages: self.pages,
@@ -77,6 +81,8 @@ impl Description {
             cpuid: self.cpuid,
             tsc_khz: Some(self.tsc_khz),
             serial,
+            devices: self.devices,
+            local,
         }
     }
 }
@@ -94,6 +100,7 @@ mod tests {
             tsc_khz: 2_000_000,
             cpuid: vec![kvm_cpuid_entry2 { function: 7, ebx: 5, ..Default::default() }],
             msrs: vec![0x10, 0xc000_0080],
+            devices: vec![DeviceConfig::Rng, DeviceConfig::Console],
         };
         let bytes = description.encode().unwrap();
         assert_eq!(Description::decode(&bytes).unwrap(), description);

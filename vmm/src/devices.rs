@@ -11,9 +11,11 @@
 //!
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
 
-use crate::pci::{Bus, CONFIG_ADDRESS_PORT};
+use crate::pci::{Bus, CONFIG_ADDRESS_PORT, Function};
 use crate::power::{self, Power};
 use crate::serial::SerialPort;
+use crate::virtio::VirtioFunction;
+use std::sync::Arc;
 
 /// First port of the serial port's eight.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -36,12 +38,14 @@ pub struct Devices {
     serial: SerialPort,
     power: Power,
     pci: Bus,
+    virtio: Vec<Arc<VirtioFunction>>,
 }
 
 impl Devices {
-    /// A machine's devices.
-    pub fn new(serial: SerialPort, pci: Bus) -> Self {
-        Devices { serial, power: Power::default(), pci }
+    /// A machine's devices, paused.
+    pub fn new(serial: SerialPort, virtio: Vec<Arc<VirtioFunction>>) -> Self {
+        let pci = Bus::new(virtio.iter().map(|f| f.clone() as Arc<dyn Function>).collect());
+        Devices { serial, power: Power::default(), pci, virtio }
     }
 
     /// The serial port.
@@ -57,6 +61,21 @@ impl Devices {
     /// The PCI bus.
     pub fn pci(&self) -> &Bus {
         &self.pci
+    }
+
+    /// The virtio devices, by their places on the bus.
+    pub fn virtio(&self) -> &[Arc<VirtioFunction>] {
+        &self.virtio
+    }
+
+    /// Stops all threads of devices from touching guest RAM. No vCPU may run.
+    pub fn pause(&self) {
+        self.virtio.iter().for_each(|function| function.pause());
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self) {
+        self.virtio.iter().for_each(|function| function.resume());
     }
 
     /// A guest's read. String instructions arrive as many accesses to one port.

@@ -55,6 +55,22 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// A console's output or input.
+    #[error("cannot use {path} for the console: {source}")]
+    Console {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// More devices than the PCI bus has places for.
+    #[error("{wanted} devices: use at most {most}")]
+    DeviceCount {
+        /// What was asked for.
+        wanted: usize,
+        /// Most there can be.
+        most: usize,
+    },
     /// A thread could not be started.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
@@ -78,7 +94,7 @@ impl Error {
             Error::Memory(_) => Code::MEMORY,
             Error::Loader(_) | Error::NotPaused => Code::OTHER,
             Error::State(_) | Error::Kvm { .. } => Code::STATE,
-            Error::Serial { .. } => Code::DEVICE,
+            Error::Serial { .. } | Error::Console { .. } | Error::DeviceCount { .. } => Code::DEVICE,
             Error::Ended(_) | Error::Stopped => Code::GUEST_ENDED,
         }
     }

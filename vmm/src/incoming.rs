@@ -8,6 +8,7 @@ use crate::host::Host;
 use crate::machine::Machine;
 use crate::serial::SerialOutput;
 use crate::state::msr;
+use crate::virtio::LocalConfig;
 use migration::machine::{DestinationHost, DestinationMachine};
 use migration::memory::{Ram, RegionLayout};
 use migration::{Code, Failure};
@@ -22,6 +23,8 @@ const AFTERMATH: Duration = Duration::from_millis(300);
 pub struct IncomingOptions {
     /// Where the guest's serial output goes from here on.
     pub serial: SerialOutput,
+    /// What of its devices this host decides for itself.
+    pub local: LocalConfig,
     /// Whether RAM is populated before the source may write to it.
     pub populate: bool,
 }
@@ -48,7 +51,10 @@ impl IncomingHost {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }
         let msrs = description.msrs().to_vec();
-        let machine = Machine::build(&self.host, description.into_config(self.options.serial.clone()))?;
+        let machine = Machine::build(
+            &self.host,
+            description.into_config(self.options.serial.clone(), self.options.local.clone()),
+        )?;
         // A register that this host lacks would fail the load in the middle of the blackout.
         let known = machine.saved_msrs();
         let lacking: Vec<_> = msrs

@@ -28,6 +28,7 @@ pub mod serial;
 pub mod state;
 pub mod transports;
 mod vcpu;
+pub mod virtio;
 
 pub use error::Error;
 pub use host::Host;

@@ -35,19 +35,18 @@ pub enum SerialOutput {
 }
 
 impl SerialOutput {
-    fn open(&self) -> Result<Output, Error> {
+    /// Opens it; the name, for messages, is where it goes.
+    pub(crate) fn open(&self) -> (String, io::Result<Output>) {
         match self {
             SerialOutput::Stdout => {
                 let file = io::stdout().as_fd().try_clone_to_owned();
-                file.map(|fd| Output::to(fd.into()))
-                    .map_err(|source| Error::Serial { path: "stdout".into(), source })
+                ("stdout".into(), file.map(|fd| Output::to(fd.into())))
             }
             SerialOutput::File(path) => {
                 let file = OpenOptions::new().append(true).create(true).open(path);
-                file.map(Output::to)
-                    .map_err(|source| Error::Serial { path: path.display().to_string(), source })
+                (path.display().to_string(), file.map(Output::to))
             }
-            SerialOutput::Null => Ok(Output::null()),
+            SerialOutput::Null => ("nowhere".into(), Ok(Output::null())),
         }
     }
 }
@@ -124,7 +123,8 @@ impl SerialPort {
     /// # Errors
     /// [`Error::Serial`] if the output cannot be opened.
     pub fn new(vm: Arc<VmFd>, output: &SerialOutput) -> Result<Self, Error> {
-        let output = output.open()?;
+        let (path, output) = output.open();
+        let output = output.map_err(|source| Error::Serial { path, source })?;
         let line = Arc::new(Line { vm, live: AtomicBool::new(true) });
         let room = Room::default();
         let port = Serial::with_events(LineTrigger(line.clone()), room.clone(), output.clone());

@@ -13,7 +13,7 @@ use vmm::{Machine, SerialOutput};
 
 /// A paused machine's twin, not running yet.
 fn twin(source: &Machine) -> Arc<Machine> {
-    let options = IncomingOptions { serial: SerialOutput::Null, populate: false };
+    let options = IncomingOptions { serial: SerialOutput::Null, ..IncomingOptions::default() };
     let mut host = IncomingHost::open(options).unwrap();
     let layout = source.memory().ram().layout();
     let mut shadow = host.build(&source.describe().unwrap(), &layout).unwrap();

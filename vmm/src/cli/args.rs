@@ -92,6 +92,9 @@ pub struct RunArgs {
     /// The kernel's command line
     #[arg(long, default_value = "console=ttyS0")]
     pub cmdline: String,
+    /// Give the machine a source of entropy (virtio-rng)
+    #[arg(long)]
+    pub rng: bool,
     #[command(flatten)]
     pub workload: WorkloadArgs,
     #[command(flatten)]
@@ -110,6 +113,14 @@ pub struct ProcessArgs {
     /// Where the serial port goes: stdout, none, or a file to append to
     #[arg(long, default_value = "stdout")]
     pub serial: SerialTarget,
+    /// Where a virtio console goes: stdout, none, or a file to append to. `run` gives the machine one
+    /// if this is there; a machine that arrives keeps what it has, and without this its console goes
+    /// nowhere
+    #[arg(long)]
+    pub console: Option<SerialTarget>,
+    /// File, pipe or terminal that the virtio console reads
+    #[arg(long, requires = "console")]
+    pub console_input: Option<PathBuf>,
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]
     pub json: bool,

@@ -13,6 +13,8 @@ use vmm::api::server::Slot;
 use vmm::instance::{End, Instance};
 use vmm::machine::Outcome;
 use vmm::serial::SerialOutput;
+use vmm::virtio::LocalConfig;
+use vmm::virtio::console::ConsoleConfig;
 
 /// How long the process of a guest that has moved away stays for somebody to fetch its report.
 const LINGER: Duration = Duration::from_secs(5);
@@ -25,6 +27,16 @@ impl ProcessArgs {
             SerialTarget::None => SerialOutput::Null,
             SerialTarget::File(path) => SerialOutput::File(path.clone()),
         }
+    }
+
+    /// What of a machine's PCI devices this process decides.
+    pub fn local(&self) -> LocalConfig {
+        let output = match &self.console {
+            None | Some(SerialTarget::None) => SerialOutput::Null,
+            Some(SerialTarget::Stdout) => SerialOutput::Stdout,
+            Some(SerialTarget::File(path)) => SerialOutput::File(path.clone()),
+        };
+        LocalConfig { console: ConsoleConfig { output, input: self.console_input.clone() } }
     }
 
     /// Reports an event: to programs as a line of JSON on standard output, to people on standard

@@ -22,8 +22,11 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     let _server =
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
     // Whatever is missing on this host is said now, not when a guest arrives.
-    let mut host =
-        IncomingHost::open(IncomingOptions { serial: args.process.serial(), populate: args.populate })?;
+    let mut host = IncomingHost::open(IncomingOptions {
+        serial: args.process.serial(),
+        local: args.process.local(),
+        populate: args.populate,
+    })?;
     let listener = Listener::bind(args.listen)?;
     let address = listener.local_addr();
     args.process.tell(

@@ -11,6 +11,7 @@ use vmm::host::Host;
 use vmm::instance::Instance;
 use vmm::loader::{Boot, Image};
 use vmm::machine::{Machine, MachineConfig};
+use vmm::virtio::DeviceConfig;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let slot = Arc::new(Slot::default());
@@ -21,6 +22,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
     config.serial = args.process.serial();
+    config.devices = devices(&args);
+    config.local = args.process.local();
     let machine = Machine::build(&host, config)?;
     match &args.kernel {
         Some(kernel) => machine.boot(&Boot {
@@ -43,4 +46,11 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))
+}
+
+/// The PCI devices that the command line asks for.
+fn devices(args: &RunArgs) -> Vec<DeviceConfig> {
+    let rng = args.rng.then_some(DeviceConfig::Rng);
+    let console = args.process.console.as_ref().map(|_| DeviceConfig::Console);
+    rng.into_iter().chain(console).collect()
 }

@@ -5,6 +5,7 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::memory::PageSize;
 use crate::serial::SerialOutput;
+use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
 
 /// What a machine consists of.
@@ -22,10 +23,14 @@ pub struct MachineConfig {
     pub tsc_khz: Option<u32>,
     /// Where serial output goes.
     pub serial: SerialOutput,
+    /// PCI devices, in the order of their places on the bus.
+    pub devices: Vec<DeviceConfig>,
+    /// What of them this host decides for itself.
+    pub local: LocalConfig,
 }
 
 impl MachineConfig {
-    /// A machine with this host's baseline CPU, 4 KiB pages and serial output to stdout.
+    /// A machine with this host's baseline CPU, 4 KiB pages, serial output to stdout and no PCI devices.
     ///
     /// # Errors
     /// [`Error::Kvm`] if KVM cannot say what it supports.
@@ -37,6 +42,8 @@ impl MachineConfig {
             cpuid: cpuid::baseline(host.kvm())?,
             tsc_khz: None,
             serial: SerialOutput::Stdout,
+            devices: Vec::new(),
+            local: LocalConfig::default(),
         })
     }
 }

@@ -19,10 +19,11 @@ use crate::error::{Error, What};
 use crate::host::Host;
 use crate::loader::{self, Boot};
 use crate::memory::{self, GuestRam};
-use crate::pci::Bus;
+use crate::pci::{KvmPlatform, Platform};
 use crate::serial::SerialPort;
 use crate::state::{self, msr};
 use crate::vcpu::Vcpu;
+use crate::virtio;
 use control::{Control, KickTarget, Phase};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -80,7 +81,9 @@ impl Machine {
         let vm = Arc::new(create_vm(host)?);
         add_memory_slots(&vm, &ram)?;
         let tracking = DirtyTracking::new(&vm)?;
-        let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?, Bus::new(Vec::new()));
+        let platform: Arc<dyn Platform> = Arc::new(KvmPlatform(vm.clone()));
+        let virtio = virtio::transport::functions(&config.devices, &config.local, &platform, ram.memory())?;
+        let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?, virtio);
         let msrs = msr::savable(host.kvm())?;
         let vcpus = (0..vcpus)
             .map(|index| {
@@ -136,11 +139,13 @@ impl Machine {
         self.shared.control.resume().map_err(|outcome| match outcome {
             Outcome::Stopped => Error::Stopped,
             outcome => Error::Ended(outcome),
-        })
+        })?;
+        self.shared.devices.resume();
+        Ok(())
     }
 
-    /// Stops all vCPUs. When it returns, no vCPU runs, no device access is half done, and RAM no
-    /// longer changes. Pausing a paused machine, or one whose guest has ended, changes nothing.
+    /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no
+    /// request is in flight, and RAM no longer changes. Pausing a paused machine, or one whose guest has ended, changes nothing.
     ///
     /// # Errors
     /// [`Error::Stopped`] after [`stop`](Self::stop).
@@ -149,7 +154,7 @@ impl Machine {
         if self.is_running() {
             *interrupted = true;
         }
-        self.shared.control.pause(self.shared.vcpus.len());
+        self.park();
         match self.shared.control.status() {
             (Phase::Stopping, _) => Err(Error::Stopped),
             _ => Ok(()),
@@ -209,10 +214,16 @@ impl Machine {
             (Phase::Stopping, _) => Err(Error::Stopped),
             (Phase::Paused, _) => {
                 // After a guest's own end, its other vCPUs may still be on their way here.
-                self.shared.control.pause(self.shared.vcpus.len());
+                self.park();
                 Ok(guard)
             }
         }
+    }
+
+    /// Brings vCPUs to rest, and then the devices, which they can no longer set to work.
+    fn park(&self) {
+        self.shared.control.pause(self.shared.vcpus.len());
+        self.shared.devices.pause();
     }
 
     /// What the machine consists of.

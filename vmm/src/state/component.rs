@@ -150,6 +150,12 @@ impl Component {
         Ok((kind, self.index))
     }
 
+    /// Replaces its payload.
+    #[cfg(test)]
+    pub(crate) fn set_bytes(&mut self, payload: &[u8]) {
+        self.payload = payload.to_vec();
+    }
+
     /// Its payload as it travels.
     pub fn bytes(&self) -> &[u8] {
         &self.payload

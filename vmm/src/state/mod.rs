@@ -48,6 +48,9 @@ pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
     components.push(Component::new(Kind::Serial, 0, &devices.serial().save())?);
     components.push(Component::new(Kind::Power, 0, &devices.power().save())?);
     components.push(Component::new(Kind::Pci, 0, &devices.pci().save())?);
+    for function in devices.virtio() {
+        components.extend(function.save()?);
+    }
     let boot_vcpu = lock(&shared.vcpus[0]);
     components.push(Component::new(Kind::Clock, 0, &ClockState::save(&shared.vm, &boot_vcpu)?)?);
     Ok(encode(&components)?)
@@ -55,7 +58,7 @@ pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
 
 /// Loads a state into a machine whose vCPUs are all parked.
 pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
-    // Everything is decoded before anything is set.
+    // Everything but the devices' own is decoded before anything is set.
     let components = decode(bytes)?;
     check(&components, &places(shared))?;
     let vcpus = (0..shared.vcpus.len())
@@ -82,6 +85,9 @@ pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
     })?;
     shared.devices.power().load(&power);
     shared.devices.pci().load(&bus);
+    for function in shared.devices.virtio() {
+        function.load(&components)?;
+    }
     for (target, state) in targets.iter_mut().zip(&vcpus) {
         state.load_deadline(target)?;
     }
@@ -92,7 +98,8 @@ pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
 fn places(shared: &Shared) -> Vec<(Kind, u8)> {
     let single = [Kind::Irqchip, Kind::Pit, Kind::Serial, Kind::Power, Kind::Pci, Kind::Clock];
     let vcpus = shared.vcpus.iter().zip(0..).map(|(_, index)| (Kind::Vcpu, index));
-    single.map(|kind| (kind, 0)).into_iter().chain(vcpus).collect()
+    let virtio = shared.devices.virtio().iter().flat_map(|function| function.places());
+    single.map(|kind| (kind, 0)).into_iter().chain(vcpus).chain(virtio).collect()
 }
 
 /// A saved state's components, each by name and encoded with what time itself changes set to zero

@@ -1,0 +1,157 @@
+//! The console.
+
+use super::ConsoleConfig;
+use super::state::ConsoleState;
+use crate::error::Error;
+use crate::serial::Output;
+use crate::state::{self, Component, Kind};
+use crate::virtio::queue::{Broken, Next, Serving};
+use crate::virtio::{DeviceType, VirtioDevice};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use vm_memory::Bytes;
+
+/// Simple communication controller, other.
+const CLASS: u32 = 0x07_8000;
+const QUEUE_SIZE: u16 = 64;
+/// The queue of buffers for what the guest is to read.
+const RECEIVE: usize = 0;
+/// Bytes copied at a time: as much as a pipe takes whole.
+const PIECE: usize = 4096;
+
+/// A console.
+pub struct Console {
+    output: Mutex<Output>,
+    input: Option<File>,
+    input_ended: AtomicBool,
+}
+
+impl Console {
+    /// Opens what the console is connected to.
+    ///
+    /// # Errors
+    /// [`Error::Console`] if a file cannot be opened.
+    pub fn open(config: &ConsoleConfig) -> Result<Self, Error> {
+        let (path, output) = config.output.open();
+        let output = output.map_err(|source| Error::Console { path, source })?;
+        let open = |path| open_input(path).map_err(|source| Error::Console { path: name(path), source });
+        let input = config.input.as_deref().map(open).transpose()?;
+        Ok(Console { output: Mutex::new(output), input, input_ended: AtomicBool::new(false) })
+    }
+
+    /// Copies what the guest wrote to the output.
+    fn transmit(&self, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = [0; PIECE];
+        while let Some(mut chain) = queue.take()? {
+            for buffer in chain.by_ref().filter(|descriptor| !descriptor.is_write_only()) {
+                let (mut address, mut rest) = (buffer.addr(), buffer.len() as usize);
+                while rest > 0 {
+                    let piece = &mut bytes[..PIECE.min(rest)];
+                    let refused = |_| Broken::Request("a buffer lies outside guest memory");
+                    queue.memory().read_slice(piece, address).map_err(refused)?;
+                    // What the output cannot take is counted there.
+                    let _ = output.write(piece);
+                    address.0 = address.0.wrapping_add(piece.len() as u64);
+                    rest -= piece.len();
+                }
+            }
+            queue.give_back(chain.head_index(), 0)?;
+        }
+        Ok(Next::Buffers)
+    }
+
+    /// Reads input into the guest's buffers, a chain for what one read gives.
+    fn receive(&self, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+        let Some(mut input) = self.input.as_ref().filter(|_| !self.input_ended.load(Ordering::Relaxed))
+        else {
+            // The buffers stay with the device for an input that may be there after a move.
+            return Ok(Next::Input);
+        };
+        while let Some(mut chain) = queue.take()? {
+            let head = chain.head_index();
+            let Some(buffer) = chain.find(|descriptor| descriptor.is_write_only()) else {
+                return Err(Broken::Request("a receive buffer cannot be written"));
+            };
+            let mut bytes = [0; PIECE];
+            match input.read(&mut bytes[..PIECE.min(buffer.len() as usize)]) {
+                Ok(read @ 1..) => {
+                    let refused = |_| Broken::Request("a buffer lies outside guest memory");
+                    queue.memory().write_slice(&bytes[..read], buffer.addr()).map_err(refused)?;
+                    queue.give_back(head, read as u32)?;
+                }
+                ended => {
+                    // Nothing to read now, or, if it is anything else, nothing ever again.
+                    let later = matches!(ended, Err(error) if error.kind() == ErrorKind::WouldBlock);
+                    self.input_ended.store(!later, Ordering::Relaxed);
+                    queue.put_back();
+                    return Ok(Next::Input);
+                }
+            }
+        }
+        Ok(Next::Buffers)
+    }
+}
+
+fn name(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn open_input(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    // A named pipe that nobody has open for writing is at its end. Writers may come and go for as
+    // long as we are one ourselves.
+    options.write(std::fs::metadata(path)?.file_type().is_fifo());
+    options.open(path)
+}
+
+impl VirtioDevice for Console {
+    fn name(&self) -> &'static str {
+        "console"
+    }
+
+    fn device_type(&self) -> DeviceType {
+        DeviceType { id: VIRTIO_ID_CONSOLE as u16, class: CLASS }
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; 2]
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        // Columns, rows and ports all belong to features that are not offered.
+        data.fill(0);
+    }
+
+    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+        if index == RECEIVE { self.receive(queue) } else { self.transmit(queue) }
+    }
+
+    fn input(&self, index: usize) -> Option<BorrowedFd<'_>> {
+        let input = self.input.as_ref()?;
+        (index == RECEIVE && !self.input_ended.load(Ordering::Relaxed)).then(|| input.as_fd())
+    }
+
+    fn state_kind(&self) -> Kind {
+        Kind::Console
+    }
+
+    fn save(&self, index: u8) -> Result<Component, state::Error> {
+        Component::new(Kind::Console, index, &ConsoleState {})
+    }
+
+    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
+        state::payload::<ConsoleState>(components, Kind::Console, index).map(|ConsoleState {}| ())
+    }
+}

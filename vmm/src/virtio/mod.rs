@@ -1,0 +1,129 @@
+//! Virtio devices on the PCI bus.
+//!
+//! Each device is a folder with the same files: `mod.rs` says what it is and how it is configured,
+//! `device.rs` is the [`VirtioDevice`], `state.rs` its saved form. All else is common to all of
+//! them:
+//!
+//! | file | what |
+//! |---|---|
+//! | `transport.rs` | the PCI function: registers, feature negotiation, reset, saving |
+//! | `registers.rs` | what the driver wrote to the transport, and its place in the BAR |
+//! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
+//! | `interrupt.rs` | telling the driver |
+//!
+//! A device only says what it offers and serves queues. It writes guest RAM through `vm_memory`
+//! alone, whose bitmap tells the dirty log (what it hands to the kernel as an address, it marks
+//! itself); `tests.rs` in each folder proves that it does.
+
+pub mod console;
+pub mod interrupt;
+pub mod queue;
+mod registers;
+pub mod rng;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+pub mod transport;
+
+pub use transport::VirtioFunction;
+
+use crate::error::Error;
+use crate::state::{self, Component};
+use queue::{Broken, Next, Serving};
+use serde::{Deserialize, Serialize};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// What a device is told to be; the part of it that travels to another host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceConfig {
+    /// Entropy.
+    Rng,
+    /// A console. Where it goes is each host's own business.
+    Console,
+}
+
+/// What of a machine's devices each host decides for itself.
+#[derive(Clone, Debug, Default)]
+pub struct LocalConfig {
+    /// Where a console goes and what it reads.
+    pub console: console::ConsoleConfig,
+}
+
+impl DeviceConfig {
+    /// Builds the device.
+    ///
+    /// # Errors
+    /// What this host cannot give the device.
+    pub fn build(&self, local: &LocalConfig) -> Result<Arc<dyn VirtioDevice>, Error> {
+        Ok(match self {
+            DeviceConfig::Rng => Arc::new(rng::Rng::new()),
+            DeviceConfig::Console => Arc::new(console::Console::open(&local.console)?),
+        })
+    }
+}
+
+/// A kind of device, as its driver knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceType {
+    /// Its virtio ID.
+    pub id: u16,
+    /// Its PCI class, subclass and programming interface.
+    pub class: u32,
+}
+
+/// A virtio device behind its transport. The transport calls from vCPU threads, and `serve` from
+/// each queue's own thread.
+pub trait VirtioDevice: Send + Sync {
+    /// What its threads are called.
+    fn name(&self) -> &'static str;
+
+    /// What it is.
+    fn device_type(&self) -> DeviceType;
+
+    /// Features it offers, beside those that all devices here have.
+    fn features(&self) -> u64;
+
+    /// The most chains that each of its queues holds, powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The driver reads configuration; `data` is filled with zeros beyond its end.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// The driver writes configuration.
+    fn write_config(&self, _offset: u64, _data: &[u8]) {}
+
+    /// The driver is ready and has accepted these features.
+    fn activate(&self, _features: u64) {}
+
+    /// The driver is gone.
+    fn reset(&self) {}
+
+    /// Serves queue `index` until [`Serving::take`] has no more, or until there is no input for
+    /// what it has. Whatever it began is complete when it returns.
+    ///
+    /// # Errors
+    /// [`Broken`] when the guest has to reset the device.
+    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken>;
+
+    /// What queue `index` waits for after [`Next::Input`], as long as there is such a thing.
+    fn input(&self, _index: usize) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The kind of component that [`save`](Self::save) makes.
+    fn state_kind(&self) -> state::Kind;
+
+    /// What it has beyond its transport, as component number `index`.
+    ///
+    /// # Errors
+    /// If it cannot be encoded.
+    fn save(&self, index: u8) -> Result<Component, state::Error>;
+
+    /// Reads what [`save`](Self::save) made, and takes it over only if it is one of this device.
+    ///
+    /// # Errors
+    /// For a state that is missing, malformed or another device's.
+    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error>;
+}

@@ -1,0 +1,387 @@
+//! One virtqueue, and the thread that serves it.
+//!
+//! A queue's thread sleeps until its doorbell rings (KVM rings it on the guest's notification, see
+//! [`crate::pci::Platform`]) or, for a queue that waits for something else, until the device's
+//! input is readable. Everything it does with the queue happens under the queue's lock, and before
+//! each chain it looks whether the machine wants to pause. So bringing a device to rest is setting
+//! that flag and taking each lock once: after that no thread touches guest RAM, and what the guest
+//! had made available and nobody took is still in the ring, for whoever resumes it.
+//!
+//! After a pause every active queue's doorbell is rung, since a notification may have been used up
+//! by a thread that was not to serve it, or have stayed behind on another host.
+
+use super::VirtioDevice;
+use super::interrupt::Interrupt;
+use crate::error::Error;
+use crate::memory::GuestMemory;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState as Ring, QueueT};
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// A vector number that means "no interrupt".
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// A chain of a guest's buffers.
+pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
+
+/// What the guest did to its queue that ends the queue's use until a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// The rings cannot be read or written.
+    #[error("a ring is unusable: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// A request that does not follow the device's format.
+    #[error("a request is malformed: {0}")]
+    Request(&'static str),
+}
+
+/// Why a device stopped serving a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// It needs buffers: go on when the guest has made some available.
+    Buffers,
+    /// It has buffers and needs input: go on when the device's input is readable.
+    Input,
+}
+
+/// A queue's saved form.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    size: u16,
+    ready: bool,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    next_available: u16,
+    next_used: u16,
+    event_index: bool,
+    vector: u16,
+    broken: bool,
+}
+
+struct Inner {
+    ring: Queue,
+    /// The device may serve it: the driver has said so and the rings lie in RAM.
+    active: bool,
+    /// The guest has made it unusable.
+    broken: bool,
+    /// The machine is paused.
+    paused: bool,
+}
+
+/// What a queue's thread, the transport and the machine share.
+pub struct SharedQueue {
+    inner: Mutex<Inner>,
+    /// How many wait for the lock: whoever serves lets go of it before the next chain.
+    waiting: AtomicUsize,
+    ending: AtomicBool,
+    vector: AtomicU16,
+    doorbell: EventFd,
+}
+
+/// A virtqueue with its thread. Dropping it ends the thread.
+pub struct VirtQueue {
+    shared: Arc<SharedQueue>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What a device works with while it serves a queue.
+pub struct Serving<'a> {
+    ring: &'a mut Queue,
+    memory: &'a GuestMemory,
+    shared: &'a SharedQueue,
+    interrupt: &'a Interrupt,
+}
+
+impl<'a> Serving<'a> {
+    /// Guest RAM.
+    pub fn memory(&self) -> &'a GuestMemory {
+        self.memory
+    }
+
+    /// The next chain the guest has made available; `None` when there is none, or when the machine
+    /// wants to pause.
+    pub fn take(&mut self) -> Result<Option<Chain<'a>>, Broken> {
+        if self.shared.is_wanted() {
+            return Ok(None);
+        }
+        Ok(self.ring.iter(self.memory)?.next())
+    }
+
+    /// Makes the chain that [`take`](Self::take) gave last the next one again.
+    pub fn put_back(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Gives a chain back to the guest, of which `len` bytes were written, and interrupts it if it
+    /// wants to know.
+    pub fn give_back(&mut self, head: u16, len: u32) -> Result<(), Broken> {
+        self.ring.add_used(self.memory, head, len)?;
+        if self.ring.needs_notification(self.memory)? {
+            self.interrupt.queue(self.shared.vector.load(Ordering::Relaxed));
+        }
+        Ok(())
+    }
+}
+
+impl SharedQueue {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the lock from whoever serves the queue.
+    fn interrupt_and_lock(&self) -> MutexGuard<'_, Inner> {
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let inner = self.lock();
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
+        inner
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) != 0
+    }
+
+    /// Serves what there is; whether to wait for input next.
+    fn serve(
+        &self,
+        index: usize,
+        device: &dyn VirtioDevice,
+        memory: &GuestMemory,
+        interrupt: &Interrupt,
+    ) -> bool {
+        let mut inner = self.lock();
+        while inner.active && !inner.paused {
+            if self.is_wanted() {
+                // There may be more to do, once whoever waits has had the lock.
+                self.ring_doorbell();
+                break;
+            }
+            match serve_once(self, &mut inner.ring, index, device, memory, interrupt) {
+                Ok(Some(next)) => return next == Next::Input,
+                Ok(None) => {}
+                Err(_) => {
+                    (inner.active, inner.broken) = (false, true);
+                    interrupt.needs_reset();
+                }
+            }
+        }
+        false
+    }
+
+    fn ring_doorbell(&self) {
+        // Fails only when the counter is full, which is as good as rung.
+        let _ = self.doorbell.write(1);
+    }
+}
+
+/// One pass over the ring; `None` if the guest made more available meanwhile.
+fn serve_once(
+    shared: &SharedQueue,
+    ring: &mut Queue,
+    index: usize,
+    device: &dyn VirtioDevice,
+    memory: &GuestMemory,
+    interrupt: &Interrupt,
+) -> Result<Option<Next>, Broken> {
+    ring.disable_notification(memory)?;
+    let next = device.serve(index, &mut Serving { ring, memory, shared, interrupt })?;
+    // The ring looks as if more had come when a pause left something in it; that waits.
+    let more = ring.enable_notification(memory)?;
+    Ok(if next == Next::Buffers && more { None } else { Some(next) })
+}
+
+impl VirtQueue {
+    /// Queue `index` of `device`, of at most `size` chains, and its thread.
+    ///
+    /// # Errors
+    /// [`Error::Thread`], also when the size is no power of two.
+    pub fn start(
+        index: usize,
+        size: u16,
+        device: Arc<dyn VirtioDevice>,
+        memory: GuestMemory,
+        interrupt: Arc<Interrupt>,
+    ) -> Result<Self, Error> {
+        let ring = Queue::new(size).map_err(|e| Error::Thread(io::Error::other(e)))?;
+        let shared = Arc::new(SharedQueue {
+            inner: Mutex::new(Inner { ring, active: false, broken: false, paused: true }),
+            waiting: AtomicUsize::new(0),
+            ending: AtomicBool::new(false),
+            vector: AtomicU16::new(NO_VECTOR),
+            doorbell: EventFd::new(EFD_NONBLOCK).map_err(Error::Thread)?,
+        });
+        let name = format!("{}.{index}", device.name());
+        let served = shared.clone();
+        let work = move || {
+            let mut wait_for_input = false;
+            loop {
+                wait(&served.doorbell, device.input(index).filter(|_| wait_for_input));
+                // Non-blocking: fails when it was the input that ended the wait.
+                let _ = served.doorbell.read();
+                if served.ending.load(Ordering::Acquire) {
+                    return;
+                }
+                wait_for_input = served.serve(index, device.as_ref(), &memory, &interrupt);
+            }
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(work).map_err(Error::Thread)?;
+        Ok(VirtQueue { shared, thread: Some(thread) })
+    }
+
+    /// What rings when the guest notifies the device.
+    pub fn doorbell(&self) -> &EventFd {
+        &self.shared.doorbell
+    }
+
+    /// Wakes the queue's thread.
+    pub fn notify(&self) {
+        self.shared.ring_doorbell();
+    }
+
+    /// Its interrupt vector.
+    pub fn vector(&self) -> u16 {
+        self.shared.vector.load(Ordering::Relaxed)
+    }
+
+    /// Sets its interrupt vector.
+    pub fn set_vector(&self, vector: u16) {
+        self.shared.vector.store(vector, Ordering::Relaxed);
+    }
+
+    /// Looks at the ring's registers.
+    pub fn with_ring<T>(&self, look: impl FnOnce(&mut Queue) -> T) -> T {
+        look(&mut self.shared.interrupt_and_lock().ring)
+    }
+
+    /// Lets the device serve the queue if it is ready and its rings lie in RAM; false if they do not.
+    pub fn activate(&self, memory: &GuestMemory, event_index: bool) -> bool {
+        let mut inner = self.shared.interrupt_and_lock();
+        if !inner.ring.ready() || inner.broken {
+            return true;
+        }
+        inner.ring.set_event_idx(event_index);
+        inner.active = inner.ring.is_valid(memory);
+        self.shared.ring_doorbell();
+        inner.active
+    }
+
+    /// As it was before the driver came.
+    pub fn reset(&self) {
+        let mut inner = self.shared.interrupt_and_lock();
+        inner.ring.reset();
+        (inner.active, inner.broken) = (false, false);
+        self.set_vector(NO_VECTOR);
+    }
+
+    /// Stops serving. When it returns, nothing of the device's touches guest RAM for this queue.
+    pub fn pause(&self) {
+        self.shared.interrupt_and_lock().paused = true;
+    }
+
+    /// Serves again.
+    pub fn resume(&self) {
+        self.shared.lock().paused = false;
+        self.shared.ring_doorbell();
+    }
+
+    /// The queue's state.
+    pub fn save(&self) -> QueueState {
+        let inner = self.shared.interrupt_and_lock();
+        let ring = inner.ring.state();
+        QueueState {
+            size: ring.size,
+            ready: ring.ready,
+            descriptors: ring.desc_table,
+            available: ring.avail_ring,
+            used: ring.used_ring,
+            next_available: ring.next_avail,
+            next_used: ring.next_used,
+            event_index: ring.event_idx_enabled,
+            vector: self.vector(),
+            broken: inner.broken,
+        }
+    }
+
+    /// Restores a queue's state; [`activate`](Self::activate) is another matter.
+    ///
+    /// # Errors
+    /// A text that says what is wrong with the state.
+    pub fn load(&self, state: &QueueState) -> Result<(), String> {
+        let mut inner = self.shared.interrupt_and_lock();
+        let ring = Ring {
+            max_size: inner.ring.max_size(),
+            next_avail: state.next_available,
+            next_used: state.next_used,
+            event_idx_enabled: state.event_index,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.descriptors,
+            avail_ring: state.available,
+            used_ring: state.used,
+        };
+        inner.ring = Queue::try_from(ring).map_err(|e| e.to_string())?;
+        (inner.active, inner.broken) = (false, state.broken);
+        self.set_vector(state.vector);
+        Ok(())
+    }
+
+    /// Sets the address of one of the rings, or half of it.
+    pub fn set_address(&self, which: RingPart, high: bool, half: u32) {
+        let (low, high) = if high { (None, Some(half)) } else { (Some(half), None) };
+        self.with_ring(|ring| match which {
+            RingPart::Descriptors => ring.set_desc_table_address(low, high),
+            RingPart::Available => ring.set_avail_ring_address(low, high),
+            RingPart::Used => ring.set_used_ring_address(low, high),
+        });
+    }
+
+    /// The address of one of the rings.
+    pub fn address(&self, which: RingPart) -> GuestAddress {
+        self.with_ring(|ring| {
+            GuestAddress(match which {
+                RingPart::Descriptors => ring.desc_table(),
+                RingPart::Available => ring.avail_ring(),
+                RingPart::Used => ring.used_ring(),
+            })
+        })
+    }
+}
+
+/// A part of a queue that has an address of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingPart {
+    /// The descriptor table.
+    Descriptors,
+    /// The available ring, which the guest writes.
+    Available,
+    /// The used ring, which the device writes.
+    Used,
+}
+
+impl Drop for VirtQueue {
+    fn drop(&mut self) {
+        self.shared.ending.store(true, Ordering::Release);
+        self.shared.waiting.fetch_add(1, Ordering::AcqRel);
+        self.shared.ring_doorbell();
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has printed why.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Waits until the doorbell rings or the input, if it is given, is readable (or has ended).
+fn wait(doorbell: &EventFd, input: Option<BorrowedFd<'_>>) {
+    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // A negative descriptor is one that poll(2) leaves out.
+    let mut fds = [poll(doorbell.as_raw_fd()), poll(input.map_or(-1, |fd| fd.as_raw_fd()))];
+    // SAFETY: two pollfds, which live across the call. A signal ends the wait early, which only
+    // makes the caller look once more.
+    unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+}

@@ -1,0 +1,8 @@
+//! virtio-rng: random bytes for the guest, from the host kernel's generator.
+
+mod device;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use device::Rng;
