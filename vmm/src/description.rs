@@ -39,7 +39,7 @@ impl Description {
             tsc_khz: machine.tsc_khz(),
             cpuid: config.cpuid.clone(),
             msrs: machine.saved_msrs().to_vec(),
-            devices: config.devices.clone(),
+            devices: machine.device_configs(),
         }
     }
 

@@ -11,10 +11,11 @@
 //!
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
 
+use crate::error::Error;
 use crate::pci::{Bus, CONFIG_ADDRESS_PORT, Function};
 use crate::power::{self, Power};
 use crate::serial::SerialPort;
-use crate::virtio::VirtioFunction;
+use crate::virtio::{VirtioDevice, VirtioFunction};
 use std::sync::Arc;
 
 /// First port of the serial port's eight.
@@ -66,6 +67,42 @@ impl Devices {
     /// The virtio devices, by their places on the bus.
     pub fn virtio(&self) -> &[Arc<VirtioFunction>] {
         &self.virtio
+    }
+
+    /// Takes the right to use all storage, or none of it that was not ours before.
+    ///
+    /// # Errors
+    /// If somebody else has one of the disks.
+    pub fn take_storage(&self) -> Result<(), Error> {
+        let mut taken = Vec::new();
+        for device in self.virtio.iter().map(|f| f.device()).filter(|d| !d.holds_storage()) {
+            if let Err(why) = device.take_storage() {
+                // Nothing was written since they were taken, so that nothing is left to fail here.
+                taken.iter().for_each(|device: &&Arc<dyn VirtioDevice>| drop(device.release_storage()));
+                return Err(why);
+            }
+            taken.push(device);
+        }
+        Ok(())
+    }
+
+    /// Gives that right up. All devices are paused.
+    ///
+    /// # Errors
+    /// If a disk cannot be flushed; all are then still ours.
+    pub fn release_storage(&self) -> Result<(), Error> {
+        let result = self.virtio.iter().try_for_each(|function| function.device().release_storage());
+        if result.is_err() {
+            // Nobody can have taken those that were given up for more than this moment; if somebody
+            // has, the machine finds out before it runs.
+            let _ = self.take_storage();
+        }
+        result
+    }
+
+    /// Whether there is storage that can decide who owns the guest.
+    pub fn has_storage(&self) -> bool {
+        self.virtio.iter().any(|function| function.device().has_storage())
     }
 
     /// Stops all threads of devices from touching guest RAM. No vCPU may run.

@@ -1,6 +1,6 @@
 //! What can go wrong with a machine.
 
-use crate::{cpuid, loader, machine::Outcome, memory, state};
+use crate::{cpuid, loader, machine::Outcome, memory, state, virtio};
 use migration::{Code, Failure};
 use std::io;
 
@@ -63,6 +63,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] virtio::block::Error),
     /// More devices than the PCI bus has places for.
     #[error("{wanted} devices: use at most {most}")]
     DeviceCount {
@@ -94,7 +97,14 @@ impl Error {
             Error::Memory(_) => Code::MEMORY,
             Error::Loader(_) | Error::NotPaused => Code::OTHER,
             Error::State(_) | Error::Kvm { .. } => Code::STATE,
-            Error::Serial { .. } | Error::Console { .. } | Error::DeviceCount { .. } => Code::DEVICE,
+            Error::Disk(
+                virtio::block::Error::Held { .. }
+                | virtio::block::Error::Lock { .. }
+                | virtio::block::Error::Flush { .. },
+            ) => Code::DISKS,
+            Error::Disk(_) | Error::Serial { .. } | Error::Console { .. } | Error::DeviceCount { .. } => {
+                Code::DEVICE
+            }
             Error::Ended(_) | Error::Stopped => Code::GUEST_ENDED,
         }
     }

@@ -106,6 +106,10 @@ impl DestinationMachine for IncomingMachine {
         Ok(self.machine.load(state)?)
     }
 
+    fn take_disks(&mut self) -> Result<(), Failure> {
+        Ok(self.machine.take_disks()?)
+    }
+
     fn run(&mut self) -> Result<(), Failure> {
         Ok(self.machine.resume()?)
     }

@@ -67,6 +67,18 @@ impl SourceMachine for Machine {
         Ok(Machine::save(self)?)
     }
 
+    fn has_arbiter(&self) -> bool {
+        self.has_disks()
+    }
+
+    fn release_disks(&self) -> Result<(), Failure> {
+        Ok(Machine::release_disks(self)?)
+    }
+
+    fn take_disks(&self) -> Result<(), Failure> {
+        Ok(Machine::take_disks(self)?)
+    }
+
     fn switchover_begins(&self) {
         guest::set_phase(self.memory(), When::During);
     }

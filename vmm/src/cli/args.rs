@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use vmm::memory::PageSize;
+use vmm::virtio::block::{BlockConfig, MOST_QUEUES};
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]
@@ -92,6 +93,10 @@ pub struct RunArgs {
     /// The kernel's command line
     #[arg(long, default_value = "console=ttyS0")]
     pub cmdline: String,
+    /// Give the machine a disk (virtio-blk): a raw image or a block device, as
+    /// PATH[,readonly][,cached][,queues=N]. Again for further disks
+    #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk)]
+    pub disk: Vec<BlockConfig>,
     /// Give the machine a source of entropy (virtio-rng)
     #[arg(long)]
     pub rng: bool,
@@ -156,6 +161,9 @@ pub struct ReceiveArgs {
     /// Spin on RDMA completions instead of sleeping
     #[arg(long)]
     pub busy_poll: bool,
+    /// Folder whose files a guest may have as disks; without one, no guest with disks is taken in
+    #[arg(long, value_name = "FOLDER")]
+    pub disks: Vec<PathBuf>,
     /// End after the first migration that fails, instead of waiting for another
     #[arg(long)]
     pub once: bool,
@@ -292,10 +300,45 @@ fn memory(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// A disk, with the options after its path.
+fn disk(text: &str) -> Result<BlockConfig, String> {
+    let mut parts = text.split(',');
+    let mut config = match parts.next() {
+        Some(path) if !path.is_empty() => BlockConfig::new(path.into()),
+        _ => return Err("begin with the path of an image".into()),
+    };
+    for option in parts {
+        match option.split_once('=') {
+            None if option == "readonly" => config.readonly = true,
+            None if option == "cached" => config.cached = true,
+            Some(("queues", number)) => {
+                let queues = number.parse().ok().filter(|queues| (1..=MOST_QUEUES).contains(queues));
+                config.queues = queues.ok_or_else(|| format!("queues={number}: use 1 to {MOST_QUEUES}"))?;
+            }
+            _ => {
+                return Err(format!("\"{option}\" is no option of a disk; use readonly, cached or queues=N"));
+            }
+        }
+    }
+    Ok(config)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn a_disk_is_a_path_with_options() {
+        let config = disk("/img/a.raw,readonly,queues=4").unwrap();
+        assert_eq!(config.path, PathBuf::from("/img/a.raw"));
+        assert!(config.readonly && !config.cached);
+        assert_eq!(config.queues, 4);
+        for wrong in ["", ",readonly", "a,writable", "a,queues=0", "a,queues=17", "a,queues", "a,readonly=1"]
+        {
+            assert!(disk(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn the_definition_is_sound() {

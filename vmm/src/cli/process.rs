@@ -36,7 +36,8 @@ impl ProcessArgs {
             Some(SerialTarget::Stdout) => SerialOutput::Stdout,
             Some(SerialTarget::File(path)) => SerialOutput::File(path.clone()),
         };
-        LocalConfig { console: ConsoleConfig { output, input: self.console_input.clone() } }
+        let console = ConsoleConfig { output, input: self.console_input.clone() };
+        LocalConfig { console, ..LocalConfig::default() }
     }
 
     /// Reports an event: to programs as a line of JSON on standard output, to people on standard

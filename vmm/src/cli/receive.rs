@@ -12,6 +12,8 @@ use vmm::api::server::{self, Slot};
 use vmm::incoming::{IncomingHost, IncomingOptions};
 use vmm::instance::{Instance, SOFTWARE};
 use vmm::transports;
+use vmm::virtio::LocalConfig;
+use vmm::virtio::block::Images;
 
 /// How long one wait for a caller lasts; there is no limit to how many there are.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -24,7 +26,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     // Whatever is missing on this host is said now, not when a guest arrives.
     let mut host = IncomingHost::open(IncomingOptions {
         serial: args.process.serial(),
-        local: args.process.local(),
+        local: LocalConfig { images: Images::Below(args.disks.clone()), ..args.process.local() },
         populate: args.populate,
     })?;
     let listener = Listener::bind(args.listen)?;

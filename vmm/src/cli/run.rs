@@ -52,5 +52,6 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
 fn devices(args: &RunArgs) -> Vec<DeviceConfig> {
     let rng = args.rng.then_some(DeviceConfig::Rng);
     let console = args.process.console.as_ref().map(|_| DeviceConfig::Console);
-    rng.into_iter().chain(console).collect()
+    let disks = args.disk.iter().cloned().map(DeviceConfig::Block);
+    disks.chain(rng).chain(console).collect()
 }

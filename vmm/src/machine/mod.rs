@@ -125,10 +125,14 @@ impl Machine {
 
     /// Lets the guest run, for the first time or again.
     ///
+    /// Whoever runs a guest owns its disks: they are taken here if they are not ours yet.
+    ///
     /// # Errors
-    /// [`Error::Ended`] if the guest has ended, [`Error::Stopped`] after [`stop`](Self::stop).
+    /// [`Error::Ended`] if the guest has ended, [`Error::Stopped`] after [`stop`](Self::stop),
+    /// [`Error::Disk`] if somebody else has a disk.
     pub fn resume(&self) -> Result<(), Error> {
         let interrupted = lock(&self.interrupted);
+        self.shared.devices.take_storage()?;
         if *interrupted && !self.is_running() {
             for vcpu in &self.shared.vcpus {
                 // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
@@ -184,6 +188,33 @@ impl Machine {
     /// Ends the machine for good. Whoever [waits](Self::wait) learns of it.
     pub fn stop(&self) {
         self.shared.control.stop();
+    }
+
+    /// Takes all disks, or none that was not ours before.
+    ///
+    /// # Errors
+    /// [`Error::Disk`] if somebody else has one.
+    pub fn take_disks(&self) -> Result<(), Error> {
+        self.shared.devices.take_storage()
+    }
+
+    /// Flushes all disks and gives them up.
+    ///
+    /// # Errors
+    /// [`Error::Disk`], [`Error::NotPaused`].
+    pub fn release_disks(&self) -> Result<(), Error> {
+        let _guard = self.guard_paused()?;
+        self.shared.devices.release_storage()
+    }
+
+    /// Whether it writes to disks, which can decide who owns the guest.
+    pub fn has_disks(&self) -> bool {
+        self.shared.devices.has_storage()
+    }
+
+    /// Its PCI devices, as another host must be told of them.
+    pub(crate) fn device_configs(&self) -> Vec<virtio::DeviceConfig> {
+        self.shared.devices.virtio().iter().map(|function| function.device().config()).collect()
     }
 
     /// The state of the paused machine, RAM excepted.

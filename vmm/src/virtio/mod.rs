@@ -11,10 +11,14 @@
 //! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
 //! | `interrupt.rs` | telling the driver |
 //!
+//! A network device belongs beside them as `net/`: its configuration in [`DeviceConfig`], its tap in
+//! [`LocalConfig`], the tap's descriptor as the receive queues' [`VirtioDevice::input`].
+//!
 //! A device only says what it offers and serves queues. It writes guest RAM through `vm_memory`
 //! alone, whose bitmap tells the dirty log (what it hands to the kernel as an address, it marks
 //! itself); `tests.rs` in each folder proves that it does.
 
+pub mod block;
 pub mod console;
 pub mod interrupt;
 pub mod queue;
@@ -42,6 +46,8 @@ pub enum DeviceConfig {
     Rng,
     /// A console. Where it goes is each host's own business.
     Console,
+    /// A disk.
+    Block(block::BlockConfig),
 }
 
 /// What of a machine's devices each host decides for itself.
@@ -49,6 +55,8 @@ pub enum DeviceConfig {
 pub struct LocalConfig {
     /// Where a console goes and what it reads.
     pub console: console::ConsoleConfig,
+    /// Which disk images it may have.
+    pub images: block::Images,
 }
 
 impl DeviceConfig {
@@ -60,6 +68,7 @@ impl DeviceConfig {
         Ok(match self {
             DeviceConfig::Rng => Arc::new(rng::Rng::new()),
             DeviceConfig::Console => Arc::new(console::Console::open(&local.console)?),
+            DeviceConfig::Block(config) => Arc::new(block::Block::open(config, &local.images)?),
         })
     }
 }
@@ -81,6 +90,9 @@ pub trait VirtioDevice: Send + Sync {
 
     /// What it is.
     fn device_type(&self) -> DeviceType;
+
+    /// What another host must be told to build its twin.
+    fn config(&self) -> DeviceConfig;
 
     /// Features it offers, beside those that all devices here have.
     fn features(&self) -> u64;
@@ -110,6 +122,33 @@ pub trait VirtioDevice: Send + Sync {
     /// What queue `index` waits for after [`Next::Input`], as long as there is such a thing.
     fn input(&self, _index: usize) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    /// Whether it writes to storage that other hosts may reach, so that the storage can decide who
+    /// owns the guest.
+    fn has_storage(&self) -> bool {
+        false
+    }
+
+    /// Takes the right to use its storage; having it already is as good.
+    ///
+    /// # Errors
+    /// If somebody else has it.
+    fn take_storage(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Makes durable what was written and gives that right up. The device is paused.
+    ///
+    /// # Errors
+    /// If it cannot; the right is then still here.
+    fn release_storage(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Whether it has that right, or needs none.
+    fn holds_storage(&self) -> bool {
+        true
     }
 
     /// The kind of component that [`save`](Self::save) makes.

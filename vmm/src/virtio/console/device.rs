@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::serial::Output;
 use crate::state::{self, Component, Kind};
 use crate::virtio::queue::{Broken, Next, Serving};
-use crate::virtio::{DeviceType, VirtioDevice};
+use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -119,6 +119,10 @@ impl VirtioDevice for Console {
 
     fn device_type(&self) -> DeviceType {
         DeviceType { id: VIRTIO_ID_CONSOLE as u16, class: CLASS }
+    }
+
+    fn config(&self) -> DeviceConfig {
+        DeviceConfig::Console
     }
 
     fn features(&self) -> u64 {

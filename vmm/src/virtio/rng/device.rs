@@ -3,7 +3,7 @@
 use super::state::RngState;
 use crate::state::{self, Component, Kind};
 use crate::virtio::queue::{Broken, Chain, Next, Serving};
-use crate::virtio::{DeviceType, VirtioDevice};
+use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::io;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::Bytes;
@@ -62,6 +62,10 @@ impl VirtioDevice for Rng {
 
     fn device_type(&self) -> DeviceType {
         DeviceType { id: VIRTIO_ID_RNG as u16, class: CLASS }
+    }
+
+    fn config(&self) -> DeviceConfig {
+        DeviceConfig::Rng
     }
 
     fn features(&self) -> u64 {

@@ -1,0 +1,374 @@
+//! A disk's image.
+
+use super::lock::{self, Lock};
+use super::request::Slice;
+use super::{BlockConfig, Error, Geometry};
+use crate::state::Kind;
+use std::alloc::Layout;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vm_memory::bitmap::Bitmap;
+
+/// Most buffers that one system call takes.
+const MOST_BUFFERS: usize = 256;
+/// Alignment that suits direct I/O everywhere.
+const PAGE: usize = 4096;
+/// Bytes copied at a time where a guest's buffers cannot be used as they are.
+const BOUNCE: usize = 256 << 10;
+
+/// Which way data goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the image into guest RAM.
+    Read,
+    /// From guest RAM into the image.
+    Write,
+}
+
+/// An open image.
+pub struct Image {
+    path: PathBuf,
+    file: File,
+    readonly: bool,
+    geometry: Geometry,
+    /// Alignment that buffers must have, in memory; 1 without direct I/O.
+    alignment: usize,
+    /// Whether the lock is held: without it nothing is read or written.
+    held: AtomicBool,
+}
+
+impl Image {
+    /// Opens the image without touching its content and without a lock.
+    ///
+    /// # Errors
+    /// [`Error`], if there is no such image, or another than the guest knows.
+    pub fn open(config: &BlockConfig) -> Result<Self, Error> {
+        let path = config.path.clone();
+        let failed = |source| Error::Open { path: path.clone(), source };
+        let kind = std::fs::metadata(&path).map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::NoImage { path });
+        }
+        let flags = if config.cached { 0 } else { libc::O_DIRECT };
+        let opened = OpenOptions::new().read(true).write(!config.readonly).custom_flags(flags).open(&path);
+        let file = match opened {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && !config.cached => {
+                return Err(Error::NoDirectIo { path });
+            }
+            opened => opened.map_err(failed)?,
+        };
+        // Also right for block devices, whose metadata has no length.
+        // SAFETY: seeking needs nothing but a descriptor; this file's position is not used.
+        let len = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
+        let len = u64::try_from(len).map_err(|_| failed(io::Error::last_os_error()))?;
+        let (alignment, unit) =
+            if config.cached { (1, 512) } else { direct_io(&file, kind.is_block_device()) };
+        if len == 0 || !len.is_multiple_of(u64::from(unit)) {
+            return Err(Error::Size { path, len, unit });
+        }
+        let found = Geometry { len, unit };
+        // The guest may know larger units than this host needs.
+        let geometry = config.geometry.unwrap_or(found);
+        if geometry.len != len || geometry.unit < unit || !matches!(geometry.unit, 512 | 4096) {
+            return Err(Error::Geometry { path, found, wanted: geometry });
+        }
+        let held = AtomicBool::new(false);
+        Ok(Image { path, file, readonly: config.readonly, geometry, alignment, held })
+    }
+
+    /// Its size and unit.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Takes the lock that its use needs; holding it already is as good.
+    ///
+    /// # Errors
+    /// [`Error::Held`] or [`Error::Lock`].
+    pub fn take(&self) -> Result<(), Error> {
+        let lock = if self.readonly { Lock::Shared } else { Lock::Exclusive };
+        match lock::set(&self.file, lock) {
+            Ok(true) => {
+                self.held.store(true, Ordering::Release);
+                Ok(())
+            }
+            Ok(false) => Err(Error::Held { path: self.path.clone(), holder: lock::holder(&self.file) }),
+            Err(source) => Err(Error::Lock { path: self.path.clone(), source }),
+        }
+    }
+
+    /// Makes all that was written durable and gives the lock up.
+    ///
+    /// # Errors
+    /// [`Error::Flush`] or [`Error::Lock`]; the lock is then still held.
+    pub fn release(&self) -> Result<(), Error> {
+        if !self.is_held() {
+            return Ok(());
+        }
+        self.flush().map_err(|source| Error::Flush { path: self.path.clone(), source })?;
+        self.held.store(false, Ordering::Release);
+        match lock::set(&self.file, Lock::None) {
+            Ok(_) => Ok(()),
+            Err(source) => {
+                self.held.store(true, Ordering::Release);
+                Err(Error::Lock { path: self.path.clone(), source })
+            }
+        }
+    }
+
+    /// Whether the lock is held.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// Makes all that was written durable.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn flush(&self) -> io::Result<()> {
+        if self.readonly { Ok(()) } else { self.file.sync_data() }
+    }
+
+    /// Refuses what is not held, not writable or not there; gives the offset in bytes.
+    fn check(&self, sector: u64, len: u64, write: bool) -> io::Result<u64> {
+        let unit = u64::from(self.geometry.unit);
+        let start =
+            sector.checked_mul(512).filter(|start| start.is_multiple_of(unit) && len.is_multiple_of(unit));
+        let end = start.and_then(|start| start.checked_add(len)).filter(|end| *end <= self.geometry.len);
+        if !self.is_held() || write && self.readonly || end.is_none() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        start.ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Moves data between the image, from `sector` on, and guest RAM.
+    ///
+    /// # Errors
+    /// What the system says, or if the range is none of the disk's.
+    pub fn transfer(&self, direction: Direction, sector: u64, slices: &[Slice<'_>]) -> io::Result<()> {
+        let len = slices.iter().map(|slice| slice.len() as u64).sum();
+        let mut offset = self.check(sector, len, direction == Direction::Write)?;
+        let fits = |slice: &Slice<'_>| {
+            let address = slice.ptr_guard().as_ptr() as usize;
+            address.is_multiple_of(self.alignment) && slice.len().is_multiple_of(self.geometry.unit as usize)
+        };
+        if self.alignment > 1 && !slices.iter().all(fits) {
+            return self.transfer_bounced(direction, offset, slices);
+        }
+        for batch in slices.chunks(MOST_BUFFERS) {
+            self.transfer_batch(direction, offset, batch)?;
+            offset += batch.iter().map(|slice| slice.len() as u64).sum::<u64>();
+        }
+        Ok(())
+    }
+
+    fn transfer_batch(&self, direction: Direction, mut offset: u64, batch: &[Slice<'_>]) -> io::Result<()> {
+        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MOST_BUFFERS];
+        let guards = batch.iter().map(|slice| (slice.ptr_guard_mut().as_ptr(), slice.len()));
+        for (vector, (address, len)) in vectors.iter_mut().zip(guards) {
+            (vector.iov_base, vector.iov_len) = (address.cast(), len);
+        }
+        let mut rest = &mut vectors[..batch.len().min(MOST_BUFFERS)];
+        let result = loop {
+            let Some(first) = rest.first() else { break Ok(()) };
+            let (vector, count): (*const libc::iovec, _) = (first, rest.len() as libc::c_int);
+            // SAFETY: every vector is a part of guest RAM, which `batch` keeps mapped; no reference
+            // into guest RAM exists that the kernel's writes could contradict.
+            let moved = unsafe {
+                match direction {
+                    Direction::Read => libc::preadv(self.file.as_raw_fd(), vector, count, offset as i64),
+                    Direction::Write => libc::pwritev(self.file.as_raw_fd(), vector, count, offset as i64),
+                }
+            };
+            match usize::try_from(moved) {
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        break Err(error);
+                    }
+                }
+                // The image has become shorter.
+                Ok(0) => break Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(moved) => {
+                    offset += moved as u64;
+                    rest = advance(rest, moved);
+                }
+            }
+        };
+        if direction == Direction::Read {
+            // The kernel wrote through bare addresses, and a failed call may have written in part.
+            // After the writes, so that whoever clears the mark in between sees them all.
+            batch.iter().for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
+        }
+        result
+    }
+
+    /// The same by way of a buffer of our own, for buffers that direct I/O does not take.
+    fn transfer_bounced(&self, direction: Direction, offset: u64, slices: &[Slice<'_>]) -> io::Result<()> {
+        let total: usize = slices.iter().map(Slice::len).sum();
+        let mut bounce = Bounce::new(total.min(BOUNCE))?;
+        let (mut slices, mut slice_at, mut done) = (slices.iter(), 0, 0);
+        let mut current = slices.next();
+        while done < total {
+            let piece = BOUNCE.min(total - done);
+            let buffer = &mut bounce.bytes()[..piece];
+            if direction == Direction::Read {
+                self.file.read_exact_at(buffer, offset + done as u64)?;
+            }
+            let mut copied = 0;
+            while copied < piece {
+                let Some(slice) = current else { return Err(io::ErrorKind::UnexpectedEof.into()) };
+                let part = slice.offset(slice_at).map_err(io::Error::other)?;
+                let count = match direction {
+                    // Marks what it writes.
+                    Direction::Read => {
+                        let count = part.len().min(piece - copied);
+                        part.copy_from(&buffer[copied..copied + count]);
+                        count
+                    }
+                    Direction::Write => part.copy_to(&mut buffer[copied..]),
+                };
+                (copied, slice_at) = (copied + count, slice_at + count);
+                if slice_at == slice.len() {
+                    (current, slice_at) = (slices.next(), 0);
+                }
+            }
+            if direction == Direction::Write {
+                self.file.write_all_at(buffer, offset + done as u64)?;
+            }
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Makes a range read as zeros; `deallocate` if its storage may be given back.
+    ///
+    /// # Errors
+    /// As for [`transfer`](Self::transfer).
+    pub fn zero(&self, sector: u64, len: u64, deallocate: bool) -> io::Result<()> {
+        let offset = self.check(sector, len, true)?;
+        let mode = if deallocate { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+        match self.fallocate(mode, offset, len) {
+            Err(error) if unsupported(&error) => {
+                let mut zeros = Bounce::new(BOUNCE.min(len as usize))?;
+                for at in (0..len).step_by(BOUNCE) {
+                    let piece = BOUNCE.min((len - at) as usize);
+                    self.file.write_all_at(&zeros.bytes()[..piece], offset + at)?;
+                }
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Gives a range's storage back where the file system can; what it reads as then does not matter.
+    ///
+    /// # Errors
+    /// As for [`transfer`](Self::transfer).
+    pub fn discard(&self, sector: u64, len: u64) -> io::Result<()> {
+        let offset = self.check(sector, len, true)?;
+        match self.fallocate(libc::FALLOC_FL_PUNCH_HOLE, offset, len) {
+            Err(error) if unsupported(&error) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn fallocate(&self, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the call takes integers only.
+        let result = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// What to say of a state of another disk.
+    pub fn mismatch(&self, index: u8, len: u64, unit: u32) -> crate::state::Error {
+        let Geometry { len: own, unit: own_unit } = self.geometry;
+        let what = format!("{len} bytes in units of {unit} where {own} in units of {own_unit} belong");
+        crate::state::Error::Malformed { kind: Kind::Block, index, what }
+    }
+}
+
+fn unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL))
+}
+
+/// What is left of vectors after `moved` bytes.
+fn advance(mut vectors: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
+    while let Some(first) = vectors.first_mut() {
+        if moved < first.iov_len {
+            first.iov_base = first.iov_base.wrapping_byte_add(moved);
+            first.iov_len -= moved;
+            break;
+        }
+        moved -= first.iov_len;
+        vectors = &mut vectors[1..];
+    }
+    vectors
+}
+
+/// What direct I/O on `file` needs: the alignment of buffers in memory, and the unit of offsets and
+/// lengths.
+fn direct_io(file: &File, is_device: bool) -> (usize, u32) {
+    let unit = |reported: u32| if reported <= 512 { 512 } else { 4096 };
+    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with this flag means the descriptor itself; the structure lives across
+    // the call.
+    let result = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut stat)
+    };
+    if result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align != 0 {
+        return (stat.stx_dio_mem_align.max(512) as usize, unit(stat.stx_dio_offset_align));
+    }
+    if is_device {
+        let mut size: libc::c_int = 0;
+        // SAFETY: the request writes one int, which lives across the call.
+        if unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) } == 0 {
+            return (512, unit(size.unsigned_abs()));
+        }
+    }
+    // Before Linux 6.1, and on file systems that do not say: a direct read, which no cache keeps.
+    let probe = Bounce::new(PAGE).and_then(|mut page| file.read_at(&mut page.bytes()[..512], 512));
+    if probe.is_ok() { (512, 512) } else { (PAGE, 4096) }
+}
+
+/// The logical block size of a device; libc has it for some targets only.
+const BLKSSZGET: libc::c_ulong = 0x1268;
+
+/// A buffer that direct I/O takes.
+struct Bounce {
+    address: NonNull<u8>,
+    layout: Layout,
+}
+
+impl Bounce {
+    /// At least `len` bytes of zeros.
+    fn new(len: usize) -> io::Result<Self> {
+        let layout =
+            Layout::from_size_align(len.max(1).next_multiple_of(PAGE), PAGE).map_err(io::Error::other)?;
+        // SAFETY: the layout's size is a page or more.
+        let address = unsafe { std::alloc::alloc_zeroed(layout) };
+        let address = NonNull::new(address).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Bounce { address, layout })
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the allocation has this size, is initialised with zeros and borrowed through self.
+        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl Drop for Bounce {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this very layout.
+        unsafe { std::alloc::dealloc(self.address.as_ptr(), self.layout) };
+    }
+}

@@ -1,0 +1,85 @@
+//! Who may write to an image: a lock that belongs to the open file, is honoured by all hosts that
+//! mount its file system, and goes when the process does, however it ends.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+
+/// What a lock allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// Reading, beside others who read.
+    Shared,
+    /// Writing, beside nobody.
+    Exclusive,
+    /// Nothing.
+    None,
+}
+
+/// Changes the lock over all of `file`; false if somebody else's is in the way.
+///
+/// # Errors
+/// If the file system has no such locks.
+pub fn set(file: &File, lock: Lock) -> io::Result<bool> {
+    let kind = match lock {
+        Lock::Shared => libc::F_RDLCK,
+        Lock::Exclusive => libc::F_WRLCK,
+        Lock::None => libc::F_UNLCK,
+    };
+    // From the start (0) to wherever the end is (0); a lock of this kind names no process (0).
+    let range = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the command reads one flock, which lives across the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) } == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
+        _ => Err(error),
+    }
+}
+
+/// Who holds a lock on `file`, for a person to read. Locks of open files name no process; this
+/// host's processes tell what each of their open files has locked to whoever may look at them.
+pub fn holder(file: &File) -> String {
+    let unknown = "a process of another host, or one that this user may not look at";
+    let Ok(inode) = file.metadata().map(|m| m.ino()) else { return unknown.into() };
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let mut holders: Vec<_> = pids.filter(|pid| holds(*pid, file, inode)).collect();
+    holders.sort_unstable();
+    let names: Vec<_> = holders
+        .iter()
+        .map(|pid| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!("process {pid} ({})", name.trim())
+        })
+        .collect();
+    if names.is_empty() { unknown.into() } else { names.join(", ") }
+}
+
+/// Whether process `pid` has a lock on the file with this inode number through another open file.
+fn holds(pid: u32, file: &File, inode: u64) -> bool {
+    let entries = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+    for entry in entries {
+        let own = pid == std::process::id()
+            && entry.file_name().to_str().and_then(|fd| fd.parse().ok()) == Some(file.as_raw_fd());
+        let info = fs::read_to_string(entry.path()).unwrap_or_default();
+        // lock:	1: OFDLCK  ADVISORY  WRITE -1 fe:01:131 0 EOF
+        let locked = info.lines().filter_map(|line| line.strip_prefix("lock:")).any(|line| {
+            let place = line.split_whitespace().find(|word| word.matches(':').count() == 2);
+            place.and_then(|place| place.rsplit(':').next()?.parse().ok()) == Some(inode)
+        });
+        if locked && !own {
+            return true;
+        }
+    }
+    false
+}

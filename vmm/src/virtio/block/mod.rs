@@ -1,0 +1,179 @@
+//! virtio-blk: a disk in a raw file or a block device.
+//!
+//! Several hosts may have the image open; at most one may write. The right to write is an
+//! open-file-description lock over the whole image (`lock.rs`), which a machine takes before it
+//! runs and gives up, after flushing, when it hands its guest over. So a destination can open the
+//! image in good time, before it may touch it. A disk that is only read takes a shared lock.
+//!
+//! I/O is direct by default: what the source wrote is on the storage, and the destination has no
+//! stale page of it in its cache.
+//!
+//! | file | what |
+//! |---|---|
+//! | `device.rs` | features, configuration, one request after the other |
+//! | `request.rs` | a request's buffers, and what it asks for |
+//! | `image.rs` | the image: reading, writing, zeroing, flushing |
+//! | `lock.rs` | who may write |
+
+mod device;
+mod image;
+mod lock;
+mod request;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use device::Block;
+
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Most queues that a disk has.
+pub const MOST_QUEUES: u16 = 16;
+
+/// What a disk is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockConfig {
+    /// The image, by a path that leads to it on every host the guest may come to.
+    pub path: PathBuf,
+    /// Whether the guest may only read.
+    pub readonly: bool,
+    /// Whether the host's page cache is used.
+    pub cached: bool,
+    /// Number of queues, 1 to [`MOST_QUEUES`].
+    pub queues: u16,
+    /// The geometry that the guest knows; `None` for what the image has.
+    pub geometry: Option<Geometry>,
+}
+
+/// Which images a machine may have. A machine that comes from elsewhere names its own, and whoever
+/// sent it must not thereby reach every file of this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Images {
+    /// Whatever this process can open.
+    #[default]
+    Any,
+    /// Those below these folders.
+    Below(Vec<PathBuf>),
+}
+
+impl Images {
+    /// Refuses an image that a machine may not have.
+    ///
+    /// # Errors
+    /// [`Error::NotAllowed`], or [`Error::Open`] for one that is not there if only some are allowed.
+    fn check(&self, path: &Path) -> Result<(), Error> {
+        let Images::Below(folders) = self else { return Ok(()) };
+        // Where symbolic links and `..` lead.
+        let real = path.canonicalize().map_err(|source| Error::Open { path: path.into(), source })?;
+        let below = |folder: &PathBuf| folder.canonicalize().is_ok_and(|folder| real.starts_with(folder));
+        if folders.iter().any(below) { Ok(()) } else { Err(Error::NotAllowed { path: path.into() }) }
+    }
+}
+
+/// A disk's size and unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Geometry {
+    /// Bytes.
+    pub len: u64,
+    /// Bytes of the smallest unit of I/O: 512 or 4096.
+    pub unit: u32,
+}
+
+impl BlockConfig {
+    /// A disk in the image at `path`, with one queue and direct I/O.
+    pub fn new(path: PathBuf) -> Self {
+        BlockConfig { path, readonly: false, cached: false, queues: 1, geometry: None }
+    }
+}
+
+/// Why a disk cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The image cannot be opened or examined.
+    #[error("cannot open the disk image {}: {source}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// An arriving machine's image is outside the folders that were set aside for it.
+    #[error(
+        "the guest has the disk image {}, which is in no folder that guests may bring images from; start the \
+         receiver with --disks FOLDER",
+        path.display()
+    )]
+    NotAllowed {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Neither a file nor a block device.
+    #[error("the disk image {} is neither a regular file nor a block device", path.display())]
+    NoImage {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// Its file system has no direct I/O.
+    #[error(
+        "the file system of the disk image {} has no direct I/O; put it elsewhere, or add \",cached\" if no other \
+         host will ever have it",
+        path.display()
+    )]
+    NoDirectIo {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A size that no disk has.
+    #[error("the disk image {} has {len} bytes, which is no multiple of {unit} above zero", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// Bytes of the unit.
+        unit: u32,
+    },
+    /// Another image than the guest knows.
+    #[error(
+        "the disk image {} has {} bytes in units of {}, the guest's disk has {} in units of {}; make the same \
+         image reachable by the same path",
+        path.display(), found.len, found.unit, wanted.len, wanted.unit
+    )]
+    Geometry {
+        /// The image.
+        path: PathBuf,
+        /// What it has.
+        found: Geometry,
+        /// What the guest knows.
+        wanted: Geometry,
+    },
+    /// A number of queues that no disk has.
+    #[error("a disk with {0} queues: use 1 to {MOST_QUEUES}")]
+    Queues(u16),
+    /// Somebody else may write to it, or, for a writer, read it.
+    #[error("the disk image {} is in use by {holder}; stop that first, or share it read-only", path.display())]
+    Held {
+        /// The image.
+        path: PathBuf,
+        /// Who holds the lock, as far as this host can tell.
+        holder: String,
+    },
+    /// The file system has no locks, or they failed.
+    #[error("cannot lock the disk image {}: {source}", path.display())]
+    Lock {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// What was written could not be made durable.
+    #[error("cannot flush the disk image {}: {source}", path.display())]
+    Flush {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
