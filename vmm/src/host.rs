@@ -9,6 +9,8 @@ const REQUIRED: &[(Cap, &str)] = &[
     (Cap::Irqchip, "the in-kernel interrupt controllers"),
     (Cap::Pit2, "the in-kernel timer (PIT2)"),
     (Cap::UserMemory, "user memory slots"),
+    (Cap::SignalMsi, "interrupt messages (KVM_SIGNAL_MSI)"),
+    (Cap::Ioeventfd, "ioeventfd"),
     (Cap::SetTssAddr, "KVM_SET_TSS_ADDR"),
     (Cap::ImmediateExit, "immediate exit"),
     (Cap::ExtCpuid, "extended CPUID"),

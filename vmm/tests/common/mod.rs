@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
+use vmm::virtio::DeviceConfig;
 use vmm::{Boot, Host, Image, Machine, MachineConfig, SerialOutput};
 
 pub mod elf;
@@ -25,6 +26,14 @@ pub fn machine(mib: u64, vcpus: u32) -> Machine {
 pub fn machine_with(mib: u64, vcpus: u32, serial: SerialOutput) -> Machine {
     let host = Host::open().unwrap();
     let config = MachineConfig { serial, ..MachineConfig::new(&host, mib << 20, vcpus).unwrap() };
+    Machine::build(&host, config).unwrap()
+}
+
+/// A machine with PCI devices.
+pub fn machine_with_devices(mib: u64, vcpus: u32, devices: Vec<DeviceConfig>) -> Machine {
+    let host = Host::open().unwrap();
+    let serial = SerialOutput::Null;
+    let config = MachineConfig { serial, devices, ..MachineConfig::new(&host, mib << 20, vcpus).unwrap() };
     Machine::build(&host, config).unwrap()
 }
 

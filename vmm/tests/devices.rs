@@ -1,0 +1,188 @@
+//! PCI devices under a real guest, and machines with disks that change hands.
+
+mod common;
+
+use common::guests::{self, BAD_READS, LOOPS, TICKS};
+use common::{boot, copy_ram, machine_with_devices, peek, wait_above};
+use migration::dirty::{DirtySet, runs};
+use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
+use migration::{Code, Failure};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
+use vmm::virtio::block::{BlockConfig, Images};
+use vmm::virtio::{DeviceConfig, LocalConfig};
+use vmm::{Machine, SerialOutput};
+
+const LEN: u64 = 4 << 20;
+
+/// An image in a folder; cached where the folder's file system has no direct I/O.
+fn disk(folder: &Path, name: &str) -> DeviceConfig {
+    let path = folder.join(name);
+    if !path.exists() {
+        std::fs::File::create(&path).unwrap().set_len(LEN).unwrap();
+    }
+    let direct = BlockConfig::new(path);
+    let config = DeviceConfig::Block(direct.clone());
+    match config.build(&LocalConfig::default()) {
+        Ok(_) => config,
+        Err(_) => DeviceConfig::Block(BlockConfig { cached: true, ..direct }),
+    }
+}
+
+/// A host that takes in guests with disks below these folders.
+fn host(folders: &[&Path]) -> IncomingHost {
+    let images = Images::Below(folders.iter().map(PathBuf::from).collect());
+    let local = LocalConfig { images, ..LocalConfig::default() };
+    IncomingHost::open(IncomingOptions { serial: SerialOutput::Null, local, populate: false }).unwrap()
+}
+
+fn shadow(source: &Machine, folders: &[&Path]) -> Result<IncomingMachine, Failure> {
+    let layout = source.memory().ram().layout();
+    host(folders).build(&source.describe().unwrap(), &layout)
+}
+
+/// The parts in which two states of one vCPU differ, time aside.
+fn differences(a: &[u8], b: &[u8]) -> Vec<String> {
+    let (a, b) = (vmm::state::timeless(a, 1).unwrap(), vmm::state::timeless(b, 1).unwrap());
+    assert_eq!(a.len(), b.len());
+    a.into_iter().zip(b).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
+}
+
+/// Moves the guest on, disks and all, as the engine does.
+fn hop(source: &Machine, folders: &[&Path]) -> Arc<Machine> {
+    let mut target = shadow(source, folders).unwrap();
+    SourceMachine::pause(source).unwrap();
+    copy_ram(source, &target.machine());
+    let saved = SourceMachine::save(source).unwrap();
+    target.load(&saved).unwrap();
+    let again = target.machine().save().unwrap();
+    assert_eq!(differences(&saved, &again), [""; 0], "saved, loaded and saved again");
+    SourceMachine::release_disks(source).unwrap();
+    target.take_disks().unwrap();
+    source.stop();
+    target.run().unwrap();
+    target.machine()
+}
+
+#[test]
+fn a_guest_that_uses_a_device_goes_on_and_loses_no_interrupt() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = vec![DeviceConfig::Rng, disk(folder.path(), "a"), DeviceConfig::Console];
+    let first = machine_with_devices(16, 1, devices);
+    assert!(first.has_disks());
+    first.boot(&boot(guests::entropy())).unwrap();
+    Machine::resume(&first).unwrap();
+    let mut current = Arc::new(first);
+    wait_above(&current, LOOPS, 5);
+    for _ in 0..20 {
+        let next = hop(&current, &[folder.path()]);
+        wait_above(&next, LOOPS, peek(&current, LOOPS) + 5);
+        current = next;
+    }
+    // Pauses in place do it no harm either.
+    for _ in 0..100 {
+        Machine::pause(&current).unwrap();
+        let (loops, ticks) = (peek(&current, LOOPS), peek(&current, TICKS));
+        current.save().unwrap();
+        assert_eq!((peek(&current, LOOPS), peek(&current, TICKS)), (loops, ticks));
+        Machine::resume(&current).unwrap();
+        std::thread::yield_now();
+    }
+    wait_above(&current, LOOPS, peek(&current, LOOPS) + 5);
+    assert_eq!(peek(&current, BAD_READS), 0);
+}
+
+#[test]
+fn what_a_device_writes_is_dirty() {
+    // Where the guest has its used ring and the buffer, neither of which it writes itself.
+    const DEVICE_PAGES: [u64; 2] = [0x302, 0x303];
+    let machine = machine_with_devices(16, 1, vec![DeviceConfig::Rng]);
+    machine.boot(&boot(guests::entropy())).unwrap();
+    Machine::resume(&machine).unwrap();
+    wait_above(&machine, LOOPS, 5);
+    machine.start_tracking().unwrap();
+    for round in 0..10 {
+        SourceMachine::pause(&machine).unwrap();
+        let mut set = DirtySet::empty(machine.memory().ram());
+        machine.collect_dirty(&mut set).unwrap();
+        let dirty: Vec<_> = runs(set.words(0), 0).flat_map(|(first, count)| first..first + count).collect();
+        assert!(DEVICE_PAGES.iter().all(|page| dirty.contains(page)), "round {round}: {dirty:x?}");
+        assert!(round == 0 || dirty.len() < 20, "round {round}: {dirty:x?}");
+        machine.clear_dirty(0, 0, set.words(0)).unwrap();
+        let mut set = DirtySet::empty(machine.memory().ram());
+        machine.collect_dirty(&mut set).unwrap();
+        assert_eq!(set.count(), 0, "a paused machine writes nothing");
+        SourceMachine::resume(&machine).unwrap();
+        wait_above(&machine, LOOPS, peek(&machine, LOOPS) + 2);
+    }
+}
+
+#[test]
+fn what_a_destination_lacks_is_refused_before_anything_moves() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = machine_with_devices(16, 1, vec![disk(folder.path(), "a")]);
+    source.boot(&boot(guests::hello())).unwrap();
+    let refused = |folders: &[&Path]| shadow(&source, folders).err().unwrap();
+    let not_allowed = refused(&[]);
+    assert_eq!(not_allowed.code, Code::DEVICE);
+    assert!(not_allowed.message.contains("--disks"), "{not_allowed}");
+    assert!(shadow(&source, &[folder.path()]).is_ok());
+    let image = folder.path().join("a");
+    std::fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(LEN * 2).unwrap();
+    let resized = refused(&[folder.path()]);
+    assert_eq!(resized.code, Code::DEVICE);
+    assert!(resized.message.contains(&(LEN * 2).to_string()), "{resized}");
+    std::fs::remove_file(&image).unwrap();
+    let missing = refused(&[folder.path()]);
+    assert_eq!(missing.code, Code::DEVICE);
+    assert!(missing.message.contains("cannot open the disk image"), "{missing}");
+}
+
+#[test]
+fn nobody_runs_without_all_of_its_disks() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = || vec![disk(folder.path(), "a"), disk(folder.path(), "b")];
+    let source = machine_with_devices(16, 1, devices());
+    source.boot(&boot(guests::ticker())).unwrap();
+    Machine::resume(&source).unwrap();
+    let second = machine_with_devices(16, 1, devices());
+    second.boot(&boot(guests::ticker())).unwrap();
+    let refused: Failure = Machine::resume(&second).unwrap_err().into();
+    assert_eq!(refused.code, Code::DISKS);
+    assert!(refused.message.contains(&format!("process {}", std::process::id())), "{refused}");
+
+    // A destination may be built beside it, but gets the disks only when they are given up.
+    let mut target = shadow(&source, &[folder.path()]).unwrap();
+    assert_eq!(target.take_disks().unwrap_err().code, Code::DISKS);
+    assert!(SourceMachine::release_disks(&source).is_err(), "not while it runs");
+    SourceMachine::pause(&source).unwrap();
+    SourceMachine::release_disks(&source).unwrap();
+    target.take_disks().unwrap();
+    assert_eq!(SourceMachine::take_disks(&source).unwrap_err().code, Code::DISKS);
+    let held: Failure = Machine::resume(&source).unwrap_err().into();
+    assert_eq!(held.code, Code::DISKS, "not even by force");
+
+    // One that is taken by a third: then it gets neither.
+    drop(target);
+    let third = machine_with_devices(16, 1, devices().split_off(1));
+    third.take_disks().unwrap();
+    assert!(SourceMachine::take_disks(&source).is_err());
+    let other = machine_with_devices(16, 1, devices()[..1].to_vec());
+    other.take_disks().unwrap();
+    drop((third, other));
+    Machine::resume(&source).unwrap();
+    wait_above(&source, TICKS, peek(&source, TICKS) + 2);
+}
+
+#[test]
+fn more_devices_than_the_bus_has_places_are_refused() {
+    let host = vmm::Host::open().unwrap();
+    let config = vmm::MachineConfig::new(&host, 16 << 20, 1).unwrap();
+    let build = |count| {
+        let devices = vec![DeviceConfig::Rng; count];
+        Machine::build(&host, vmm::MachineConfig { serial: SerialOutput::Null, devices, ..config.clone() })
+    };
+    assert!(build(31).is_ok());
+    assert!(build(32).err().unwrap().to_string().contains("at most 31"));
+}
