@@ -100,9 +100,15 @@ impl Devices {
         result
     }
 
-    /// Whether there is storage that can decide who owns the guest.
-    pub fn has_storage(&self) -> bool {
-        self.virtio.iter().any(|function| function.device().has_storage())
+    /// Whether there is storage that can decide who owns the guest. One such disk is enough: whoever
+    /// runs the guest has all of its disks.
+    pub fn has_arbiter(&self) -> bool {
+        self.virtio.iter().any(|function| function.device().has_arbiter())
+    }
+
+    /// Makes durable what was written to disks so far.
+    pub fn flush_storage(&self) {
+        self.virtio.iter().for_each(|function| function.device().flush_storage());
     }
 
     /// Stops all threads of devices from touching guest RAM. No vCPU may run.

@@ -68,7 +68,7 @@ impl SourceMachine for Machine {
     }
 
     fn has_arbiter(&self) -> bool {
-        self.has_disks()
+        Machine::has_arbiter(self)
     }
 
     fn release_disks(&self) -> Result<(), Failure> {
@@ -80,6 +80,8 @@ impl SourceMachine for Machine {
     }
 
     fn switchover_begins(&self) {
+        // What is durable before the pause need not be made so during it.
+        self.shared.devices.flush_storage();
         guest::set_phase(self.memory(), When::During);
     }
 }

@@ -70,7 +70,7 @@ fn a_guest_that_uses_a_device_goes_on_and_loses_no_interrupt() {
     let folder = tempfile::tempdir().unwrap();
     let devices = vec![DeviceConfig::Rng, disk(folder.path(), "a"), DeviceConfig::Console];
     let first = machine_with_devices(16, 1, devices);
-    assert!(first.has_disks());
+    assert!(first.has_arbiter());
     first.boot(&boot(guests::entropy())).unwrap();
     Machine::resume(&first).unwrap();
     let mut current = Arc::new(first);

@@ -207,9 +207,9 @@ impl Machine {
         self.shared.devices.release_storage()
     }
 
-    /// Whether it writes to disks, which can decide who owns the guest.
-    pub fn has_disks(&self) -> bool {
-        self.shared.devices.has_storage()
+    /// Whether it writes to disks that can decide which of two hosts owns the guest.
+    pub fn has_arbiter(&self) -> bool {
+        self.shared.devices.has_arbiter()
     }
 
     /// Its PCI devices, as another host must be told of them.

@@ -124,11 +124,13 @@ pub trait VirtioDevice: Send + Sync {
         None
     }
 
-    /// Whether it writes to storage that other hosts may reach, so that the storage can decide who
-    /// owns the guest.
-    fn has_storage(&self) -> bool {
+    /// Whether it writes to storage whose locks can decide which of two hosts owns the guest.
+    fn has_arbiter(&self) -> bool {
         false
     }
+
+    /// Makes durable what was written so far; called while it is in use, to have less to do later.
+    fn flush_storage(&self) {}
 
     /// Takes the right to use its storage; having it already is as good.
     ///

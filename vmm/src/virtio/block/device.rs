@@ -185,8 +185,13 @@ impl VirtioDevice for Block {
         Ok(Next::Buffers)
     }
 
-    fn has_storage(&self) -> bool {
-        !self.config.readonly
+    fn has_arbiter(&self) -> bool {
+        self.image.decides()
+    }
+
+    fn flush_storage(&self) {
+        // One that fails now fails again when it matters.
+        let _ = self.image.flush();
     }
 
     fn take_storage(&self) -> Result<(), crate::Error> {

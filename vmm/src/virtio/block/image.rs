@@ -86,6 +86,11 @@ impl Image {
         self.geometry
     }
 
+    /// Whether its lock can decide which of two hosts owns the guest.
+    pub fn decides(&self) -> bool {
+        !self.readonly && lock::decides(&self.file)
+    }
+
     /// Takes the lock that its use needs; holding it already is as good.
     ///
     /// # Errors

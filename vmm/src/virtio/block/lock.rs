@@ -46,6 +46,20 @@ pub fn set(file: &File, lock: Lock) -> io::Result<bool> {
     }
 }
 
+/// Whether a lock on `file` can decide between hosts. A block device's lock is known to its own host
+/// only, however many hosts reach the device; so is, on the file systems named here, a file's, or
+/// nobody can tell. (A file on a local file system is one that no other host has.)
+pub fn decides(file: &File) -> bool {
+    // libc lacks this one.
+    const NINE_P: libc::c_long = 0x0102_1997;
+    const NOT: [libc::c_long; 2] = [NINE_P, libc::FUSE_SUPER_MAGIC];
+    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure lives across the call.
+    let known = unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) } == 0;
+    known && !NOT.contains(&stat.f_type) && file.metadata().is_ok_and(|m| m.is_file())
+}
+
 /// Who holds a lock on `file`, for a person to read. Locks of open files name no process; this
 /// host's processes tell what each of their open files has locked to whoever may look at them.
 pub fn holder(file: &File) -> String {

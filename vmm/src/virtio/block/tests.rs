@@ -228,7 +228,7 @@ fn a_read_only_disk_is_not_written_and_is_shared() {
     let mut one = bench(folder.disk(readonly));
     let other = folder.disk(readonly);
     other.take_storage().unwrap();
-    assert!(!other.has_storage(), "it decides nothing");
+    assert!(!other.has_arbiter(), "it decides nothing");
     assert!(matches!(folder.disk(|_| {}).take_storage(), Err(crate::Error::Disk(Error::Held { .. }))));
     let page = [Buffer::Out(DATA, 4096)];
     assert_eq!(request(&mut one, 0, VIRTIO_BLK_T_OUT, 0, &page), (IOERR, 1));
