@@ -291,7 +291,7 @@ fn sources_that_are_none() {
         ),
         (
             "a description of a newer version",
-            ask_for(Prepare { description: [&[2], &honest.description[1..]].concat(), ..honest.clone() }),
+            ask_for(Prepare { description: [&[99], &honest.description[1..]].concat(), ..honest.clone() }),
             Code::STATE,
         ),
         ("a machine of 1 PiB", ask_for(larger(&honest)), Code::MEMORY),

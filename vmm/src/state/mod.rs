@@ -12,8 +12,8 @@
 //! little as possible passes between setting it and running.
 //!
 //! Two saves of one paused machine are equal but for what time itself changes: the clock component
-//! (kvmclock, real time and the TSC at that moment), each LAPIC's current count, IA32_TSC, and
-//! what in the PIT and in KVM's clock derives from the host's time at the moment of reading.
+//! (kvmclock, real time and the TSC at that moment), each LAPIC's current count and its processor
+//! priority (which KVM works out only when it needs it), IA32_TSC, and what in the PIT and in KVM's clock derives from the host's time at the moment of reading.
 
 mod clock;
 mod component;

@@ -97,11 +97,16 @@ impl VcpuState {
         Ok(xsave)
     }
 
-    /// Sets to zero what differs between two saves of a vCPU that did not run between them.
+    /// Sets to zero what may differ between two saves of a vCPU that did not run between them.
     pub(super) fn forget_time(&mut self) {
         // The LAPIC timer's current count, which KVM derives from the host's clock.
         const CURRENT_COUNT: usize = 0x390;
-        self.lapic.regs[CURRENT_COUNT..CURRENT_COUNT + 4].fill(0);
+        // The processor priority, which KVM derives from the task priority and the interrupts in
+        // service, but only when it needs it: a save may show an older one.
+        const PROCESSOR_PRIORITY: usize = 0xa0;
+        for register in [CURRENT_COUNT, PROCESSOR_PRIORITY] {
+            self.lapic.regs[register..register + 4].fill(0);
+        }
         self.tsc_offset = None;
     }
 
