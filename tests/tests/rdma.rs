@@ -36,7 +36,7 @@ fn declined(report: &Report) -> String {
 #[test]
 #[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn a_chain_alternates_between_rdma_and_tcp() {
-    let guest = Guest { vcpus: 2, working_set: 8 << 20, ..LOADED };
+    let guest = Guest { working_set: 8 << 20, ..LOADED };
     let folder = tempfile::tempdir().unwrap();
     let mut node = guest.start(folder.path(), "guest-0");
     for number in 1..=10 {

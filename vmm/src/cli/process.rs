@@ -17,7 +17,7 @@ use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
 
 /// How long the process of a guest that has moved away stays for somebody to fetch its report.
-const LINGER: Duration = Duration::from_secs(5);
+const LINGER: Duration = Duration::from_secs(15);
 
 impl ProcessArgs {
     /// Where the serial port goes.
