@@ -21,6 +21,9 @@ pub const MAX_STATE: usize = 48 << 20;
 /// Longest guest testimony in bytes.
 pub const MAX_TESTIMONY: usize = 1 << 20;
 
+/// Longest name of a transport in bytes.
+pub const MAX_NAME: usize = 32;
+
 /// Most transports that may be offered.
 pub const MAX_OFFERS: usize = 8;
 
@@ -49,6 +52,12 @@ pub enum Message {
     GaveUp(Failure),
     /// Destination, after `Running`: what the guest said of its move.
     Epilogue(Epilogue),
+    /// Source, during pre-copy and the last round: the data plane of this name is broken and another takes its
+    /// place. Answered by `Retired` once no write of it can land any more: what it still has in the network
+    /// must not overwrite what the other one brings.
+    Retire(String),
+    /// Destination: it is fenced.
+    Retired,
 }
 
 /// Feature bits, an empty set so far. A peer's unknown bits are ignored; both sides use the
@@ -172,6 +181,7 @@ impl Message {
             Message::Epilogue(e) if e.testimony.as_ref().is_some_and(|t| t.len() > MAX_TESTIMONY) => {
                 Err(malformed("testimony too long"))
             }
+            Message::Retire(name) if name.len() > MAX_NAME => Err(malformed("a transport's name too long")),
             Message::Abort(f) => Ok(Message::Abort(f.bounded())),
             Message::GaveUp(f) => Ok(Message::GaveUp(f.bounded())),
             message => Ok(message),
@@ -192,6 +202,8 @@ impl Message {
             Message::Abort(_) => "Abort",
             Message::GaveUp(_) => "GaveUp",
             Message::Epilogue(_) => "Epilogue",
+            Message::Retire(_) => "Retire",
+            Message::Retired => "Retired",
         }
     }
 }

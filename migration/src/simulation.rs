@@ -311,7 +311,7 @@ impl World {
             }
             _ if fails => Event::Failed(bad_luck()),
             Command::Build(_) => Event::Built(Prepared { offers: vec![], build_us: 0 }),
-            Command::Fence => Event::Done,
+            Command::Fence | Command::Retire(_) => Event::Done,
             Command::Load(_) => Event::Loaded(Ready { spans: vec![] }),
             Command::Run => {
                 self.destination_runs = true;

@@ -11,7 +11,7 @@ use crate::message::{
 };
 use crate::report::thread_cpu;
 use crate::scan;
-use crate::transport::{DestinationPlane, DestinationTransport, Session, Token};
+use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session, Token};
 use std::time::{Duration, Instant};
 
 /// How often a long wait looks whether data still arrives.
@@ -132,6 +132,10 @@ struct Driver<'a, H: DestinationHost> {
     fence: Option<Span>,
 }
 
+fn not_shut_out(error: PlaneError) -> Failure {
+    Failure::from(error).context("the data plane cannot be shut out of memory")
+}
+
 fn timed<T>(name: &str, work: impl FnOnce() -> T) -> (T, Span) {
     let began = Instant::now();
     let result = work();
@@ -149,6 +153,7 @@ impl<H: DestinationHost> Driver<'_, H> {
                 };
             }
             Command::Build(prepare) => self.build(&prepare).map(Event::Built),
+            Command::Retire(name) => self.retire(&name).map(|()| Event::Done),
             Command::Fence => self.fence().map(|()| Event::Done),
             Command::Load(state) => self.load(&state).map(Event::Loaded),
             Command::TakeDisks => self.with_machine(H::Machine::take_disks).map(|()| Event::Done),
@@ -205,10 +210,16 @@ impl<H: DestinationHost> Driver<'_, H> {
         Ok(Prepared { offers, build_us: began.elapsed().as_micros() as u64 })
     }
 
+    /// Fences one plane; an unknown name is as good as fenced.
+    fn retire(&mut self, name: &str) -> Result<(), Failure> {
+        let mut named = self.planes.iter_mut().filter(|plane| plane.name() == name);
+        named.try_for_each(|plane| plane.fence()).map_err(not_shut_out)
+    }
+
     fn fence(&mut self) -> Result<(), Failure> {
         let (result, span) = timed("fence", || self.planes.iter_mut().try_for_each(|plane| plane.fence()));
         self.fence = Some(span);
-        result.map_err(|error| Failure::from(error).context("the data plane cannot be shut out of memory"))
+        result.map_err(not_shut_out)
     }
 
     fn load(&mut self, state: &message::State) -> Result<Ready, Failure> {

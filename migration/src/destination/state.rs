@@ -4,6 +4,7 @@
 //!
 //! ```text
 //!  Hello → Welcome → Prepare → Build → Prepared → (data arrives) → State → Fence → Load → Ready
+//!                                      (Retire → Retired, where the source changes the transport)
 //!     │ any failure, Abort, link lost, silence                                         │
 //!     ▼                                                                              Commit
 //!  Discard → GaveUp → Discarded ◄── refused ── TakeDisks ◄─────────────────────────────┘
@@ -28,6 +29,8 @@ pub enum Command {
     Send(Message),
     /// Build the shadow machine and open it to the data plane. → `Built` or `Failed`
     Build(Box<Prepare>),
+    /// Shut one data plane, of this name, out of RAM, for good. → `Done` or `Failed`
+    Retire(String),
     /// Shut the data plane out of RAM, for good. → `Done` or `Failed`
     Fence,
     /// Restore the state. → `Loaded` or `Failed`
@@ -96,6 +99,8 @@ enum Step {
     Build,
     SendPrepared,
     AwaitState,
+    Retire,
+    SendRetired,
     Fence,
     Load,
     SendReady,
@@ -167,6 +172,11 @@ impl State {
                 self.state = Some(Box::new(state));
                 self.go(Step::Fence, Command::Fence)
             }
+            (Step::AwaitState, Event::Received(Message::Retire(name))) => {
+                self.go(Step::Retire, Command::Retire(name))
+            }
+            (Step::Retire, Event::Done) => self.go(Step::SendRetired, Command::Send(Message::Retired)),
+            (Step::SendRetired, Event::Done) => self.go(Step::AwaitState, Command::Wait(Waiting::State)),
             (Step::Fence, Event::Done) => match self.state.take() {
                 Some(state) => self.go(Step::Load, Command::Load(state)),
                 None => self.discard(Failure::new(Code::PROTOCOL, "no state to load")),

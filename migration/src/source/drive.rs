@@ -131,6 +131,29 @@ struct Driver<'a> {
     began: Instant,
 }
 
+/// One of [`Precopy`]'s two pieces of work.
+type MemoryWork<'a> = fn(
+    &mut Precopy<'a>,
+    &mut Vec<Declined>,
+    &mut dyn FnMut(&str) -> Result<(), Failure>,
+) -> Result<(), Failure>;
+
+/// Has the destination fence the plane of this name off, and waits until it has.
+fn retire(link: &mut dyn ControlLink, name: &str, patience: Duration) -> Result<(), Failure> {
+    link.send(&Message::Retire(name.into()).encode())?;
+    match link.receive(patience)? {
+        None => Err(Failure::new(Code::TIMEOUT, "the destination does not fence the broken transport off")),
+        Some(frame) => match Message::decode(&frame)? {
+            Message::Retired => Ok(()),
+            Message::GaveUp(why) => Err(why.context("the destination refused")),
+            other => Err(Failure::new(
+                Code::PROTOCOL,
+                format_args!("the destination sent {} when it was not its turn", other.name()),
+            )),
+        },
+    }
+}
+
 fn event(result: Result<(), Failure>) -> Event {
     result.map_or_else(Event::Failed, |()| Event::Done)
 }
@@ -233,11 +256,13 @@ impl<'a> Driver<'a> {
     }
 
     /// Moves memory. When that fails, the destination may have said why: its word goes first.
-    fn memory(&mut self, work: fn(&mut Precopy<'a>, &mut Vec<Declined>) -> Result<(), Failure>) -> Event {
+    fn memory(&mut self, work: MemoryWork<'a>) -> Event {
         let Some(precopy) = &mut self.precopy else {
             return Event::Failed(Failure::new(Code::TRANSPORT, "no data plane"));
         };
-        match work(precopy, &mut self.declined) {
+        let (link, timeouts) = (&mut *self.link, &self.options.timeouts);
+        let mut retire = |name: &str| retire(link, name, timeouts.answer + timeouts.load);
+        match work(precopy, &mut self.declined, &mut retire) {
             Ok(()) => Event::Done,
             Err(why) if why.code == Code::TRANSPORT => match self.link.receive(LAST_WORDS) {
                 Ok(Some(frame)) => match Message::decode(&frame) {

@@ -13,9 +13,10 @@ struct Candidate {
     offer: Vec<u8>,
 }
 
-/// The connected plane, what could take its place, and what could not.
+/// The connected plane, and what could take its place.
 pub(super) struct Path {
-    plane: Box<dyn SourcePlane>,
+    /// `None` only after a plane broke and nothing could take its place.
+    plane: Option<Box<dyn SourcePlane>>,
     candidates: VecDeque<Candidate>,
     /// Whether the destination's memory is as it was built: nothing has been written to it by a
     /// plane that broke.
@@ -52,16 +53,19 @@ impl Path {
             }
         }
         let plane = first_that_works(&mut candidates, session, monitor, declined)?;
-        Ok(Path { plane, candidates, fresh: true })
+        Ok(Path { plane: Some(plane), candidates, fresh: true })
     }
 
-    /// Puts the next candidate in the place of a plane that broke with `why`.
+    /// Puts the next candidate in the place of a plane that broke with `why`. In between, `retire` has the
+    /// destination fence the broken one off: what that still has in the network must not land on top of what
+    /// the next one brings.
     ///
     /// # Errors
-    /// `why` itself, when there is no other transport or an operator has cancelled.
+    /// `why` itself, when there is no other transport or an operator has cancelled; what `retire` says.
     pub(super) fn replace(
         &mut self,
         why: Failure,
+        retire: &mut dyn FnMut(&str) -> Result<(), Failure>,
         session: &Session,
         monitor: &Monitor,
         declined: &mut Vec<Declined>,
@@ -71,15 +75,21 @@ impl Path {
             return Err(why);
         }
         let before = why.clone();
-        declined.push(Declined { transport: self.plane.name().into(), why });
-        self.plane =
-            first_that_works(&mut self.candidates, session, monitor, declined).map_err(|_| before)?;
+        // Dropped before anything else: nothing leaves it any more.
+        if let Some(plane) = self.plane.take() {
+            let name = plane.name();
+            drop(plane);
+            declined.push(Declined { transport: name.into(), why });
+            retire(name)?;
+        }
         self.fresh = false;
+        let next = first_that_works(&mut self.candidates, session, monitor, declined);
+        self.plane = Some(next.map_err(|_| before)?);
         Ok(())
     }
 
-    pub(super) fn plane(&mut self) -> &mut dyn SourcePlane {
-        self.plane.as_mut()
+    pub(super) fn plane(&mut self) -> Option<&mut (dyn SourcePlane + 'static)> {
+        self.plane.as_deref_mut()
     }
 
     pub(super) fn fresh(&self) -> bool {

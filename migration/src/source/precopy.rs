@@ -3,7 +3,7 @@
 use super::path::Path;
 use super::round::{Manner, Rounds, Sent};
 use crate::dirty::DirtySet;
-use crate::failure::Failure;
+use crate::failure::{Code, Failure};
 use crate::machine::SourceMachine;
 use crate::memory::Ram;
 use crate::monitor::{Monitor, Phase};
@@ -59,15 +59,19 @@ impl<'a> Precopy<'a> {
         }
     }
 
-    /// Starts tracking and makes rounds until the policy decides.
-    pub(super) fn run(&mut self, declined: &mut Vec<Declined>) -> Result<(), Failure> {
+    /// Starts tracking and makes rounds until the policy decides. `retire`: see [`Path::replace`].
+    pub(super) fn run(
+        &mut self,
+        declined: &mut Vec<Declined>,
+        retire: &mut dyn FnMut(&str) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
         let began = Instant::now();
         self.monitor.update(|p| p.phase = Phase::Precopy);
         self.machine.start_tracking()?;
         self.dirty.fill();
         loop {
             let dirty = self.dirty.bytes();
-            let sent = self.send(true, declined)?;
+            let sent = self.send(true, declined, retire)?;
             self.dirty.clear();
             self.machine.collect_dirty(&mut self.dirty)?;
             let facts = RoundFacts {
@@ -92,28 +96,38 @@ impl<'a> Precopy<'a> {
 
     /// Sends what is dirty now that the guest is paused. Nothing is marked clean any more: no
     /// round follows, and a migration that fails after this begins tracking afresh.
-    pub(super) fn finish(&mut self, declined: &mut Vec<Declined>) -> Result<(), Failure> {
+    pub(super) fn finish(
+        &mut self,
+        declined: &mut Vec<Declined>,
+        retire: &mut dyn FnMut(&str) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
         self.machine.collect_dirty(&mut self.dirty)?;
         let dirty = self.dirty.bytes();
-        let sent = self.send(false, declined)?;
+        let sent = self.send(false, declined, retire)?;
         self.note(dirty, &sent, 0, Duration::ZERO);
         Ok(())
     }
 
     /// Counters of the lanes in use.
     pub(super) fn lanes(&mut self) -> Vec<LaneStats> {
-        self.path.plane().lanes().iter().map(|lane| lane.stats()).collect()
+        let lanes = self.path.plane().map_or(&mut [][..], |plane| plane.lanes());
+        lanes.iter().map(|lane| lane.stats()).collect()
     }
 
     /// The transport in use.
     pub(super) fn transport(&mut self) -> &'static str {
-        self.path.plane().name()
+        self.path.plane().map_or("", |plane| plane.name())
     }
 
     /// Sends the dirty pages; if the transport breaks, sends them all again over the next one,
     /// together with what was dirtied meanwhile. Nothing that the broken one carried since its last
     /// barrier counts as arrived, and zeros have to be named: it may have left anything there.
-    fn send(&mut self, clear: bool, declined: &mut Vec<Declined>) -> Result<Sent, Failure> {
+    fn send(
+        &mut self,
+        clear: bool,
+        declined: &mut Vec<Declined>,
+        retire: &mut dyn FnMut(&str) -> Result<(), Failure>,
+    ) -> Result<Sent, Failure> {
         loop {
             // Only the first round is sparse: a page that was written exists.
             let manner = Manner {
@@ -122,14 +136,17 @@ impl<'a> Precopy<'a> {
                 name_zeros: !self.writes_fresh_memory(),
                 clear,
             };
-            match self.rounds.send(self.path.plane(), &self.dirty, manner) {
+            let Some(plane) = self.path.plane() else {
+                return Err(Failure::new(Code::TRANSPORT, "no data plane"));
+            };
+            match self.rounds.send(plane, &self.dirty, manner) {
                 Ok(sent) => {
                     self.round += 1;
                     self.lane_cpu += sent.cpu;
                     return Ok(sent);
                 }
                 Err(why) => {
-                    self.path.replace(why, self.session, self.monitor, declined)?;
+                    self.path.replace(why, retire, self.session, self.monitor, declined)?;
                     self.judge.start_over();
                     self.fresh_dirty.clear();
                     self.machine.collect_dirty(&mut self.fresh_dirty)?;
