@@ -42,13 +42,7 @@ pub fn run(args: &BlackoutArgs) -> anyhow::Result<Outcome> {
         streams: 0,
         settle: SETTLE,
     };
-    let bar = output::progress(args.runs.into());
-    let mut moves = Vec::new();
-    for _ in 0..args.runs {
-        moves.push(plan.carry_out()?);
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+    let moves = plan.repeat(args.runs)?;
     let (summary, text) = summarise(args, &moves);
     Ok(Outcome {
         bench: "blackout",

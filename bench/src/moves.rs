@@ -1,6 +1,6 @@
 //! One migration between two real processes, from a fresh guest to its end.
 
-use crate::facts;
+use crate::{facts, output};
 use anyhow::{Context, bail};
 use migration::report::{Report, Verdict};
 use serde_json::Value;
@@ -49,6 +49,17 @@ pub struct Moved {
 }
 
 impl Move<'_> {
+    /// Carries it out so many times, with progress on a terminal.
+    ///
+    /// # Errors
+    /// As for [`carry_out`](Self::carry_out); the first one ends it.
+    pub fn repeat(&self, times: u32) -> anyhow::Result<Vec<Moved>> {
+        let bar = output::progress(times.into());
+        let moves = (0..times).map(|_| self.carry_out().inspect(|_| bar.inc(1))).collect();
+        bar.finish_and_clear();
+        moves
+    }
+
     /// Starts both sides, moves the guest, ends both.
     ///
     /// # Errors

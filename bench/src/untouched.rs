@@ -2,7 +2,7 @@
 
 use crate::args::UntouchedArgs;
 use crate::moves::{Figure, Move, Moved};
-use crate::output::{self, Outcome, cells, table, value};
+use crate::output::{Outcome, cells, table, value};
 use crate::statistics::Distribution;
 use serde_json::{Map, json};
 use std::time::Duration;
@@ -41,13 +41,7 @@ pub fn run(args: &UntouchedArgs) -> anyhow::Result<Outcome> {
         streams: 0,
         settle: SETTLE,
     };
-    let bar = output::progress(args.runs.into());
-    let mut moves = Vec::new();
-    for _ in 0..args.runs {
-        moves.push(plan.carry_out()?);
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+    let moves = plan.repeat(args.runs)?;
     let mut summary = Map::new();
     let mut figures = table(["", "min", "median", "p90", "max"]);
     for (name, figure) in FIGURES {

@@ -4,7 +4,7 @@
 //! [`machine::DestinationHost`], a transport crate brings a [`transport::SourcePlane`] and a
 //! [`transport::DestinationPlane`], and the engine here moves the one over the other.
 
-#[cfg(feature = "conformance")]
+#[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod destination;
 pub mod digest;

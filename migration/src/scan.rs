@@ -141,6 +141,7 @@ pub unsafe fn is_zero(page: *const u8) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conformance::bed::ram_of;
 
     #[repr(align(4096))]
     struct Page([u8; PAGE_SIZE as usize]);
@@ -158,25 +159,6 @@ mod tests {
         }
     }
 
-    /// A memfd of `pages` pages, mapped.
-    fn region(pages: u64) -> RamRegion {
-        use crate::memory::RegionLayout;
-        use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-        let len = pages * PAGE_SIZE;
-        // SAFETY: a new memfd, which nobody else has; a shared mapping of all of it, which is never
-        // unmapped and so outlives any owner.
-        unsafe {
-            let file = OwnedFd::from_raw_fd(libc::memfd_create(c"test".as_ptr(), 0));
-            assert_eq!(libc::ftruncate(file.as_raw_fd(), len as i64), 0);
-            let (rw, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-            let address = libc::mmap(std::ptr::null_mut(), len as usize, rw, shared, file.as_raw_fd(), 0);
-            assert_ne!(address, libc::MAP_FAILED);
-            let address = std::ptr::NonNull::new(address.cast()).unwrap();
-            let layout = RegionLayout { guest_address: 0, len };
-            RamRegion::new(layout, address, PAGE_SIZE, file, 0, std::sync::Arc::new(()))
-        }
-    }
-
     fn pages_found(region: &RamRegion, first: u64, pages: u64) -> Vec<u64> {
         let mut found = Vec::new();
         existing(region, first, pages, |first, pages| found.extend(first..first + pages));
@@ -185,8 +167,9 @@ mod tests {
 
     #[test]
     fn exactly_the_pages_that_were_written_exist() {
-        let region = region(3 * WINDOW);
-        assert!(pages_found(&region, 0, 3 * WINDOW).is_empty());
+        let ram = ram_of(&[3 * WINDOW]);
+        let region = &ram.regions()[0];
+        assert!(pages_found(region, 0, 3 * WINDOW).is_empty());
         // Written through the mapping, and written to the file alone, on both sides of windows' ends.
         let mapped = [0, 1, 2, 7, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 5, 3 * WINDOW - 1];
         let filed = [3, 9, WINDOW + 2, 2 * WINDOW];
@@ -207,16 +190,17 @@ mod tests {
         {
             let expected: Vec<u64> =
                 all.iter().copied().filter(|page| (first..first + pages).contains(page)).collect();
-            assert_eq!(pages_found(&region, first, pages), expected, "{first} + {pages}");
+            assert_eq!(pages_found(region, first, pages), expected, "{first} + {pages}");
         }
-        assert_eq!(pages_found(&region, 0, 3 * WINDOW), all, "asking made no page exist");
+        assert_eq!(pages_found(region, 0, 3 * WINDOW), all, "asking made no page exist");
     }
 
     #[test]
     fn a_full_region_is_found_whole() {
-        let region = region(2 * WINDOW + 3);
+        let ram = ram_of(&[2 * WINDOW + 3]);
+        let region = &ram.regions()[0];
         // SAFETY: the whole mapping, to which nobody holds references.
         unsafe { std::ptr::write_bytes(region.address(), 1, region.len() as usize) };
-        assert_eq!(pages_found(&region, 0, region.pages()), (0..region.pages()).collect::<Vec<_>>());
+        assert_eq!(pages_found(region, 0, region.pages()), (0..region.pages()).collect::<Vec<_>>());
     }
 }

@@ -3,6 +3,7 @@
 //! The harness keeps what passing tests print with `println!` to itself, so this writes to standard
 //! output directly.
 
+use migration::report::Report;
 use std::io::Write;
 
 fn line(text: &str) {
@@ -17,6 +18,19 @@ fn line(text: &str) {
 /// The figures of a scenario.
 pub fn figures(scenario: &str, figures: impl std::fmt::Display) {
     line(&format!("    {scenario}: {figures}"));
+}
+
+/// The figures of one move of a chain.
+pub fn moved(number: u32, report: &Report) {
+    figures(
+        &format!("move {number} over {}", report.transport),
+        format_args!(
+            "{} MiB in {:.1} s, blackout {:.0} ms",
+            report.sent() >> 20,
+            report.total_us as f64 / 1e6,
+            report.blackout_us as f64 / 1e3
+        ),
+    );
 }
 
 /// A scenario that cannot be run here, and why.

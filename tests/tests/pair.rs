@@ -71,15 +71,7 @@ fn send(node: &Node, number: u16) {
         match report.failure {
             None => {
                 assert_eq!(report.transport, name);
-                say::figures(
-                    &format!("move {number} over {name}"),
-                    format_args!(
-                        "{} MiB in {:.1} s, blackout {:.0} ms",
-                        report.sent() >> 20,
-                        report.total_us as f64 / 1e6,
-                        report.blackout_us as f64 / 1e3
-                    ),
-                );
+                say::moved(number.into(), &report);
                 return;
             }
             Some(why) if why.message.contains("refused") && Instant::now() < deadline => {

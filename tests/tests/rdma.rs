@@ -48,15 +48,7 @@ fn a_chain_alternates_between_rdma_and_tcp() {
         let report = hop_as(&node, &mut next, &choice(address, transport));
         assert_eq!(report.transport, name, "{}", declined(&report));
         assert!(report.declined.is_empty(), "{}", declined(&report));
-        say::figures(
-            &format!("move {number} over {name}"),
-            format_args!(
-                "{} MiB in {:.1} s, blackout {:.0} ms",
-                report.sent() >> 20,
-                report.total_us as f64 / 1e6,
-                report.blackout_us as f64 / 1e3
-            ),
-        );
+        say::moved(number, &report);
         node = next;
     }
     settle(&node, &guest);

@@ -9,15 +9,13 @@
 //! ```
 //! See `docs/rdma.md` for what they mean and how they were taken.
 
-use migration::memory::{Extent, PAGE_SIZE, Ram, RamRegion, RegionLayout};
+use migration::conformance::bed;
+use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::transport::{
     DestinationPlane, DestinationTransport, Lane, Session, SourcePlane, SourceTransport, Token,
 };
 use std::error::Error;
-use std::fs::File;
 use std::net::IpAddr;
-use std::os::fd::FromRawFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -56,40 +54,17 @@ fn arguments() -> Outcome<Arguments> {
     Ok(Arguments { command, to, mib, options })
 }
 
-/// RAM of one region, which is never unmapped.
-fn ram(len: u64) -> Outcome<Arc<Ram>> {
-    // SAFETY: the name is a C string, and lives for ever.
-    let fd = unsafe { libc::memfd_create(c"measure".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(std::io::Error::last_os_error().into());
-    }
-    // SAFETY: the kernel just gave us this descriptor and nobody else has it.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(len)?;
-    let access = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
-    let address = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, access, libc::MAP_SHARED, fd, 0) };
-    if address == libc::MAP_FAILED {
-        return Err(std::io::Error::last_os_error().into());
-    }
-    let address = NonNull::new(address.cast::<u8>()).ok_or("mapped at zero")?;
-    let layout = RegionLayout { guest_address: 0, len };
-    // SAFETY: the mapping is shared, readable and writable, covers the file, and stays for ever.
-    let region = unsafe { RamRegion::new(layout, address, PAGE_SIZE, file.into(), 0, Arc::new(())) };
-    Ok(Arc::new(Ram::new(vec![region])))
+/// RAM of one region.
+fn ram(len: u64) -> Arc<Ram> {
+    bed::ram_of(&[len / PAGE_SIZE])
 }
 
 /// Fills memory with noise.
-fn scramble(ram: &Ram, mib: u64) -> Outcome<()> {
+fn scramble(ram: &Ram, mib: u64) {
     let mut random = fastrand::Rng::with_seed(mib);
-    let mut noise = vec![0u8; 1 << 20];
     for at in 0..mib {
-        random.fill(&mut noise);
-        let address = ram.address(&Extent { region: 0, offset: at << 20, len: 1 << 20 })?;
-        // SAFETY: the extent is checked, and nobody else uses this memory yet.
-        unsafe { std::ptr::copy_nonoverlapping(noise.as_ptr(), address, noise.len()) };
+        bed::scramble(ram, &Extent { region: 0, offset: at << 20, len: 1 << 20 }, &mut random);
     }
-    Ok(())
 }
 
 struct Pair {
@@ -139,8 +114,8 @@ fn rate(len: u64, elapsed: Duration) -> String {
 
 fn write(arguments: &Arguments) -> Outcome<()> {
     let len = arguments.mib << 20;
-    let (source, shadow) = (ram(len)?, ram(len)?);
-    scramble(&source, arguments.mib)?;
+    let (source, shadow) = (ram(len), ram(len));
+    scramble(&source, arguments.mib);
     let (mut pair, connected) = connect(arguments, &source, &shadow)?;
     println!("connected in {:.1} ms", connected.as_secs_f64() * 1e3);
     for number in 0..2 {
@@ -167,7 +142,7 @@ fn write(arguments: &Arguments) -> Outcome<()> {
 
 fn first_byte(arguments: &Arguments) -> Outcome<()> {
     for mib in [64, 512, 2048] {
-        let (source, shadow) = (ram(mib << 20)?, ram(mib << 20)?);
+        let (source, shadow) = (ram(mib << 20), ram(mib << 20));
         // All of it exists at the source, as in a guest that has used its memory; one byte a page will do.
         for page in 0..(mib << 20) / PAGE_SIZE {
             let address = source.address(&Extent { region: 0, offset: page * PAGE_SIZE, len: 1 })?;
@@ -188,13 +163,13 @@ fn first_byte(arguments: &Arguments) -> Outcome<()> {
 
 fn register(arguments: &Arguments) -> Outcome<()> {
     let len = arguments.mib << 20;
-    let source = ram(len)?;
-    scramble(&source, arguments.mib)?;
+    let source = ram(len);
+    scramble(&source, arguments.mib);
     for chunk in [2, 4, 8, 16, 32, 64, 128] {
         let options = Options { chunk: chunk << 20, ..arguments.options.clone() };
         let arguments = Arguments { command: String::new(), options, ..*arguments };
         // The destination's memory is new every time: registering makes it exist.
-        let (mut pair, _) = connect(&arguments, &source, &ram(len)?)?;
+        let (mut pair, _) = connect(&arguments, &source, &ram(len))?;
         let began = Instant::now();
         let lane = &mut pair.plane.lanes()[0];
         // One page of every chunk: all are registered, and hardly anything is written.
@@ -217,7 +192,7 @@ fn main() -> Outcome<()> {
     let arguments = arguments()?;
     match arguments.command.as_str() {
         "connect" => {
-            let (source, shadow) = (ram(64 << 20)?, ram(64 << 20)?);
+            let (source, shadow) = (ram(64 << 20), ram(64 << 20));
             for _ in 0..10 {
                 let (pair, elapsed) = connect(&arguments, &source, &shadow)?;
                 print!("connected in {:.1} ms", elapsed.as_secs_f64() * 1e3);

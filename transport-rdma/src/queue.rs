@@ -77,6 +77,22 @@ impl QueuePair {
         code(unsafe { ibv_post_send(self.raw, first, &mut bad) })
     }
 
+    /// Posts one message, which leaves a completion with this number.
+    ///
+    /// # Safety
+    /// The message's buffer must be registered and be left alone until the request is complete.
+    pub(crate) unsafe fn post_message(&self, id: u64, mut message: ibv_sge) -> io::Result<()> {
+        // SAFETY: plain data, for which zeros are valid.
+        let mut request: ibv_send_wr = unsafe { mem::zeroed() };
+        request.wr_id = id;
+        request.sg_list = &mut message;
+        request.num_sge = 1;
+        request.opcode = ibv_wr_opcode::IBV_WR_SEND;
+        request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
+        // SAFETY: a chain of one, and the caller vouches for its buffer.
+        unsafe { self.post_send(&mut request) }
+    }
+
     /// Posts one buffer to be received into.
     ///
     /// # Safety

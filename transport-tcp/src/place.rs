@@ -282,29 +282,10 @@ fn set_low_water(stream: &TcpStream, bytes: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use migration::memory::{RamRegion, RegionLayout};
+    use migration::conformance::bed::ram_of;
     use std::io::Write;
     use std::net::TcpListener;
-    use std::ptr::NonNull;
-    use std::sync::Arc;
     use std::thread;
-
-    /// RAM of one region of this many pages, of which nothing exists.
-    fn ram(pages: u64) -> Ram {
-        let len = pages * PAGE_SIZE;
-        // SAFETY: a new memfd, which nobody else has; a shared mapping of all of it, which is never
-        // unmapped and so outlives any owner.
-        let region = unsafe {
-            let file = OwnedFd::from_raw_fd(libc::memfd_create(c"test".as_ptr(), 0));
-            assert_eq!(libc::ftruncate(file.as_raw_fd(), len as i64), 0);
-            let (rw, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-            let address = libc::mmap(std::ptr::null_mut(), len as usize, rw, shared, file.as_raw_fd(), 0);
-            assert_ne!(address, libc::MAP_FAILED);
-            let address = NonNull::new(address.cast()).unwrap();
-            RamRegion::new(RegionLayout { guest_address: 0, len }, address, PAGE_SIZE, file, 0, Arc::new(()))
-        };
-        Ram::new(vec![region])
-    }
 
     fn extent(first_page: u64, pages: u64) -> Extent {
         Extent { region: 0, offset: first_page * PAGE_SIZE, len: pages * PAGE_SIZE }
@@ -314,7 +295,7 @@ mod tests {
     /// taken off the stream that does not belong to the frame. A receiver that asks to be woken for
     /// more than comes would hang here.
     fn frames_arrive(frames: &[&[Extent]], touched: &[Extent]) {
-        let ram = ram(4096);
+        let ram = ram_of(&[4096]);
         for extent in touched {
             // SAFETY: inside the mapping; nobody else uses it.
             unsafe { ram.address(extent).unwrap().write_bytes(0xee, extent.len as usize) };
@@ -371,7 +352,7 @@ mod tests {
 
     #[test]
     fn a_stream_that_ends_is_an_error() {
-        let ram = ram(512);
+        let ram = ram_of(&[512]);
         for (touched, sent) in [(false, 4096), (true, 4096), (false, 0)] {
             if touched {
                 // SAFETY: the whole mapping; nobody else uses it.

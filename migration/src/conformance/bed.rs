@@ -90,7 +90,12 @@ pub fn extent(region: u32, page: u64, pages: u64) -> Extent {
 
 /// RAM of [`REGION_PAGES`], never touched.
 pub fn ram() -> Arc<Ram> {
-    let regions = REGION_PAGES.iter().enumerate().map(|(number, pages)| {
+    ram_of(&REGION_PAGES)
+}
+
+/// RAM with regions of so many pages, never touched.
+pub fn ram_of(region_pages: &[u64]) -> Arc<Ram> {
+    let regions = region_pages.iter().enumerate().map(|(number, pages)| {
         let layout = RegionLayout { guest_address: (number as u64) << 32, len: pages * PAGE_SIZE };
         region(layout).expect("memory for the test")
     });

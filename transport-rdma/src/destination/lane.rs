@@ -10,9 +10,7 @@ use crate::source::LANE_CREDITS;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::scan;
 use migration::transport::PlaneError;
-use rdma_sys::*;
 use std::collections::VecDeque;
-use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -88,17 +86,8 @@ impl Post {
         };
         // SAFETY: free buffers are those whose send is complete.
         let len = message::put(unsafe { self.sends.get_mut(slot) }, &message);
-        let mut sge = self.sends.sge(slot, len);
-        // SAFETY: plain data, for which zeros are valid.
-        let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
-        request.wr_id = slot as u64;
-        request.sg_list = &mut sge;
-        request.num_sge = 1;
-        request.opcode = ibv_wr_opcode::IBV_WR_SEND;
-        request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
-        request.next = ptr::null_mut();
-        // SAFETY: a chain of one, whose buffer is registered and left alone until its completion.
-        unsafe { self.queue.post_send(&mut request) }
+        // SAFETY: the buffer is registered and left alone until its completion.
+        unsafe { self.queue.post_message(slot as u64, self.sends.sge(slot, len)) }
             .map_err(|source| PlaneError::Io { what: "answering the source", source })
     }
 }

@@ -20,10 +20,8 @@ use crate::slots::Slots;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::scan;
 use migration::transport::PlaneError;
-use rdma_sys::*;
 use std::collections::VecDeque;
 use std::io;
-use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -232,16 +230,8 @@ impl Registry {
             // SAFETY: free buffers are those whose question has been answered, so it is no longer posted.
             let buffer = unsafe { state.slots.get_mut(slot) };
             let len = message::put(buffer, &Message::Request(extent));
-            let mut sge = state.slots.sge(slot, len);
-            // SAFETY: plain data, for which zeros are valid.
-            let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
-            request.sg_list = &mut sge;
-            request.num_sge = 1;
-            request.opcode = ibv_wr_opcode::IBV_WR_SEND;
-            request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
-            request.next = ptr::null_mut();
-            // SAFETY: a chain of one; its buffer is registered, and left alone until the answer has come.
-            unsafe { self.queue.post_send(&mut request) }
+            // SAFETY: the buffer is registered, and left alone until the answer has come.
+            unsafe { self.queue.post_message(0, state.slots.sge(slot, len)) }
                 .map_err(|source| PlaneError::Io { what: "asking for memory", source })?;
             state.asked.push((chunk, slot));
             state.in_queue += 1;
