@@ -37,6 +37,7 @@ pub fn run(args: &BlackoutArgs) -> anyhow::Result<Outcome> {
         memory: args.memory,
         vcpus: args.vcpus,
         working_set: args.working_set,
+        hz: None,
         fill: 0,
         populate: false,
         streams: 0,

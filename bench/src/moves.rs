@@ -28,6 +28,8 @@ pub struct Move<'a> {
     pub vcpus: u32,
     /// Bytes that the guest keeps rewriting.
     pub working_set: u64,
+    /// Timer interrupts a second, `None` for the guest's default.
+    pub hz: Option<u32>,
     /// Bytes filled with random content before the guest starts.
     pub fill: u64,
     /// Whether the destination populates its memory before data may come.
@@ -75,7 +77,8 @@ impl Move<'_> {
             ("--fill", number(self.fill)),
             ("--serial", "none".into()),
         ];
-        let run = std::iter::once("run".to_string()).chain(run.into_iter().flat_map(|(k, v)| [k.into(), v]));
+        let run = run.into_iter().chain(self.hz.map(|hz| ("--timer-hz", number(hz.into()))));
+        let run = std::iter::once("run".to_string()).chain(run.flat_map(|(k, v)| [k.into(), v]));
         let mut source = Node::start(self.program, folder.path(), "source", run)?;
         source.expect("running")?;
         source.wait_guest("the guest's start", READY, |guest| guest.state == "running")?;

@@ -36,6 +36,7 @@ pub fn run(args: &UntouchedArgs) -> anyhow::Result<Outcome> {
         memory: args.memory,
         vcpus: 1,
         working_set: 0,
+        hz: None,
         fill: 0,
         populate: false,
         streams: 0,

@@ -112,7 +112,7 @@ fn with_fewer_cpu_features() {
     // Itanium emulation: a bit that no KVM offers.
     config.cpuid.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| entry.edx |= 1 << 30);
     let machine = Machine::build(&host, config).unwrap();
-    Workload { vcpus: 1, working_set: 1 << 20, rate: 0, fill: 0 }.boot(&machine).unwrap();
+    Workload { vcpus: 1, working_set: 1 << 20, rate: 0, hz: None, fill: 0 }.boot(&machine).unwrap();
     machine.resume().unwrap();
     let report = move_away(&machine, address);
     assert_eq!(report.verdict, Verdict::Stayed);

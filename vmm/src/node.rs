@@ -39,9 +39,16 @@ pub enum Error {
         /// The end of its error output.
         stderr: String,
     },
-    /// Its API.
-    #[error(transparent)]
-    Api(#[from] crate::api::Error),
+    /// Its API refused, or the process is gone: what it said last tells why.
+    #[error("{source}; events: {events:?}; error output: {stderr}")]
+    Api {
+        /// What the API said.
+        source: crate::api::Error,
+        /// The events that nobody has read yet.
+        events: Vec<String>,
+        /// Its error output.
+        stderr: String,
+    },
     /// Something did not happen in time.
     #[error("{what} did not happen within {patience:?}")]
     Timeout {
@@ -94,7 +101,11 @@ impl Node {
             let lines = BufReader::new(stdout).lines().map_while(Result::ok);
             lines.map(|line| sender.send(line)).take_while(Result::is_ok).for_each(drop);
         });
-        let api = Client::new(&api_path)?;
+        let api = Client::new(&api_path).map_err(|source| Error::Api {
+            source,
+            events: Vec::new(),
+            stderr: String::new(),
+        })?;
         Ok(Node { program: program.into(), child, events, stderr, api_path, api })
     }
 
@@ -165,6 +176,15 @@ impl Node {
         Error::Unexpected { expected, said, stderr: self.stderr() }
     }
 
+    /// What the API answered; a refusal with all that the process can say about it.
+    fn told<T>(&self, answer: Result<T, crate::api::Error>) -> Result<T, Error> {
+        answer.map_err(|source| Error::Api {
+            source,
+            events: self.events.try_iter().collect(),
+            stderr: self.stderr(),
+        })
+    }
+
     /// What it has written to its error output.
     pub fn stderr(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap_or_default()
@@ -190,7 +210,7 @@ impl Node {
     /// # Errors
     /// [`Error::Api`].
     pub fn status(&self) -> Result<Vm, Error> {
-        Ok(self.api.get("/v1/vm")?)
+        self.told(self.api.get("/v1/vm"))
     }
 
     /// Waits until the guest's own record satisfies `wanted`.
@@ -222,7 +242,7 @@ impl Node {
     /// # Errors
     /// [`Error::Api`] when it is refused.
     pub fn migrate(&self, request: &MigrationRequest) -> Result<Migration, Error> {
-        Ok(self.api.call(Method::POST, "/v1/migration", request)?)
+        self.told(self.api.call(Method::POST, "/v1/migration", request))
     }
 
     /// The migration under way, or the last one.
@@ -230,7 +250,7 @@ impl Node {
     /// # Errors
     /// [`Error::Api`], also when there was none yet.
     pub fn migration(&self) -> Result<Migration, Error> {
-        Ok(self.api.get("/v1/migration")?)
+        self.told(self.api.get("/v1/migration"))
     }
 
     /// Calls the migration off.
@@ -238,7 +258,7 @@ impl Node {
     /// # Errors
     /// [`Error::Api`] when none is under way, or it is too late.
     pub fn cancel(&self) -> Result<Migration, Error> {
-        Ok(self.api.call(Method::DELETE, "/v1/migration", &())?)
+        self.told(self.api.call(Method::DELETE, "/v1/migration", &()))
     }
 
     /// Lets a paused guest run on; a held one only by `force`.
@@ -246,7 +266,7 @@ impl Node {
     /// # Errors
     /// [`Error::Api`] when it is refused.
     pub fn resume(&self, force: bool) -> Result<(), Error> {
-        Ok(self.api.call(Method::PUT, &format!("/v1/vm/resume?force={force}"), &())?)
+        self.told(self.api.call(Method::PUT, &format!("/v1/vm/resume?force={force}"), &()))
     }
 
     /// Waits for the migration's end; its report is then present.
@@ -272,7 +292,7 @@ impl Node {
     /// # Errors
     /// When it does not listen, or does not end in ten seconds.
     pub fn quit(&mut self) -> Result<ExitStatus, Error> {
-        let _: Value = self.api.call(Method::PUT, "/v1/vm/quit", &())?;
+        let _: Value = self.told(self.api.call(Method::PUT, "/v1/vm/quit", &()))?;
         self.wait_exit(Duration::from_secs(10))
     }
 

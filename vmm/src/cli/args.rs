@@ -75,6 +75,10 @@ pub struct WorkloadArgs {
     /// Pages that it rewrites each second; 0 for as many as it can
     #[arg(long, default_value_t = 0)]
     pub rate: u64,
+    /// Timer interrupts a second on each of its virtual CPUs; by default 1000 of a guest that sleeps, to look at
+    /// the clock at each, and 100 of one that never does
+    #[arg(long, value_parser = clap::value_parser!(u32).range(20..=10_000))]
+    pub timer_hz: Option<u32>,
     /// Memory to fill with random content before it starts, beside its working set
     #[arg(long, default_value = "0", value_parser = size)]
     pub fill: u64,

@@ -36,6 +36,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
                 vcpus: args.machine.vcpus,
                 working_set: args.workload.working_set,
                 rate: args.workload.rate,
+                hz: args.workload.timer_hz,
                 fill: args.workload.fill,
             };
             workload.boot(&machine)?;

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 /// The guest's ELF file.
 pub const ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 
-/// Timer interrupts a second: a guest that always works looks at the clock anyway, one that sleeps only
+/// Timer interrupts a second where nothing is asked for: a guest that always works looks at the clock anyway, one that sleeps only
 /// when it is woken.
 const BUSY_HZ: u32 = 100;
 const SLEEPY_HZ: u32 = 1000;
@@ -24,6 +24,8 @@ pub struct Workload {
     pub working_set: u64,
     /// Pages rewritten each second; 0 for as many as it can.
     pub rate: u64,
+    /// Timer interrupts a second on each vCPU; `None` for what suits the rest.
+    pub hz: Option<u32>,
     /// Bytes of RAM to be filled with random content before it starts, beside its working set. Cut
     /// down to the RAM there is.
     pub fill: u64,
@@ -34,7 +36,7 @@ impl Workload {
     /// `words=512` checks whole pages, `step=7` scatters the writes (`guest/options.rs`).
     pub fn command_line(&self) -> String {
         let sleeps = self.working_set == 0 || self.rate != 0;
-        let hz = if sleeps { SLEEPY_HZ } else { BUSY_HZ };
+        let hz = self.hz.unwrap_or(if sleeps { SLEEPY_HZ } else { BUSY_HZ });
         format!("vcpus={} ws={} rate={} hz={hz}", self.vcpus, self.working_set, self.rate)
     }
 
@@ -99,12 +101,14 @@ mod tests {
 
     #[test]
     fn the_guest_is_told_what_to_do() {
-        let busy = Workload { vcpus: 2, working_set: 64 << 20, rate: 0, fill: 0 };
+        let busy = Workload { vcpus: 2, working_set: 64 << 20, rate: 0, hz: None, fill: 0 };
         assert_eq!(busy.command_line(), "vcpus=2 ws=67108864 rate=0 hz=100");
         let slow = Workload { rate: 5, ..busy.clone() };
         assert_eq!(slow.command_line(), "vcpus=2 ws=67108864 rate=5 hz=1000");
         let idle = Workload { working_set: 0, ..busy };
         assert_eq!(idle.command_line(), "vcpus=2 ws=0 rate=0 hz=1000");
+        let drowsy = Workload { hz: Some(20), ..idle };
+        assert_eq!(drowsy.command_line(), "vcpus=2 ws=0 rate=0 hz=20");
     }
 
     #[test]
