@@ -34,6 +34,12 @@ def parser(usage, description, epilog):
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set or pass on a variable")
     add("--rw", action="append", default=[], metavar="DIR", help="directory that the VM may write, same path inside")
     add("--load", action="append", default=[], metavar="MODULE", help="load a further kernel module")
+    add(
+        "--low-guests",
+        action="store_true",
+        help="nested guests stay in the lower half of the address space, as Linux does not: if the command fails "
+        "and one was seen elsewhere, the emulator mixed it up, and the exit code is 125",
+    )
     add("--logs", metavar="DIR", help="keep console.log (kernel messages) and qemu.log there")
     add("-v", "--verbose", action="store_true", help="say when the command starts")
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help=argparse.SUPPRESS)
@@ -64,6 +70,7 @@ def settings(options):
         writable=[writable_directory("--rw", name) for name in options.rw],
         modules=options.load,
         logs=writable_directory("--logs", options.logs) if options.logs else None,
+        low_guests=options.low_guests,
         verbose=options.verbose,
     )
 

@@ -40,6 +40,7 @@ class Settings:
     modules: list = field(default_factory=list)
     # Where console and QEMU logs stay; None: a temporary directory.
     logs: Path | None = None
+    low_guests: bool = False
     verbose: bool = False
 
 
@@ -136,6 +137,7 @@ class Vm:
             "LAB_HOSTNAME": "lab" if node.link == "veth" else f"lab-{node.name}",
             "LAB_ADDR": node.address,
             "LAB_MTU": settings.mtu,
+            "LAB_LOW_GUESTS": "1" if settings.low_guests else "",
         }
         lines = [f"{name}={shlex.quote(str(value))}\n" for name, value in config.items()]
         (job / "config").write_text("".join(lines))
