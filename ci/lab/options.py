@@ -37,8 +37,8 @@ def parser(usage, description, epilog):
     add(
         "--low-guests",
         action="store_true",
-        help="nested guests stay in the lower half of the address space, as Linux does not: if the command fails "
-        "and one was seen elsewhere, the emulator mixed it up, and the exit code is 125",
+        help="nested guests stay in the lower half of the address space, as Linux does not, and never triple-fault: "
+        "if the command fails and one did either, the emulator mixed it up, and the exit code is 125",
     )
     add("--logs", metavar="DIR", help="keep console.log (kernel messages) and qemu.log there")
     add("-v", "--verbose", action="store_true", help="say when the command starts")

@@ -1,6 +1,6 @@
 //! Guest RAM as the engine and the transports see it: regions, extents and their bounds.
 //!
-//! A [`Ram`] is a list of regions, each one mapping of one memfd. Both sides of a migration hold
+//! A [`Ram`] is a list of regions, each one mapping of one or more memfds. Both sides of a migration hold
 //! equal lists (the layout is agreed on in Prepare), so that an [`Extent`] names the same bytes at
 //! both ends. Nobody reads or writes through an extent that [`Ram::check`] has not passed.
 
@@ -45,12 +45,16 @@ pub struct OutOfBounds {
 }
 
 /// One contiguous mapping of guest RAM.
+///
+/// The files behind it follow each other, each holding a *part* of the same length; only the last may be shorter.
+/// There are several of them because the kernel lets one thread at a time write to a file, and a transport may
+/// want to write by file. Both sides are free to cut their regions differently.
 pub struct RamRegion {
     layout: RegionLayout,
     address: NonNull<u8>,
     backing_page: u64,
-    file: OwnedFd,
-    file_offset: u64,
+    files: Vec<OwnedFd>,
+    part_len: u64,
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -64,21 +68,25 @@ unsafe impl Sync for RamRegion {}
 impl RamRegion {
     /// Describes a mapping of guest RAM.
     ///
-    /// `file` (a memfd or a hugetlbfs file) holds the same bytes from `file_offset` on;
-    /// `backing_page` is the size in bytes of the pages behind it (4096, or a huge page's size).
+    /// `files` (memfds or hugetlbfs files) hold the same bytes, `part_len` in each; `backing_page` is the size in
+    /// bytes of the pages behind it (4096, or a huge page's size).
+    ///
+    /// # Panics
+    /// When the files are not as many as there are parts.
     ///
     /// # Safety
-    /// `address..address + layout.len` must be a shared, readable and writable mapping of that
-    /// file range, and must stay mapped for as long as `owner` lives.
+    /// `address..address + layout.len` must be a shared, readable and writable mapping of those
+    /// files, each from its start, and must stay mapped for as long as `owner` lives.
     pub unsafe fn new(
         layout: RegionLayout,
         address: NonNull<u8>,
         backing_page: u64,
-        file: OwnedFd,
-        file_offset: u64,
+        files: Vec<OwnedFd>,
+        part_len: u64,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        RamRegion { layout, address, backing_page, file, file_offset, _owner: owner }
+        assert_eq!(files.len() as u64, layout.len.div_ceil(part_len), "a file for each part");
+        RamRegion { layout, address, backing_page, files, part_len, _owner: owner }
     }
 
     /// Where it lies in the guest, and its length.
@@ -108,15 +116,44 @@ impl RamRegion {
         self.backing_page
     }
 
-    /// The file behind the mapping.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// How many parts it has.
+    pub fn parts(&self) -> usize {
+        self.files.len()
     }
 
-    /// Where in [`file`](Self::file) the region's first byte is.
-    pub fn file_offset(&self) -> u64 {
-        self.file_offset
+    /// Length in bytes of each part but the last, which may be shorter.
+    pub fn part_len(&self) -> u64 {
+        self.part_len
     }
+
+    /// Where `len` bytes from `offset` are in the files: a piece for each part that they touch. What lies beyond
+    /// the region is left out.
+    pub fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = Piece<'_>> {
+        let end = offset.saturating_add(len).min(self.len());
+        let mut at = offset;
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let (part, in_file) = ((at / self.part_len) as usize, at % self.part_len);
+            let len = (self.part_len - in_file).min(end - at);
+            at += len;
+            Some(Piece { file: self.files[part].as_fd(), part, offset: in_file, len })
+        })
+    }
+}
+
+/// Bytes of a region that are in one file.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// The file.
+    pub file: BorrowedFd<'a>,
+    /// Number of the part.
+    pub part: usize,
+    /// Where in the file they begin.
+    pub offset: u64,
+    /// How many they are.
+    pub len: u64,
 }
 
 /// All of a machine's RAM.

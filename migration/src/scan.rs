@@ -41,21 +41,24 @@ pub fn existing(region: &RamRegion, first: u64, pages: u64, mut each: impl FnMut
     }
 }
 
-/// The first page in `at..end` that exists in a 4 KiB memfd.
-fn next_data(region: &RamRegion, at: u64, end: u64) -> Option<u64> {
-    if at >= end {
-        return None;
+/// The first page in `at..end` that exists in 4 KiB memfds.
+fn next_data(region: &RamRegion, mut at: u64, end: u64) -> Option<u64> {
+    for piece in region.pieces(at * PAGE_SIZE, end.saturating_sub(at) * PAGE_SIZE) {
+        // SAFETY: lseek takes no pointers; the descriptor is borrowed from the region. Moving the
+        // shared file position disturbs nobody: all other access is positional.
+        let data = unsafe { libc::lseek(piece.file.as_raw_fd(), piece.offset as i64, libc::SEEK_DATA) };
+        match u64::try_from(data) {
+            Ok(data) if data < piece.offset + piece.len => {
+                return Some(at + (data - piece.offset) / PAGE_SIZE);
+            }
+            Ok(_) => {}
+            // ENXIO: nothing but a hole up to the end of the file. Anything else is no answer.
+            Err(_) if std::io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => {}
+            Err(_) => return Some(at),
+        }
+        at += piece.len / PAGE_SIZE;
     }
-    let (fd, base) = (region.file().as_raw_fd(), region.file_offset());
-    // SAFETY: lseek takes no pointers; the descriptor is borrowed from the region. Moving the
-    // shared file position disturbs nobody: all other access is positional.
-    let data = unsafe { libc::lseek(fd, (base + at * PAGE_SIZE) as i64, libc::SEEK_DATA) };
-    match u64::try_from(data) {
-        Ok(data) => Some((data - base) / PAGE_SIZE).filter(|data| *data < end),
-        // ENXIO: nothing but a hole up to the end of the file. Anything else is no answer.
-        Err(_) if std::io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => None,
-        Err(_) => Some(at),
-    }
+    None
 }
 
 /// Which pages of a stretch were resident when it was looked at. A page that was stays existent:
@@ -178,10 +181,10 @@ mod tests {
             unsafe { region.address().add((page * PAGE_SIZE) as usize).write_volatile(1) };
         }
         for page in filed {
-            let offset = (page * PAGE_SIZE) as i64;
+            let piece = region.pieces(page * PAGE_SIZE, 1).next().unwrap();
+            let (fd, offset) = (piece.file.as_raw_fd(), piece.offset as i64);
             // SAFETY: one byte is read from a live array.
-            let put = unsafe { libc::pwrite(region.file().as_raw_fd(), [1u8].as_ptr().cast(), 1, offset) };
-            assert_eq!(put, 1);
+            assert_eq!(unsafe { libc::pwrite(fd, [1u8].as_ptr().cast(), 1, offset) }, 1);
         }
         let mut all: Vec<u64> = mapped.into_iter().chain(filed).collect();
         all.sort_unstable();

@@ -147,6 +147,13 @@ pub trait SourcePlane: Send {
 
     /// A handle that stops all lanes.
     fn interrupter(&self) -> Arc<dyn Interrupt>;
+
+    /// Whether its lanes get on better in different parts of a region (see
+    /// [`RamRegion`](crate::memory::RamRegion)) than close to each other, as they do where memory is gone through
+    /// in order.
+    fn spreads(&self) -> bool {
+        false
+    }
 }
 
 /// One ordered stream of writes.

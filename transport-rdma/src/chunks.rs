@@ -90,7 +90,7 @@ mod tests {
             let layout = RegionLayout { guest_address: 0, len };
             let file = File::open("/dev/null").unwrap().into();
             // SAFETY: nobody looks at the memory, which these tests do not have.
-            unsafe { RamRegion::new(layout, NonNull::dangling(), backing, file, 0, Arc::new(())) }
+            unsafe { RamRegion::new(layout, NonNull::dangling(), backing, vec![file], len, Arc::new(())) }
         });
         Ram::new(regions.collect())
     }

@@ -8,8 +8,9 @@
 //! through a pipe: the kernel then allocates a page knowing that all of it will be written. It is the same
 //! single copy, without the fault and without the clearing.
 //!
-//! The kernel lets one thread at a time write to a file, and lets the others spin for their turn. So a stream
-//! that finds another one at it does not wait: it has the extent's pages made in one go (`MADV_POPULATE_WRITE`,
+//! The kernel lets one thread at a time write to a file, and lets the others spin for their turn. So guest RAM is
+//! in several files, and the source sends from each in turn; and a stream that finds another one at its file does
+//! not wait: it has the extent's pages made in one go (`MADV_POPULATE_WRITE`,
 //! which spares the single faults and needs no such lock) and receives into them through the mapping. That is
 //! more work than writing the file, and less than an idle processor.
 //!
@@ -17,7 +18,7 @@
 //! the middle of a large frame it asks to be woken for [`BATCH`] bytes or more. It may ask so only while at
 //! least that many bytes of the frame are still to come, or it would sleep for ever over the frame's end.
 
-use migration::memory::{Extent, PAGE_SIZE, Ram};
+use migration::memory::{Extent, PAGE_SIZE, Piece, Ram, RamRegion};
 use migration::scan;
 use std::io;
 use std::net::TcpStream;
@@ -33,12 +34,13 @@ const BATCH: u64 = 512 << 10;
 /// From this length on it is worth asking whether an extent exists.
 const SPLICE_FROM: u64 = 64 << 10;
 
-/// Whose turn it is to write to each region's file; shared by all streams of a session.
-pub(crate) struct Turns(Vec<Mutex<()>>);
+/// Whose turn it is to write to each part of each region; shared by all streams of a session.
+pub(crate) struct Turns(Vec<Vec<Mutex<()>>>);
 
 impl Turns {
     pub(crate) fn new(ram: &Ram) -> Self {
-        Turns(ram.regions().iter().map(|_| Mutex::new(())).collect())
+        let parts = |region: &RamRegion| (0..region.parts()).map(|_| Mutex::new(())).collect();
+        Turns(ram.regions().iter().map(parts).collect())
     }
 }
 
@@ -69,23 +71,29 @@ impl Placer {
         let mut iovecs = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_IOVECS];
         let mut filled = 0;
         for extent in extents {
-            let address = ram.address(extent).map_err(io::Error::other)?;
-            if extent.len >= SPLICE_FROM && self.is_new(ram, extent) {
-                match turns.0[extent.region as usize].try_lock() {
-                    Err(TryLockError::WouldBlock) => populate(address, extent.len),
-                    _turn => {
-                        self.receive(stream, &mut iovecs[..filled])?;
-                        filled = 0;
-                        self.splice(stream, ram, extent)?;
-                        continue;
+            let region = ram.check(extent).map_err(io::Error::other)?;
+            let mut at = extent.offset;
+            for piece in region.pieces(extent.offset, extent.len) {
+                let address = region.address().wrapping_add(at as usize);
+                if piece.len >= SPLICE_FROM && self.is_new(region, at) {
+                    match turns.0[extent.region as usize][piece.part].try_lock() {
+                        Err(TryLockError::WouldBlock) => populate(address, piece.len),
+                        _turn => {
+                            self.receive(stream, &mut iovecs[..filled])?;
+                            filled = 0;
+                            self.splice(stream, &piece)?;
+                            at += piece.len;
+                            continue;
+                        }
                     }
                 }
-            }
-            iovecs[filled] = libc::iovec { iov_base: address.cast(), iov_len: extent.len as usize };
-            filled += 1;
-            if filled == MAX_IOVECS {
-                self.receive(stream, &mut iovecs)?;
-                filled = 0;
+                at += piece.len;
+                iovecs[filled] = libc::iovec { iov_base: address.cast(), iov_len: piece.len as usize };
+                filled += 1;
+                if filled == MAX_IOVECS {
+                    self.receive(stream, &mut iovecs)?;
+                    filled = 0;
+                }
             }
         }
         self.receive(stream, &mut iovecs[..filled])?;
@@ -93,15 +101,14 @@ impl Placer {
         self.wake_at(stream, 1)
     }
 
-    /// Whether an extent's first page does not exist, and the extent can be written as a file. Either way
-    /// of placing is right for any extent; this only chooses the cheaper one.
-    fn is_new(&mut self, ram: &Ram, extent: &Extent) -> bool {
-        let Ok(region) = ram.check(extent) else { return false };
+    /// Whether the page at `offset` does not exist, and what begins there can be written as a file. Either way
+    /// of placing is right for any memory; this only chooses the cheaper one.
+    fn is_new(&mut self, region: &RamRegion, offset: u64) -> bool {
         if region.backing_page() > PAGE_SIZE || self.no_pipe {
             return false;
         }
         let mut new = true;
-        scan::existing(region, extent.offset / PAGE_SIZE, 1, |_, _| new = false);
+        scan::existing(region, offset / PAGE_SIZE, 1, |_, _| new = false);
         if new && self.pipe.is_none() {
             self.pipe = Pipe::new().ok();
             self.no_pipe = self.pipe.is_none();
@@ -148,8 +155,8 @@ impl Placer {
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
             message.msg_iov = iovecs[first..].as_mut_ptr();
             message.msg_iovlen = count;
-            // SAFETY: the iovecs describe writable guest memory: `Ram::address` has checked each
-            // against its region, whose mapping `ram` keeps alive, and the last was only made shorter.
+            // SAFETY: the iovecs describe writable guest memory: pieces of extents that `Ram::check` has passed,
+            // whose mapping `ram` keeps alive, and the last was only made shorter.
             // No reference to guest memory exists in this process while the kernel writes.
             let got = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_WAITALL) };
             iovecs[last].iov_len += surplus;
@@ -160,11 +167,10 @@ impl Placer {
         Ok(())
     }
 
-    /// Writes an extent to its memfd. The caller has the turn.
-    fn splice(&mut self, stream: &TcpStream, ram: &Ram, extent: &Extent) -> io::Result<()> {
-        let region = ram.check(extent).map_err(io::Error::other)?;
-        let mut offset = (region.file_offset() + extent.offset) as libc::loff_t;
-        let mut wanted = extent.len;
+    /// Writes a piece to its file. The caller has the turn.
+    fn splice(&mut self, stream: &TcpStream, piece: &Piece<'_>) -> io::Result<()> {
+        let mut offset = piece.offset as libc::loff_t;
+        let mut wanted = piece.len;
         while wanted > 0 {
             let most = self.allowance(stream)?.min(wanted);
             let Some(pipe) = &self.pipe else { return Err(io::ErrorKind::BrokenPipe.into()) };
@@ -172,7 +178,7 @@ impl Placer {
             self.left -= held;
             wanted -= held;
             while held > 0 {
-                held -= pipe.drain(region.file().as_raw_fd(), &mut offset, held)?;
+                held -= pipe.drain(piece.file.as_raw_fd(), &mut offset, held)?;
             }
         }
         Ok(())

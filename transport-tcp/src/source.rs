@@ -110,6 +110,11 @@ impl SourcePlane for TcpPlane {
     fn interrupter(&self) -> Arc<dyn Interrupt> {
         Arc::clone(&self.interrupter) as Arc<dyn Interrupt>
     }
+
+    /// The destination writes files, and each best by one stream at a time.
+    fn spreads(&self) -> bool {
+        true
+    }
 }
 
 struct TcpLane {
@@ -163,12 +168,9 @@ impl TcpLane {
                 batch.add(address, extent.len as usize, more)?;
             } else {
                 batch.flush(true)?;
-                send_file(
-                    &self.stream,
-                    region.file().as_raw_fd(),
-                    region.file_offset() + extent.offset,
-                    extent.len,
-                )?;
+                for piece in region.pieces(extent.offset, extent.len) {
+                    send_file(&self.stream, piece.file.as_raw_fd(), piece.offset, piece.len)?;
+                }
             }
         }
         batch.flush(false)

@@ -2,7 +2,8 @@
 //!
 //! RAM is cut into chunks. Each lane has a thread that takes the next chunk nobody has taken,
 //! marks its pages clean, looks at them and sends what is not zero; so lanes share the scanning
-//! as well as the sending, and a slow lane just takes fewer chunks. A page travels at most once in
+//! as well as the sending, and a slow lane just takes fewer chunks. They come in the order of their addresses, or
+//! from each part of a region in turn (`SourcePlane::spreads`). A page travels at most once in
 //! a round, and every lane ends the round with a barrier, so that no write of the next round can
 //! overtake one of this.
 //!
@@ -69,12 +70,16 @@ pub(super) struct Rounds<'a> {
     machine: &'a dyn SourceMachine,
     ram: &'a Ram,
     monitor: &'a Monitor,
+    /// By address.
     chunks: Vec<Chunk>,
+    /// The same, from each part of a region in turn.
+    spread: Vec<Chunk>,
 }
 
 /// What the lanes of one round share.
 struct Shared<'a> {
     rounds: &'a Rounds<'a>,
+    chunks: &'a [Chunk],
     set: &'a DirtySet,
     manner: Manner,
     next: AtomicUsize,
@@ -93,7 +98,12 @@ impl<'a> Rounds<'a> {
                 words: CHUNK_WORDS.min(words - first_word),
             }));
         }
-        Rounds { machine, ram, monitor, chunks }
+        let mut spread = chunks.clone();
+        spread.sort_by_key(|chunk| {
+            let part = (ram.regions()[chunk.region].part_len() / (WORD_PAGES * PAGE_SIZE)).max(1) as usize;
+            (chunk.region, chunk.first_word % part, chunk.first_word)
+        });
+        Rounds { machine, ram, monitor, chunks, spread }
     }
 
     /// Sends `set` and waits until the destination has confirmed it.
@@ -111,8 +121,9 @@ impl<'a> Rounds<'a> {
         let bytes = set.bytes();
         self.monitor.round_begins(manner.round, bytes);
         let interrupter = plane.interrupter();
-        let shared =
-            Shared { rounds: self, set, manner, next: AtomicUsize::new(0), stop: AtomicBool::new(false) };
+        let chunks = if plane.spreads() { &self.spread } else { &self.chunks };
+        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let shared = Shared { rounds: self, chunks, set, manner, next, stop };
         let lanes = plane.lanes();
         let wanted = if bytes <= SINGLE_LANE_BYTES { 1 } else { lanes.len() };
         let Some((mine, others)) = lanes[..wanted].split_first_mut() else {
@@ -189,7 +200,7 @@ impl Shared<'_> {
     fn drive(&self, lane: &mut dyn Lane) -> Result<Sent, Failure> {
         let mut sent = Sent::default();
         let mut scratch = Scratch::default();
-        while let Some(chunk) = self.rounds.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(chunk) = self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             if self.rounds.monitor.cancelled() {
                 return Err(cancelled());
             }

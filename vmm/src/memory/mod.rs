@@ -1,8 +1,12 @@
-//! Guest RAM: one memfd per region, mapped shared.
+//! Guest RAM: memfds, mapped shared.
 //!
 //! A memfd rather than anonymous memory, because a migration wants to ask what of it exists
 //! (`SEEK_DATA`), to send it by file (`sendfile`), and to share it with other processes. Nothing is
 //! touched when it is mapped: RAM that the guest never wrote costs nothing here and is never sent.
+//!
+//! A region of small pages is made of several memfds ([`PARTS`]), mapped one behind the other: a destination fills
+//! RAM that does not exist yet by writing to the file, and the kernel lets one thread at a time write to a file. KVM
+//! and `vm-memory` see one region all the same, so that a device's buffer may lie anywhere.
 
 pub mod host;
 pub mod layout;
@@ -15,11 +19,11 @@ use migration::memory::{PAGE_SIZE, Ram, RamRegion, RegionLayout};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 
 /// Guest memory as `vm-memory` sees it, with the VMM's own writes logged.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<WriteLog>;
@@ -214,18 +218,42 @@ impl GuestRam {
 
 type Mapped = (Arc<GuestRegionMmap<WriteLog>>, RamRegion);
 
+/// Memfds behind a region of small pages: twice the default number of streams, for which two streams rarely
+/// meet at one of them.
+const PARTS: u64 = 8;
+
+/// What a part's length is a multiple of, in bytes: no piece that the engine hands to a stream lies in two parts.
+const PART_UNIT: u64 = 8 << 20;
+
 fn map_region(number: usize, layout: RegionLayout, pages: PageSize) -> Result<Mapped, Error> {
-    let file = create_memfd(number, layout.len, pages)?;
-    let duplicate: OwnedFd =
-        file.try_clone().map_err(|source| Error::System { what: "duplicate", source })?.into();
     let len = layout.len as usize;
-    let mapping = MmapRegionBuilder::new_with_bitmap(len, WriteLog::new(len))
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED)
-        .with_file_offset(FileOffset::new(file, 0))
-        .with_hugetlbfs(pages != PageSize::Small)
-        .build()?;
+    let (builder, part_len, files) = if pages == PageSize::Small {
+        let part_len = layout.len.div_ceil(PARTS).next_multiple_of(PART_UNIT);
+        let starts = (0..layout.len).step_by(part_len as usize);
+        let sizes = starts.map(|start| part_len.min(layout.len - start));
+        let files: Result<Vec<File>, Error> =
+            sizes.enumerate().map(|(part, len)| create_memfd(number, part, len, pages)).collect();
+        // A place to map them into, which `vm-memory` unmaps as a whole.
+        let builder = MmapRegionBuilder::new_with_bitmap(len, WriteLog::new(len))
+            .with_mmap_prot(libc::PROT_NONE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        (builder, part_len, files?)
+    } else {
+        // Only hugetlbfs itself finds a place that is aligned for it; nobody writes to such a file.
+        let file = create_memfd(number, 0, layout.len, pages)?;
+        let duplicate = file.try_clone().map_err(|source| Error::System { what: "duplicate", source })?;
+        let builder = MmapRegionBuilder::new_with_bitmap(len, WriteLog::new(len))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED)
+            .with_file_offset(FileOffset::new(duplicate, 0))
+            .with_hugetlbfs(true);
+        (builder, layout.len, vec![file])
+    };
+    let mapping = builder.build()?;
     let address = NonNull::new(mapping.as_ptr()).ok_or_else(|| Error::last("map"))?;
+    if pages == PageSize::Small {
+        map_parts(&mapping, part_len, &files)?;
+    }
     // A core dump with the guest's memory in it would be as large as the guest, and its secrets.
     // SAFETY: the range is exactly the mapping built above; the advice changes no content.
     if unsafe { libc::madvise(address.as_ptr().cast(), len, libc::MADV_DONTDUMP) } != 0 {
@@ -233,14 +261,31 @@ fn map_region(number: usize, layout: RegionLayout, pages: PageSize) -> Result<Ma
     }
     let region =
         Arc::new(GuestRegionMmap::new(mapping, GuestAddress(layout.guest_address)).ok_or(Error::Layout)?);
-    // SAFETY: the mapping is shared, readable and writable, covers `len` bytes of the memfd from 0,
-    // and lives as long as `region`, of which the owner below is a reference.
-    let ram = unsafe { RamRegion::new(layout, address, pages.bytes(), duplicate, 0, region.clone()) };
+    let files = files.into_iter().map(OwnedFd::from).collect();
+    // SAFETY: the mapping is shared, readable and writable, covers the files one behind the other, `part_len` bytes
+    // of each and what is left of the last, and lives as long as `region`, of which the owner below is a reference.
+    let ram = unsafe { RamRegion::new(layout, address, pages.bytes(), files, part_len, region.clone()) };
     Ok((region, ram))
 }
 
-fn create_memfd(number: usize, len: u64, pages: PageSize) -> Result<File, Error> {
-    let name = std::ffi::CString::new(format!("guest-ram-{number}")).unwrap_or_default();
+/// Maps `files` one behind the other in the place of an anonymous mapping.
+fn map_parts(mapping: &MmapRegion<WriteLog>, part_len: u64, files: &[File]) -> Result<(), Error> {
+    for (start, file) in (0..mapping.size()).step_by(part_len as usize).zip(files) {
+        let len = (part_len as usize).min(mapping.size() - start);
+        let (at, access) = (mapping.as_ptr().wrapping_add(start), libc::PROT_READ | libc::PROT_WRITE);
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        // SAFETY: the range lies inside the mapping, which nobody has used yet; the one that takes its place goes
+        // away with it.
+        let mapped = unsafe { libc::mmap(at.cast(), len, access, flags, file.as_raw_fd(), 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(Error::last("map"));
+        }
+    }
+    Ok(())
+}
+
+fn create_memfd(region: usize, part: usize, len: u64, pages: PageSize) -> Result<File, Error> {
+    let name = std::ffi::CString::new(format!("guest-ram-{region}.{part}")).unwrap_or_default();
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | pages.memfd_flags();
     // SAFETY: `name` is a valid C string for the duration of the call.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
