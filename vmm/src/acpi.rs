@@ -95,8 +95,7 @@ fn fadt(facs: u32, dsdt: u64) -> Vec<u8> {
         .firmware_ctrl_32(facs)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        // Both of these say that there is no such button among the fixed registers.
-        .flag(Flags::PwrButton)
+        // This says that there is no such button among the fixed registers. A power button there is.
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
         .flag(Flags::ResetRegSup);

@@ -44,9 +44,9 @@ pub struct Devices {
 
 impl Devices {
     /// A machine's devices, paused.
-    pub fn new(serial: SerialPort, virtio: Vec<Arc<VirtioFunction>>) -> Self {
+    pub fn new(serial: SerialPort, power: Power, virtio: Vec<Arc<VirtioFunction>>) -> Self {
         let pci = Bus::new(virtio.iter().map(|f| f.clone() as Arc<dyn Function>).collect());
-        Devices { serial, power: Power::default(), pci, virtio }
+        Devices { serial, power, pci, virtio }
     }
 
     /// The serial port.

@@ -164,6 +164,23 @@ impl Instance {
         Ok(())
     }
 
+    /// Presses the guest's power button: whether and when it shuts down is its own business.
+    ///
+    /// # Errors
+    /// While it is being moved, does not run, or does not listen to the button.
+    pub fn shutdown(&self) -> Result<(), Failure> {
+        let inner = self.lock();
+        inner.refuse_unless_ours()?;
+        if inner.hold != Hold::None {
+            return Err(busy("the guest is paused and would not notice; resume it first"));
+        }
+        if self.machine.press_power_button() {
+            Ok(())
+        } else {
+            Err(busy("the guest does not listen to its power button; `whimbrel quit` ends it all the same"))
+        }
+    }
+
     /// Calls a migration off, stops the machine and ends the process.
     pub fn quit(&self) {
         let thread = {

@@ -127,6 +127,7 @@ fn router(slot: Arc<Slot>) -> Router {
         .route("/v1/vm", get(vm))
         .route("/v1/vm/pause", put(pause))
         .route("/v1/vm/resume", put(resume))
+        .route("/v1/vm/shutdown", put(shutdown))
         .route("/v1/vm/quit", put(quit))
         .route("/v1/migration", get(migration).post(migrate).delete(cancel))
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "no such path; see docs/api.md"))
@@ -219,6 +220,10 @@ async fn resume(
 ) -> Result<Json<()>, Refusal> {
     let Query(query) = query?;
     blocking(move || instance.resume(query.force)).await
+}
+
+async fn shutdown(Present(instance): Present) -> Result<Json<()>, Refusal> {
+    blocking(move || instance.shutdown()).await
 }
 
 async fn quit(Present(instance): Present) -> Result<Json<()>, Refusal> {

@@ -34,6 +34,8 @@ pub enum Command {
     Pause(Target),
     /// Let a paused virtual machine run on
     Resume(ResumeArgs),
+    /// Press a virtual machine's power button: a guest that listens to it shuts down
+    Shutdown(Target),
     /// End a virtual machine's process
     Quit(Target),
     /// Say what this host can do, what it lacks and how to mend it

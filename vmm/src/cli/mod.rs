@@ -55,6 +55,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Pause(target) => put(&target, Method::PUT, "/v1/vm/pause"),
         Command::Resume(args) if args.force => put(&args.target, Method::PUT, "/v1/vm/resume?force=true"),
         Command::Resume(args) => put(&args.target, Method::PUT, "/v1/vm/resume"),
+        Command::Shutdown(target) => put(&target, Method::PUT, "/v1/vm/shutdown"),
         Command::Quit(target) => put(&target, Method::PUT, "/v1/vm/quit"),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Demo(args) => demo::demo(&args),

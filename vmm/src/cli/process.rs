@@ -55,16 +55,31 @@ impl ProcessArgs {
     }
 }
 
-/// On SIGTERM or SIGINT calls `quit` with the instance, once there is one; before that, exits.
+/// How long a guest may take to shut down after SIGTERM: less than a service manager waits (systemd: 90 s).
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
+
+/// On SIGTERM presses the power button of a guest that listens to it, and quits when it has not shut down in time;
+/// quits at once if it does not listen or is being moved, on SIGINT, and on any further signal. Without a guest,
+/// exits.
 pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let slot = Arc::clone(slot);
     thread::Builder::new().name("signals".into()).spawn(move || {
+        let mut pressed = false;
         for signal in signals.forever() {
-            match slot.get() {
-                Some(instance) => instance.quit(),
-                None => std::process::exit(128 + signal),
+            let Some(instance) = slot.get() else { std::process::exit(128 + signal) };
+            if signal == SIGTERM && !pressed && instance.shutdown().is_ok() {
+                pressed = true;
+                let instance = Arc::clone(instance);
+                let patience = move || {
+                    thread::sleep(SHUTDOWN_PATIENCE);
+                    instance.quit();
+                };
+                if thread::Builder::new().name("shutdown".into()).spawn(patience).is_ok() {
+                    continue;
+                }
             }
+            instance.quit();
         }
     })?;
     Ok(())

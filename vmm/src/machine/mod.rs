@@ -20,6 +20,7 @@ use crate::host::Host;
 use crate::loader::{self, Boot};
 use crate::memory::{self, GuestRam};
 use crate::pci::{KvmPlatform, Platform};
+use crate::power::{Power, SCI};
 use crate::serial::SerialPort;
 use crate::state::{self, msr};
 use crate::vcpu::Vcpu;
@@ -83,7 +84,12 @@ impl Machine {
         let tracking = DirtyTracking::new(&vm)?;
         let platform: Arc<dyn Platform> = Arc::new(KvmPlatform(vm.clone()));
         let virtio = virtio::transport::functions(&config.devices, &config.local, &platform, ram.memory())?;
-        let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?, virtio);
+        let line = vm.clone();
+        // A line that exists can be set.
+        let power = Power::new(Box::new(move |level| {
+            let _ = line.set_irq_line(SCI.into(), level);
+        }));
+        let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?, power, virtio);
         let msrs = msr::savable(host.kvm())?;
         let vcpus = (0..vcpus)
             .map(|index| {
@@ -121,6 +127,11 @@ impl Machine {
         acpi::write(self.ram.memory(), vcpus).map_err(loader::Error::from)?;
         let boot_vcpu = lock(&self.shared.vcpus[0]);
         entry.apply(&boot_vcpu.fd, self.ram.memory())
+    }
+
+    /// Presses the guest's power button. False if it does not listen to it.
+    pub fn press_power_button(&self) -> bool {
+        self.shared.devices.power().press()
     }
 
     /// Lets the guest run, for the first time or again.

@@ -115,7 +115,7 @@ kinds! {
     /// The serial port.
     Serial = 5, version 1, "serial port";
     /// ACPI's power registers.
-    Power = 6, version 1, "power registers";
+    Power = 6, version 2, "power registers";
     /// The PCI bus.
     Pci = 7, version 1, "PCI bus";
     /// A virtio device's PCI function, transport and queues.
