@@ -20,6 +20,7 @@
 
 use crate::failure::{Code, Failure};
 use crate::memory::{Extent, OutOfBounds, Ram};
+use crate::report::CpuTime;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
@@ -153,6 +154,11 @@ pub trait SourcePlane: Send {
     /// in order.
     fn spreads(&self) -> bool {
         false
+    }
+
+    /// CPU time that the plane's own threads have used so far, beside those that drive its lanes.
+    fn cpu(&self) -> CpuTime {
+        CpuTime::default()
     }
 }
 

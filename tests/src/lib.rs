@@ -11,6 +11,7 @@
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
 //! | `guests` | foreign guests |
 //! | `rdma`, `memlock` | moves over RDMA, and without it (in the lab) |
+//! | `copies` | over RDMA no system call carries pages (in the lab) |
 //! | `pair` | moves between two hosts (two VMs of the lab) |
 //! | `usage`, `cli`, `http` | the program as its users see it |
 //!
@@ -25,3 +26,4 @@ pub mod proxy;
 pub mod rogue;
 pub mod say;
 pub mod sides;
+pub mod strace;

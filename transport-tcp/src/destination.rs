@@ -94,7 +94,7 @@ impl Plane {
         let mut receiver =
             Receiver { plane: self, stream, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
         let result = receiver.run();
-        self.cpu_us.fetch_add(thread_cpu().as_micros() as u64, Ordering::Relaxed);
+        self.cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
         let fenced = lock(&self.streams).fenced;
         if let Err(error) = result
             && !fenced

@@ -99,7 +99,7 @@ pub fn receive<H: DestinationHost>(
         command = state.handle(event);
     };
     let plane_cpu: u64 = driver.planes.iter().map(|p| p.cpu_us()).sum();
-    let cpu = thread_cpu().saturating_sub(cpu) + Duration::from_micros(plane_cpu);
+    let cpu = thread_cpu().since(cpu).all + Duration::from_micros(plane_cpu);
     match (outcome, driver.machine) {
         (Outcome::Running, Some(mut machine)) => {
             machine.announce();

@@ -11,7 +11,7 @@ use crate::memory::Ram;
 use crate::message::{self, Hello, MAX_DESCRIPTION, MAX_FRAME, MAX_STATE, Message, Offer, Prepare, Span};
 use crate::monitor::{Monitor, Phase};
 use crate::policy::Policy;
-use crate::report::{Declined, Report, Verdict, thread_cpu};
+use crate::report::{CpuTime, Declined, Report, Verdict, thread_cpu};
 use crate::transport::{Session, SourceTransport, Token};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -109,7 +109,7 @@ pub fn migrate(
         let event = driver.carry_out(command);
         command = state.handle(event);
     };
-    let cpu = thread_cpu().saturating_sub(cpu);
+    let cpu = thread_cpu().since(cpu);
     driver.conclude(outcome, cpu)
 }
 
@@ -315,7 +315,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn conclude(mut self, outcome: Outcome, cpu: Duration) -> Report {
+    fn conclude(mut self, outcome: Outcome, mut cpu: CpuTime) -> Report {
         let total_us = self.began.elapsed().as_micros() as u64;
         let (verdict, phase, mut failure) = match outcome {
             Outcome::Moved => (Verdict::Moved, Phase::Moved, None),
@@ -337,7 +337,6 @@ impl<'a> Driver<'a> {
             build_us: self.build_us,
             blackout_us: self.blackout_us,
             spans: self.spans,
-            source_cpu_us: cpu.as_micros() as u64,
             destination_cpu_us: epilogue.as_ref().map(|e| e.cpu_us),
             destination_resident: epilogue.as_ref().map(|e| e.resident),
             testimony: epilogue.and_then(|e| e.testimony),
@@ -348,8 +347,10 @@ impl<'a> Driver<'a> {
             report.lanes = precopy.lanes();
             report.over_limit = precopy.over_limit.take();
             report.rounds = std::mem::take(&mut precopy.reports);
-            report.source_cpu_us += precopy.lane_cpu.as_micros() as u64;
+            cpu += precopy.cpu();
         }
+        report.source_cpu_us = cpu.all.as_micros() as u64;
+        report.source_user_us = cpu.user.as_micros() as u64;
         self.monitor.end(phase);
         report
     }

@@ -3,7 +3,7 @@
 use crate::failure::{Code, Failure};
 use crate::message::Offer;
 use crate::monitor::Monitor;
-use crate::report::Declined;
+use crate::report::{CpuTime, Declined};
 use crate::transport::{Session, SourcePlane, SourceTransport};
 use std::collections::VecDeque;
 
@@ -21,6 +21,8 @@ pub(super) struct Path {
     /// Whether the destination's memory is as it was built: nothing has been written to it by a
     /// plane that broke.
     fresh: bool,
+    /// What the threads of planes that broke had used.
+    gone_cpu: CpuTime,
 }
 
 impl Path {
@@ -53,7 +55,7 @@ impl Path {
             }
         }
         let plane = first_that_works(&mut candidates, session, monitor, declined)?;
-        Ok(Path { plane: Some(plane), candidates, fresh: true })
+        Ok(Path { plane: Some(plane), candidates, fresh: true, gone_cpu: CpuTime::default() })
     }
 
     /// Puts the next candidate in the place of a plane that broke with `why`. In between, `retire` has the
@@ -78,6 +80,7 @@ impl Path {
         // Dropped before anything else: nothing leaves it any more.
         if let Some(plane) = self.plane.take() {
             let name = plane.name();
+            self.gone_cpu += plane.cpu();
             drop(plane);
             declined.push(Declined { transport: name.into(), why });
             retire(name)?;
@@ -90,6 +93,13 @@ impl Path {
 
     pub(super) fn plane(&mut self) -> Option<&mut (dyn SourcePlane + 'static)> {
         self.plane.as_deref_mut()
+    }
+
+    /// CPU time of all planes' own threads.
+    pub(super) fn cpu(&self) -> CpuTime {
+        let mut cpu = self.gone_cpu;
+        cpu += self.plane.as_ref().map_or_else(CpuTime::default, |plane| plane.cpu());
+        cpu
     }
 
     pub(super) fn fresh(&self) -> bool {

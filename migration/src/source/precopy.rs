@@ -8,7 +8,7 @@ use crate::machine::SourceMachine;
 use crate::memory::Ram;
 use crate::monitor::{Monitor, Phase};
 use crate::policy::{Decision, Judge, Policy, RoundFacts};
-use crate::report::{Declined, RoundReport};
+use crate::report::{CpuTime, Declined, RoundReport};
 use crate::transport::{LaneStats, Session};
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ pub(super) struct Precopy<'a> {
     round: u32,
     pub(super) over_limit: Option<String>,
     pub(super) reports: Vec<RoundReport>,
-    pub(super) lane_cpu: Duration,
+    lane_cpu: CpuTime,
 }
 
 impl<'a> Precopy<'a> {
@@ -55,7 +55,7 @@ impl<'a> Precopy<'a> {
             round: 0,
             over_limit: None,
             reports: Vec::new(),
-            lane_cpu: Duration::ZERO,
+            lane_cpu: CpuTime::default(),
         }
     }
 
@@ -112,6 +112,13 @@ impl<'a> Precopy<'a> {
     pub(super) fn lanes(&mut self) -> Vec<LaneStats> {
         let lanes = self.path.plane().map_or(&mut [][..], |plane| plane.lanes());
         lanes.iter().map(|lane| lane.stats()).collect()
+    }
+
+    /// CPU time that was used for memory by other threads than the one that asks for rounds.
+    pub(super) fn cpu(&self) -> CpuTime {
+        let mut cpu = self.lane_cpu;
+        cpu += self.path.cpu();
+        cpu
     }
 
     /// The transport in use.

@@ -17,7 +17,7 @@ use crate::failure::{Code, Failure};
 use crate::machine::SourceMachine;
 use crate::memory::{Extent, PAGE_SIZE, Ram};
 use crate::monitor::Monitor;
-use crate::report::thread_cpu;
+use crate::report::{CpuTime, thread_cpu};
 use crate::scan;
 use crate::transport::{Lane, SourcePlane};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -62,7 +62,7 @@ pub(super) struct Sent {
     pub elapsed: Duration,
     pub barrier: Duration,
     /// CPU time of lane threads other than the calling one.
-    pub cpu: Duration,
+    pub cpu: CpuTime,
 }
 
 /// Sends rounds of one machine's RAM.

@@ -31,6 +31,7 @@ impl Plane {
         loop {
             while let Some(event) = channel.next()? {
                 self.event(event);
+                self.accepting.note();
             }
             if lock(&self.connections).closed {
                 return Ok(());
@@ -115,7 +116,9 @@ impl Plane {
                 Purpose::Lane(_) => plane.serve_lane(&mut post),
                 Purpose::Registrations => plane.serve_registrations(&mut post),
             };
-            plane.cpu_us.fetch_add(thread_cpu().as_micros() as u64, Ordering::Relaxed);
+            if purpose != Purpose::Registrations {
+                plane.lanes_cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
+            }
             if let Err(error) = result {
                 plane.fail(&error);
             }

@@ -15,6 +15,7 @@ use crate::options::Options;
 use crate::queue::QueuePair;
 use crate::unavailable;
 use migration::memory::Extent;
+use migration::report::CpuMeter;
 use migration::transport::{DestinationPlane, DestinationTransport, MAX_LANES, PlaneError, Session};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -65,7 +66,9 @@ impl DestinationTransport for RdmaDestination {
             connections: Mutex::default(),
             regions: Mutex::default(),
             placed: AtomicU64::new(0),
-            cpu_us: AtomicU64::new(0),
+            lanes_cpu_us: AtomicU64::new(0),
+            registering: CpuMeter::default(),
+            accepting: CpuMeter::default(),
             error: Mutex::default(),
         });
         let accepting = Arc::clone(&plane);
@@ -103,7 +106,11 @@ struct Plane {
     /// What is registered, by region and offset.
     regions: Mutex<BTreeMap<(u32, u64), (Extent, MemoryRegion)>>,
     placed: AtomicU64,
-    cpu_us: AtomicU64,
+    /// Of the lanes' threads, which have ended when it is asked for. Those that register and take connections go on
+    /// after the fence.
+    lanes_cpu_us: AtomicU64,
+    registering: CpuMeter,
+    accepting: CpuMeter,
     error: Mutex<Option<String>>,
 }
 
@@ -199,7 +206,11 @@ impl DestinationPlane for Served {
     }
 
     fn cpu_us(&self) -> u64 {
-        self.plane.cpu_us.load(Ordering::Relaxed)
+        let others: u64 = [&self.plane.registering, &self.plane.accepting]
+            .map(|m| m.read().all.as_micros() as u64)
+            .iter()
+            .sum();
+        self.plane.lanes_cpu_us.load(Ordering::Relaxed) + others
     }
 
     fn error(&self) -> Option<String> {

@@ -12,7 +12,11 @@ impl Plane {
     /// Serves requests until the plane is halted.
     pub(super) fn serve_registrations(&self, post: &mut Post) -> Result<(), PlaneError> {
         post.serve(self, |immediate, content| match (immediate, message::get(content)) {
-            (None, Ok(Message::Request(extent))) => self.register(extent),
+            (None, Ok(Message::Request(extent))) => {
+                let answer = self.register(extent);
+                self.registering.note();
+                answer
+            }
             (None, Err(error)) => Err(error),
             _ => Err(PlaneError::Protocol("not a request for memory".into())),
         })

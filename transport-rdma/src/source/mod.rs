@@ -13,6 +13,7 @@ pub(crate) use registry::CREDITS as REGISTRATION_CREDITS;
 use crate::cm::{CmId, EventChannel};
 use crate::halt::Why;
 use crate::options::Options;
+use migration::report::CpuTime;
 use migration::transport::{Interrupt, Lane, PlaneError, Session, SourcePlane, SourceTransport};
 use rdma_sys::rdma_cm_event_type::RDMA_CM_EVENT_DISCONNECTED;
 use registry::Registry;
@@ -69,6 +70,10 @@ impl SourcePlane for RdmaPlane {
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
         Arc::new(Interrupter { registry: Arc::clone(&self.registry) })
+    }
+
+    fn cpu(&self) -> CpuTime {
+        self.registry.cpu()
     }
 }
 

@@ -18,6 +18,7 @@ use crate::message::{self, Message, Refusal};
 use crate::queue::QueuePair;
 use crate::slots::Slots;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
+use migration::report::{CpuMeter, CpuTime};
 use migration::scan;
 use migration::transport::PlaneError;
 use std::collections::VecDeque;
@@ -78,6 +79,9 @@ pub(super) struct Registry {
     moving: OnceLock<Instant>,
     registration_us: AtomicU64,
     overlap_us: AtomicU64,
+    /// CPU time of the thread that registers, and of the one that watches.
+    registering: CpuMeter,
+    pub(super) watching: CpuMeter,
 }
 
 impl Registry {
@@ -110,6 +114,8 @@ impl Registry {
             moving: OnceLock::new(),
             registration_us: AtomicU64::new(0),
             overlap_us: AtomicU64::new(0),
+            registering: CpuMeter::default(),
+            watching: CpuMeter::default(),
         })
     }
 
@@ -144,6 +150,13 @@ impl Registry {
     /// Microseconds spent registering here, and those of them in which data was moving.
     pub(super) fn spent(&self) -> (u64, u64) {
         (self.registration_us.load(Ordering::Relaxed), self.overlap_us.load(Ordering::Relaxed))
+    }
+
+    /// CPU time of the plane's own threads.
+    pub(super) fn cpu(&self) -> CpuTime {
+        let mut cpu = self.registering.read();
+        cpu += self.watching.read();
+        cpu
     }
 
     /// Where a byte of memory is in the grid: its chunk, and the chunk's end in the region.
@@ -290,6 +303,7 @@ impl Registry {
                 Err(error) => return self.halt(Why::from(&limits::registration(error, extent.len))),
             }
             self.account(began);
+            self.registering.note();
             drop(lock(&self.state));
             self.changed.notify_all();
         }

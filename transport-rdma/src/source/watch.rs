@@ -68,6 +68,7 @@ fn serve(registry: &Registry, channel: &Arc<EventChannel>, answers: &Slots) -> R
             }
             completions.iter().try_for_each(|completion| take(registry, answers, completion))?;
         }
+        registry.watching.note();
         if let Some([true, ..]) =
             wait_readable([queue.fd(), channel.fd(), halt.fd()], None).map_err(broken)?
         {

@@ -116,10 +116,11 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
         )?;
         writeln!(
             out,
-            "set-up {} (building there {}); CPU here {}, there {}",
+            "set-up {} (building there {}); CPU here {} ({} of it in user space), there {}",
             ms(report.setup_us),
             ms(report.build_us),
             ms(report.source_cpu_us),
+            ms(report.source_user_us),
             cpu(report.destination_cpu_us),
         )?;
     }
