@@ -12,6 +12,7 @@
 //! | `guests` | foreign guests |
 //! | `rdma`, `memlock` | moves over RDMA, and without it (in the lab) |
 //! | `copies` | over RDMA no system call carries pages (in the lab) |
+//! | `huge` | a guest in huge pages moves over RDMA (in the lab) |
 //! | `crosscheck` | another implementation of verbs sees the same devices (in the lab) |
 //! | `pair` | moves between two hosts (two VMs of the lab) |
 //! | `usage`, `cli`, `http` | the program as its users see it |

@@ -34,11 +34,11 @@ impl Guest {
 
     /// Starts it in a process of its own; returns when it is at work.
     pub fn start(&self, folder: &Path, name: &str) -> Node {
-        self.start_by(whimbrel(), folder, name)
+        self.start_by(whimbrel(), &[], folder, name)
     }
 
-    /// The same by a program that stands in for `whimbrel`.
-    pub fn start_by(&self, program: &Path, folder: &Path, name: &str) -> Node {
+    /// The same by a program that stands in for `whimbrel`, with further arguments.
+    pub fn start_by(&self, program: &Path, more: &[&str], folder: &Path, name: &str) -> Node {
         let size = |bytes: u64| bytes.to_string();
         let arguments = [
             ("--memory", size(self.memory)),
@@ -48,6 +48,7 @@ impl Guest {
             ("--serial", "none".into()),
         ];
         let arguments = arguments.into_iter().flat_map(|(option, value)| [option.to_string(), value]);
+        let arguments = arguments.chain(more.iter().map(ToString::to_string));
         let mut node =
             Node::start(program, folder, name, std::iter::once("run".to_string()).chain(arguments)).unwrap();
         node.expect("running").unwrap();

@@ -17,7 +17,7 @@ fn traffic(transport: TransportChoice) -> (Report, [u64; 2]) {
     let folder = tempfile::tempdir().unwrap();
     let names = ["source", "destination"];
     let followed = names.map(|name| Followed::new(folder.path(), name));
-    let source = GUEST.start_by(&followed[0].program, folder.path(), names[0]);
+    let source = GUEST.start_by(&followed[0].program, &[], folder.path(), names[0]);
     let (mut destination, address) =
         Node::receiver_on(&followed[1].program, folder.path(), names[1], (lab::peer(), 0).into(), [""; 0])
             .unwrap();

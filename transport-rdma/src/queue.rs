@@ -123,14 +123,36 @@ impl QueuePair {
     }
 }
 
+impl QueuePair {
+    /// Destroys the pair. Once this has succeeded the device does nothing for it any more, as after
+    /// [`reset`](Self::reset).
+    ///
+    /// # Errors
+    /// The pair, which may be alive, and what the device said.
+    pub(crate) fn destroy(mut self) -> Result<(), (QueuePair, io::Error)> {
+        self.destroy_raw().map_err(|error| (self, error))
+    }
+
+    fn destroy_raw(&mut self) -> io::Result<()> {
+        if self.raw.is_null() {
+            return Ok(());
+        }
+        // SAFETY: whoever calls is the pair's only owner, and nobody uses it after this; `rdma_destroy_qp` would
+        // destroy it in the same way.
+        code(unsafe { (self.domain.api().ibv_destroy_qp)(self.raw) })?;
+        self.raw = ptr::null_mut();
+        // SAFETY: the identifier is valid; this tells librdmacm that it has no queue pair any more.
+        unsafe { (*self.id.raw()).qp = ptr::null_mut() };
+        Ok(())
+    }
+}
+
 impl Drop for QueuePair {
     fn drop(&mut self) {
-        // SAFETY: the last owner lets go of the pair, which `rdma_destroy_qp` would destroy in the same way;
-        // clearing the field tells librdmacm that there is none any more. The call fails only where the
-        // device is gone, and with it the pair.
-        unsafe {
-            (self.domain.api().ibv_destroy_qp)(self.raw);
-            (*self.id.raw()).qp = ptr::null_mut();
+        // Where it fails the device is gone; librdmacm shall not try again with a pair that nobody has in hand.
+        if self.destroy_raw().is_err() {
+            // SAFETY: the identifier is valid.
+            unsafe { (*self.id.raw()).qp = ptr::null_mut() };
         }
     }
 }

@@ -71,8 +71,7 @@ impl Plane {
         lock(&self.connections).all.iter().any(|connection| connection.id.key() == event.key)
     }
 
-    /// The source has gone, or the device has. A source that leaves us for another transport waits for our
-    /// answer before it goes on, and the answer means that nothing of its old writes can land any more.
+    /// The source has gone, or the device has: nothing more is expected, and nothing more shall land.
     fn retire(&self) {
         match self.shut() {
             Ok(()) => self.hang_up(),
@@ -124,6 +123,6 @@ impl Plane {
             }
         });
         let thread = thread.map_err(|e| unavailable::resource("starting a thread", e))?;
-        Ok(Connection { purpose, id: Arc::clone(id), queue, thread: Some(thread) })
+        Ok(Connection { purpose, id: Arc::clone(id), queue: Some(queue), thread: Some(thread) })
     }
 }

@@ -18,6 +18,7 @@ use migration::memory::Extent;
 use migration::report::CpuMeter;
 use migration::transport::{DestinationPlane, DestinationTransport, MAX_LANES, PlaneError, Session};
 use std::collections::BTreeMap;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,6 +44,14 @@ impl DestinationTransport for RdmaDestination {
     }
 
     fn offer(&mut self, session: &Session) -> Result<(Vec<u8>, Box<dyn DestinationPlane>), PlaneError> {
+        let (offer, served) = self.serve(session)?;
+        Ok((offer, Box::new(served)))
+    }
+}
+
+impl RdmaDestination {
+    /// Makes a plane for a session, and what tells a source of it.
+    pub(crate) fn serve(&self, session: &Session) -> Result<(Vec<u8>, Served), PlaneError> {
         let broken = |source| PlaneError::Io { what: "preparing for RDMA connections", source };
         let channel = EventChannel::new()?;
         let domain = Domain::open(&channel, self.local, self.options.on_demand)?;
@@ -76,7 +85,7 @@ impl DestinationTransport for RdmaDestination {
             .name("rdma-accept".into())
             .spawn(move || accepting.accept(&channel, listener))
             .map_err(broken)?;
-        Ok((offer.encode(), Box::new(Served { plane, accept: Some(accept) })))
+        Ok((offer.encode(), Served { plane, accept: Some(accept) }))
     }
 }
 
@@ -84,7 +93,8 @@ impl DestinationTransport for RdmaDestination {
 struct Connection {
     purpose: Purpose,
     id: Arc<CmId>,
-    queue: Arc<QueuePair>,
+    /// `None` once it is destroyed, for want of another way to take it out of service.
+    queue: Option<Arc<QueuePair>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -93,6 +103,38 @@ struct Connections {
     /// Set for good: no connection is taken any more.
     closed: bool,
     all: Vec<Connection>,
+}
+
+/// Destroys the queue pair of a connection that could not be taken to RESET, because of `error`.
+///
+/// A device that was removed is the case in point. Drivers that let go of processes at once (those of cards do,
+/// soft-RoCE's does not) leave a process with a dead handle: Linux answers EIO to every command *but one that
+/// destroys*. That EIO alone proves nothing. It is given from the moment at which the device is taken from the
+/// process, and only thereafter the kernel destroys the process's queue pairs, one by one; in between they still
+/// write. The answer to destroying does prove it: the kernel gives it under the lock that it holds for all of
+/// that clearing away, when the pair is destroyed, whether by this command or before it. And a pair that does not
+/// exist writes nothing. It is so in Linux since 4.20; dirty tracking wants 5.7 anyway.
+///
+/// # Errors
+/// When the pair may still exist: `error`, with what was said to the attempt to destroy it.
+fn destroy(connection: &mut Connection, error: io::Error) -> Result<(), PlaneError> {
+    let what = "taking an RDMA queue pair out of service";
+    // Nobody else may have a pair in hand that is about to go. Threads of a plane that is shut end soon.
+    let _ = connection.thread.take().map(JoinHandle::join);
+    let Some(queue) = connection.queue.take() else { return Ok(()) };
+    match Arc::try_unwrap(queue).map(QueuePair::destroy) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err((queue, second))) => {
+            // It stays to be tried again, and the fence stays failed until then.
+            connection.queue = Some(Arc::new(queue));
+            let source = io::Error::other(format!("{error}; destroying it: {second}"));
+            Err(PlaneError::Io { what, source })
+        }
+        Err(shared) => {
+            connection.queue = Some(shared);
+            Err(PlaneError::Io { what, source: error })
+        }
+    }
 }
 
 /// A session's receiving end.
@@ -127,18 +169,25 @@ impl Plane {
     ///   working on it, the packet in hand included, and packets that come later, new or repeated, match no
     ///   connection and are dropped. It stays there: nothing here ever takes a pair out of RESET, and rdma_cm
     ///   only does so for a connection that is being made.
+    /// - Or it is destroyed (`destroy`), if the call that should take it to RESET has failed.
     /// - The only threads of ours that write to memory are the lanes', which clear pages, and they have ended.
     ///
     /// So the keys need not be revoked for the guest to be safe; taking the registrations down, which takes
     /// time, is left for later.
     fn shut(&self) -> Result<(), PlaneError> {
+        self.shut_by(QueuePair::reset)
+    }
+
+    /// The same with another call in the place of the one that takes a queue pair to RESET.
+    fn shut_by(&self, reset: impl Fn(&QueuePair) -> io::Result<()>) -> Result<(), PlaneError> {
         let mut connections = lock(&self.connections);
         connections.closed = true;
         self.halt.halt(Why::Interrupted);
         let mut result = Ok(());
-        for connection in &mut connections.all {
-            if let Err(source) = connection.queue.reset() {
-                result = Err(PlaneError::Io { what: "taking an RDMA queue pair out of service", source });
+        let mut stubborn = Vec::new();
+        for (number, connection) in connections.all.iter().enumerate() {
+            if let Some(Err(error)) = connection.queue.as_deref().map(&reset) {
+                stubborn.push((number, error));
             }
         }
         for connection in &mut connections.all {
@@ -151,6 +200,9 @@ impl Plane {
             {
                 result = Err(PlaneError::Protocol("a receiving thread panicked".into()));
             }
+        }
+        for (number, error) in stubborn {
+            destroy(&mut connections.all[number], error)?;
         }
         result
     }
@@ -176,18 +228,18 @@ impl Plane {
 }
 
 /// The plane as the engine has it.
-struct Served {
+pub(crate) struct Served {
     plane: Arc<Plane>,
     accept: Option<JoinHandle<()>>,
 }
 
-impl DestinationPlane for Served {
-    fn name(&self) -> &'static str {
-        crate::NAME
-    }
-
-    fn fence(&mut self) -> Result<(), PlaneError> {
-        self.plane.shut()?;
+impl Served {
+    /// The fence, with another call in the place of the one that takes a queue pair to RESET.
+    pub(crate) fn fence_by(
+        &mut self,
+        reset: impl Fn(&QueuePair) -> io::Result<()>,
+    ) -> Result<(), PlaneError> {
+        self.plane.shut_by(reset)?;
         // What is left takes time and no longer matters: connections, and above all unpinning memory. RAM
         // stays mapped for as long as a registration holds it.
         if let Some(accept) = self.accept.take() {
@@ -199,6 +251,16 @@ impl DestinationPlane for Served {
             });
         }
         Ok(())
+    }
+}
+
+impl DestinationPlane for Served {
+    fn name(&self) -> &'static str {
+        crate::NAME
+    }
+
+    fn fence(&mut self) -> Result<(), PlaneError> {
+        self.fence_by(QueuePair::reset)
     }
 
     fn bytes_placed(&self) -> u64 {

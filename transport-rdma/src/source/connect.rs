@@ -97,7 +97,6 @@ pub(super) fn connect(session: &Session, offer: &[u8], options: &Options) -> Res
         lanes: made,
         registry: Arc::clone(&registry),
         ids,
-        channel: Arc::clone(&channel),
         watch: None,
         register: None,
     };

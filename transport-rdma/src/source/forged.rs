@@ -3,6 +3,7 @@
 
 use super::{RdmaPlane, connect};
 use crate::cm::{CmId, EventChannel};
+use crate::destination::Served;
 use crate::domain::{Domain, MemoryRegion};
 use crate::halt::Halt;
 use crate::hello::{self, Purpose};
@@ -11,7 +12,7 @@ use crate::queue::QueuePair;
 use crate::{Options, RdmaDestination, probe};
 use migration::conformance::bed::{extent, ram, read, scramble};
 use migration::memory::Ram;
-use migration::transport::{DestinationPlane, DestinationTransport, PlaneError, Session, SourcePlane, Token};
+use migration::transport::{DestinationPlane, PlaneError, Session, SourcePlane, Token};
 use rdma_sys::*;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ struct Honest {
     session: Session,
     shadow: Arc<Ram>,
     offer: Vec<u8>,
-    destination: Box<dyn DestinationPlane>,
+    destination: Served,
     plane: RdmaPlane,
     /// The destination's key for the first chunk.
     key: u32,
@@ -35,7 +36,7 @@ impl Honest {
         let options = Options { lanes: 1, ..Options::default() };
         let shadow = ram();
         let there = Session { token: Token::random().unwrap(), ram: Arc::clone(&shadow), timeout: PATIENCE };
-        let (offer, destination) = RdmaDestination::new(to, options.clone()).offer(&there).unwrap();
+        let (offer, destination) = RdmaDestination::new(to, options.clone()).serve(&there).unwrap();
         let session = Session { ram: ram(), ..there };
         scramble(&session.ram, &extent(0, 0, 64), &mut fastrand::Rng::with_seed(1));
         let mut plane = connect::connect(&session, &offer, &options).unwrap();
@@ -153,11 +154,24 @@ fn wrong_keys_and_addresses_are_refused() {
 #[test]
 #[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn the_right_key_is_worth_nothing_after_the_fence() {
+    worth_nothing_after(|destination| destination.fence());
+}
+
+/// As where a card was removed, which soft-RoCE cannot be: the queue pairs are then destroyed instead.
+#[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
+fn a_fence_holds_where_queue_pairs_cannot_be_reset() {
+    worth_nothing_after(|destination| {
+        destination.fence_by(|_| Err(std::io::Error::from_raw_os_error(libc::EIO)))
+    });
+}
+
+fn worth_nothing_after(fence: impl FnOnce(&mut Served) -> Result<(), PlaneError>) {
     let to = device();
     let mut honest = Honest::new(to);
     let intruder = Intruder::join(&honest.session, &honest.offer, 5).unwrap();
     intruder.write(AT, honest.key).unwrap();
-    honest.destination.fence().unwrap();
+    fence(&mut honest.destination).unwrap();
     // The guest has changed its memory since: what the write would do to it shows.
     scramble(&honest.shadow, &extent(0, 40, 2), &mut fastrand::Rng::with_seed(2));
     let before = target(&honest.shadow);

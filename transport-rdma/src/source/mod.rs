@@ -10,19 +10,14 @@ mod watch;
 pub(crate) use lane::CREDITS as LANE_CREDITS;
 pub(crate) use registry::CREDITS as REGISTRATION_CREDITS;
 
-use crate::cm::{CmId, EventChannel};
+use crate::cm::CmId;
 use crate::halt::Why;
 use crate::options::Options;
 use migration::report::CpuTime;
 use migration::transport::{Interrupt, Lane, PlaneError, Session, SourcePlane, SourceTransport};
-use rdma_sys::rdma_cm_event_type::RDMA_CM_EVENT_DISCONNECTED;
 use registry::Registry;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
-
-/// How long a source that leaves waits for the destination to have shut its queue pairs.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// RDMA to where the destination's offer says.
 pub struct RdmaSource {
@@ -52,7 +47,6 @@ struct RdmaPlane {
     registry: Arc<Registry>,
     /// All connections of the session.
     ids: Vec<Arc<CmId>>,
-    channel: Arc<EventChannel>,
     /// Watches connections and takes the destination's answers.
     watch: Option<JoinHandle<()>>,
     /// Registers memory.
@@ -88,13 +82,11 @@ impl Interrupt for Interrupter {
 }
 
 impl Drop for RdmaPlane {
-    /// Stops writing, sees to it that nothing of this plane lands later, and leaves the rest to a thread.
+    /// Stops writing, tells the destination, and leaves the rest to a thread.
     ///
-    /// The last part matters when TCP takes over: what goes over TCP from now on must not be overwritten by an
-    /// older write that is still under way. Our queue pairs are taken out of service, so that nothing more
-    /// leaves; and each connection is closed and the destination's answer awaited, which it gives after it has
-    /// taken its own queue pairs out of service. Where no answer comes, the network between the two devices is
-    /// down as well.
+    /// Our queue pairs are taken out of service, so that nothing leaves any more. What has left may still land:
+    /// only the destination's fence ends that, and whoever goes on over another transport has to ask for it first,
+    /// as the engine does (`Retire`).
     fn drop(&mut self) {
         self.registry.halt(Why::Interrupted);
         if let Some(watch) = self.watch.take() {
@@ -105,7 +97,6 @@ impl Drop for RdmaPlane {
         self.lanes.clear();
         let _ = self.registry.queue().reset();
         self.ids.iter().for_each(|id| id.disconnect());
-        self.await_farewell();
         let register = self.register.take();
         let registry = Arc::clone(&self.registry);
         let ids = std::mem::take(&mut self.ids);
@@ -115,25 +106,5 @@ impl Drop for RdmaPlane {
             let _ = register.map(JoinHandle::join);
             drop((registry, ids));
         });
-    }
-}
-
-impl RdmaPlane {
-    fn await_farewell(&self) {
-        let mut open: Vec<_> = self.ids.iter().map(|id| id.key()).collect();
-        let deadline = Instant::now() + FAREWELL;
-        while !open.is_empty() {
-            match self.channel.next() {
-                Ok(Some(event)) => {
-                    let over = event.kind == RDMA_CM_EVENT_DISCONNECTED || watch::ends(event.kind);
-                    open.retain(|key| !(over && *key == event.key));
-                }
-                Ok(None) => match crate::halt::wait_readable([self.channel.fd()], Some(deadline)) {
-                    Ok(Some(_)) => {}
-                    Ok(None) | Err(_) => return,
-                },
-                Err(_) => return,
-            }
-        }
     }
 }
