@@ -5,17 +5,21 @@
 //! measure write [--mib N] [--lanes N] [--chunk-mib N] [--busy]
 //!                                              # rate of random memory, first round and a second one
 //! measure first-byte                           # time to the first byte, by size of RAM
-//! measure register [--mib N]                   # cost of registrations, by size of chunk
+//! measure register [--mib N] [--huge]          # cost of registrations, by size of chunk; in pages of 2 MiB
+//! measure barrier                              # time of a barrier with nothing before it
 //! ```
 //! See `docs/rdma.md` for what they mean and how they were taken.
 
 use migration::conformance::bed;
-use migration::memory::{Extent, PAGE_SIZE, Ram};
+use migration::memory::{Extent, PAGE_SIZE, Ram, RamRegion, RegionLayout};
 use migration::transport::{
     DestinationPlane, DestinationTransport, Lane, Session, SourcePlane, SourceTransport, Token,
 };
 use std::error::Error;
+use std::fs::File;
 use std::net::IpAddr;
+use std::os::fd::FromRawFd;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,14 +34,16 @@ struct Arguments {
     command: String,
     to: IpAddr,
     mib: u64,
+    huge: bool,
     options: Options,
 }
 
 fn arguments() -> Outcome<Arguments> {
     let mut words = std::env::args().skip(1);
-    let command = words.next().ok_or("say what to measure: connect, write, first-byte or register")?;
+    let command =
+        words.next().ok_or("say what to measure: connect, write, first-byte, register or barrier")?;
     let mut options = Options::default();
-    let (mut to, mut mib) = (None, 256);
+    let (mut to, mut mib, mut huge) = (None, 256, false);
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{word} wants a value"));
         match word.as_str() {
@@ -45,13 +51,14 @@ fn arguments() -> Outcome<Arguments> {
             "--mib" => mib = value()?.parse()?,
             "--lanes" => options.lanes = value()?.parse()?,
             "--chunk-mib" => options.chunk = value()?.parse::<u64>()? << 20,
+            "--huge" => huge = true,
             "--busy" => options.waiting = Waiting::BusyPoll,
             other => return Err(format!("{other} is unknown").into()),
         }
     }
     let found = probe::addresses(&probe::host()).into_iter().rfind(IpAddr::is_ipv4);
     let to = to.or(found).ok_or("this host has no RDMA device")?;
-    Ok(Arguments { command, to, mib, options })
+    Ok(Arguments { command, to, mib, huge, options })
 }
 
 /// RAM of one region.
@@ -161,15 +168,62 @@ fn first_byte(arguments: &Arguments) -> Outcome<()> {
     Ok(())
 }
 
+/// RAM of one region in huge pages, which are taken for ever.
+fn huge_ram(len: u64) -> Outcome<Arc<Ram>> {
+    // SAFETY: the name is a C string, and lives for ever.
+    let fd = unsafe { libc::memfd_create(c"measure".as_ptr(), libc::MFD_HUGETLB | libc::MFD_HUGE_2MB) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: the kernel just gave us this descriptor and nobody else has it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len)?;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, access, libc::MAP_SHARED, fd, 0) };
+    let address = match NonNull::new(address.cast::<u8>()) {
+        Some(address) if address.as_ptr().cast() != libc::MAP_FAILED => address,
+        _ => return Err(format!("{} (see vm.nr_hugepages)", std::io::Error::last_os_error()).into()),
+    };
+    let layout = RegionLayout { guest_address: 0, len };
+    // SAFETY: the mapping made above is shared, readable and writable, covers the file's `len` bytes, and
+    // is never unmapped.
+    let region = unsafe { RamRegion::new(layout, address, 2 << 20, vec![file.into()], len, Arc::new(())) };
+    Ok(Arc::new(Ram::new(vec![region])))
+}
+
+fn barrier(arguments: &Arguments) -> Outcome<()> {
+    let (source, shadow) = (ram(64 << 20), ram(64 << 20));
+    let (mut pair, _) = connect(arguments, &source, &shadow)?;
+    let lane = &mut pair.plane.lanes()[0];
+    let mut times = Vec::new();
+    for round in 0..500 {
+        let began = Instant::now();
+        lane.post_barrier(round)?;
+        lane.wait_barrier(round)?;
+        times.push(began.elapsed());
+    }
+    times.sort();
+    println!("a barrier takes {:?}, at least {:?}, at most {:?}", times[250], times[0], times[499]);
+    Ok(())
+}
+
 fn register(arguments: &Arguments) -> Outcome<()> {
     let len = arguments.mib << 20;
-    let source = ram(len);
-    scramble(&source, arguments.mib);
+    let source = if arguments.huge { huge_ram(len)? } else { ram(len) };
+    // Once for all: the destination's huge pages are not given back.
+    let shadow = if arguments.huge { Some(huge_ram(len)?) } else { None };
+    // One byte a page: all of it exists at the source.
+    for page in 0..len / PAGE_SIZE {
+        let address = source.address(&Extent { region: 0, offset: page * PAGE_SIZE, len: 1 })?;
+        // SAFETY: the extent is checked, and nobody else uses this memory yet.
+        unsafe { address.write(1) };
+    }
     for chunk in [2, 4, 8, 16, 32, 64, 128] {
         let options = Options { chunk: chunk << 20, ..arguments.options.clone() };
         let arguments = Arguments { command: String::new(), options, ..*arguments };
-        // The destination's memory is new every time: registering makes it exist.
-        let (mut pair, _) = connect(&arguments, &source, &ram(len))?;
+        // The destination's memory is new every time, unless huge: registering makes it exist.
+        let (mut pair, _) = connect(&arguments, &source, &shadow.clone().unwrap_or_else(|| ram(len)))?;
         let began = Instant::now();
         let lane = &mut pair.plane.lanes()[0];
         // One page of every chunk: all are registered, and hardly anything is written.
@@ -205,6 +259,7 @@ fn main() -> Outcome<()> {
         "write" => write(&arguments),
         "first-byte" => first_byte(&arguments),
         "register" => register(&arguments),
+        "barrier" => barrier(&arguments),
         other => Err(format!("{other} cannot be measured").into()),
     }
 }

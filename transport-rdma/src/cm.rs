@@ -60,13 +60,21 @@ impl EventChannel {
     /// # Errors
     /// [`PlaneError::Unavailable`] when this host has no RDMA.
     pub(crate) fn new() -> Result<Arc<Self>, PlaneError> {
-        let api = Api::get().map_err(|why| PlaneError::Unavailable(why.into()))?;
+        EventChannel::on(Api::get().map_err(|why| PlaneError::Unavailable(why.into()))?)
+    }
+
+    /// The same by entry points that are given.
+    pub(crate) fn on(api: &'static Api) -> Result<Arc<Self>, PlaneError> {
         // SAFETY: takes nothing; a null result is looked for.
         let raw = NonNull::new(unsafe { (api.rdma_create_event_channel)() })
             .ok_or_else(|| unavailable::no_rdma(&io::Error::last_os_error()))?;
         let channel = EventChannel { api, raw };
         set_nonblocking(channel.fd()).map_err(|source| PlaneError::Io { what: "opening rdma_cm", source })?;
         Ok(Arc::new(channel))
+    }
+
+    pub(crate) fn api(&self) -> &'static Api {
+        self.api
     }
 
     /// Readable when there is an event.

@@ -46,7 +46,7 @@ impl Domain {
         ip: IpAddr,
         on_demand: bool,
     ) -> Result<Arc<Domain>, PlaneError> {
-        let api = Api::get().map_err(|why| PlaneError::Unavailable(why.into()))?;
+        let api = channel.api();
         let anchor = CmId::new(channel).map_err(|e| unavailable::no_rdma(&e))?;
         anchor.bind(SocketAddr::new(ip, 0)).map_err(|e| unavailable::not_on_a_device(ip, &e))?;
         let context = anchor.context();

@@ -38,6 +38,8 @@ pub use destination::RdmaDestination;
 pub use limits::locked_memory;
 pub use options::{DEFAULT_LANES, Options};
 pub use source::RdmaSource;
+#[cfg(feature = "null-device")]
+pub use source::null;
 
 /// The name of this transport in offers and reports.
 pub const NAME: &str = "rdma";

@@ -93,13 +93,8 @@ pub(super) fn connect(session: &Session, offer: &[u8], options: &Options) -> Res
     })?;
 
     // From here on the plane's `drop` cleans up.
-    let mut plane = RdmaPlane {
-        lanes: made,
-        registry: Arc::clone(&registry),
-        ids,
-        watch: None,
-        register: None,
-    };
+    let mut plane =
+        RdmaPlane { lanes: made, registry: Arc::clone(&registry), ids, watch: None, register: None };
     let theirs = Arc::clone(&registry);
     let spawned = thread::Builder::new().name("rdma-register".into()).spawn(move || theirs.register());
     plane.register = Some(spawned.map_err(broken)?);

@@ -4,6 +4,8 @@ mod connect;
 #[cfg(test)]
 mod forged;
 mod lane;
+#[cfg(feature = "null-device")]
+pub mod null;
 mod registry;
 mod watch;
 
