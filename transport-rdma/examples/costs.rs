@@ -24,6 +24,9 @@ use transport_rdma::null;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
+/// What can be asked for by name.
+type Part = fn() -> Outcome<()>;
+
 const MIB: u64 = 1 << 20;
 
 /// Repetitions of a measurement.
@@ -278,12 +281,15 @@ fn wakes() -> Outcome<()> {
 }
 
 fn main() -> Outcome<()> {
-    let parts: [(&str, fn() -> Outcome<()>); 5] =
+    let parts: [(&str, Part); 5] =
         [("lanes", lanes), ("bitmaps", bitmaps), ("pages", pages), ("wakes", wakes), ("pinning", pinning)];
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     if let Some(unknown) = wanted.iter().find(|name| parts.iter().all(|(part, _)| part != name)) {
         return Err(format!("there is no {unknown}; ask for lanes, bitmaps, pages, wakes or pinning").into());
     }
     let chosen = parts.iter().filter(|(part, _)| wanted.is_empty() || wanted.iter().any(|name| name == part));
-    chosen.into_iter().try_for_each(|(_, measure)| measure())
+    for (_, measure) in chosen {
+        measure()?;
+    }
+    Ok(())
 }
