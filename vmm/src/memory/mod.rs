@@ -28,6 +28,9 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, M
 /// Guest memory as `vm-memory` sees it, with the VMM's own writes logged.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<WriteLog>;
 
+/// A part of guest RAM that knows which pages it is.
+pub type Slice<'m> = vm_memory::VolatileSlice<'m, vm_memory::bitmap::RefSlice<'m, WriteLog>>;
+
 /// What backs guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PageSize {

@@ -17,15 +17,20 @@ use crate::memory::GuestMemory;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState as Ring, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// A vector number that means "no interrupt".
 pub const NO_VECTOR: u16 = 0xffff;
+
+/// Bytes before the first element of a ring, and those of an element.
+const RING_HEADER: u64 = 4;
+const AVAILABLE_ELEMENT: u64 = 2;
+const USED_ELEMENT: u64 = 8;
 
 /// A chain of a guest's buffers.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
@@ -44,7 +49,7 @@ pub enum Broken {
 /// Why a device stopped serving a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// It needs buffers: go on when the guest has made some available.
+    /// It needs buffers, beside those that it put back: go on when the guest has made some available.
     Buffers,
     /// It has buffers and needs input: go on when the device's input is readable.
     Input,
@@ -97,6 +102,8 @@ pub struct Serving<'a> {
     memory: &'a GuestMemory,
     shared: &'a SharedQueue,
     interrupt: &'a Interrupt,
+    /// Chains that were put back.
+    held: u16,
 }
 
 impl<'a> Serving<'a> {
@@ -114,9 +121,11 @@ impl<'a> Serving<'a> {
         Ok(self.ring.iter(self.memory)?.next())
     }
 
-    /// Makes the chain that [`take`](Self::take) gave last the next one again.
-    pub fn put_back(&mut self) {
-        self.ring.go_to_previous_position();
+    /// Makes the last `count` chains that [`take`](Self::take) gave the next ones again. The device
+    /// takes no more before it returns.
+    pub fn put_back(&mut self, count: u16) {
+        self.held += count;
+        self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(count));
     }
 
     /// Gives a chain back to the guest, of which `len` bytes were written, and interrupts it if it
@@ -124,9 +133,48 @@ impl<'a> Serving<'a> {
     pub fn give_back(&mut self, head: u16, len: u32) -> Result<(), Broken> {
         self.ring.add_used(self.memory, head, len)?;
         if self.ring.needs_notification(self.memory)? {
-            self.interrupt.queue(self.shared.vector.load(Ordering::Relaxed));
+            self.interrupt();
         }
         Ok(())
+    }
+
+    /// Gives chains back of which the guest must not see one without the others: heads, and how many
+    /// bytes were written to each.
+    pub fn give_back_all(&mut self, chains: &[(u16, u32)]) -> Result<(), Broken> {
+        let [first @ .., (last_head, last_len)] = chains else { return Ok(()) };
+        let before = self.ring.next_used();
+        for (at, (head, len)) in first.iter().enumerate() {
+            let slot = before.wrapping_add(at as u16) % self.ring.size();
+            let element = (u64::from(*len) << 32 | u64::from(*head)).to_le();
+            let address = GuestAddress(self.ring.used_ring() + RING_HEADER + u64::from(slot) * USED_ELEMENT);
+            self.memory.write_obj(element, address).map_err(virtio_queue::Error::GuestMemory)?;
+        }
+        // The guest sees them by the index, which moves once, with the last of them.
+        self.ring.set_next_used(before.wrapping_add(first.len() as u16));
+        self.ring.add_used(self.memory, *last_head, *last_len)?;
+        if self.wants_interrupt(before)? {
+            self.interrupt();
+        }
+        Ok(())
+    }
+
+    /// Whether the guest wants to know of what was given back from index `before` on. The ring's own
+    /// answer takes into account only what was given back one by one.
+    fn wants_interrupt(&self, before: u16) -> Result<bool, Broken> {
+        if !self.ring.event_idx_enabled() {
+            return Ok(true);
+        }
+        // What was given back must be there before the guest's wish is read.
+        fence(Ordering::SeqCst);
+        let at = self.ring.avail_ring() + RING_HEADER + u64::from(self.ring.size()) * AVAILABLE_ELEMENT;
+        let loaded = self.memory.load(GuestAddress(at), Ordering::Relaxed);
+        let wanted = u16::from_le(loaded.map_err(virtio_queue::Error::GuestMemory)?);
+        let now = self.ring.next_used();
+        Ok(now.wrapping_sub(wanted).wrapping_sub(1) < now.wrapping_sub(before))
+    }
+
+    fn interrupt(&self) {
+        self.interrupt.queue(self.shared.vector.load(Ordering::Relaxed));
     }
 }
 
@@ -190,9 +238,15 @@ fn serve_once(
     interrupt: &Interrupt,
 ) -> Result<Option<Next>, Broken> {
     ring.disable_notification(memory)?;
-    let next = device.serve(index, &mut Serving { ring, memory, shared, interrupt })?;
+    let mut serving = Serving { ring, memory, shared, interrupt, held: 0 };
+    let next = device.serve(index, &mut serving)?;
+    // What the device has and cannot use yet is not what it waits for.
+    let held = if next == Next::Buffers { serving.held } else { 0 };
+    let next_available = ring.next_avail();
+    ring.set_next_avail(next_available.wrapping_add(held));
     // The ring looks as if more had come when a pause left something in it; that waits.
     let more = ring.enable_notification(memory)?;
+    ring.set_next_avail(next_available);
     Ok(if next == Next::Buffers && more { None } else { Some(next) })
 }
 

@@ -1,17 +1,15 @@
 //! A request's buffers, however the guest has cut them up: a header of 16 bytes, data, and a byte
 //! for the outcome.
 
-use crate::memory::{GuestMemory, WriteLog};
+pub use crate::memory::Slice;
+
+use crate::memory::GuestMemory;
 use crate::virtio::queue::{Broken, Chain};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::bitmap::RefSlice;
-use vm_memory::{Bytes, GuestMemoryBackend, VolatileSlice};
-
-/// A part of guest RAM that knows which pages it is.
-pub type Slice<'m> = VolatileSlice<'m, RefSlice<'m, WriteLog>>;
+use vm_memory::{Bytes, GuestMemoryBackend};
 
 const HEADER: usize = 16;
 /// Length of a range to be discarded or zeroed, in a request that names several.

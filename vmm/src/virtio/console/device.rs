@@ -90,7 +90,7 @@ impl Console {
                     // Nothing to read now, or, if it is anything else, nothing ever again.
                     let later = matches!(ended, Err(error) if error.kind() == ErrorKind::WouldBlock);
                     self.input_ended.store(!later, Ordering::Relaxed);
-                    queue.put_back();
+                    queue.put_back(1);
                     return Ok(Next::Input);
                 }
             }
