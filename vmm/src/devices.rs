@@ -16,7 +16,7 @@ use crate::pci::{Bus, CONFIG_ADDRESS_PORT, Function};
 use crate::power::{self, Power};
 use crate::serial::SerialPort;
 use crate::virtio::{VirtioDevice, VirtioFunction};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// First port of the serial port's eight.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -40,13 +40,15 @@ pub struct Devices {
     power: Power,
     pci: Bus,
     virtio: Vec<Arc<VirtioFunction>>,
+    /// Whether they may do anything.
+    running: Mutex<bool>,
 }
 
 impl Devices {
     /// A machine's devices, paused.
     pub fn new(serial: SerialPort, power: Power, virtio: Vec<Arc<VirtioFunction>>) -> Self {
         let pci = Bus::new(virtio.iter().map(|f| f.clone() as Arc<dyn Function>).collect());
-        Devices { serial, power, pci, virtio }
+        Devices { serial, power, pci, virtio, running: Mutex::new(false) }
     }
 
     /// The serial port.
@@ -113,12 +115,27 @@ impl Devices {
 
     /// Stops all threads of devices from touching guest RAM. No vCPU may run.
     pub fn pause(&self) {
+        *self.running() = false;
         self.virtio.iter().for_each(|function| function.pause());
     }
 
     /// Lets them go on.
     pub fn resume(&self) {
+        *self.running() = true;
         self.virtio.iter().for_each(|function| function.resume());
+    }
+
+    fn running(&self) -> MutexGuard<'_, bool> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the network that the guest is here, unless it is paused. A pause waits for this: once
+    /// devices are at rest, nobody hears any more that the guest is here.
+    pub fn announce(&self) {
+        let running = self.running();
+        if *running {
+            self.virtio.iter().for_each(|function| function.announce());
+        }
     }
 
     /// A guest's read. String instructions arrive as many accesses to one port.

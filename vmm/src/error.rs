@@ -66,6 +66,9 @@ pub enum Error {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] virtio::block::Error),
+    /// A network interface.
+    #[error(transparent)]
+    Net(#[from] virtio::net::Error),
     /// More devices than the PCI bus has places for.
     #[error("{wanted} devices: use at most {most}")]
     DeviceCount {
@@ -102,9 +105,11 @@ impl Error {
                 | virtio::block::Error::Lock { .. }
                 | virtio::block::Error::Flush { .. },
             ) => Code::DISKS,
-            Error::Disk(_) | Error::Serial { .. } | Error::Console { .. } | Error::DeviceCount { .. } => {
-                Code::DEVICE
-            }
+            Error::Disk(_)
+            | Error::Net(_)
+            | Error::Serial { .. }
+            | Error::Console { .. }
+            | Error::DeviceCount { .. } => Code::DEVICE,
             Error::Ended(_) | Error::Stopped => Code::GUEST_ENDED,
         }
     }

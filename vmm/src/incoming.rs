@@ -114,6 +114,10 @@ impl DestinationMachine for IncomingMachine {
         Ok(self.machine.resume()?)
     }
 
+    fn announce(&mut self) {
+        self.machine.announce();
+    }
+
     fn testimony(&mut self) -> Option<String> {
         guest::testimony(self.machine.memory())?;
         std::thread::sleep(AFTERMATH);

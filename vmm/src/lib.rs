@@ -5,6 +5,7 @@
 //! [`incoming`] builds what the engine moves in.
 
 pub mod acpi;
+pub mod announce;
 pub mod api;
 pub mod cpuid;
 mod description;

@@ -4,8 +4,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
+use vmm::announce::Announcing;
 use vmm::memory::PageSize;
 use vmm::virtio::block::{BlockConfig, MOST_QUEUES};
+use vmm::virtio::net::{MOST_PAIRS, Mac, TapConfig};
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]
@@ -103,6 +105,10 @@ pub struct RunArgs {
     /// PATH[,readonly][,cached][,queues=N]. Again for further disks
     #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk)]
     pub disk: Vec<BlockConfig>,
+    /// Give the machine a network interface (virtio-net) on a tap of this host, as
+    /// tap=NAME[,mac=ADDRESS][,queues=PAIRS][,offloads=off]. Again for further interfaces
+    #[arg(long, value_name = "tap=NAME[,OPTION]...", value_parser = net)]
+    pub net: Vec<NetArg>,
     /// Give the machine a source of entropy (virtio-rng)
     #[arg(long)]
     pub rng: bool,
@@ -132,6 +138,12 @@ pub struct ProcessArgs {
     /// File, pipe or terminal that the virtio console reads
     #[arg(long, requires = "console")]
     pub console_input: Option<PathBuf>,
+    /// How often the network is told where the guest is, once it has come here or back, and when, as
+    /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]: the first wait between rounds, how much longer
+    /// each further one is, and the longest
+    #[arg(long, value_name = "OPTION,...", default_value = "rounds=5,initial=50ms,step=100ms,max=550ms")]
+    #[arg(value_parser = announcing)]
+    pub announce: Announcing,
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]
     pub json: bool,
@@ -170,6 +182,10 @@ pub struct ReceiveArgs {
     /// Folder whose files a guest may have as disks; without one, no guest with disks is taken in
     #[arg(long, value_name = "FOLDER")]
     pub disks: Vec<PathBuf>,
+    /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Once for each of its interfaces, in
+    /// their order; a guest with more interfaces is not taken in
+    #[arg(long, value_name = "tap=NAME[,OPTION]", value_parser = tap)]
+    pub net: Vec<TapConfig>,
     /// End after the first migration that fails, instead of waiting for another
     #[arg(long)]
     pub once: bool,
@@ -329,6 +345,72 @@ fn disk(text: &str) -> Result<BlockConfig, String> {
     Ok(config)
 }
 
+/// A network interface of a machine that is started here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetArg {
+    /// Its tap.
+    pub tap: TapConfig,
+    /// Its address; without one, a random one.
+    pub mac: Option<Mac>,
+    /// Pairs of queues.
+    pub pairs: u16,
+}
+
+/// A network interface, by its options.
+fn net(text: &str) -> Result<NetArg, String> {
+    let mut tap = TapConfig { name: String::new(), offloads: true };
+    let (mut mac, mut pairs) = (None, 1);
+    for option in text.split(',') {
+        match option.split_once('=') {
+            Some(("tap", name)) if !name.is_empty() => tap.name = name.into(),
+            Some(("mac", address)) => mac = Some(address.parse()?),
+            Some(("queues", number)) => {
+                let number = number.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
+                pairs = number.ok_or_else(|| format!("{option}: use 1 to {MOST_PAIRS} pairs"))?;
+            }
+            Some(("offloads", "off")) => tap.offloads = false,
+            _ => {
+                return Err(format!(
+                    "\"{option}\" is no option of a network interface; use tap=NAME, mac=ADDRESS, queues=PAIRS or \
+                     offloads=off"
+                ));
+            }
+        }
+    }
+    if tap.name.is_empty() { Err("name its tap by tap=NAME".into()) } else { Ok(NetArg { tap, mac, pairs }) }
+}
+
+/// A tap for an interface that is yet to come, and that brings all else with it.
+fn tap(text: &str) -> Result<TapConfig, String> {
+    match net(text)? {
+        NetArg { tap, mac: None, pairs: 1 } => Ok(tap),
+        _ => Err("a guest brings the address and the queues of its interfaces with it".into()),
+    }
+}
+
+/// When to tell the network where a guest is.
+fn announcing(text: &str) -> Result<Announcing, String> {
+    let mut announcing = Announcing::default();
+    for option in text.split(',') {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        let time = || match humantime::parse_duration(value) {
+            Ok(time) if time <= Duration::from_secs(3600) => Ok(time),
+            _ => Err(format!("{option}: write a time such as 50ms, up to 1h")),
+        };
+        match name {
+            "rounds" => {
+                let rounds = value.parse().ok().filter(|rounds| *rounds <= 1000);
+                announcing.rounds = rounds.ok_or_else(|| format!("{option}: use 0 to 1000"))?;
+            }
+            "initial" => announcing.initial = time()?,
+            "step" => announcing.step = time()?,
+            "max" => announcing.most = time()?,
+            _ => return Err(format!("\"{option}\": use rounds=N, initial=TIME, step=TIME or max=TIME")),
+        }
+    }
+    Ok(announcing)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -343,6 +425,45 @@ mod tests {
         for wrong in ["", ",readonly", "a,writable", "a,queues=0", "a,queues=17", "a,queues", "a,readonly=1"]
         {
             assert!(disk(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_network_interface_is_a_tap_with_options() {
+        let tap_config = |offloads| TapConfig { name: "tap0".into(), offloads };
+        let plain = NetArg { tap: tap_config(true), mac: None, pairs: 1 };
+        assert_eq!(net("tap=tap0"), Ok(plain));
+        let mac = Some(Mac([0x52, 0x54, 0, 0, 0, 1]));
+        let all = NetArg { tap: tap_config(false), mac, pairs: 4 };
+        assert_eq!(net("mac=52:54:00:00:00:01,queues=4,offloads=off,tap=tap0"), Ok(all));
+        let wrong = [
+            "",
+            "tap0",
+            "tap=",
+            "queues=2",
+            "tap=a,queues=0",
+            "tap=a,queues=9",
+            "tap=a,mac=1",
+            "tap=a,offloads=on",
+            "tap=a,mac=00:00:00:00:00:00",
+            "tap=a,mac=ff:ff:ff:ff:ff:ff",
+        ];
+        for wrong in wrong {
+            assert!(net(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(tap("tap=tap0,offloads=off"), Ok(tap_config(false)));
+        assert!(tap("tap=tap0,queues=2").is_err() && tap("tap=tap0,mac=52:54:00:00:00:01").is_err());
+    }
+
+    #[test]
+    fn announcements_have_a_number_and_waits() {
+        let default = "rounds=5,initial=50ms,step=100ms,max=550ms";
+        assert_eq!(announcing(default), Ok(Announcing::default()));
+        assert_eq!(announcing("rounds=0"), Ok(Announcing { rounds: 0, ..Announcing::default() }));
+        let most = Duration::from_secs(1);
+        assert_eq!(announcing("max=1s"), Ok(Announcing { most, ..Announcing::default() }));
+        for wrong in ["", "5", "rounds", "rounds=-1", "rounds=1001", "initial=50", "step=2h", "often=1"] {
+            assert!(announcing(wrong).is_err(), "{wrong}");
         }
     }
 

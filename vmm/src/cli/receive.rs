@@ -26,7 +26,11 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     // Whatever is missing on this host is said now, not when a guest arrives.
     let mut host = IncomingHost::open(IncomingOptions {
         serial: args.process.serial(),
-        local: LocalConfig { images: Images::Below(args.disks.clone()), ..args.process.local() },
+        local: LocalConfig {
+            images: Images::Below(args.disks.clone()),
+            taps: args.net.clone(),
+            ..args.process.local()
+        },
         populate: args.populate,
     })?;
     let listener = Listener::bind(args.listen)?;

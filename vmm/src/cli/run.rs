@@ -11,7 +11,8 @@ use vmm::host::Host;
 use vmm::instance::Instance;
 use vmm::loader::{Boot, Image};
 use vmm::machine::{Machine, MachineConfig};
-use vmm::virtio::DeviceConfig;
+use vmm::virtio::net::{Mac, NetConfig};
+use vmm::virtio::{DeviceConfig, LocalConfig};
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let slot = Arc::new(Slot::default());
@@ -22,8 +23,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
     config.serial = args.process.serial();
-    config.devices = devices(&args);
-    config.local = args.process.local();
+    config.devices = devices(&args)?;
+    let taps = args.net.iter().map(|net| net.tap.clone()).collect();
+    config.local = LocalConfig { taps, ..args.process.local() };
     let machine = Machine::build(&host, config)?;
     match &args.kernel {
         Some(kernel) => machine.boot(&Boot {
@@ -50,9 +52,14 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
 }
 
 /// The PCI devices that the command line asks for.
-fn devices(args: &RunArgs) -> Vec<DeviceConfig> {
+fn devices(args: &RunArgs) -> anyhow::Result<Vec<DeviceConfig>> {
     let rng = args.rng.then_some(DeviceConfig::Rng);
     let console = args.process.console.as_ref().map(|_| DeviceConfig::Console);
-    let disks = args.disk.iter().cloned().map(DeviceConfig::Block);
-    disks.chain(rng).chain(console).collect()
+    let mut devices: Vec<_> = args.disk.iter().cloned().map(DeviceConfig::Block).collect();
+    for (net, number) in args.net.iter().zip(0..) {
+        let mac = net.mac.map_or_else(Mac::random, Ok)?;
+        devices.push(DeviceConfig::Net(NetConfig { number, mac, pairs: net.pairs, promise: None }));
+    }
+    devices.extend(rng.into_iter().chain(console));
+    Ok(devices)
 }

@@ -12,6 +12,7 @@ pub use config::MachineConfig;
 pub use outcome::{Crash, Outcome};
 
 use crate::acpi;
+use crate::announce;
 use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
@@ -29,6 +30,7 @@ use control::{Control, KickTarget, Phase};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -46,6 +48,13 @@ pub(crate) struct Shared {
     control: Control,
 }
 
+impl Shared {
+    /// Whether vCPUs run.
+    pub(crate) fn is_running(&self) -> bool {
+        self.control.status().0 == Phase::Running
+    }
+}
+
 /// A machine.
 pub struct Machine {
     config: MachineConfig,
@@ -59,6 +68,8 @@ pub struct Machine {
     /// Serialises pause, resume, save and load; true once the guest has run and was paused, or was
     /// loaded: it has to be told that its clock stood still.
     interrupted: Mutex<bool>,
+    /// The guest was given up, and may have run elsewhere meanwhile.
+    given_up: AtomicBool,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -111,6 +122,7 @@ impl Machine {
             tsc_khz,
             saved_msrs,
             interrupted: Mutex::new(false),
+            given_up: AtomicBool::new(false),
         };
         machine.spawn_threads()?;
         Ok(machine)
@@ -156,7 +168,15 @@ impl Machine {
             outcome => Error::Ended(outcome),
         })?;
         self.shared.devices.resume();
+        if self.given_up.swap(false, Ordering::Relaxed) {
+            self.announce();
+        }
         Ok(())
+    }
+
+    /// Tells the network, in the background, where the guest is from now on.
+    pub fn announce(&self) {
+        announce::start(&self.shared, &self.config.local.announcing);
     }
 
     /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no
@@ -178,7 +198,7 @@ impl Machine {
 
     /// Whether the guest is running.
     pub fn is_running(&self) -> bool {
-        self.shared.control.status().0 == Phase::Running
+        self.shared.is_running()
     }
 
     /// How the guest ended, if it has.
@@ -209,12 +229,14 @@ impl Machine {
         self.shared.devices.take_storage()
     }
 
-    /// Flushes all disks and gives them up.
+    /// Flushes all disks and gives them up: from here on the guest may run elsewhere. If it comes back, the
+    /// network is told where it is.
     ///
     /// # Errors
     /// [`Error::Disk`], [`Error::NotPaused`].
     pub fn release_disks(&self) -> Result<(), Error> {
         let _guard = self.guard_paused()?;
+        self.given_up.store(true, Ordering::Relaxed);
         self.shared.devices.release_storage()
     }
 

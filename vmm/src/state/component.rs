@@ -126,6 +126,8 @@ kinds! {
     Console = 10, version 1, "virtio-console";
     /// What a disk has beyond its transport.
     Block = 11, version 1, "virtio-blk";
+    /// What a network interface has beyond its transport.
+    Net = 12, version 1, "virtio-net";
 }
 
 /// One component, as it travels.

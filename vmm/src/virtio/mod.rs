@@ -11,9 +11,6 @@
 //! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
 //! | `interrupt.rs` | telling the driver |
 //!
-//! A network device belongs beside them as `net/`: its configuration in [`DeviceConfig`], its tap in
-//! [`LocalConfig`], the tap's descriptor as the receive queues' [`VirtioDevice::input`].
-//!
 //! A device only says what it offers and serves queues. It writes guest RAM through `vm_memory`
 //! alone, whose bitmap tells the dirty log (what it hands to the kernel as an address, it marks
 //! itself); `tests.rs` in each folder proves that it does.
@@ -21,6 +18,7 @@
 pub mod block;
 pub mod console;
 pub mod interrupt;
+pub mod net;
 pub mod queue;
 mod registers;
 pub mod rng;
@@ -32,6 +30,7 @@ pub mod transport;
 
 pub use transport::VirtioFunction;
 
+use crate::announce::Announcing;
 use crate::error::Error;
 use crate::state::{self, Component};
 use queue::{Broken, Next, Serving};
@@ -48,6 +47,8 @@ pub enum DeviceConfig {
     Console,
     /// A disk.
     Block(block::BlockConfig),
+    /// A network interface. Which tap it has is each host's own business.
+    Net(net::NetConfig),
 }
 
 /// What of a machine's devices each host decides for itself.
@@ -57,6 +58,10 @@ pub struct LocalConfig {
     pub console: console::ConsoleConfig,
     /// Which disk images it may have.
     pub images: block::Images,
+    /// The taps of its network interfaces, in their order.
+    pub taps: Vec<net::TapConfig>,
+    /// How the network is told where the guest is.
+    pub announcing: Announcing,
 }
 
 impl DeviceConfig {
@@ -69,6 +74,7 @@ impl DeviceConfig {
             DeviceConfig::Rng => Arc::new(rng::Rng::new()),
             DeviceConfig::Console => Arc::new(console::Console::open(&local.console)?),
             DeviceConfig::Block(config) => Arc::new(block::Block::open(config, &local.images)?),
+            DeviceConfig::Net(config) => Arc::new(net::Net::open(config, &local.taps)?),
         })
     }
 }
@@ -151,6 +157,12 @@ pub trait VirtioDevice: Send + Sync {
     /// Whether it has that right, or needs none.
     fn holds_storage(&self) -> bool {
         true
+    }
+
+    /// Tells the network that the guest is here; true if the configuration has changed and the driver
+    /// is to know. Only called while the guest runs here.
+    fn announce(&self) -> bool {
+        false
     }
 
     /// The kind of component that [`save`](Self::save) makes.

@@ -58,6 +58,11 @@ impl Bench {
         Bench { ram, function, recorder, queues }
     }
 
+    /// How many queues the function has.
+    pub fn queues(&self) -> usize {
+        self.queues.len()
+    }
+
     pub fn memory(&self) -> &GuestMemory {
         self.ram.memory()
     }

@@ -5,9 +5,11 @@
 
 use super::interrupt::Interrupt;
 use super::queue::{NO_VECTOR, QueueState, RingPart, VirtQueue};
+pub use super::registers::COMMON_FEATURES;
+
 use super::registers::{
-    BAR_LEN, COMMON, COMMON_FEATURES, COMMON_LEN, DEVICE, DOORBELL_LEN, DOORBELLS, DRIVER_OK, EVENT_INDEX,
-    ISR, MSIX_PENDING, MSIX_TABLE, NEEDS_RESET, PART_LEN, Registers,
+    BAR_LEN, COMMON, COMMON_LEN, DEVICE, DOORBELL_LEN, DOORBELLS, DRIVER_OK, EVENT_INDEX, ISR, MSIX_PENDING,
+    MSIX_TABLE, NEEDS_RESET, PART_LEN, Registers,
 };
 use super::{LocalConfig, VirtioDevice};
 use crate::error::Error;
@@ -220,7 +222,8 @@ impl VirtioFunction {
         put(&Registers::half(registers.features, registers.driver_feature_select).to_le_bytes());
         put(&self.interrupt.config_vector().to_le_bytes());
         put(&(self.queues.len() as u16).to_le_bytes());
-        // No configuration here changes by itself: its generation is always the same.
+        // What changes by itself in a configuration here is two bytes at once: the generation, which
+        // is for longer ones, is always the same.
         put(&[registers.status | needs_reset, 0]);
         put(&registers.queue_select.to_le_bytes());
         let (size, ready) = queue.map_or((0, false), |q| q.with_ring(|ring| (ring.size(), ring.ready())));
@@ -310,6 +313,13 @@ impl VirtioFunction {
     /// Lets them go on.
     pub fn resume(&self) {
         self.queues.iter().for_each(VirtQueue::resume);
+    }
+
+    /// Tells the network, and the driver, that the guest is here.
+    pub fn announce(&self) {
+        if self.device.announce() {
+            self.interrupt.config();
+        }
     }
 
     /// The components that the device saves.

@@ -49,7 +49,7 @@ fn fill(chain: &mut Chain<'_>, queue: &Serving<'_>) -> Result<u32, Broken> {
     Ok(written)
 }
 
-fn get_random(buffer: &mut [u8]) -> io::Result<()> {
+pub fn get_random(buffer: &mut [u8]) -> io::Result<()> {
     // SAFETY: the kernel writes at most as many bytes as the buffer has.
     let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
     if got == buffer.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -6,3 +6,4 @@ mod state;
 mod tests;
 
 pub use device::Rng;
+pub(crate) use device::get_random;

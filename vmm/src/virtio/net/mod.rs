@@ -1,0 +1,151 @@
+//! virtio-net: a network interface whose other end is a tap of this host.
+//!
+//! Which tap is each host's own business, so that nobody who sends a guest can choose one. What
+//! travels is what the guest knows: its address, its queues, and what it was offered. The tap of a
+//! host that the guest comes to must have what the guest uses of it, or the guest is not taken in.
+//!
+//! Frames go between the tap and guest RAM without a copy of ours, with a header before each that
+//! says what is left to do: a checksum to fill in, a segment to be cut up. Offloads are features of
+//! the device on one side and of the tap on the other.
+//!
+//! A host that is to receive a guest has the tap open before it owns the guest. It sends nothing
+//! then, and what came in by the time the guest is loaded is thrown away.
+//!
+//! | file | what |
+//! |---|---|
+//! | `device.rs` | features, configuration, who serves which queue |
+//! | `receive.rs` | frames from the tap into the guest's buffers |
+//! | `transmit.rs` | frames from the guest to the tap |
+//! | `control.rs` | what the driver asks for on the control queue |
+//! | `tap.rs` | the tap |
+//! | `mac.rs` | hardware addresses, and the frame that tells switches where one is |
+
+mod control;
+mod device;
+mod mac;
+mod receive;
+mod state;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod transmit;
+#[cfg(test)]
+mod wire;
+
+pub use device::Net;
+pub use mac::Mac;
+
+use serde::{Deserialize, Serialize};
+use std::io;
+
+/// Most pairs of queues that an interface has.
+pub const MOST_PAIRS: u16 = 8;
+
+/// Bytes before each frame.
+const HEADER: usize = 12;
+/// Longest frame: an IP packet of 64 KiB, with a hardware header and a VLAN tag.
+const MOST_FRAME: usize = 65535 + 18;
+
+/// What a network interface is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// Which of the machine's interfaces it is, from 0: it gets the host's tap of that number.
+    pub number: u8,
+    /// Its address.
+    pub mac: Mac,
+    /// Number of pairs of queues, 1 to [`MOST_PAIRS`].
+    pub pairs: u16,
+    /// What the guest was told; `None` for whatever the tap has.
+    pub promise: Option<Promise>,
+}
+
+/// What a guest was told of its interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promise {
+    /// The features that it was offered.
+    pub offered: u64,
+    /// Those of them that it uses.
+    pub accepted: u64,
+    /// Bytes of the longest packet.
+    pub mtu: u16,
+}
+
+/// A tap, and what of it an interface may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TapConfig {
+    /// The tap's name.
+    pub name: String,
+    /// Whether checksums and segmentation may be left to the other end.
+    pub offloads: bool,
+}
+
+/// Why an interface cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No tap was set aside for it.
+    #[error(
+        "the guest's network interface {} has no tap here; start the receiver with --net tap=NAME once for each \
+         of its interfaces",
+        number + 1
+    )]
+    NoTap {
+        /// Which interface, from 0.
+        number: u8,
+    },
+    /// There is no tap of that name.
+    #[error(
+        "there is no tap {0}; make it with `ip tuntap add dev {0} mode tap` and join it to the guest's network"
+    )]
+    Missing(String),
+    /// It cannot carry anything.
+    #[error("the tap {0} is down; put it up with `ip link set {0} up`")]
+    Down(String),
+    /// It is no tap, or it has one queue where several are needed.
+    #[error(
+        "{name} is no tap with {pairs} queue(s); make one with `ip tuntap add dev {name} mode tap{}`",
+        if *pairs > 1 { " multi_queue" } else { "" }
+    )]
+    Kind {
+        /// The interface.
+        name: String,
+        /// Pairs of queues that the guest has.
+        pairs: u16,
+    },
+    /// Somebody else has it open.
+    #[error("the tap {0} is in use by another process")]
+    InUse(String),
+    /// The system refuses it.
+    #[error("cannot use the tap {name}: {source}")]
+    System {
+        /// The tap.
+        name: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It has less than the guest uses.
+    #[error("the tap {name} does not offer what the guest uses: {missing}")]
+    Offloads {
+        /// The tap.
+        name: String,
+        /// The features, by their names in the virtio specification.
+        missing: String,
+    },
+    /// It takes only packets that are shorter than the guest's.
+    #[error(
+        "the tap {name} has an MTU of {found}, the guest sends packets of up to {wanted} bytes; use `ip link set {name} mtu {wanted}`"
+    )]
+    Mtu {
+        /// The tap.
+        name: String,
+        /// Its MTU in bytes.
+        found: u16,
+        /// The guest's.
+        wanted: u16,
+    },
+    /// A number of queues that no interface has.
+    #[error("a network interface with {0} pairs of queues: use 1 to {MOST_PAIRS}")]
+    Pairs(u16),
+    /// An address that no interface may have.
+    #[error("{0} is no address of a network interface; use one such as 52:54:00:12:34:56")]
+    Mac(Mac),
+}
