@@ -14,12 +14,15 @@
 //! | `copies` | over RDMA no system call carries pages (in the lab) |
 //! | `huge` | a guest in huge pages moves over RDMA (in the lab) |
 //! | `crosscheck` | another implementation of verbs sees the same devices (in the lab) |
+//! | `network` | a Linux guest's network connections while it moves (in the lab) |
 //! | `pair` | moves between two hosts (two VMs of the lab) |
 //! | `usage`, `cli`, `http` | the program as its users see it |
 //!
 //! Where a test says that a guest is as good as it was, the guest has been moved once more, into the test's own
 //! process ([`inspect`]), with all memory compared on the way, and has verified each of its pages there.
 
+pub mod bridges;
+pub mod client;
 pub mod command;
 pub mod inspect;
 pub mod lab;
@@ -29,3 +32,5 @@ pub mod rogue;
 pub mod say;
 pub mod sides;
 pub mod strace;
+#[path = "../../vmm/src/virtio/net/wire.rs"]
+pub mod wire;
