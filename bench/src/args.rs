@@ -1,16 +1,17 @@
 //! The command line.
 
+use crate::contender::Peers;
+use crate::guest::Content;
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::IpAddr;
 use std::path::PathBuf;
+use vmm::api::model::TransportChoice;
 
 /// Measures migrations between real processes on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "whimbrel-bench", version, about, max_term_width = 110)]
 pub struct Cli {
-    /// Print every run and its summary as one JSON object
-    #[arg(long, global = true)]
-    pub json: bool,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -23,22 +24,34 @@ pub enum Command {
     Untouched(UntouchedArgs),
     /// How fast memory full of random content moves, beside iperf3 and QEMU in the same run
     Throughput(ThroughputArgs),
+    /// Guests of every combination of what is given, and how figures grow from one to the other
+    Matrix(MatrixArgs),
+    /// Print what is in files that --save wrote, whole or cut off
+    Show(ShowArgs),
+    /// Say which differences between two files that --save wrote are real, given their spread
+    Compare(CompareArgs),
 }
 
-/// The program that is measured.
+/// The program that is measured, and where results go.
 #[derive(Args, Clone, Debug)]
-pub struct ProgramArgs {
+pub struct CommonArgs {
     /// The whimbrel program; without it, the one beside this program
     #[arg(long)]
     pub whimbrel: Option<PathBuf>,
+    /// Print JSON, a line for every run as soon as it is over, instead of tables
+    #[arg(long)]
+    pub json: bool,
+    /// Append the same lines to this file
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
 }
 
-impl ProgramArgs {
+impl CommonArgs {
     /// The program's path.
     ///
     /// # Errors
     /// When there is no such file.
-    pub fn path(&self) -> anyhow::Result<PathBuf> {
+    pub fn program(&self) -> anyhow::Result<PathBuf> {
         let path = match &self.whimbrel {
             Some(path) => path.clone(),
             None => std::env::current_exe()
@@ -57,7 +70,7 @@ impl ProgramArgs {
 #[derive(Args, Debug)]
 pub struct BlackoutArgs {
     #[command(flatten)]
-    pub program: ProgramArgs,
+    pub common: CommonArgs,
     /// Guest memory
     #[arg(long, short = 'm', default_value = "1G", value_parser = size)]
     pub memory: u64,
@@ -68,26 +81,46 @@ pub struct BlackoutArgs {
     #[arg(long, default_value = "0", value_parser = size)]
     pub working_set: u64,
     /// Moves, each of a fresh guest
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
-    pub runs: u32,
+    #[arg(long, visible_alias = "runs", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
 }
 
 #[derive(Args, Debug)]
 pub struct UntouchedArgs {
     #[command(flatten)]
-    pub program: ProgramArgs,
+    pub common: CommonArgs,
     /// Guest memory
     #[arg(long, short = 'm', default_value = "8G", value_parser = size)]
     pub memory: u64,
     /// Moves, each of a fresh guest
-    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
-    pub runs: u32,
+    #[arg(long, visible_alias = "runs", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+}
+
+/// Peers that are measured beside us, each in every round.
+#[derive(Args, Clone, Debug)]
+pub struct PeerArgs {
+    /// iperf3 with zero copy over loopback
+    #[arg(long)]
+    pub iperf3: bool,
+    /// A script that migrates a paused QEMU guest and prints one line of JSON
+    #[arg(long)]
+    pub qemu_script: Option<PathBuf>,
+    /// Its multifd channels; without it, 2 when the destination is populated, else 4
+    #[arg(long, value_delimiter = ',', requires = "qemu_script")]
+    pub multifd: Vec<u16>,
+}
+
+impl From<PeerArgs> for Peers {
+    fn from(args: PeerArgs) -> Self {
+        Peers { iperf3: args.iperf3, qemu_script: args.qemu_script, multifd: args.multifd }
+    }
 }
 
 #[derive(Args, Debug)]
 pub struct ThroughputArgs {
     #[command(flatten)]
-    pub program: ProgramArgs,
+    pub common: CommonArgs,
     /// A second whimbrel program, measured in turn with the first
     #[arg(long)]
     pub against: Option<PathBuf>,
@@ -103,24 +136,129 @@ pub struct ThroughputArgs {
     /// Rounds, each with one run of everything that is compared
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
-    /// Run iperf3 with zero copy over loopback in every round
-    #[arg(long)]
-    pub iperf3: bool,
-    /// A script that migrates a QEMU guest and prints one line of JSON, run in every round
-    #[arg(long)]
-    pub qemu_script: Option<PathBuf>,
-    /// Its multifd channels; without it, 2 when the destination is populated, else 4
-    #[arg(long, value_delimiter = ',', requires = "qemu_script")]
-    pub multifd: Vec<u16>,
+    #[command(flatten)]
+    pub peers: PeerArgs,
     /// Do not touch and free as much memory as a run needs before each run
     #[arg(long)]
     pub no_warm_up: bool,
+}
+
+/// Whether the destination is populated before data may come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Populate {
+    No,
+    Yes,
+}
+
+/// Pages that a guest rewrites each second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rate {
+    /// So many; 0 for as many as it can.
+    Pages(u64),
+    /// As many as make this share of its memory.
+    Percent(f64),
+}
+
+impl Rate {
+    /// Pages a second of a guest with so much memory; at least one, since none would mean no limit.
+    pub fn pages(self, memory: u64) -> u64 {
+        match self {
+            Rate::Pages(pages) => pages,
+            Rate::Percent(share) => ((memory / 4096) as f64 * share / 100.0).round().max(1.0) as u64,
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+pub struct MatrixArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Guest memory
+    #[arg(long, short = 'm', value_delimiter = ',', default_value = "1G", value_parser = size)]
+    pub memory: Vec<u64>,
+    /// What is in it
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "random")]
+    pub content: Vec<Content>,
+    /// Virtual CPUs
+    #[arg(long, short = 'c', value_delimiter = ',', default_value = "1",
+        value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub vcpus: Vec<u32>,
+    /// Memory that the guest keeps rewriting while it moves; 0 for an idle guest
+    #[arg(long, value_delimiter = ',', default_value = "0", value_parser = size)]
+    pub working_set: Vec<u64>,
+    /// Pages of it that the guest rewrites each second, as a number or as a share of all its memory such as 1%;
+    /// 0 for as many as it can
+    #[arg(long, value_delimiter = ',', default_value = "0", value_parser = rate)]
+    pub rate: Vec<Rate>,
+    /// Timer interrupts a second on each virtual CPU; without it, the guest's default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(20..=10_000))]
+    pub timer_hz: Option<u32>,
+    /// Populate the destination's memory before data may come
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "no")]
+    pub populate: Vec<Populate>,
+    /// Which way memory goes: auto, tcp or rdma
+    #[arg(long, value_delimiter = ',', default_value = "auto", value_parser = transport)]
+    pub transport: Vec<TransportChoice>,
+    /// Address of this machine through which it goes; one of an RDMA device for RDMA
+    #[arg(long, default_value = "127.0.0.1")]
+    pub via: IpAddr,
+    /// TCP streams; 0 for the default
+    #[arg(long, value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub streams: Vec<u16>,
+    /// Rounds, each with one run of everything
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+    #[command(flatten)]
+    pub peers: PeerArgs,
+    /// Do not touch and free as much memory as a run needs before each run
+    #[arg(long)]
+    pub no_warm_up: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct ShowArgs {
+    /// Files that --save wrote
+    #[arg(required = true)]
+    pub files: Vec<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct CompareArgs {
+    /// The earlier file
+    pub old: PathBuf,
+    /// The later file
+    pub new: PathBuf,
+    /// Least difference that matters, in per cent
+    #[arg(long, value_name = "PERCENT", default_value_t = 2.0)]
+    pub least: f64,
+    /// Compare figures as shares of this contender's in the same round, such as "iperf3 -Z": what the machine did
+    /// meanwhile then counts less
+    #[arg(long, value_name = "CONTENDER")]
+    pub relative_to: Option<String>,
+    /// Compare every figure, not only those that the measurement shows
+    #[arg(long)]
+    pub all: bool,
+    /// Print JSON, with the differences that are not real too
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// A size in bytes; K, M, G and T are powers of 1024.
 fn size(text: &str) -> Result<u64, String> {
     let config = parse_size::Config::new().with_binary();
     config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
+}
+
+fn rate(text: &str) -> Result<Rate, String> {
+    let parsed = match text.strip_suffix('%') {
+        Some(share) => share.parse().ok().filter(|share| (0.0..=100.0).contains(share)).map(Rate::Percent),
+        None => text.parse().ok().map(Rate::Pages),
+    };
+    parsed.ok_or_else(|| "write a number of pages, or a share of memory from 0% to 100%".into())
+}
+
+fn transport(text: &str) -> Result<TransportChoice, String> {
+    serde_json::from_value(text.into()).map_err(|_| "use auto, tcp or rdma".into())
 }
 
 #[cfg(test)]
@@ -133,13 +271,34 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split(' ')).map(|cli| cli.command)
+    }
+
     #[test]
-    fn lists_of_streams_are_read() {
-        let cli =
-            Cli::try_parse_from(["whimbrel-bench", "throughput", "--streams", "1,2,4", "--json"]).unwrap();
-        assert!(cli.json);
-        let Command::Throughput(args) = cli.command else { panic!("another command") };
+    fn lists_are_read() {
+        let Command::Throughput(args) = parse("bench throughput --streams 1,2,4 --json").unwrap() else {
+            panic!("another command")
+        };
+        assert!(args.common.json);
         assert_eq!((args.streams, args.memory), (vec![1, 2, 4], 4 << 30));
-        assert!(Cli::try_parse_from(["whimbrel-bench", "throughput", "--streams", "65"]).is_err());
+        assert!(parse("bench throughput --streams 65").is_err());
+        let line = "bench matrix -m 1G,2G --content untouched,random --rate 0,1%,500 --populate no,yes --transport tcp";
+        let Command::Matrix(args) = parse(line).unwrap() else { panic!("another command") };
+        assert_eq!(args.memory, [1 << 30, 2 << 30]);
+        assert_eq!(args.content, [Content::Untouched, Content::Random]);
+        assert_eq!(args.rate, [Rate::Pages(0), Rate::Percent(1.0), Rate::Pages(500)]);
+        assert_eq!(args.populate, [Populate::No, Populate::Yes]);
+        assert_eq!(args.transport, [TransportChoice::Tcp]);
+        for wrong in ["--rate 101%", "--rate some", "--transport carrier-pigeon", "--content full"] {
+            assert!(parse(&format!("bench matrix {wrong}")).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_share_of_memory_is_a_number_of_pages() {
+        assert_eq!(Rate::Percent(1.0).pages(1 << 30), 2621);
+        assert_eq!(Rate::Percent(0.0).pages(1 << 30), 1);
+        assert_eq!(Rate::Pages(0).pages(1 << 30), 0);
     }
 }

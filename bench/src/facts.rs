@@ -1,14 +1,14 @@
 //! What the machine is, as far as figures depend on it.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::process::Command;
 
 /// Facts that go with every result.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Facts {
     /// This program's version.
-    pub version: &'static str,
+    pub version: String,
     /// CPUs that this process may use.
     pub cpus: usize,
     /// The CPU as the kernel names it.
@@ -37,7 +37,7 @@ impl Facts {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         Facts {
-            version: env!("CARGO_PKG_VERSION"),
+            version: env!("CARGO_PKG_VERSION").into(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             cpu_model: field(&cpuinfo, "model name").map(String::from),
             virtual_machine: field(&cpuinfo, "flags")

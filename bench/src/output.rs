@@ -1,56 +1,15 @@
-//! Results for people and for machines.
+//! Tables and figures for people.
 
-use crate::facts::Facts;
 use crate::statistics::Distribution;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
-use serde_json::{Value, json};
-
-/// What a benchmark found.
-pub struct Outcome {
-    /// Its name.
-    pub bench: &'static str,
-    /// What it was asked to do.
-    pub parameters: Value,
-    /// Every single run.
-    pub runs: Vec<Value>,
-    /// The distributions.
-    pub summary: Value,
-    /// The same for people.
-    pub text: String,
-}
-
-impl Outcome {
-    /// Prints one form or the other on standard output.
-    pub fn print(&self, json: bool) {
-        if json {
-            let Outcome { bench, parameters, runs, summary, .. } = self;
-            let facts = Facts::gather();
-            println!(
-                "{}",
-                json!({
-                    "format": 1, "bench": bench, "facts": facts, "parameters": parameters,
-                    "runs": runs, "summary": summary,
-                })
-            );
-        } else {
-            print!("{}", self.text);
-        }
-    }
-}
-
-/// Anything that has a JSON form, as a value; what has none is null.
-pub fn value(of: impl Serialize) -> Value {
-    serde_json::to_value(of).unwrap_or(Value::Null)
-}
 
 /// A table with these columns: names to the left, figures to the right.
-pub fn table<const N: usize>(columns: [&str; N]) -> Table {
+pub fn table<S: ToString>(columns: impl IntoIterator<Item = S>) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_HORIZONTAL_ONLY);
-    table.set_header(columns);
+    table.set_header(columns.into_iter().map(|column| column.to_string()));
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -4,6 +4,7 @@
 //! stays in the caches: a migration has to read and write all of memory for the same bytes.
 
 use super::free_port;
+use crate::figures::{self, Figures};
 use anyhow::{Context, bail};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
@@ -58,22 +59,20 @@ pub fn run(bytes: u64) -> anyhow::Result<Value> {
     Ok(said["end"].clone())
 }
 
-/// MiB a second as the receiver counted them.
-pub fn rate(said: &Value) -> Option<f64> {
-    Some(said["sum_received"]["bits_per_second"].as_f64()? / 8.0 / f64::from(1 << 20))
-}
-
-/// CPU seconds of both sides for each GiB.
-pub fn cpu(said: &Value) -> (Option<f64>, Option<f64>) {
+/// MiB a second as the receiver counted them, and CPU seconds of both sides for each GiB.
+pub fn figures(said: &Value) -> Figures {
+    let rate = |sum: &Value| Some(sum["bits_per_second"].as_f64()? / 8.0 / f64::from(1 << 20));
     let used = &said["cpu_utilization_percent"];
-    let per_gib = |percent: Option<f64>, sum: &Value| {
+    let per_gib = |percent: &Value, sum: &Value| {
         let (seconds, bytes) = (sum["seconds"].as_f64()?, sum["bytes"].as_f64()?);
-        Some(percent? / 100.0 * seconds / (bytes / f64::from(1 << 30)))
+        Some(percent.as_f64()? / 100.0 * seconds / (bytes / f64::from(1 << 30)))
     };
-    (
-        per_gib(used["host_total"].as_f64(), &said["sum_sent"]),
-        per_gib(used["remote_total"].as_f64(), &said["sum_received"]),
-    )
+    let (sent, received) = (&said["sum_sent"], &said["sum_received"]);
+    figures::named([
+        ("stream_mib_s", rate(received)),
+        ("source_cpu_s_per_gib", per_gib(&used["host_total"], sent)),
+        ("target_cpu_s_per_gib", per_gib(&used["remote_total"], received)),
+    ])
 }
 
 #[cfg(test)]
@@ -88,9 +87,9 @@ mod tests {
             "sum_received": { "seconds": 2.0, "bytes": 2147483648u64, "bits_per_second": 8589934592.0 },
             "cpu_utilization_percent": { "host_total": 50.0, "remote_total": 100.0 },
         });
-        assert_eq!(rate(&said), Some(1024.0));
-        assert_eq!(cpu(&said), (Some(0.5), Some(1.0)));
-        assert_eq!(rate(&json!({})), None);
-        assert_eq!(cpu(&json!({})), (None, None));
+        let figures = figures(&said);
+        assert_eq!(figures["stream_mib_s"], 1024.0);
+        assert_eq!((figures["source_cpu_s_per_gib"], figures["target_cpu_s_per_gib"]), (0.5, 1.0));
+        assert!(super::figures(&json!({})).is_empty());
     }
 }

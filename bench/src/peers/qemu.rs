@@ -4,6 +4,7 @@
 //! which `status`, `total_s`, `cpu_source_s` and `cpu_target_s` are used.
 
 use super::free_port;
+use crate::figures::{self, Figures};
 use anyhow::{Context, bail};
 use serde_json::Value;
 use std::path::Path;
@@ -38,15 +39,17 @@ fn parse(output: &str) -> anyhow::Result<Value> {
 }
 
 /// MiB a second: guest memory over QEMU's own `total-time`, which runs from the command to the end of
-/// the migration, set-up included.
-pub fn rate(said: &Value) -> Option<f64> {
-    Some(said["mib"].as_f64()? / said["total_s"].as_f64().filter(|s| *s > 0.0)?)
-}
-
-/// CPU seconds of both sides for each GiB.
-pub fn cpu(said: &Value) -> (Option<f64>, Option<f64>) {
-    let per_gib = |name: &str| Some(said[name].as_f64()? / (said["mib"].as_f64()? / 1024.0));
-    (per_gib("cpu_source_s"), per_gib("cpu_target_s"))
+/// the migration, set-up included; and CPU seconds of both sides for each GiB.
+pub fn figures(said: &Value) -> Figures {
+    let seconds = said["total_s"].as_f64().filter(|s| *s > 0.0);
+    let mib = said["mib"].as_f64();
+    let per_gib = |name: &str| Some(said[name].as_f64()? / (mib? / 1024.0));
+    figures::named([
+        ("migration_mib_s", mib.zip(seconds).map(|(mib, s)| mib / s)),
+        ("moving_ms", seconds.map(|s| s * 1e3)),
+        ("source_cpu_s_per_gib", per_gib("cpu_source_s")),
+        ("target_cpu_s_per_gib", per_gib("cpu_target_s")),
+    ])
 }
 
 #[cfg(test)]
@@ -57,8 +60,10 @@ mod tests {
     fn the_scripts_line_is_read() {
         let line = r#"{"status": "completed", "mib": 2048, "total_s": 2.0, "cpu_source_s": 1.0}"#;
         let said = parse(&format!("a warning\n{line}\n")).unwrap();
-        assert_eq!(rate(&said), Some(1024.0));
-        assert_eq!(cpu(&said), (Some(0.5), None));
+        let figures = figures(&said);
+        assert_eq!((figures["migration_mib_s"], figures["moving_ms"]), (1024.0, 2000.0));
+        assert_eq!(figures.get("source_cpu_s_per_gib"), Some(&0.5));
+        assert_eq!(figures.get("target_cpu_s_per_gib"), None);
         assert!(parse("").is_err());
         assert!(parse(r#"{"status": "failed"}"#).is_err());
     }

@@ -1,0 +1,108 @@
+//! The guest that is moved, by us and by peers alike: what it has in memory and what it does meanwhile.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// What is in a guest's memory before it moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Content {
+    /// Next to nothing: the pages do not exist.
+    Untouched,
+    /// Random bytes, which nothing compresses.
+    Random,
+}
+
+/// What is moved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Guest {
+    /// Memory in bytes.
+    pub memory: u64,
+    /// What is in it.
+    pub content: Content,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Bytes that it keeps rewriting; 0 for an idle guest.
+    pub working_set: u64,
+    /// Pages of these that it rewrites each second; 0 for as many as it can.
+    pub rate: u64,
+    /// Timer interrupts a second on each vCPU; `None` for its default.
+    pub timer_hz: Option<u32>,
+}
+
+impl Guest {
+    /// An idle guest with one vCPU.
+    pub fn idle(memory: u64, content: Content) -> Self {
+        Guest { memory, content, vcpus: 1, working_set: 0, rate: 0, timer_hz: None }
+    }
+
+    /// Its options on the command line of `whimbrel run`.
+    pub fn options(&self) -> Vec<String> {
+        let fill = match self.content {
+            Content::Untouched => 0,
+            Content::Random => self.memory,
+        };
+        let options = [
+            ("--memory", self.memory),
+            ("--vcpus", self.vcpus.into()),
+            ("--working-set", self.working_set),
+            ("--rate", self.rate),
+            ("--fill", fill),
+        ];
+        let timer = self.timer_hz.map(|hz| ("--timer-hz", hz.into()));
+        let options = options.into_iter().chain(timer);
+        options.flat_map(|(name, value)| [name.to_string(), value.to_string()]).collect()
+    }
+}
+
+/// A number of bytes in the largest unit of which it is a whole number.
+pub fn size(bytes: u64) -> String {
+    [(30, "GiB"), (20, "MiB"), (10, "KiB")]
+        .into_iter()
+        .find(|(shift, _)| bytes != 0 && bytes.trailing_zeros() >= *shift)
+        .map_or(format!("{bytes} B"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
+}
+
+impl fmt::Display for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let content = match self.content {
+            Content::Untouched => "untouched",
+            Content::Random => "random",
+        };
+        let plural = if self.vcpus == 1 { "" } else { "s" };
+        write!(f, "{} {content}, {} vCPU{plural}, ", size(self.memory), self.vcpus)?;
+        match (self.working_set, self.rate) {
+            (0, _) => write!(f, "idle"),
+            (working_set, 0) => write!(f, "rewrites {}", size(working_set)),
+            (working_set, rate) => write!(f, "rewrites {rate} pages/s of {}", size(working_set)),
+        }?;
+        self.timer_hz.map_or(Ok(()), |hz| write!(f, ", timer at {hz} Hz"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_named_by_what_it_is() {
+        let idle = Guest::idle(8 << 30, Content::Untouched);
+        assert_eq!(idle.to_string(), "8 GiB untouched, 1 vCPU, idle");
+        let busy =
+            Guest { vcpus: 2, working_set: 64 << 20, rate: 0, ..Guest::idle(1536 << 20, Content::Random) };
+        assert_eq!(busy.to_string(), "1536 MiB random, 2 vCPUs, rewrites 64 MiB");
+        let paced = Guest { rate: 2621, ..busy };
+        assert!(paced.to_string().ends_with("rewrites 2621 pages/s of 64 MiB"));
+        let calm = Guest { timer_hz: Some(100), ..idle };
+        assert!(calm.to_string().ends_with("idle, timer at 100 Hz"));
+        assert_eq!(calm.options()[10..], ["--timer-hz", "100"]);
+        assert_eq!((size(0), size(1500)), ("0 B".into(), "1500 B".into()));
+    }
+
+    #[test]
+    fn only_content_fills_memory() {
+        let fill = |content| Guest::idle(1 << 30, content).options().pop().unwrap();
+        assert_eq!((fill(Content::Untouched), fill(Content::Random)), ("0".into(), "1073741824".into()));
+    }
+}
