@@ -52,7 +52,7 @@ impl Contender {
                 (iperf3::figures(&said), said)
             }
             Contender::Qemu { script, guest, populate, multifd } => {
-                let said = qemu::run(script, guest.memory, *multifd, *populate)?;
+                let said = qemu::run(script, guest, *multifd, *populate)?;
                 (qemu::figures(&said), said)
             }
         })
@@ -78,13 +78,14 @@ pub struct Peers {
 impl Peers {
     /// The peers that can be measured beside a guest.
     ///
-    /// QEMU's guest is paused and filled from outside: it can stand beside an idle guest of random content only.
+    /// QEMU's guest is paused and filled from outside, with random bytes or zeros, and iperf3's bytes are anything:
+    /// they can stand beside idle guests of such content only.
     pub fn beside(&self, guest: &Guest, populate: bool) -> Vec<(String, Contender)> {
         let mut all = Vec::new();
-        if guest.working_set != 0 || guest.content != Content::Random {
+        if guest.working_set != 0 || !matches!(guest.content, Content::Random | Content::Zero) {
             return all;
         }
-        if self.iperf3 {
+        if self.iperf3 && guest.content == Content::Random {
             all.push(("iperf3 -Z".into(), Contender::Iperf3 { guest: guest.clone(), populate }));
         }
         if let Some(script) = &self.qemu_script {
@@ -114,6 +115,7 @@ mod tests {
         assert_eq!(names(&full, false), ["iperf3 -Z", "QEMU, multifd 4"]);
         assert!(names(&Guest { working_set: 1 << 20, ..full.clone() }, false).is_empty());
         assert!(names(&Guest { content: Content::Untouched, ..full.clone() }, false).is_empty());
+        assert_eq!(names(&Guest { content: Content::Zero, ..full.clone() }, false), ["QEMU, multifd 4"]);
         let (who, contender) = peers.beside(&full, true).remove(1);
         assert_eq!(contender.setup(who).group, "1 GiB random, 1 vCPU, idle, destination populated");
     }

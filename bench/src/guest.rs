@@ -10,6 +10,10 @@ use std::fmt;
 pub enum Content {
     /// Next to nothing: the pages do not exist.
     Untouched,
+    /// Zeros, in pages that exist.
+    Zero,
+    /// Eight bytes all over a page, others in the next, which a compressor likes best.
+    Repeating,
     /// Random bytes, which nothing compresses.
     Random,
 }
@@ -39,9 +43,11 @@ impl Guest {
 
     /// Its options on the command line of `whimbrel run`.
     pub fn options(&self) -> Vec<String> {
-        let fill = match self.content {
-            Content::Untouched => 0,
-            Content::Random => self.memory,
+        let (fill, content) = match self.content {
+            Content::Untouched => (0, "random"),
+            Content::Zero => (self.memory, "zero"),
+            Content::Repeating => (self.memory, "repeating"),
+            Content::Random => (self.memory, "random"),
         };
         let options = [
             ("--memory", self.memory),
@@ -52,7 +58,8 @@ impl Guest {
         ];
         let timer = self.timer_hz.map(|hz| ("--timer-hz", hz.into()));
         let options = options.into_iter().chain(timer);
-        options.flat_map(|(name, value)| [name.to_string(), value.to_string()]).collect()
+        let options = options.flat_map(|(name, value)| [name.to_string(), value.to_string()]);
+        options.chain(["--fill-with", content].map(String::from)).collect()
     }
 }
 
@@ -68,6 +75,8 @@ impl fmt::Display for Guest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let content = match self.content {
             Content::Untouched => "untouched",
+            Content::Zero => "zero",
+            Content::Repeating => "repeating",
             Content::Random => "random",
         };
         let plural = if self.vcpus == 1 { "" } else { "s" };
@@ -96,13 +105,20 @@ mod tests {
         assert!(paced.to_string().ends_with("rewrites 2621 pages/s of 64 MiB"));
         let calm = Guest { timer_hz: Some(100), ..idle };
         assert!(calm.to_string().ends_with("idle, timer at 100 Hz"));
-        assert_eq!(calm.options()[10..], ["--timer-hz", "100"]);
+        assert!(calm.options().windows(2).any(|pair| pair == ["--timer-hz", "100"]));
         assert_eq!((size(0), size(1500)), ("0 B".into(), "1500 B".into()));
     }
 
     #[test]
     fn only_content_fills_memory() {
-        let fill = |content| Guest::idle(1 << 30, content).options().pop().unwrap();
-        assert_eq!((fill(Content::Untouched), fill(Content::Random)), ("0".into(), "1073741824".into()));
+        let fill = |content| {
+            let options = Guest::idle(1 << 30, content).options();
+            let value =
+                |name| options.iter().position(|o| o == name).map(|at| options[at + 1].clone()).unwrap();
+            (value("--fill"), value("--fill-with"))
+        };
+        assert_eq!(fill(Content::Untouched).0, "0");
+        assert_eq!(fill(Content::Zero), ("1073741824".into(), "zero".into()));
+        assert_eq!(fill(Content::Random), ("1073741824".into(), "random".into()));
     }
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use transport_tcp::TcpSource;
-use vmm::guest::{Workload, testimony};
+use vmm::guest::{Content, Workload, testimony};
 use vmm::node::Node;
 use vmm::{Host, Machine, MachineConfig, SerialOutput};
 use whimbrel_tests::command::run_command;
@@ -112,7 +112,8 @@ fn with_fewer_cpu_features() {
     // Itanium emulation: a bit that no KVM offers.
     config.cpuid.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| entry.edx |= 1 << 30);
     let machine = Machine::build(&host, config).unwrap();
-    Workload { vcpus: 1, working_set: 1 << 20, rate: 0, hz: None, fill: 0 }.boot(&machine).unwrap();
+    let content = Content::Random;
+    Workload { vcpus: 1, working_set: 1 << 20, rate: 0, hz: None, fill: 0, content }.boot(&machine).unwrap();
     machine.resume().unwrap();
     let report = move_away(&machine, address);
     assert_eq!(report.verdict, Verdict::Stayed);

@@ -1,23 +1,25 @@
 //! A QEMU guest, moved by a script that is given by its path.
 //!
-//! The script takes `--mib`, `--uri`, `--multifd` and `--prefault` and prints one line of JSON, of
-//! which `status`, `total_s`, `cpu_source_s` and `cpu_target_s` are used.
+//! The script takes `--mib`, `--uri`, `--multifd`, `--fill random|zero` and `--prefault` and prints one line of JSON,
+//! of which `status`, `mib`, `total_s`, `cpu_source_s` and `cpu_target_s` are used.
 
 use super::free_port;
 use crate::figures::{self, Figures};
+use crate::guest::{Content, Guest};
 use anyhow::{Context, bail};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Moves a guest of `memory` bytes of random content; returns what the script says.
+/// Moves a guest like `guest`; returns what the script says.
 ///
 /// # Errors
 /// When the script fails, or the migration that it made.
-pub fn run(script: &Path, memory: u64, multifd: u16, prefault: bool) -> anyhow::Result<Value> {
+pub fn run(script: &Path, guest: &Guest, multifd: u16, prefault: bool) -> anyhow::Result<Value> {
     let mut command = Command::new(script);
     command
-        .args(["--mib", &(memory >> 20).to_string()])
+        .args(["--mib", &(guest.memory >> 20).to_string()])
+        .args(["--fill", if guest.content == Content::Zero { "zero" } else { "random" }])
         .args(["--uri", &format!("tcp:127.0.0.1:{}", free_port()?)])
         .args(["--multifd", &multifd.to_string()]);
     if prefault {

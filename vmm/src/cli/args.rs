@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use vmm::announce::Announcing;
+use vmm::guest::Content;
 use vmm::memory::PageSize;
 use vmm::virtio::block::{BlockConfig, MOST_QUEUES};
 use vmm::virtio::net::{MOST_PAIRS, Mac, TapConfig};
@@ -83,9 +84,32 @@ pub struct WorkloadArgs {
     /// the clock at each, and 100 of one that never does
     #[arg(long, value_parser = clap::value_parser!(u32).range(20..=10_000))]
     pub timer_hz: Option<u32>,
-    /// Memory to fill with random content before it starts, beside its working set
+    /// Memory to fill before it starts, beside its working set
     #[arg(long, default_value = "0", value_parser = size)]
     pub fill: u64,
+    /// What to fill it with
+    #[arg(long, value_enum, default_value_t = Filling::Random)]
+    pub fill_with: Filling,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Filling {
+    /// Random bytes
+    Random,
+    /// Eight bytes all over a page, others in the next
+    Repeating,
+    /// Zeros
+    Zero,
+}
+
+impl From<Filling> for Content {
+    fn from(filling: Filling) -> Self {
+        match filling {
+            Filling::Random => Content::Random,
+            Filling::Repeating => Content::Repeating,
+            Filling::Zero => Content::Zero,
+        }
+    }
 }
 
 #[derive(Args, Debug)]

@@ -40,6 +40,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
                 rate: args.workload.rate,
                 hz: args.workload.timer_hz,
                 fill: args.workload.fill,
+                content: args.workload.fill_with.into(),
             };
             workload.boot(&machine)?;
         }

@@ -2,7 +2,7 @@
 //! is worth as much as these.
 
 use super::abi::{self, COMMAND_NONE, Cpu, PAGE, REPORT_ADDRESS};
-use super::{Request, Workload, header, request, testimony};
+use super::{Content, Request, Workload, header, request, testimony};
 use crate::{Boot, Host, Image, Machine, MachineConfig, Outcome, SerialOutput};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
@@ -16,7 +16,7 @@ fn start(vcpus: u32, working_set: u64, more: &str) -> Machine {
     let host = Host::open().unwrap();
     let config = MachineConfig::new(&host, MEMORY, vcpus).unwrap();
     let machine = Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config }).unwrap();
-    let workload = Workload { vcpus, working_set, rate: 0, hz: None, fill: 0 };
+    let workload = Workload { vcpus, working_set, rate: 0, hz: None, fill: 0, content: Content::Random };
     let cmdline = format!("{} {more}", workload.command_line());
     let kernel = Image::Bytes(super::ELF.into());
     machine.boot(&Boot { kernel, cmdline, initramfs: None }).unwrap();

@@ -12,7 +12,7 @@ mod workload;
 
 pub use gaps::{Gaps, LongGap};
 pub use testimony::Testimony;
-pub use workload::{ELF, Workload};
+pub use workload::{Content, ELF, Workload};
 
 /// What both sides agree on.
 #[allow(dead_code)] // the guest uses some items that this side does not

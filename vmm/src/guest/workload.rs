@@ -15,6 +15,18 @@ pub const ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 const BUSY_HZ: u32 = 100;
 const SLEEPY_HZ: u32 = 1000;
 
+/// What RAM is filled with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Content {
+    /// What does not compress and is nowhere zero.
+    #[default]
+    Random,
+    /// The same eight bytes all over a page, others in the next: what a compressor likes best.
+    Repeating,
+    /// Zeros, in pages that exist.
+    Zero,
+}
+
 /// What the embedded guest is to do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {
@@ -26,9 +38,10 @@ pub struct Workload {
     pub rate: u64,
     /// Timer interrupts a second on each vCPU; `None` for what suits the rest.
     pub hz: Option<u32>,
-    /// Bytes of RAM to be filled with random content before it starts, beside its working set. Cut
-    /// down to the RAM there is.
+    /// Bytes of RAM to be filled before it starts, beside its working set. Cut down to the RAM there is.
     pub fill: u64,
+    /// With what.
+    pub content: Content,
 }
 
 impl Workload {
@@ -54,7 +67,7 @@ impl Workload {
         Ok(())
     }
 
-    /// Fills RAM with content that does not compress and is nowhere zero. The working set lies at the
+    /// Fills RAM. The working set lies at the
     /// end of low memory and at the begin of high memory, so low memory is filled from its begin and
     /// high memory up to its end; the guest's first pass overwrites what it needs.
     fn fill(&self, machine: &Machine) {
@@ -66,11 +79,28 @@ impl Workload {
             let room = (region.guest_address + region.len).saturating_sub(start).min(left);
             left -= room;
             for at in (0..room).step_by(block.len()) {
-                random.fill(&mut block);
+                self.content.fill(&mut random, &mut block);
                 let length = block.len().min((room - at) as usize);
                 // Inside a region of the machine's own layout.
                 let _ = machine.memory().memory().write_slice(&block[..length], GuestAddress(start + at));
             }
+        }
+    }
+}
+
+impl Content {
+    /// Fills a block of whole pages.
+    fn fill(self, random: &mut Random, block: &mut [u8]) {
+        match self {
+            Content::Random => random.fill(block),
+            Content::Repeating => {
+                for page in block.chunks_mut(PAGE as usize) {
+                    let mut word = [0; 8];
+                    random.fill(&mut word);
+                    page.as_chunks_mut::<8>().0.fill(word);
+                }
+            }
+            Content::Zero => block.fill(0),
         }
     }
 }
@@ -101,7 +131,14 @@ mod tests {
 
     #[test]
     fn the_guest_is_told_what_to_do() {
-        let busy = Workload { vcpus: 2, working_set: 64 << 20, rate: 0, hz: None, fill: 0 };
+        let busy = Workload {
+            vcpus: 2,
+            working_set: 64 << 20,
+            rate: 0,
+            hz: None,
+            fill: 0,
+            content: Content::Random,
+        };
         assert_eq!(busy.command_line(), "vcpus=2 ws=67108864 rate=0 hz=100");
         let slow = Workload { rate: 5, ..busy.clone() };
         assert_eq!(slow.command_line(), "vcpus=2 ws=67108864 rate=5 hz=1000");
@@ -109,6 +146,23 @@ mod tests {
         assert_eq!(idle.command_line(), "vcpus=2 ws=0 rate=0 hz=1000");
         let drowsy = Workload { hz: Some(20), ..idle };
         assert_eq!(drowsy.command_line(), "vcpus=2 ws=0 rate=0 hz=20");
+    }
+
+    #[test]
+    fn pages_are_filled_with_what_was_asked_for() {
+        let mut random = Random::default();
+        let mut block = vec![1u8; 3 * PAGE as usize];
+        let mut words = |content: Content| -> Vec<u64> {
+            content.fill(&mut random, &mut block);
+            let mut words: Vec<u64> =
+                block.as_chunks::<8>().0.iter().map(|w| u64::from_le_bytes(*w)).collect();
+            words.dedup();
+            words
+        };
+        assert_eq!(words(Content::Zero), [0]);
+        assert_eq!(words(Content::Repeating).len(), 3, "a word for each page");
+        let random = words(Content::Random);
+        assert!(random.len() == 3 * 512 && !random.contains(&0));
     }
 
     #[test]
