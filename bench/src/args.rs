@@ -30,6 +30,8 @@ pub enum Command {
     Show(ShowArgs),
     /// Say which differences between two files that --save wrote are real, given their spread
     Compare(CompareArgs),
+    /// Make one HTML page with plots of what is in files that --save wrote
+    Report(ReportArgs),
 }
 
 /// The program that is measured, and where results go.
@@ -241,6 +243,19 @@ pub struct CompareArgs {
     /// Print JSON, with the differences that are not real too
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct ReportArgs {
+    /// Files that --save wrote
+    #[arg(required = true)]
+    pub files: Vec<PathBuf>,
+    /// The page, which is overwritten
+    #[arg(long, short = 'o', value_name = "FILE")]
+    pub output: PathBuf,
+    /// Its title
+    #[arg(long, default_value = "Whimbrel, measured")]
+    pub title: String,
 }
 
 /// A size in bytes; K, M, G and T are powers of 1024.

@@ -13,10 +13,12 @@ mod peers;
 mod plan;
 mod presets;
 mod record;
+mod report;
 mod statistics;
 mod summary;
 mod warm;
 
+use anyhow::Context;
 use args::{Cli, Command, CommonArgs};
 use clap::Parser;
 use plan::Plan;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Command::Matrix(args) => presets::matrix(&args).and_then(|plan| measure(&plan, &args.common)),
         Command::Show(args) => show(&args),
         Command::Compare(args) => compare(&args),
+        Command::Report(args) => report(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("whimbrel-bench: {error:#}");
@@ -86,4 +89,11 @@ fn compare(args: &args::CompareArgs) -> anyhow::Result<ExitCode> {
     }
     let worse = differences.iter().any(|d| d.verdict == compare::Verdict::Worse);
     Ok(if worse { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn report(args: &args::ReportArgs) -> anyhow::Result<ExitCode> {
+    let files = args.files.iter().map(|path| record::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let page = report::page(&args.title, &files.concat())?;
+    std::fs::write(&args.output, page).with_context(|| format!("cannot write {}", args.output.display()))?;
+    Ok(ExitCode::SUCCESS)
 }

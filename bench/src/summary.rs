@@ -53,7 +53,7 @@ pub fn ratio(of: &Measurement, which: usize, id: &str) -> Option<Distribution> {
 /// How a figure grows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Growth {
-    /// What grows with what: `felt beyond the usual, ms, per GiB of memory`.
+    /// What grows with what: `felt beyond the usual, ms, for each GiB of memory`.
     pub name: String,
     /// Of what.
     pub who: String,
@@ -65,15 +65,37 @@ pub struct Growth {
 type Axis = (&'static str, fn(&Guest) -> f64, fn(&mut Guest));
 
 const AXES: [Axis; 2] = [
-    ("per GiB of memory", |guest| guest.memory as f64 / (1u64 << 30) as f64, |guest| guest.memory = 0),
-    ("per vCPU", |guest| f64::from(guest.vcpus), |guest| guest.vcpus = 0),
+    ("GiB of memory", |guest| guest.memory as f64 / (1u64 << 30) as f64, |guest| guest.memory = 0),
+    ("vCPU", |guest| f64::from(guest.vcpus), |guest| guest.vcpus = 0),
 ];
 
 /// Figures whose growth is told.
 const GROWING: [&str; 4] = ["felt_ms", "switchover_gap_ms", "blackout_ms", "moving_ms"];
 
-/// How figures grow along every axis on which contenders differ that are alike in all else: the slope of a straight
-/// line through each round's runs.
+/// Contenders alike in all but one thing: whose they are, and the figures of each with its value on the axis.
+pub type Family = (String, Vec<(f64, Vec<f64>)>);
+
+/// Every axis and figure along which contenders differ that are alike in all else.
+pub fn grown(of: &Measurement) -> Vec<(&'static str, &'static str, Vec<Family>)> {
+    let mut all = Vec::new();
+    for (axis, value, without) in AXES {
+        let families = families(&of.head, value, without);
+        for id in GROWING {
+            let figures =
+                |(which, x): &(usize, f64)| (*x, of.column(*which, id).into_iter().flatten().collect());
+            let family = |(who, members): &(String, Vec<(usize, f64)>)| -> Family {
+                (who.clone(), members.iter().map(figures).collect())
+            };
+            let grown: Vec<Family> = families.iter().map(family).collect();
+            if grown.iter().any(|(_, members)| members.iter().any(|(_, figures)| !figures.is_empty())) {
+                all.push((axis, id, grown));
+            }
+        }
+    }
+    all
+}
+
+/// How figures grow along every such axis: the slope of a straight line through each round's runs.
 pub fn growths(of: &Measurement) -> Vec<Growth> {
     let mut growths = Vec::new();
     for (axis, value, without) in AXES {
@@ -86,7 +108,7 @@ pub fn growths(of: &Measurement) -> Vec<Growth> {
                     slope(&points?)
                 });
                 if let Some(slopes) = Distribution::of(slopes) {
-                    let name = format!("{}, {axis}", Figure::of(id).title);
+                    let name = format!("{}, for each {axis}", Figure::of(id).title);
                     growths.push(Growth { name, who: who.clone(), slopes });
                 }
             }
@@ -95,7 +117,8 @@ pub fn growths(of: &Measurement) -> Vec<Growth> {
     growths
 }
 
-/// Contenders that differ on one axis only, with their values on it.
+/// Contenders of one name that differ on one axis only, with their values on it; the name with what they share, where
+/// several families have it.
 fn families(
     head: &Head,
     value: fn(&Guest) -> f64,
@@ -114,7 +137,14 @@ fn families(
         }
     }
     families.retain(|(_, members)| members.len() > 1);
-    families.into_iter().map(|((who, ..), members)| (who, members)).collect()
+    let names: Vec<String> = families.iter().map(|((who, ..), _)| who.clone()).collect();
+    let name = |((who, guest, populate), members): (Key, Vec<(usize, f64)>)| {
+        let alone = names.iter().filter(|name| **name == who).count() == 1;
+        let populated = if populate { ", destination populated" } else { "" };
+        let rest = guest.to_string().replace("0 B ", "").replace("0 vCPUs, ", "");
+        (if alone { who } else { format!("{who}, {rest}{populated}") }, members)
+    };
+    families.into_iter().map(name).collect()
 }
 
 /// The measurement for people.
@@ -256,7 +286,7 @@ mod tests {
         }
         let growths = growths(&m);
         assert_eq!(growths.len(), 1);
-        assert_eq!(growths[0].name, "felt beyond the usual, ms, per GiB of memory");
+        assert_eq!(growths[0].name, "felt beyond the usual, ms, for each GiB of memory");
         assert_eq!((growths[0].slopes.min, growths[0].slopes.max), (1.0, 4.0));
         m.head.contenders[2].guest.as_mut().unwrap().vcpus = 2;
         m.head.contenders[1].who = "them".into();

@@ -1,0 +1,185 @@
+//! Single runs: the rounds of a migration, its blackout as a waterfall, and the guest's own time.
+
+use super::plots::{self, Bar, Series};
+use crate::guest::size;
+use crate::pace::Look;
+use crate::record::{Measurement, Run};
+use crate::statistics::Distribution;
+use anyhow::Context;
+use maud::{Markup, PreEscaped, html};
+use migration::report::Report;
+use serde_json::Value;
+use vmm::guest::Testimony;
+
+/// Milliseconds of an interval of the guest's own timeline.
+const INTERVAL: f64 = 10.0;
+
+/// A run of each contender that tells a migration's whole story; of at most so many.
+///
+/// # Errors
+/// When a run cannot be drawn.
+pub fn of(measured: &Measurement, names: &[String], most: usize) -> anyhow::Result<Markup> {
+    let mut all = Vec::new();
+    for (which, name) in names.iter().enumerate() {
+        if all.len() < most
+            && let Some(run) = typical(measured, which)
+            && let Some(story) = Story::of(&run.said)
+        {
+            all.push((name, run.round, story.markup().with_context(|| name.clone())?));
+        }
+    }
+    Ok(html! {
+        @for (place, (name, round, markup)) in all.into_iter().enumerate() {
+            details open[place == 0] {
+                summary { "A typical run of " (name) " (round " (round + 1) ")" }
+                (markup)
+            }
+        }
+    })
+}
+
+/// The run whose time is nearest to the median.
+fn typical(of: &Measurement, which: usize) -> Option<&Run> {
+    let time = |run: &Run| run.figures.get("total_ms").copied();
+    let runs = || of.completed().filter(|run| run.contender == which);
+    let median = Distribution::of(runs().filter_map(time))?.median;
+    let far = |run: &&Run| time(run).map_or(f64::INFINITY, |ms| (ms - median).abs());
+    runs().min_by(|a, b| far(a).total_cmp(&far(b)))
+}
+
+/// What is known of a migration.
+struct Story {
+    report: Report,
+    testimony: Testimony,
+    pace: Vec<Look>,
+}
+
+impl Story {
+    /// Of what a contender said, if it was one of ours.
+    fn of(said: &Value) -> Option<Self> {
+        let mut report = said.clone();
+        let field = |name: &str| said.get(name).cloned().unwrap_or_default();
+        // In a report by itself, the testimony is a text.
+        *report.get_mut("testimony")? = Value::Null;
+        Some(Story {
+            report: serde_json::from_value(report).ok()?,
+            testimony: serde_json::from_value(field("testimony")).ok()?,
+            pace: serde_json::from_value(field("pace")).unwrap_or_default(),
+        })
+    }
+
+    fn markup(&self) -> anyhow::Result<Markup> {
+        let pace = self.pace()?;
+        Ok(html! {
+            h3 { "Its rounds" }
+            (PreEscaped(plots::bars("milliseconds from the begin", &self.rounds())?))
+            h3 { "Its blackout, by the source's clock" }
+            (PreEscaped(plots::bars("milliseconds from the pause", &self.waterfall())?))
+            h3 { "What the guest did in each 10 ms of its own time, until it was asked" }
+            (PreEscaped(self.timeline()?))
+            @if let Some(svg) = pace {
+                h3 { "What the guest did, seen from outside, until the blackout" }
+                (PreEscaped(svg))
+            }
+        })
+    }
+
+    /// Set-up, rounds and what came after them, one after the other.
+    fn rounds(&self) -> Vec<Bar> {
+        let Report { rounds, setup_us, total_us, .. } = &self.report;
+        let mut bars = vec![Bar { name: "set-up".into(), range: 0.0..*setup_us as f64 / 1e3 }];
+        for round in rounds {
+            let begin = bars.last().map_or(0.0, |bar| bar.range.end);
+            let last = round.round as usize + 1 == rounds.len();
+            let place = if last { ", in the blackout" } else { "" };
+            let zero = if round.zero > 0 { format!(", {} zero", rounded(round.zero)) } else { String::new() };
+            let name = format!("round {}{place}: {} sent{zero}", round.round, rounded(round.sent));
+            bars.push(Bar { name, range: begin..begin + round.elapsed_us as f64 / 1e3 });
+        }
+        let end = *total_us as f64 / 1e3;
+        let begin = bars.last().map_or(0.0, |bar| bar.range.end).min(end);
+        bars.push(Bar { name: "switchover and what lies between".into(), range: begin..end });
+        bars
+    }
+
+    fn waterfall(&self) -> Vec<Bar> {
+        let mut begin = 0.0;
+        let bar = |span: &migration::message::Span| {
+            let range = begin..begin + span.us as f64 / 1e3;
+            begin = range.end;
+            Bar { name: format!("{}: {:.2} ms", span.name, range.end - range.start), range }
+        };
+        self.report.spans.iter().map(bar).collect()
+    }
+
+    fn timeline(&self) -> anyhow::Result<String> {
+        let timeline = self.testimony.timeline.iter().zip(0u32..);
+        let line = timeline.map(|(done, place)| (f64::from(place) * INTERVAL, *done as f64)).collect();
+        let what = if self.testimony.working_set == 0 { "looks at the clock" } else { "pages rewritten" };
+        let series = Series { name: String::new(), points: Vec::new(), line };
+        plots::curves("milliseconds", what, &[series], &[])
+    }
+
+    fn pace(&self) -> anyhow::Result<Option<String>> {
+        let between = |pair: &[Look]| {
+            let ms = pair[1].ms - pair[0].ms;
+            (ms > 0.0).then(|| (pair[1].ms, pair[1].done.saturating_sub(pair[0].done) as f64 / ms))
+        };
+        let line: Vec<_> = self.pace.windows(2).filter_map(between).collect();
+        if line.is_empty() {
+            return Ok(None);
+        }
+        let series = Series { name: String::new(), points: Vec::new(), line };
+        let marks = [(0.0, "migration begins")];
+        plots::curves("milliseconds", "done per millisecond", &[series], &marks).map(Some)
+    }
+}
+
+/// Bytes to three digits or so.
+fn rounded(bytes: u64) -> String {
+    let unit = [30, 20, 10].into_iter().find(|shift| bytes >> shift >= 10).unwrap_or(0);
+    size(bytes >> unit << unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use migration::message::Span;
+    use migration::report::RoundReport;
+    use migration::{Code, Failure};
+    use serde_json::json;
+
+    #[test]
+    fn spans_follow_each_other_and_so_do_rounds() {
+        let mut report = Report::not_begun(Failure::new(Code::OTHER, ""), 1 << 30);
+        let round = |round, sent, elapsed_us| RoundReport {
+            round,
+            dirty: sent,
+            sent,
+            zero: 4096,
+            untouched: 0,
+            elapsed_us,
+            barrier_us: 0,
+            remaining: 0,
+            predicted_blackout_us: 0,
+        };
+        report.rounds = vec![round(0, 1 << 30, 500_000), round(1, 20 << 10, 1000)];
+        report.spans = ["pause", "state"].map(|name| Span { name: name.into(), us: 500 }).to_vec();
+        (report.setup_us, report.total_us) = (10_000, 520_000);
+        let mut said = crate::record::value(&report);
+        assert!(Story::of(&said).is_none(), "no testimony");
+        said["testimony"] = json!({
+            "state": "running", "clean": true, "problems": [], "vcpus": 1, "working_set": 4096, "pages": 0,
+            "passes": 0, "verified": 0, "samples": 0, "ticks": 0, "longest_gap_us": [0.0, 0.0, 0.0],
+            "usual_gaps": { "count": 1, "median_us": 1.0, "p99_us": 1.0, "p999_us": 1.0 },
+            "switchover_gaps": { "count": 1, "median_us": 1.0, "p99_us": 1.0, "p999_us": 1.0 },
+            "long_gaps": [], "timeline": [1, 2, 0, 4],
+        });
+        let story = Story::of(&said).unwrap();
+        let ranges = |bars: Vec<Bar>| bars.into_iter().map(|bar| bar.range).collect::<Vec<_>>();
+        assert_eq!(ranges(story.waterfall()), [0.0..0.5, 0.5..1.0]);
+        assert_eq!(ranges(story.rounds()), [0.0..10.0, 10.0..510.0, 510.0..511.0, 511.0..520.0]);
+        assert_eq!(story.rounds()[2].name, "round 1, in the blackout: 20 KiB sent, 4 KiB zero");
+        assert!(story.markup().unwrap().into_string().contains("<svg"));
+    }
+}
