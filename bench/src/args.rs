@@ -26,6 +26,9 @@ pub enum Command {
     Throughput(ThroughputArgs),
     /// Guests of every combination of what is given, and how figures grow from one to the other
     Matrix(MatrixArgs),
+    /// A transport without a guest: bandwidth, message rate, latency and processor time, as a server and a client or
+    /// between two processes of this machine
+    Transport(TransportArgs),
     /// Print what is in files that --save wrote, whole or cut off
     Show(ShowArgs),
     /// Say which differences between two files that --save wrote are real, given their spread
@@ -34,18 +37,25 @@ pub enum Command {
     Report(ReportArgs),
 }
 
-/// The program that is measured, and where results go.
+/// Where results go.
 #[derive(Args, Clone, Debug)]
-pub struct CommonArgs {
-    /// The whimbrel program; without it, the one beside this program
-    #[arg(long)]
-    pub whimbrel: Option<PathBuf>,
+pub struct OutputArgs {
     /// Print JSON, a line for every run as soon as it is over, instead of tables
     #[arg(long)]
     pub json: bool,
     /// Append the same lines to this file
     #[arg(long, value_name = "FILE")]
     pub save: Option<PathBuf>,
+}
+
+/// The program that is measured, and where results go.
+#[derive(Args, Clone, Debug)]
+pub struct CommonArgs {
+    /// The whimbrel program; without it, the one beside this program
+    #[arg(long)]
+    pub whimbrel: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 impl CommonArgs {
@@ -218,6 +228,52 @@ pub struct MatrixArgs {
 }
 
 #[derive(Args, Debug)]
+pub struct TransportArgs {
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// Be the server, which is written to, until a signal ends it
+    #[arg(long, short = 's', conflicts_with = "client")]
+    pub server: bool,
+    /// Address on which the server listens; whoever reaches it may have this program allocate memory
+    #[arg(long, short = 'B', default_value = "127.0.0.1")]
+    pub bind: IpAddr,
+    /// Port of the server; with 0, the server chooses one
+    #[arg(long, short = 'p', default_value_t = 5204)]
+    pub port: u16,
+    /// Write to the server on this host; without it, to one that is started for the purpose
+    #[arg(long, short = 'c', value_name = "HOST")]
+    pub client: Option<String>,
+    /// Which way: tcp or rdma
+    #[arg(long, default_value = "tcp", value_parser = transport)]
+    pub transport: TransportChoice,
+    /// Streams or queue pairs at once
+    #[arg(long, short = 'P', value_delimiter = ',', default_value = "1,4",
+        value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub parallel: Vec<u16>,
+    /// Bytes of a message, whole pages; ratios are those of the first. Up to 1M, latency is measured as well
+    #[arg(long, short = 'l', value_delimiter = ',', default_value = "1M,4K,64K,16M", value_parser = size)]
+    pub length: Vec<u64>,
+    /// Messages handed to the transport at once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub batch: u16,
+    /// Seconds of each run
+    #[arg(long, short = 't', default_value_t = 1.0, value_parser = seconds)]
+    pub time: f64,
+    /// Memory that is written to over and over
+    #[arg(long, short = 'm', default_value = "256M", value_parser = size)]
+    pub memory: u64,
+    /// Rounds, each with one run of everything
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+    /// Run iperf3 with zero copy over loopback in every round
+    #[arg(long)]
+    pub iperf3: bool,
+    /// Copy memory in every round
+    #[arg(long)]
+    pub copy: bool,
+}
+
+#[derive(Args, Debug)]
 pub struct ShowArgs {
     /// Files that --save wrote
     #[arg(required = true)]
@@ -264,6 +320,11 @@ fn size(text: &str) -> Result<u64, String> {
     config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
 }
 
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.01..=3600.0).contains(seconds));
+    seconds.ok_or_else(|| "write seconds from 0.01 to 3600".into())
+}
+
 fn rate(text: &str) -> Result<Rate, String> {
     let parsed = match text.strip_suffix('%') {
         Some(share) => share.parse().ok().filter(|share| (0.0..=100.0).contains(share)).map(Rate::Percent),
@@ -295,7 +356,7 @@ mod tests {
         let Command::Throughput(args) = parse("bench throughput --streams 1,2,4 --json").unwrap() else {
             panic!("another command")
         };
-        assert!(args.common.json);
+        assert!(args.common.output.json);
         assert_eq!((args.streams, args.memory), (vec![1, 2, 4], 4 << 30));
         assert!(parse("bench throughput --streams 65").is_err());
         let line = "bench matrix -m 1G,2G --content untouched,random --rate 0,1%,500 --populate no,yes --transport tcp";

@@ -16,25 +16,35 @@ mod record;
 mod report;
 mod statistics;
 mod summary;
+mod transport;
 mod warm;
 
 use anyhow::Context;
-use args::{Cli, Command, CommonArgs};
+use args::{Cli, Command, OutputArgs, TransportArgs};
 use clap::Parser;
 use plan::Plan;
-use record::Log;
+use record::{Log, Measurement};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
-use std::process::ExitCode;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command as Process, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Blackout(args) => presets::blackout(&args).and_then(|plan| measure(&plan, &args.common)),
-        Command::Untouched(args) => presets::untouched(&args).and_then(|plan| measure(&plan, &args.common)),
-        Command::Throughput(args) => presets::throughput(&args).and_then(|plan| measure(&plan, &args.common)),
-        Command::Matrix(args) => presets::matrix(&args).and_then(|plan| measure(&plan, &args.common)),
+        Command::Blackout(args) => {
+            presets::blackout(&args).and_then(|plan| measure(&plan, &args.common.output))
+        }
+        Command::Untouched(args) => {
+            presets::untouched(&args).and_then(|plan| measure(&plan, &args.common.output))
+        }
+        Command::Throughput(args) => {
+            presets::throughput(&args).and_then(|plan| measure(&plan, &args.common.output))
+        }
+        Command::Matrix(args) => presets::matrix(&args).and_then(|plan| measure(&plan, &args.common.output)),
+        Command::Transport(args) => measure_transport(&args),
         Command::Show(args) => show(&args),
         Command::Compare(args) => compare(&args),
         Command::Report(args) => report(&args),
@@ -46,7 +56,7 @@ fn main() -> ExitCode {
 }
 
 /// Measures; success is that every run was made and none failed.
-fn measure(plan: &Plan, args: &CommonArgs) -> anyhow::Result<ExitCode> {
+fn measure(plan: &Plan, args: &OutputArgs) -> anyhow::Result<ExitCode> {
     let mut log = Log::open(args.json, args.save.as_deref())?;
     let measured = plan.carry_out(&mut log, &interruption()?)?;
     if !args.json {
@@ -55,6 +65,60 @@ fn measure(plan: &Plan, args: &CommonArgs) -> anyhow::Result<ExitCode> {
     let failed = measured.runs.iter().any(|run| run.failure.is_some());
     let interrupted = measured.end.as_ref().is_some_and(|end| end.interrupted);
     Ok(if failed || interrupted { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Is the server, or measures towards one.
+fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
+    if args.server {
+        let server = transport::server::Server::bind((args.bind, args.port).into())?;
+        println!("{LISTENING}{}", server.address());
+        loop {
+            server.serve_one()?;
+        }
+    }
+    // Kept for as long as it is needed.
+    let (_own, to) = match &args.client {
+        Some(host) => (None, format!("{host}:{}", args.port)),
+        None => OwnServer::start().map(|(own, address)| (Some(own), address))?,
+    };
+    let bandwidth = measure(&presets::bandwidth(args, &to), &args.output)?;
+    if bandwidth != ExitCode::SUCCESS {
+        return Ok(bandwidth);
+    }
+    measure(&presets::latency(args, &to), &args.output)
+}
+
+/// What a server says before its address.
+const LISTENING: &str = "listening on ";
+
+/// A server on this machine, which ends with its client.
+struct OwnServer(Child);
+
+impl OwnServer {
+    /// Starts it; returns it with its address.
+    fn start() -> anyhow::Result<(Self, String)> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut server = Process::new(program)
+            .args(["transport", "--server", "--port", "0"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map(OwnServer)
+            .context("cannot start a server")?;
+        let stdout = server.0.stdout.take().context("the server has no output")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).context("the server said nothing")?;
+        let address = line.trim_end().strip_prefix(LISTENING).context("the server does not listen")?;
+        Ok((server, address.into()))
+    }
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        // It may have ended by itself, by the same signal as this process.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Set by the first SIGINT or SIGTERM, after which the run under way is the last; the second ends the process.
@@ -68,12 +132,16 @@ fn interruption() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 fn show(args: &args::ShowArgs) -> anyhow::Result<ExitCode> {
-    for path in &args.files {
-        for measured in record::read(path)? {
-            println!("{}", summary::text(&measured));
-        }
+    for measured in read_all(&args.files)? {
+        println!("{}", summary::text(&measured));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is in files, what was measured several times joined.
+fn read_all(files: &[PathBuf]) -> anyhow::Result<Vec<Measurement>> {
+    let all = files.iter().map(|path| record::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(record::joined(all.concat()))
 }
 
 /// Success is that nothing is worse.
@@ -92,8 +160,7 @@ fn compare(args: &args::CompareArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn report(args: &args::ReportArgs) -> anyhow::Result<ExitCode> {
-    let files = args.files.iter().map(|path| record::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
-    let page = report::page(&args.title, &files.concat())?;
+    let page = report::page(&args.title, &read_all(&args.files)?)?;
     std::fs::write(&args.output, page).with_context(|| format!("cannot write {}", args.output.display()))?;
     Ok(ExitCode::SUCCESS)
 }

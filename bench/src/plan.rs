@@ -28,8 +28,8 @@ pub struct Plan {
     pub rounds: u32,
     /// Whether to warm memory up before each run.
     pub warm_up: bool,
-    /// What is compared, each with its name.
-    pub contenders: Vec<(String, Contender)>,
+    /// What is compared, each with what it is called.
+    pub contenders: Vec<(Setup, Contender)>,
 }
 
 impl Plan {
@@ -96,7 +96,7 @@ impl Plan {
             rounds: self.rounds,
             warmed_up: self.warm_up,
             show: self.show.iter().map(|id| id.to_string()).collect(),
-            contenders: self.contenders.iter().map(|(who, c)| c.setup(who.clone())).collect(),
+            contenders: self.contenders.iter().map(|(setup, _)| setup.clone()).collect(),
         }
     }
 }
@@ -129,6 +129,7 @@ fn brief(head: &Head, setup: &Setup, run: &Run) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contender::setup;
     use crate::guest::{Content, Guest};
     use crate::record;
 
@@ -143,18 +144,16 @@ mod tests {
         };
         let good = script("good", r#"echo '{"status": "completed", "mib": 1024, "total_s": 2.0}'"#);
         let bad = script("bad", "exit 1");
-        let contender = |script| Contender::Qemu {
-            script,
-            guest: Guest::idle(1 << 30, Content::Random),
-            populate: false,
-            multifd: 4,
+        let contender = |who: &str, script| {
+            let (populate, guest) = (false, Guest::idle(1 << 30, Content::Random));
+            (setup(&guest, populate, who), Contender::Qemu { script, guest, populate, multifd: 4 })
         };
         Plan {
             bench: "throughput",
             show: &["migration_mib_s"],
             rounds,
             warm_up: false,
-            contenders: vec![("bad".into(), contender(bad)), ("good".into(), contender(good))],
+            contenders: vec![contender("bad", bad), contender("good", good)],
         }
     }
 

@@ -1,14 +1,22 @@
 //! What each subcommand measures.
 
-use crate::args::{BlackoutArgs, MatrixArgs, Populate, ThroughputArgs, UntouchedArgs};
-use crate::contender::{Contender, Peers};
-use crate::guest::{Content, Guest};
+use crate::args::{BlackoutArgs, MatrixArgs, Populate, ThroughputArgs, TransportArgs, UntouchedArgs};
+use crate::contender::{self, Contender, Peers};
+use crate::guest::{self, Content, Guest};
 use crate::moves::Move;
 use crate::plan::Plan;
+use crate::record::{self, Setup};
+use crate::transport::client::{Probe, Test};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 use vmm::api::model::TransportChoice;
+
+/// Bytes that iperf3 sends: some seconds' worth.
+const IPERF3_BYTES: u64 = 4 << 30;
+
+/// Messages up to this many bytes are also measured one by one.
+const LARGEST_LATENCY: u64 = 1 << 20;
 
 /// A move of `guest` by the defaults, which are what an operator gets.
 fn usual(program: PathBuf, guest: Guest, settle: Duration) -> Move {
@@ -22,6 +30,11 @@ fn usual(program: PathBuf, guest: Guest, settle: Duration) -> Move {
         settle,
         watch: false,
     }
+}
+
+/// A move by us, and what it is called.
+fn ours(who: impl Into<String>, plan: Move) -> (Setup, Contender) {
+    (contender::setup(&plan.guest, plan.populate, who), Contender::Whimbrel(plan))
 }
 
 /// Timer interrupts a second of a guest whose throughput is measured. The peers' guests are paused all the while; ours
@@ -60,7 +73,7 @@ pub fn blackout(args: &BlackoutArgs) -> anyhow::Result<Plan> {
         rounds: args.rounds,
         warm_up: false,
         // An idle guest does not move for long enough to be slowed down.
-        contenders: vec![("whimbrel".into(), Contender::Whimbrel(Move { watch: working_set > 0, ..plan }))],
+        contenders: vec![ours("whimbrel", Move { watch: working_set > 0, ..plan })],
     })
 }
 
@@ -76,7 +89,7 @@ pub fn untouched(args: &UntouchedArgs) -> anyhow::Result<Plan> {
         show: &["total_ms", "setup_ms", "blackout_ms", "sent_mib", "resident_mib", "process_mib"],
         rounds: args.rounds,
         warm_up: false,
-        contenders: vec![("whimbrel".into(), Contender::Whimbrel(plan))],
+        contenders: vec![ours("whimbrel", plan)],
     })
 }
 
@@ -93,7 +106,7 @@ pub fn throughput(args: &ThroughputArgs) -> anyhow::Result<Plan> {
         for streams in &args.streams {
             let plan = usual(program.clone(), guest.clone(), Duration::from_millis(200));
             let plan = Move { populate: args.populate, streams: *streams, ..plan };
-            contenders.push((format!("{name}, {}", by_streams(*streams)), Contender::Whimbrel(plan)));
+            contenders.push(ours(format!("{name}, {}", by_streams(*streams)), plan));
         }
     }
     contenders.extend(Peers::from(args.peers.clone()).beside(&guest, args.populate));
@@ -121,7 +134,7 @@ pub fn matrix(args: &MatrixArgs) -> anyhow::Result<Plan> {
                     let plan = usual(program.clone(), guest.clone(), Duration::from_secs(1));
                     let (transport, streams, via) = (*transport, *streams, args.via);
                     let plan = Move { populate, transport, streams, via, watch: true, ..plan };
-                    contenders.push((way(transport, streams), Contender::Whimbrel(plan)));
+                    contenders.push(ours(way(transport, streams), plan));
                 }
             }
             contenders.extend(peers.beside(&guest, populate));
@@ -142,6 +155,75 @@ pub fn matrix(args: &MatrixArgs) -> anyhow::Result<Plan> {
         warm_up: !args.no_warm_up,
         contenders,
     })
+}
+
+/// How much a transport carries without a guest, towards the server at `to`.
+pub fn bandwidth(args: &TransportArgs, to: &str) -> Plan {
+    let mut contenders = Vec::new();
+    let time = Duration::from_secs_f64(args.time);
+    for streams in &args.parallel {
+        let group = by_streams(*streams);
+        for length in &args.length {
+            contenders.push(probe(args, to, &group, *streams, *length, Test::Bandwidth));
+        }
+        if args.iperf3 {
+            let contender = Contender::Iperf3 { bytes: IPERF3_BYTES, streams: *streams };
+            contenders.push((without_guest(&group, "iperf3 -Z".into()), contender));
+        }
+        if args.copy {
+            let contender = Contender::Copy { memory: args.memory, time };
+            contenders.push((without_guest(&group, "copy of memory, 1 thread".into()), contender));
+        }
+    }
+    Plan {
+        bench: "transport, bandwidth",
+        show: &["stream_mib_s", "messages_s", "source_cpu_s_per_gib", "target_cpu_s_per_gib"],
+        rounds: args.rounds,
+        warm_up: false,
+        contenders,
+    }
+}
+
+/// How long a transport takes to have one message confirmed.
+pub fn latency(args: &TransportArgs, to: &str) -> Plan {
+    let small = args.length.iter().copied().filter(|length| *length <= LARGEST_LATENCY);
+    let lengths = std::iter::once(0).chain(small);
+    Plan {
+        bench: "transport, latency",
+        show: &["latency_us", "latency_p99_us", "latency_p99_9_us", "latency_p99_99_us", "latency_most_us"],
+        rounds: args.rounds,
+        warm_up: false,
+        contenders: lengths.map(|length| probe(args, to, "1 stream", 1, length, Test::Latency)).collect(),
+    }
+}
+
+fn without_guest(group: &str, who: String) -> Setup {
+    Setup { group: group.into(), who, guest: None, populate: false }
+}
+
+fn probe(
+    args: &TransportArgs,
+    to: &str,
+    group: &str,
+    streams: u16,
+    size: u64,
+    test: Test,
+) -> (Setup, Contender) {
+    let transport = record::value(args.transport);
+    let message = if size == 0 { "a barrier alone".into() } else { guest::size(size) };
+    let batch = if args.batch == 1 { String::new() } else { format!(", {} at once", args.batch) };
+    let who = format!("{}, {message}{batch}", transport.as_str().unwrap_or_default());
+    let probe = Probe {
+        to: to.into(),
+        transport: args.transport,
+        memory: args.memory,
+        streams,
+        size,
+        batch: args.batch,
+        time: Duration::from_secs_f64(args.time),
+        test,
+    };
+    (without_guest(group, who), Contender::Transport(probe))
 }
 
 /// Every guest that the arguments describe, once: a rate without a working set is none.
@@ -201,7 +283,7 @@ mod tests {
         // An idle guest, and two rates of one that is not, of each of eight sizes, contents and vCPUs.
         assert_eq!(guests(&args).len(), 8 * 3);
         let plan = matrix(&args).unwrap();
-        let ours = plan.contenders.iter().filter(|(who, _)| who.starts_with("whimbrel")).count();
+        let ours = plan.contenders.iter().filter(|(setup, _)| setup.who.starts_with("whimbrel")).count();
         assert_eq!(ours, 8 * 3 * 2 * 2);
         // QEMU beside idle guests of random content: two sizes, two numbers of vCPUs, populated or not.
         assert_eq!(plan.contenders.len() - ours, 2 * 2 * 2);

@@ -16,6 +16,9 @@ use std::path::Path;
 /// The version of all this.
 pub const FORMAT: u32 = 2;
 
+/// Most rounds of a measurement: columns have a place for each.
+const MOST_ROUNDS: u32 = 100_000;
+
 /// Anything that has a JSON form, as a value; what has none is null.
 pub fn value(of: impl Serialize) -> Value {
     serde_json::to_value(of).unwrap_or(Value::Null)
@@ -146,14 +149,44 @@ fn parse(text: &str) -> anyhow::Result<Vec<Measurement>> {
             (Line::Head(head), _) if head.format != FORMAT => {
                 bail!("line {}: format {} instead of {FORMAT}; measure again", number + 1, head.format)
             }
+            (Line::Head(head), _) if head.rounds > MOST_ROUNDS => {
+                bail!("line {}: {} rounds, more than anybody has made", number + 1, head.rounds)
+            }
             (Line::Head(head), _) => all.push(Measurement::new(*head)),
-            (Line::Run(run), Some(last)) if run.contender < last.head.contenders.len() => last.runs.push(run),
+            (Line::Run(run), Some(Measurement { head, runs, .. }))
+                if run.contender < head.contenders.len() && run.round < head.rounds =>
+            {
+                runs.push(run);
+            }
             (Line::End(end), Some(last)) => last.end = Some(end),
             (Line::Run(_) | Line::End(_), _) => bail!("line {}: a run of nothing that was begun", number + 1),
         }
     }
     anyhow::ensure!(!all.is_empty(), "there is no measurement in it");
     Ok(all)
+}
+
+/// The measurements, of which those that measured the same on the same machine are one with the rounds of all.
+pub fn joined(all: Vec<Measurement>) -> Vec<Measurement> {
+    let mut joined: Vec<Measurement> = Vec::new();
+    for mut measured in all {
+        let same = |earlier: &&mut Measurement| {
+            let (time, rounds) = (earlier.head.time, earlier.head.rounds);
+            earlier.head == Head { time, rounds, ..measured.head.clone() }
+        };
+        match joined.iter_mut().find(same) {
+            Some(earlier) => {
+                measured.runs.iter_mut().for_each(|run| run.round += earlier.head.rounds);
+                earlier.head.rounds += measured.head.rounds;
+                earlier.runs.append(&mut measured.runs);
+                let interrupted = |m: &Measurement| m.end.as_ref().map(|end| end.interrupted);
+                let either = interrupted(earlier).zip(interrupted(&measured)).map(|(a, b)| a || b);
+                earlier.end = either.map(|interrupted| End { interrupted, summary: Vec::new() });
+            }
+            None => joined.push(measured),
+        }
+    }
+    joined
 }
 
 /// Writes lines as they come.
@@ -292,9 +325,29 @@ pub(crate) mod tests {
         let Line::Run(run) = &mut stranger[1] else { panic!("a run") };
         run.contender = 1;
         assert!(parse(&text(&stranger)).is_err(), "a contender that is not in the head");
+        let mut late = lines(&whole);
+        let Line::Run(run) = &mut late[1] else { panic!("a run") };
+        run.round = 1;
+        assert!(parse(&text(&late)).is_err(), "a round that was not to be");
+        let mut endless = whole.clone();
+        endless.head.rounds = u32::MAX;
+        assert!(parse(&text(&lines(&endless))).is_err());
         let mut old = whole.clone();
         old.head.format = 1;
         assert!(parse(&text(&lines(&old))).unwrap_err().to_string().contains("format 1"));
+    }
+
+    #[test]
+    fn what_was_measured_twice_is_one_measurement_with_more_rounds() {
+        let one = measurement("total_ms", &[("g", "a", &[1.0, 2.0])]);
+        let mut two = measurement("total_ms", &[("g", "a", &[3.0])]);
+        two.head.time = 99;
+        two.end = None;
+        let other = measurement("total_ms", &[("g", "b", &[4.0])]);
+        let all = joined(vec![one, other.clone(), two]);
+        assert_eq!((all.len(), &all[1]), (2, &other));
+        assert_eq!(all[0].column(0, "total_ms"), [Some(1.0), Some(2.0), Some(3.0)]);
+        assert_eq!(all[0].end, None, "a part of it was cut off");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `iperf3 -Z` over loopback: what one stream with zero copy reaches.
+//! `iperf3 -Z` over loopback: what streams with zero copy reach.
 //!
 //! It sends one block of a file again and again and receives into one buffer of 128 KiB, so its data
 //! stays in the caches: a migration has to read and write all of memory for the same bytes.
@@ -21,11 +21,11 @@ impl Drop for Server {
     }
 }
 
-/// Sends `bytes`; returns what iperf3 says of it.
+/// Sends `bytes` over `streams` streams; returns what iperf3 says of it.
 ///
 /// # Errors
 /// When iperf3 is not there or fails.
-pub fn run(bytes: u64) -> anyhow::Result<Value> {
+pub fn run(bytes: u64, streams: u16) -> anyhow::Result<Value> {
     let port = free_port()?.to_string();
     let mut server = Command::new("iperf3")
         .args(["--server", "--one-off", "--forceflush", "--bind", "127.0.0.1", "--port", &port])
@@ -45,8 +45,8 @@ pub fn run(bytes: u64) -> anyhow::Result<Value> {
         }
     }
     let client = Command::new("iperf3")
-        .args(["--client", "127.0.0.1", "--port", &port, "--zerocopy", "--json", "--bytes"])
-        .arg(bytes.to_string())
+        .args(["--client", "127.0.0.1", "--port", &port, "--zerocopy", "--json"])
+        .args(["--parallel", &streams.to_string(), "--bytes", &bytes.to_string()])
         .stdin(Stdio::null())
         .output()
         .context("cannot run iperf3")?;

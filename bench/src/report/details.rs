@@ -84,21 +84,23 @@ impl Story {
         })
     }
 
-    /// Set-up, rounds and what came after them, one after the other.
+    /// Set-up, rounds and blackout; what lies between them is decisions.
     fn rounds(&self) -> Vec<Bar> {
-        let Report { rounds, setup_us, total_us, .. } = &self.report;
-        let mut bars = vec![Bar { name: "set-up".into(), range: 0.0..*setup_us as f64 / 1e3 }];
+        let Report { rounds, setup_us, total_us, blackout_us, .. } = &self.report;
+        let ms = |us: u64| us as f64 / 1e3;
+        let mut bars = vec![Bar { name: "set-up".into(), range: 0.0..ms(*setup_us) }];
         for round in rounds {
             let begin = bars.last().map_or(0.0, |bar| bar.range.end);
-            let last = round.round as usize + 1 == rounds.len();
-            let place = if last { ", in the blackout" } else { "" };
             let zero = if round.zero > 0 { format!(", {} zero", rounded(round.zero)) } else { String::new() };
-            let name = format!("round {}{place}: {} sent{zero}", round.round, rounded(round.sent));
-            bars.push(Bar { name, range: begin..begin + round.elapsed_us as f64 / 1e3 });
+            let last = round.round as usize + 1 == rounds.len();
+            let (place, range) = match last {
+                // The last round is sent while the guest is paused.
+                true => ("blackout with ", ms(total_us.saturating_sub(*blackout_us))..ms(*total_us)),
+                false => ("", begin..begin + ms(round.elapsed_us)),
+            };
+            let name = format!("{place}round {}: {} sent{zero}", round.round, rounded(round.sent));
+            bars.push(Bar { name, range });
         }
-        let end = *total_us as f64 / 1e3;
-        let begin = bars.last().map_or(0.0, |bar| bar.range.end).min(end);
-        bars.push(Bar { name: "switchover and what lies between".into(), range: begin..end });
         bars
     }
 
@@ -165,7 +167,7 @@ mod tests {
         };
         report.rounds = vec![round(0, 1 << 30, 500_000), round(1, 20 << 10, 1000)];
         report.spans = ["pause", "state"].map(|name| Span { name: name.into(), us: 500 }).to_vec();
-        (report.setup_us, report.total_us) = (10_000, 520_000);
+        (report.setup_us, report.total_us, report.blackout_us) = (10_000, 520_000, 1500);
         let mut said = crate::record::value(&report);
         assert!(Story::of(&said).is_none(), "no testimony");
         said["testimony"] = json!({
@@ -178,8 +180,8 @@ mod tests {
         let story = Story::of(&said).unwrap();
         let ranges = |bars: Vec<Bar>| bars.into_iter().map(|bar| bar.range).collect::<Vec<_>>();
         assert_eq!(ranges(story.waterfall()), [0.0..0.5, 0.5..1.0]);
-        assert_eq!(ranges(story.rounds()), [0.0..10.0, 10.0..510.0, 510.0..511.0, 511.0..520.0]);
-        assert_eq!(story.rounds()[2].name, "round 1, in the blackout: 20 KiB sent, 4 KiB zero");
+        assert_eq!(ranges(story.rounds()), [0.0..10.0, 10.0..510.0, 518.5..520.0]);
+        assert_eq!(story.rounds()[2].name, "blackout with round 1: 20 KiB sent, 4 KiB zero");
         assert!(story.markup().unwrap().into_string().contains("<svg"));
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 const WIDTH: u32 = 920;
 
 /// Room to the left of rows, for their names, and at the right end, for the last number of the axis.
-const NAMES: u32 = 330;
+const NAMES: u32 = 390;
 const RIGHT: u32 = 30;
 
 /// Height of a row and of all that is not rows.
@@ -90,7 +90,7 @@ fn span(values: impl Iterator<Item = f64>) -> Range<f64> {
 
 /// A name cut to the room there is for it.
 fn short(name: &str) -> String {
-    const MOST: usize = 52;
+    const MOST: usize = 62;
     if name.chars().count() <= MOST {
         return name.into();
     }
@@ -177,7 +177,14 @@ pub fn curves(x: &str, y: &str, all: &[Series], marks: &[(f64, &str)]) -> anyhow
             .margin_right(RIGHT as i32)
             .build_cartesian_2d(across, up)
             .map_err(cannot)?;
-        chart.configure_mesh().x_desc(x).y_desc(y).label_style(FONT).draw().map_err(cannot)?;
+        chart
+            .configure_mesh()
+            .max_light_lines(1)
+            .x_desc(x)
+            .y_desc(y)
+            .label_style(FONT)
+            .draw()
+            .map_err(cannot)?;
         for (at, what) in marks {
             let grey = RGBColor(110, 110, 110);
             let line = PathElement::new([(*at, 0.0), (*at, top)], grey.stroke_width(1));

@@ -1,0 +1,248 @@
+//! The side that writes and measures.
+
+use super::{Answer, Ask, MOST_MEMORY, PATIENCE, cpu_us, receive, send};
+use crate::figures::{self, Figures};
+use crate::guest::size;
+use anyhow::{Context, bail, ensure};
+use hdrhistogram::Histogram;
+use migration::memory::{Extent, PAGE_SIZE};
+use migration::transport::{Lane, PlaneError, Session, SourcePlane, Token};
+use serde::Serialize;
+use std::thread;
+use std::time::{Duration, Instant};
+use transport_tcp::{Connection, Error, connect_control};
+use vmm::api::model::{MigrationRequest, TransportChoice};
+use vmm::memory::{GuestRam, PageSize};
+use vmm::transports;
+
+const MIB: f64 = (1 << 20) as f64;
+const GIB: f64 = (1 << 30) as f64;
+
+/// Bytes of each write of the pass that makes everything exist and known to the devices.
+const STEP: u64 = 1 << 20;
+
+/// Between two calls of a server that is busy.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Test {
+    /// How much all lanes together write, one message after the other without waiting.
+    Bandwidth,
+    /// How long one message takes until the destination has confirmed that it is placed; of size 0, a barrier alone.
+    Latency,
+}
+
+/// One run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Probe {
+    /// The server, as `host:port`.
+    pub to: String,
+    /// Which way.
+    pub transport: TransportChoice,
+    /// Bytes that are written to over and over.
+    pub memory: u64,
+    /// Lanes: streams or queue pairs.
+    pub streams: u16,
+    /// Bytes of a message.
+    pub size: u64,
+    /// Messages handed over at once.
+    pub batch: u16,
+    /// How long.
+    pub time: Duration,
+    /// What.
+    pub test: Test,
+}
+
+impl Probe {
+    /// Carries it out.
+    ///
+    /// # Errors
+    /// When the server cannot be reached, refuses, or the transport breaks.
+    pub fn run(&self) -> anyhow::Result<Figures> {
+        ensure!(self.size.is_multiple_of(PAGE_SIZE), "messages are whole pages: use a multiple of 4 KiB");
+        let share = self.memory.min(MOST_MEMORY) / u64::from(self.streams.max(1)) / PAGE_SIZE * PAGE_SIZE;
+        // Extents that are written at once must not overlap.
+        ensure!(
+            self.size * u64::from(self.batch) <= share,
+            "{} streams with {} messages of {} do not fit into {}; use more --memory",
+            self.streams,
+            self.batch,
+            size(self.size),
+            size(self.memory)
+        );
+        ensure!(self.size > 0 || self.test == Test::Latency, "messages of no bytes have no bandwidth");
+        let token = Token::random()?;
+        let mut link = self.call(token)?;
+        send(&mut link, &Ask::Open { transport: self.transport, memory: self.memory })?;
+        let offer = match receive(&mut link, PATIENCE)? {
+            Answer::Open { offer } => offer,
+            Answer::Refused { why } => bail!("the server refused: {why}"),
+            Answer::Cpu { .. } => bail!("the server answered something else"),
+        };
+        let ram = GuestRam::new(self.memory, PageSize::Small)?;
+        for region in ram.ram().regions() {
+            // SAFETY: the whole mapping, to which nobody holds references.
+            unsafe { std::ptr::write_bytes(region.address(), 0xa5, region.len() as usize) };
+        }
+        let session = Session { token, ram: ram.ram().clone(), timeout: PATIENCE };
+        let mut plane = self.connect(&link, &session, &offer)?;
+        pass(plane.as_mut(), self.memory)?;
+        let before = (cpu_us(), server_cpu(&mut link)?);
+        let mut figures = match self.test {
+            Test::Bandwidth => self.bandwidth(plane.as_mut(), share)?,
+            Test::Latency => self.latency(plane.as_mut())?,
+        };
+        let after = (cpu_us(), server_cpu(&mut link)?);
+        if let Some(gib) = figures.remove("gib") {
+            let per_gib = |us: u64| Some(us as f64 / 1e6 / gib);
+            figures.extend(figures::named([
+                ("source_cpu_s_per_gib", per_gib(after.0 - before.0)),
+                ("target_cpu_s_per_gib", per_gib(after.1.saturating_sub(before.1))),
+            ]));
+        }
+        Ok(figures)
+    }
+
+    /// Calls the server, which may still be putting the last session's memory away.
+    fn call(&self, token: Token) -> anyhow::Result<Connection> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match connect_control(&self.to, token, PATIENCE) {
+                Err(Error::Busy { .. }) if Instant::now() < deadline => thread::sleep(AGAIN),
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    fn connect(
+        &self,
+        link: &Connection,
+        session: &Session,
+        offer: &[u8],
+    ) -> anyhow::Result<Box<dyn SourcePlane>> {
+        let transport = match self.transport {
+            TransportChoice::Rdma => "rdma",
+            TransportChoice::Auto | TransportChoice::Tcp => "tcp",
+        };
+        let request: MigrationRequest = serde_json::from_value(serde_json::json!({
+            "to": self.to, "transport": transport, "streams": self.streams, "queue_pairs": self.streams,
+        }))?;
+        let mut all = transports::source(&request, link);
+        let transport = all.first_mut().context("there is no such transport")?;
+        Ok(transport.connect(session, offer)?)
+    }
+
+    /// Each lane writes to its own share, over and over.
+    fn bandwidth(&self, plane: &mut dyn SourcePlane, share: u64) -> anyhow::Result<Figures> {
+        let began = Instant::now();
+        let messages = thread::scope(|scope| {
+            let threads: Vec<_> = plane
+                .lanes()
+                .iter_mut()
+                .zip((0u64..).map(|lane| lane * share))
+                .map(|(lane, begin)| scope.spawn(move || self.drive(lane.as_mut(), begin, share, began)))
+                .collect();
+            let joined =
+                threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a lane panicked")));
+            joined.map(|result| Ok(result??)).sum::<anyhow::Result<u64>>()
+        })?;
+        let seconds = began.elapsed().as_secs_f64();
+        let bytes = (messages * self.size) as f64;
+        Ok(figures::named([
+            ("stream_mib_s", Some(bytes / MIB / seconds)),
+            ("messages_s", Some(messages as f64 / seconds)),
+            ("gib", Some(bytes / GIB)),
+        ]))
+    }
+
+    /// Writes until the time is over and everything is confirmed; the number of messages.
+    fn drive(&self, lane: &mut dyn Lane, begin: u64, share: u64, began: Instant) -> Result<u64, PlaneError> {
+        let places = share / self.size;
+        let at =
+            |message: u64| Extent { region: 0, offset: begin + message % places * self.size, len: self.size };
+        let mut batch = Vec::with_capacity(usize::from(self.batch));
+        let mut messages = 0;
+        while began.elapsed() < self.time {
+            batch.clear();
+            batch.extend((messages..).take(usize::from(self.batch)).map(at));
+            lane.write(&batch)?;
+            messages += u64::from(self.batch);
+        }
+        lane.post_barrier(1)?;
+        lane.wait_barrier(1)?;
+        Ok(messages)
+    }
+
+    /// One lane writes a message and waits until it is placed, again and again.
+    fn latency(&self, plane: &mut dyn SourcePlane) -> anyhow::Result<Figures> {
+        let lane = plane.lanes().first_mut().context("the transport has no lanes")?;
+        // A nanosecond to a minute, to three digits.
+        let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
+        let places = self.memory / self.size.max(PAGE_SIZE);
+        let began = Instant::now();
+        let mut round = 1u32;
+        while began.elapsed() < self.time {
+            let sent = Instant::now();
+            if self.size > 0 {
+                let offset = u64::from(round) % places * self.size;
+                lane.write(&[Extent { region: 0, offset, len: self.size }])?;
+            }
+            lane.post_barrier(round)?;
+            lane.wait_barrier(round)?;
+            histogram.saturating_record(sent.elapsed().as_nanos() as u64);
+            round += 1;
+        }
+        let us = |share: f64| Some(histogram.value_at_quantile(share) as f64 / 1e3);
+        Ok(figures::named([
+            ("latency_us", us(0.5)),
+            ("latency_p99_us", us(0.99)),
+            ("latency_p99_9_us", us(0.999)),
+            ("latency_p99_99_us", us(0.9999)),
+            ("latency_most_us", us(1.0)),
+        ]))
+    }
+}
+
+/// Writes everything once on the first lane, so that memory exists at both sides and is registered.
+fn pass(plane: &mut dyn SourcePlane, memory: u64) -> anyhow::Result<()> {
+    let lane = plane.lanes().first_mut().context("the transport has no lanes")?;
+    for offset in (0..memory).step_by(STEP as usize) {
+        lane.write(&[Extent { region: 0, offset, len: STEP.min(memory - offset) }])?;
+    }
+    lane.post_barrier(0)?;
+    Ok(lane.wait_barrier(0)?)
+}
+
+fn server_cpu(link: &mut Connection) -> anyhow::Result<u64> {
+    send(link, &Ask::Cpu)?;
+    match receive(link, PATIENCE)? {
+        Answer::Cpu { us } => Ok(us),
+        _ => bail!("the server answered something else"),
+    }
+}
+
+/// Copies memory from one place to another: what a processor reaches without any transport.
+///
+/// # Errors
+/// When there is not so much memory.
+pub fn copy(memory: u64, time: Duration) -> anyhow::Result<Figures> {
+    let len = usize::try_from(memory)?;
+    let from = vec![0xa5u8; len];
+    let mut to = vec![0u8; len];
+    to.copy_from_slice(&from);
+    let (began, cpu) = (Instant::now(), cpu_us());
+    let mut copies = 0u32;
+    while began.elapsed() < time {
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&to);
+        copies += 1;
+    }
+    let (seconds, bytes) = (began.elapsed().as_secs_f64(), f64::from(copies) * len as f64);
+    let cpu = (cpu_us() - cpu) as f64 / 1e6;
+    Ok(figures::named([
+        ("stream_mib_s", Some(bytes / MIB / seconds)),
+        ("source_cpu_s_per_gib", Some(cpu / (bytes / GIB))),
+    ]))
+}

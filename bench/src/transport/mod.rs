@@ -1,0 +1,108 @@
+//! A transport by itself, without a guest: between two processes of this program, on one machine or two.
+//!
+//! The server gives its memory to one client at a time, for as long as the client's control connection lasts; the
+//! client opens a session for each run. Control messages are JSON.
+
+pub mod client;
+pub mod server;
+
+use anyhow::{Context, bail};
+use migration::link::ControlLink;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+use vmm::api::model::TransportChoice;
+
+/// Most memory of a session in bytes: it lies in one region below the hole that a machine's memory has.
+pub const MOST_MEMORY: u64 = 2 << 30;
+
+/// How long either side waits for the other's next word while something is to be done for it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a client asks for.
+#[derive(Debug, Serialize, Deserialize)]
+enum Ask {
+    /// Memory to write to.
+    Open { transport: TransportChoice, memory: u64 },
+    /// How much processor time the server has used until now.
+    Cpu,
+}
+
+/// What the server says.
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    /// How to connect.
+    Open { offer: Vec<u8> },
+    /// Microseconds of the whole process.
+    Cpu { us: u64 },
+    /// It cannot be done.
+    Refused { why: String },
+}
+
+fn send(link: &mut dyn ControlLink, message: &impl Serialize) -> anyhow::Result<()> {
+    Ok(link.send(&serde_json::to_vec(message)?)?)
+}
+
+fn receive<T: DeserializeOwned>(link: &mut dyn ControlLink, wait: Duration) -> anyhow::Result<T> {
+    let Some(frame) = link.receive(wait)? else { bail!("the other side said nothing for {wait:?}") };
+    serde_json::from_slice(&frame).context("the other side said what this version does not know")
+}
+
+/// Processor time in microseconds that this process has used until now, in the kernel and out of it.
+fn cpu_us() -> u64 {
+    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a structure of the right type that lives across the call.
+    if unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) } != 0 {
+        return 0;
+    }
+    let us = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
+    us(usage.ru_utime) + us(usage.ru_stime)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::client::{Probe, Test};
+    use super::server::Server;
+    use super::*;
+    use std::thread;
+
+    fn probe(to: String, test: Test, size: u64, streams: u16) -> Probe {
+        let (transport, memory, time) = (TransportChoice::Tcp, 16 << 20, Duration::from_millis(200));
+        Probe { to, transport, memory, streams, size, batch: 3, time, test }
+    }
+
+    /// A server that serves until the tests are over.
+    fn server() -> String {
+        let server = Server::bind((std::net::Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = server.address().to_string();
+        thread::spawn(move || while server.serve_one().is_ok() {});
+        address
+    }
+
+    #[test]
+    fn bandwidth_and_latency_are_measured() {
+        let to = server();
+        let figures = probe(to.clone(), Test::Bandwidth, 64 << 10, 2).run().unwrap();
+        let (rate, messages) = (figures["stream_mib_s"], figures["messages_s"]);
+        assert!(rate > 0.0 && (messages / 16.0 / rate - 1.0).abs() < 1e-6, "{figures:?}");
+        assert!(figures.contains_key("source_cpu_s_per_gib") && figures.contains_key("target_cpu_s_per_gib"));
+        for size in [0, 4096] {
+            let figures = probe(to.clone(), Test::Latency, size, 1).run().unwrap();
+            let [median, p99, most] =
+                ["latency_us", "latency_p99_us", "latency_most_us"].map(|id| figures[id]);
+            assert!(median > 0.0 && median <= p99 && p99 <= most, "{figures:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_either_side() {
+        let huge = Probe { memory: 1 << 60, ..probe(server(), Test::Bandwidth, 4096, 1) };
+        let refused = huge.run().unwrap_err().to_string();
+        assert!(refused.contains("too much memory"), "{refused}");
+        let odd = probe("127.0.0.1:1".into(), Test::Bandwidth, 1000, 1);
+        assert!(odd.run().unwrap_err().to_string().contains("4 KiB"));
+        let wide = probe("127.0.0.1:1".into(), Test::Bandwidth, 4 << 20, 2);
+        assert!(wide.run().unwrap_err().to_string().contains("--memory"));
+    }
+}
