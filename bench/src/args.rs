@@ -234,6 +234,9 @@ pub struct TransportArgs {
     /// Be the server, which is written to, until a signal ends it
     #[arg(long, short = 's', conflicts_with = "client")]
     pub server: bool,
+    /// As the server, end when standard input does
+    #[arg(long, hide = true)]
+    pub until_input_ends: bool,
     /// Address on which the server listens; whoever reaches it may have this program allocate memory
     #[arg(long, short = 'B', default_value = "127.0.0.1")]
     pub bind: IpAddr,

@@ -72,6 +72,13 @@ fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
     if args.server {
         let server = transport::server::Server::bind((args.bind, args.port).into())?;
         println!("{LISTENING}{}", server.address());
+        if args.until_input_ends {
+            // However the client ends, its end of the pipe is closed.
+            std::thread::spawn(|| {
+                let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+                std::process::exit(0);
+            });
+        }
         loop {
             server.serve_one()?;
         }
@@ -99,8 +106,8 @@ impl OwnServer {
     fn start() -> anyhow::Result<(Self, String)> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut server = Process::new(program)
-            .args(["transport", "--server", "--port", "0"])
-            .stdin(Stdio::null())
+            .args(["transport", "--server", "--port", "0", "--until-input-ends"])
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .map(OwnServer)

@@ -1,0 +1,142 @@
+//! The program as it is used, on transports alone, which need no KVM: a measurement that is cut off or interrupted loses
+//! nothing, and what was saved can be shown, compared and drawn.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_whimbrel-bench");
+
+fn run(args: &[&str]) -> Output {
+    Command::new(PROGRAM).args(args).output().expect("the program")
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A long measurement whose runs are saved in `path`, once `lines` lines are there.
+fn measuring(path: &Path, lines: usize) -> Child {
+    let child = Command::new(PROGRAM)
+        .args([
+            "transport",
+            "-t",
+            "0.05",
+            "-m",
+            "16M",
+            "-P",
+            "1",
+            "-l",
+            "64K,4K",
+            "--rounds",
+            "1000",
+            "--save",
+        ])
+        .arg(path)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while fs::read_to_string(path).map_or(0, |text| text.lines().count()) < lines {
+        assert!(Instant::now() < deadline, "no runs");
+        thread::sleep(Duration::from_millis(10));
+    }
+    child
+}
+
+/// The server that a measurement has started.
+fn server_of(child: &Child) -> String {
+    let path = format!("/proc/{0}/task/{0}/children", child.id());
+    fs::read_to_string(path).unwrap().split_whitespace().next().expect("a server").to_string()
+}
+
+#[test]
+fn what_is_cut_off_keeps_its_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("runs.jsonl");
+    let mut child = measuring(&path, 4);
+    let server = server_of(&child);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while fs::read_to_string(format!("/proc/{server}/cmdline")).is_ok_and(|line| line.contains("--server")) {
+        assert!(Instant::now() < deadline, "the server outlives its client");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let saved = fs::read_to_string(&path).unwrap().lines().count();
+    let shown = run(&["show", path.to_str().unwrap()]);
+    assert!(shown.status.success());
+    let shown = text(&shown);
+    assert!(shown.contains("CUT OFF"), "{shown}");
+    let completed: usize = shown.split(' ').nth(2).and_then(|n| n.parse().ok()).expect("a number of runs");
+    // The head is a line too, and the last line may be torn.
+    assert!(completed >= 3 && completed + 2 >= saved, "{saved} lines, {shown}");
+}
+
+#[test]
+fn an_interrupt_ends_it_with_a_summary() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("runs.jsonl");
+    let child = measuring(&path, 3);
+    // SAFETY: the signal goes to a child of ours that has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGTERM) }, 0);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("interrupted: what follows"), "{}", text(&output));
+    let last = fs::read_to_string(&path).unwrap().lines().last().unwrap().to_string();
+    assert!(last.contains(r#""line":"end""#) && last.contains("stream_mib_s"), "{last}");
+}
+
+#[test]
+fn what_was_saved_is_compared_and_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (saved, page) = (file("runs.jsonl"), file("page.html"));
+    let measured = run(&[
+        "transport",
+        "-t",
+        "0.05",
+        "-m",
+        "16M",
+        "-P",
+        "1",
+        "-l",
+        "64K",
+        "--rounds",
+        "3",
+        "--save",
+        &saved,
+    ]);
+    assert!(measured.status.success(), "{measured:?}");
+    assert!(text(&measured).contains("3 of 3 runs completed"), "{}", text(&measured));
+    let same = run(&["compare", &saved, &saved]);
+    assert!(same.status.success() && text(&same).contains("0 of "), "{}", text(&same));
+    // The same runs, but that every rate is a hundredth and every time a hundred times as long.
+    let slower: Vec<String> = fs::read_to_string(&saved).unwrap().lines().map(slowed).collect();
+    let slow = file("slow.jsonl");
+    fs::write(&slow, slower.join("\n") + "\n").unwrap();
+    let worse = run(&["compare", &saved, &slow, "--json"]);
+    let differences: serde_json::Value = serde_json::from_slice(&worse.stdout).unwrap();
+    let all = differences.as_array().unwrap();
+    // Three runs beside three can differ by chance in one case of ten, however far they are apart.
+    assert!(all.iter().all(|d| d["chance"].as_f64().unwrap() >= 0.1 && d["verdict"] == "none"), "{all:?}");
+    assert!(all.iter().any(|d| d["ratio"]["median"].as_f64().unwrap() < 0.02), "{all:?}");
+    assert!(run(&["report", &saved, "-o", &page]).status.success());
+    let page = fs::read_to_string(page).unwrap();
+    assert!(page.starts_with("<!DOCTYPE html>") && page.contains("<svg"));
+    let absent = run(&["show", &file("absent")]);
+    assert!(!absent.status.success());
+}
+
+/// A line with its figures changed.
+fn slowed(line: &str) -> String {
+    let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+    for (name, figure) in line["figures"].as_object_mut().into_iter().flatten() {
+        let factor = if name.ends_with("_s") { 0.01 } else { 100.0 };
+        *figure = (figure.as_f64().unwrap() * factor).into();
+    }
+    line.to_string()
+}
