@@ -237,7 +237,8 @@ pub struct TransportArgs {
     /// As the server, end when standard input does
     #[arg(long, hide = true)]
     pub until_input_ends: bool,
-    /// Address on which the server listens; whoever reaches it may have this program allocate memory
+    /// Address on which the server listens, for RDMA one of a device's network; whoever reaches it may have this
+    /// program allocate memory
     #[arg(long, short = 'B', default_value = "127.0.0.1")]
     pub bind: IpAddr,
     /// Port of the server; with 0, the server chooses one

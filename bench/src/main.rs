@@ -27,6 +27,7 @@ use record::{Log, Measurement};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use std::io::{BufRead, BufReader};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command as Process, ExitCode, Stdio};
 use std::sync::Arc;
@@ -86,7 +87,7 @@ fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
     // Kept for as long as it is needed.
     let (_own, to) = match &args.client {
         Some(host) => (None, format!("{host}:{}", args.port)),
-        None => OwnServer::start().map(|(own, address)| (Some(own), address))?,
+        None => OwnServer::start(args.bind).map(|(own, address)| (Some(own), address))?,
     };
     let bandwidth = measure(&presets::bandwidth(args, &to), &args.output)?;
     if bandwidth != ExitCode::SUCCESS {
@@ -103,10 +104,10 @@ struct OwnServer(Child);
 
 impl OwnServer {
     /// Starts it; returns it with its address.
-    fn start() -> anyhow::Result<(Self, String)> {
+    fn start(bind: IpAddr) -> anyhow::Result<(Self, String)> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut server = Process::new(program)
-            .args(["transport", "--server", "--port", "0", "--until-input-ends"])
+            .args(["transport", "--server", "--port", "0", "--until-input-ends", "--bind", &bind.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

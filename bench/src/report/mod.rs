@@ -14,7 +14,7 @@ use plots::{Series, Strip};
 use std::time::{Duration, UNIX_EPOCH};
 
 /// Contenders of a measurement of which single runs are shown.
-const MOST_DETAILS: usize = 6;
+const MOST_DETAILS: usize = 3;
 
 const STYLE: &str = "body{font:15px/1.45 sans-serif;max-width:940px;margin:2em auto;padding:0 1em;color:#222}\
     h2{margin-top:2.5em;border-top:2px solid #0072b2;padding-top:.5em}h3{margin:1.6em 0 .3em}\

@@ -113,6 +113,7 @@ fn rows<'a, 'b>(
         .map_err(cannot)?;
     chart
         .configure_mesh()
+        .max_light_lines(1)
         .disable_y_mesh()
         .y_labels(0)
         .x_desc(axis)
