@@ -49,6 +49,11 @@ impl Contender {
         })
     }
 
+    /// Whether everything that it runs has ended with the run, so that its processor time is known.
+    pub fn is_ours_to_end(&self) -> bool {
+        !matches!(self, Contender::Transport(_))
+    }
+
     /// Memory in bytes that a run needs at once: both sides of a migration, and what their processes need beside.
     pub fn needs(&self) -> u64 {
         let both = match self {

@@ -17,6 +17,7 @@ mod report;
 mod statistics;
 mod summary;
 mod transport;
+mod usage;
 mod warm;
 
 use anyhow::Context;

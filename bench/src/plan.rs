@@ -9,6 +9,7 @@ use crate::facts::Facts;
 use crate::figures::{Figure, Figures};
 use crate::output;
 use crate::record::{End, FORMAT, Head, Line, Log, Measurement, Run, Setup};
+use crate::usage::Usage;
 use crate::{summary, warm};
 use serde_json::Value;
 use std::sync::Arc;
@@ -58,13 +59,16 @@ impl Plan {
                 let (_, contender) = &self.contenders[which];
                 let setup = &measured.head.contenders[which];
                 bar.set_message(format!("{}: {}", setup.group, setup.who));
+                let before = Usage::now();
                 let result = self.run(contender);
+                let others = before.zip(Usage::now()).and_then(|(before, after)| after.of_others(&before));
                 if result.is_err() && interrupted.load(Ordering::Relaxed) {
                     // Whoever interrupts from a terminal interrupts the processes of the run as well.
                     stopped = true;
                     break 'rounds;
                 }
-                let run = kept(round, which, result);
+                let mut run = kept(round, which, result);
+                run.others_percent = others.filter(|_| contender.is_ours_to_end());
                 failures[which] = if run.failure.is_some() { failures[which] + 1 } else { 0 };
                 bar.suspend(|| eprintln!("{}", brief(&measured.head, setup, &run)));
                 bar.inc(1);
@@ -103,10 +107,17 @@ impl Plan {
 
 fn kept(round: u32, contender: usize, result: anyhow::Result<(Figures, Value)>) -> Run {
     match result {
-        Ok((figures, said)) => Run { round, contender, figures, failure: None, said },
+        Ok((figures, said)) => Run { round, contender, figures, failure: None, others_percent: None, said },
         Err(error) => {
             let failure = Some(format!("{error:#}"));
-            Run { round, contender, figures: Figures::new(), failure, said: Value::Null }
+            Run {
+                round,
+                contender,
+                figures: Figures::new(),
+                failure,
+                others_percent: None,
+                said: Value::Null,
+            }
         }
     }
 }

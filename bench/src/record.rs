@@ -69,6 +69,8 @@ pub struct Run {
     pub figures: Figures,
     /// Why it failed.
     pub failure: Option<String>,
+    /// Share of all processors, in per cent, that others had meanwhile, where that is known.
+    pub others_percent: Option<f64>,
     /// Everything that the contender said of it.
     pub said: Value,
 }
@@ -277,6 +279,7 @@ pub(crate) mod tests {
                         contender,
                         figures,
                         failure: None,
+                        others_percent: None,
                         said: Value::Null,
                     });
                 }

@@ -69,6 +69,9 @@ const AXES: [Axis; 2] = [
     ("vCPU", |guest| f64::from(guest.vcpus), |guest| guest.vcpus = 0),
 ];
 
+/// Per cent of the processors that others have on a quiet machine at most, the kernel's own threads included.
+const QUIET: f64 = 10.0;
+
 /// Figures whose growth is told.
 const GROWING: [&str; 4] = ["felt_ms", "switchover_gap_ms", "blackout_ms", "moving_ms"];
 
@@ -147,6 +150,17 @@ fn families(
     families.into_iter().map(name).collect()
 }
 
+/// What others had of the processors during the runs, in per cent, where that is known.
+pub fn others(of: &Measurement) -> Option<Distribution> {
+    Distribution::of(of.runs.iter().filter_map(|run| run.others_percent))
+}
+
+/// The same in words.
+pub fn tell_others(others: &Distribution) -> String {
+    let warning = if others.median > QUIET { "; THE MACHINE WAS NOT QUIET" } else { "" };
+    format!("others had {} % of the processors meanwhile{warning}", brief(Some(others), 0))
+}
+
 /// The measurement for people.
 pub fn text(of: &Measurement) -> String {
     let mut text = String::new();
@@ -162,6 +176,9 @@ fn write_text(out: &mut String, of: &Measurement) -> std::fmt::Result {
     let groups: BTreeSet<_> = contenders.iter().map(|setup| &setup.group).collect();
     if groups.len() == 1 {
         writeln!(out, "{}", contenders[0].group)?;
+    }
+    if let Some(others) = others(of) {
+        writeln!(out, "{}", tell_others(&others))?;
     }
     match &of.end {
         None => {
@@ -272,6 +289,13 @@ mod tests {
         let text = text(&m);
         assert!(text.contains("2 of 3 runs completed") && text.contains("CUT OFF"), "{text}");
         assert!(text.contains("FAILED in round 2: g: us: the guest was damaged"), "{text}");
+        assert!(!text.contains("others had"), "{text}");
+        m.runs[0].others_percent = Some(40.0);
+        assert!(
+            super::text(&m).contains("others had 40 (40 to 40) % of the processors meanwhile; THE MACHINE")
+        );
+        m.runs[0].others_percent = Some(2.0);
+        assert!(super::text(&m).contains("meanwhile\n"));
         m.runs.clear();
         m.end = Some(End { interrupted: true, summary: Vec::new() });
         assert!(super::text(&m).contains("interrupted"), "also with no run at all");

@@ -94,6 +94,7 @@ fn section(of: &Measurement) -> anyhow::Result<Markup> {
             (time) "; " (of.completed().count()) " of " (planned) " runs completed, in " (head.rounds) " rounds"
             @if head.warmed_up { "; memory warmed up before each run" }
         }
+        @if let Some(others) = summary::others(of) { p.note { (summary::tell_others(&others)) "." } }
         @match &of.end {
             None => p.warn { "Cut off: the measurement has no end." },
             Some(end) if end.interrupted => p.warn { "Interrupted before its last round." },

@@ -6,6 +6,7 @@
 pub mod client;
 pub mod server;
 
+use crate::usage;
 use anyhow::{Context, bail};
 use migration::link::ControlLink;
 use serde::de::DeserializeOwned;
@@ -48,16 +49,9 @@ fn receive<T: DeserializeOwned>(link: &mut dyn ControlLink, wait: Duration) -> a
     serde_json::from_slice(&frame).context("the other side said what this version does not know")
 }
 
-/// Processor time in microseconds that this process has used until now, in the kernel and out of it.
+/// Processor time in microseconds that this process has used until now.
 fn cpu_us() -> u64 {
-    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: the pointer is to a structure of the right type that lives across the call.
-    if unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) } != 0 {
-        return 0;
-    }
-    let us = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
-    us(usage.ru_utime) + us(usage.ru_stime)
+    (usage::used(libc::RUSAGE_SELF) * 1e6) as u64
 }
 
 #[cfg(test)]

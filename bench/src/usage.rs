@@ -1,0 +1,78 @@
+//! Who used the processors while something was measured: us and what we started, or somebody else.
+
+use std::fs;
+
+/// Processor time used until some moment, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Usage {
+    /// By everybody.
+    all: f64,
+    /// By nobody.
+    idle: f64,
+    /// By this process, and by those processes of its own that have ended.
+    own: f64,
+}
+
+impl Usage {
+    /// Until now; `None` where the kernel does not say.
+    pub fn now() -> Option<Self> {
+        let stat = fs::read_to_string("/proc/stat").ok()?;
+        let (all, idle) = parse(&stat)?;
+        // SAFETY: the call takes no pointers.
+        let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+        let seconds = |n: u64| n as f64 / ticks.max(1) as f64;
+        let own = [libc::RUSAGE_SELF, libc::RUSAGE_CHILDREN].into_iter().map(used).sum();
+        Some(Usage { all: seconds(all), idle: seconds(idle), own })
+    }
+
+    /// The share of all processors, in per cent, that others had since `earlier`. The kernel's own threads are others.
+    pub fn of_others(&self, earlier: &Usage) -> Option<f64> {
+        let whole = (self.all - earlier.all) + (self.idle - earlier.idle);
+        let others = (self.all - earlier.all) - (self.own - earlier.own);
+        // Ticks are counted in hundredths of a second, so a little less than nothing is nothing.
+        (whole > 0.0).then(|| (100.0 * others / whole).max(0.0))
+    }
+}
+
+/// The first line of `/proc/stat`: ticks in which anything ran, and in which nothing did.
+fn parse(stat: &str) -> Option<(u64, u64)> {
+    let fields = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+    let fields: Vec<u64> = fields.map_while(|field| field.parse().ok()).collect();
+    // user nice system idle iowait irq softirq steal; guest time is part of user's.
+    let [user, nice, system, idle, iowait, irq, softirq, ..] = fields[..] else { return None };
+    Some((user + nice + system + irq + softirq, idle + iowait))
+}
+
+/// Processor seconds, in the kernel and out of it.
+pub fn used(who: libc::c_int) -> f64 {
+    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a structure of the right type that lives across the call.
+    if unsafe { libc::getrusage(who, &mut usage) } != 0 {
+        return 0.0;
+    }
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_line_is_read() {
+        assert_eq!(parse("cpu  10 1 20 300 5 2 3 99 7 0\ncpu0 1\n"), Some((36, 305)));
+        assert_eq!(parse("cpu 1 2 3\n"), None);
+        assert_eq!(parse(""), None);
+        assert!(Usage::now().is_some());
+    }
+
+    #[test]
+    fn others_are_whoever_is_not_us() {
+        let at = |all, idle, own| Usage { all, idle, own };
+        let before = at(100.0, 50.0, 10.0);
+        assert_eq!(at(104.0, 56.0, 13.0).of_others(&before), Some(10.0));
+        assert_eq!(at(104.0, 56.0, 14.5).of_others(&before), Some(0.0));
+        assert_eq!(before.of_others(&before), None);
+    }
+}
