@@ -212,9 +212,10 @@ fn growth_plots(of: &Measurement) -> anyhow::Result<Markup> {
                 Series { name, points, line }
             })
             .collect();
-        all.push(plots::curves(axis, &Figure::of(id).title, &series, &[])?);
+        let Figure { title, short, .. } = Figure::of(id);
+        all.push((title, plots::curves(axis, &short, &series, &[])?));
     }
-    Ok(html! { @for svg in all { (PreEscaped(svg)) } })
+    Ok(html! { @for (title, svg) in all { h3 { (title) } (PreEscaped(svg)) } })
 }
 
 #[cfg(test)]
