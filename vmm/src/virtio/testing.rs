@@ -199,6 +199,10 @@ impl Bench {
         let slot = available + 4 + u64::from(*next % SIZE) * 2;
         *next = next.wrapping_add(1);
         let index = *next;
+        // Interrupt me for it. Not sooner: a device that has just given a chain back may be about to look whether
+        // that one is wanted.
+        let seen = self.queues[queue].1;
+        self.guest_writes(available + 4 + u64::from(SIZE) * 2, &seen.to_le_bytes());
         self.guest_writes(slot, &first.to_le_bytes());
         self.guest_writes(available + 2, &index.to_le_bytes());
     }
@@ -226,12 +230,9 @@ impl Bench {
             );
             std::thread::sleep(Duration::from_micros(200));
         }
-        let [_, available, used] = Self::rings(queue);
+        let [_, _, used] = Self::rings(queue);
         let at = used + 4 + u64::from(seen % SIZE) * 8;
         self.queues[queue].1 = seen.wrapping_add(1);
-        // Interrupt me for the next one too.
-        let index = self.queues[queue].1;
-        self.guest_writes(available + 4 + u64::from(SIZE) * 2, &index.to_le_bytes());
         let word = |at| self.memory().read_obj(GuestAddress(at)).unwrap();
         (word(at), word(at + 4))
     }
