@@ -142,6 +142,13 @@ pub struct ThroughputArgs {
     /// Populate the destination's memory before the clock starts
     #[arg(long)]
     pub populate: bool,
+    #[command(flatten)]
+    pub contest: ContestArgs,
+}
+
+/// What is compared with what, and how often.
+#[derive(Args, Debug)]
+pub struct ContestArgs {
     /// TCP streams, several for a comparison; 0 for the default
     #[arg(long, value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u16).range(0..=64))]
     pub streams: Vec<u16>,
@@ -214,17 +221,8 @@ pub struct MatrixArgs {
     /// Address of this machine through which it goes; one of an RDMA device for RDMA
     #[arg(long, default_value = "127.0.0.1")]
     pub via: IpAddr,
-    /// TCP streams; 0 for the default
-    #[arg(long, value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u16).range(0..=64))]
-    pub streams: Vec<u16>,
-    /// Rounds, each with one run of everything
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
-    pub rounds: u32,
     #[command(flatten)]
-    pub peers: PeerArgs,
-    /// Do not touch and free as much memory as a run needs before each run
-    #[arg(long)]
-    pub no_warm_up: bool,
+    pub contest: ContestArgs,
 }
 
 #[derive(Args, Debug)]
@@ -361,7 +359,7 @@ mod tests {
             panic!("another command")
         };
         assert!(args.common.output.json);
-        assert_eq!((args.streams, args.memory), (vec![1, 2, 4], 4 << 30));
+        assert_eq!((args.contest.streams, args.memory), (vec![1, 2, 4], 4 << 30));
         assert!(parse("bench throughput --streams 65").is_err());
         let line = "bench matrix -m 1G,2G --content untouched,random --rate 0,1%,500 --populate no,yes --transport tcp";
         let Command::Matrix(args) = parse(line).unwrap() else { panic!("another command") };

@@ -103,18 +103,18 @@ pub fn throughput(args: &ThroughputArgs) -> anyhow::Result<Plan> {
     let mut programs = vec![("whimbrel", args.common.program()?)];
     programs.extend(args.against.clone().map(|path| ("whimbrel (against)", path)));
     for (name, program) in programs {
-        for streams in &args.streams {
+        for streams in &args.contest.streams {
             let plan = usual(program.clone(), guest.clone(), Duration::from_millis(200));
             let plan = Move { populate: args.populate, streams: *streams, ..plan };
             contenders.push(ours(format!("{name}, {}", by_streams(*streams)), plan));
         }
     }
-    contenders.extend(Peers::from(args.peers.clone()).beside(&guest, args.populate));
+    contenders.extend(Peers::from(args.contest.peers.clone()).beside(&guest, args.populate));
     Ok(Plan {
         bench: "throughput",
         show: &["stream_mib_s", "migration_mib_s", "source_cpu_s_per_gib", "target_cpu_s_per_gib"],
-        rounds: args.rounds,
-        warm_up: !args.no_warm_up,
+        rounds: args.contest.rounds,
+        warm_up: !args.contest.no_warm_up,
         contenders,
     })
 }
@@ -125,12 +125,12 @@ pub fn throughput(args: &ThroughputArgs) -> anyhow::Result<Plan> {
 /// When the program is not there.
 pub fn matrix(args: &MatrixArgs) -> anyhow::Result<Plan> {
     let program = args.common.program()?;
-    let peers = Peers::from(args.peers.clone());
+    let peers = Peers::from(args.contest.peers.clone());
     let mut contenders = Vec::new();
     for guest in guests(args) {
         for populate in args.populate.iter().map(|populate| *populate == Populate::Yes) {
             for transport in &args.transport {
-                for streams in &args.streams {
+                for streams in &args.contest.streams {
                     let plan = usual(program.clone(), guest.clone(), Duration::from_secs(1));
                     let (transport, streams, via) = (*transport, *streams, args.via);
                     let plan = Move { populate, transport, streams, via, watch: true, ..plan };
@@ -151,8 +151,8 @@ pub fn matrix(args: &MatrixArgs) -> anyhow::Result<Plan> {
             "blackout_ms",
             "slowed_percent",
         ],
-        rounds: args.rounds,
-        warm_up: !args.no_warm_up,
+        rounds: args.contest.rounds,
+        warm_up: !args.contest.no_warm_up,
         contenders,
     })
 }

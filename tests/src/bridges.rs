@@ -1,6 +1,7 @@
 //! A network for guests, as seen by a client of theirs: a bridge for each of two hosts, a third one as the switch
 //! between, and a client behind it in a namespace of its own. In the lab.
 
+use crate::command::must;
 use crate::wire::{HEADER, Wire};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -21,15 +22,6 @@ pub const TAPS: [&str; 2] = ["tap-a", "tap-b"];
 /// The switch's port to each host.
 pub const PORTS: [&str; 2] = ["port-a", "port-b"];
 
-/// Runs a command, which must succeed; what it said.
-pub fn command(line: &str) -> String {
-    let mut words = line.split_whitespace();
-    let program = words.next().expect("a command");
-    let output = Command::new(program).args(words).output().unwrap_or_else(|error| panic!("{line}: {error}"));
-    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
 /// The network; all of it goes when it is dropped.
 pub struct Bridges(());
 
@@ -40,33 +32,33 @@ impl Bridges {
     /// Where networks cannot be built.
     pub fn build() -> Self {
         let bridges = Bridges(());
-        command("ip netns add client");
+        must("ip netns add client");
         for bridge in ["bridge-a", "bridge-b", "switch"] {
-            command(&format!("ip link add {bridge} type bridge"));
+            must(&format!("ip link add {bridge} type bridge"));
         }
         for (host, (tap, port)) in ["a", "b"].into_iter().zip(TAPS.into_iter().zip(PORTS)) {
-            command(&format!("ip tuntap add dev {tap} mode tap multi_queue"));
-            command(&format!("ip link set {tap} master bridge-{host}"));
-            command(&format!("ip link add uplink-{host} type veth peer name {port}"));
-            command(&format!("ip link set uplink-{host} master bridge-{host}"));
-            command(&format!("ip link set {port} master switch"));
+            must(&format!("ip tuntap add dev {tap} mode tap multi_queue"));
+            must(&format!("ip link set {tap} master bridge-{host}"));
+            must(&format!("ip link add uplink-{host} type veth peer name {port}"));
+            must(&format!("ip link set uplink-{host} master bridge-{host}"));
+            must(&format!("ip link set {port} master switch"));
         }
-        command("ip link add port-c type veth peer name eth0 netns client");
-        command("ip link set port-c master switch");
+        must("ip link add port-c type veth peer name eth0 netns client");
+        must("ip link set port-c master switch");
         let all = ["bridge-a", "bridge-b", "switch", "uplink-a", "uplink-b", "port-c"];
         for interface in all.iter().chain(&TAPS).chain(&PORTS) {
             // The hosts themselves have nothing to say here.
-            command(&format!("ip link set {interface} addrgenmode none"));
-            command(&format!("ip link set {interface} up"));
+            must(&format!("ip link set {interface} addrgenmode none"));
+            must(&format!("ip link set {interface} up"));
         }
-        command("ip -n client address add 10.9.0.1/24 dev eth0");
-        command("ip -n client link set eth0 up");
+        must("ip -n client address add 10.9.0.1/24 dev eth0");
+        must("ip -n client link set eth0 up");
         bridges
     }
 
     /// The switch's port by which it reaches the guest, if it knows.
     pub fn way(&self) -> Option<String> {
-        let table = command("bridge fdb show br switch");
+        let table = must("bridge fdb show br switch");
         let entry = table.lines().find(|line| line.starts_with(MAC))?;
         entry.split_whitespace().skip_while(|word| *word != "dev").nth(1).map(Into::into)
     }

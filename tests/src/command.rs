@@ -74,3 +74,15 @@ fn reader(mut stream: impl Read + Send + 'static) -> thread::JoinHandle<String> 
         String::from_utf8_lossy(&bytes).into_owned()
     })
 }
+
+/// Runs a command of the system, which must succeed; what it said.
+///
+/// # Panics
+/// When it cannot be run, or fails.
+pub fn must(line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let program = words.next().expect("a command");
+    let output = Command::new(program).args(words).output().unwrap_or_else(|error| panic!("{line}: {error}"));
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}

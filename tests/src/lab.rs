@@ -1,5 +1,6 @@
 //! The lab, as seen from within: `ci/lab` sets these variables, and `ci/rdma` runs the tests that need it.
 
+use crate::command::must;
 use std::net::IpAddr;
 use std::process::{Child, Command};
 use std::thread;
@@ -26,14 +27,6 @@ pub fn peer() -> IpAddr {
 /// Which of two joined VMs this is: "a" or "b".
 pub fn node() -> String {
     variable("LAB_NODE")
-}
-
-/// Runs an `ip`, `rdma` or `tc` command, which must succeed.
-fn configure(command: &str) {
-    let mut words = command.split_whitespace();
-    let program = words.next().expect("a command");
-    let status = Command::new(program).args(words).status();
-    assert!(status.as_ref().is_ok_and(std::process::ExitStatus::success), "{command}: {status:?}");
 }
 
 /// How long the kernel may take to make a device.
@@ -84,7 +77,7 @@ pub struct CableCut(());
 impl CableCut {
     /// Cuts it.
     pub fn new() -> Self {
-        configure("ip link set lab1 down");
+        must("ip link set lab1 down");
         CableCut(())
     }
 }
@@ -97,8 +90,8 @@ impl Default for CableCut {
 
 impl Drop for CableCut {
     fn drop(&mut self) {
-        configure("ip link set lab1 up");
+        must("ip link set lab1 up");
         // The kernel forgets routes over an interface that goes down.
-        configure("ip route replace 10.77.0.1 dev lab1 src 10.77.0.2 table 772");
+        must("ip route replace 10.77.0.1 dev lab1 src 10.77.0.2 table 772");
     }
 }

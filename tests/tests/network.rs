@@ -9,8 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vmm::api::model::{MigrationRequest, TransportChoice};
 use vmm::node::Node;
-use whimbrel_tests::bridges::{Bridges, Capture, Captured, MAC, MAC_BYTES, PORTS, TAPS, Tcpdump, command};
+use whimbrel_tests::bridges::{Bridges, Capture, Captured, MAC, MAC_BYTES, PORTS, TAPS, Tcpdump};
 use whimbrel_tests::client::{Distribution, echo, session, transfer, wait_echo};
+use whimbrel_tests::command::must;
 use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::sides::{PATIENCE, request, wait_until};
 use whimbrel_tests::{lab, say};
@@ -241,8 +242,8 @@ fn connections_stay_open_over_ten_moves() {
 #[ignore = "needs a Linux guest: ci/net runs it in the lab"]
 fn hosts_without_a_suitable_tap_refuse_at_once() {
     let bridges = Bridges::build();
-    command("ip tuntap add dev tap-single mode tap");
-    command("ip link set tap-single up");
+    must("ip tuntap add dev tap-single mode tap");
+    must("ip link set tap-single up");
     let mut guest = Guest::start(2);
     wait_echo(&bridges);
     let cases: [(&[&str], &str); 5] = [
@@ -264,7 +265,7 @@ fn hosts_without_a_suitable_tap_refuse_at_once() {
         say::figures("refused", &failure.message);
         wait_echo(&bridges);
     }
-    command("ip link delete tap-single");
+    must("ip link delete tap-single");
     guest.hop(TransportChoice::Tcp);
     wait_echo(&bridges);
     guest.assert_well();

@@ -10,8 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 /// The guest's ELF file.
 pub const ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 
-/// Timer interrupts a second where nothing is asked for: a guest that always works looks at the clock anyway, one that sleeps only
-/// when it is woken.
+/// Timer interrupts a second where nothing is asked for: a guest that always works looks at the clock anyway, one that
+/// sleeps only when it is woken.
 const BUSY_HZ: u32 = 100;
 const SLEEPY_HZ: u32 = 1000;
 
