@@ -64,6 +64,16 @@ impl Contender {
         };
         2 * both + (512 << 20)
     }
+
+    /// Bytes of shared memory that a run fills before it moves them; 0 if it does not.
+    pub fn fills(&self) -> u64 {
+        match self {
+            Contender::Whimbrel(Move { guest, .. }) if guest.content != Content::Untouched => guest.memory,
+            // Its zeros are a hole in a file.
+            Contender::Qemu { guest, .. } if guest.content == Content::Random => guest.memory,
+            _ => 0,
+        }
+    }
 }
 
 /// What is compared on moving a guest, by what its contender is called.

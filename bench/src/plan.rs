@@ -85,9 +85,10 @@ impl Plan {
 
     fn run(&self, contender: &Contender) -> anyhow::Result<(Figures, Value)> {
         if self.warm_up {
-            warm::up(contender.needs())?;
+            warm::run(contender.needs(), contender.fills(), || contender.run())
+        } else {
+            contender.run()
         }
-        contender.run()
     }
 
     fn head(&self) -> Head {

@@ -31,8 +31,18 @@ pub fn check(size: u64, pages: PageSize) -> Result<(), Error> {
 
 /// Memory that the host could give now (`MemAvailable`), in bytes; `None` where /proc does not say.
 pub fn available() -> Option<u64> {
+    meminfo("MemAvailable:")
+}
+
+/// Shared memory in use on the whole host (`Shmem`), in bytes: guests' RAM is part of it. `None` where /proc does not
+/// say.
+pub fn shared() -> Option<u64> {
+    meminfo("Shmem:")
+}
+
+fn meminfo(name: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let line = text.lines().find(|line| line.starts_with(name))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
