@@ -7,6 +7,7 @@ mod destination;
 pub mod frame;
 mod link;
 pub mod listener;
+mod pacing;
 mod place;
 mod socket;
 mod source;

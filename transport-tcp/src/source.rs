@@ -6,7 +6,7 @@
 //! by `sendmsg` from the mapping, many at a time.
 
 use crate::frame::{self, Header, Kind, MAX_EXTENTS, UNIT};
-use crate::{Error, socket};
+use crate::{Error, pacing, socket};
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::Preamble;
 use migration::transport::{Interrupt, Lane, LaneStats, PlaneError, Session, SourcePlane, SourceTransport};
@@ -57,6 +57,7 @@ impl SourceTransport for TcpSource {
                     Error::Silent { waited, .. } => PlaneError::Timeout(waited),
                     error => PlaneError::Unavailable(error.to_string()),
                 })?;
+            pacing::stop_if_near(&stream);
             handles.push(stream.try_clone().map_err(broken)?);
             stream.set_read_timeout(Some(session.timeout)).map_err(broken)?;
             lanes.push(Box::new(TcpLane {
