@@ -25,6 +25,8 @@ pub struct Facts {
     pub tcp_rmem: Option<String>,
     /// Send buffer of TCP sockets: least, first, most bytes.
     pub tcp_wmem: Option<String>,
+    /// TCP's congestion control where a program does not choose.
+    pub tcp_congestion: Option<String>,
     /// First line of `iperf3 --version`.
     pub iperf3: Option<String>,
     /// First line of `qemu-system-x86_64 --version`.
@@ -47,6 +49,7 @@ impl Facts {
             shmem_huge_pages: line_of("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
             tcp_rmem: line_of("/proc/sys/net/ipv4/tcp_rmem"),
             tcp_wmem: line_of("/proc/sys/net/ipv4/tcp_wmem"),
+            tcp_congestion: line_of("/proc/sys/net/ipv4/tcp_congestion_control"),
             iperf3: version_of("iperf3"),
             qemu: version_of("qemu-system-x86_64"),
         }
