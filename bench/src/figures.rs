@@ -132,9 +132,10 @@ pub fn of_move(moved: &Moved, populated: bool) -> Figures {
     figures
 }
 
-/// Figures that are there.
+/// Figures that are there. Nothing by nothing is none, and could not be saved: JSON has no such number.
 pub fn named<const N: usize>(figures: [(&str, Option<f64>); N]) -> Figures {
-    figures.into_iter().filter_map(|(id, figure)| Some((id.to_string(), figure?))).collect()
+    let there = |figure: Option<f64>| figure.filter(|figure| figure.is_finite());
+    figures.into_iter().filter_map(|(id, figure)| Some((id.to_string(), there(figure)?))).collect()
 }
 
 #[cfg(test)]
@@ -143,6 +144,13 @@ mod tests {
     use crate::record;
     use migration::report::{Report, RoundReport};
     use migration::{Code, Failure};
+
+    #[test]
+    fn what_is_no_number_is_no_figure() {
+        let figures =
+            named([("a", Some(f64::NAN)), ("b", Some(f64::INFINITY)), ("c", None), ("d", Some(0.0))]);
+        assert_eq!(figures.into_keys().collect::<Vec<_>>(), ["d"]);
+    }
 
     fn moved() -> Moved {
         let mut report = Report::not_begun(Failure::new(Code::OTHER, ""), 4 << 30);

@@ -68,7 +68,7 @@ fn what_is_cut_off_keeps_its_runs() {
     }
     let saved = fs::read_to_string(&path).unwrap().lines().count();
     let shown = run(&["show", path.to_str().unwrap()]);
-    assert!(shown.status.success());
+    assert!(shown.status.success(), "{shown:?}");
     let shown = text(&shown);
     assert!(shown.contains("CUT OFF"), "{shown}");
     let completed: usize = shown.split(' ').nth(2).and_then(|n| n.parse().ok()).expect("a number of runs");
