@@ -9,7 +9,7 @@ use whimbrel_tests::inspect::settle;
 use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::proxy::{Proxy, Rules};
 use whimbrel_tests::say;
-use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, receiver, request, wait_until};
+use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, hop, receiver, request, wait_until};
 
 #[path = "../../vmm/tests/common/elf.rs"]
 mod elf;
@@ -57,6 +57,31 @@ fn status_and_migrate() {
         assert!(ran.stdout.contains(part), "no {part:?} in {}", ran.stdout);
     }
     say::figures("status and migrate", "text and JSON");
+}
+
+#[test]
+fn machines_by_configuration_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let vm =
+        file("vm.toml", "memory = '512G'\nvcpus = 2\nworking-set = '2M'\nserial = 'none'\nname = 'file'\n");
+    let waiting = file("waiting.toml", "listen = '127.0.0.1:0'\nserial = 'none'\nonce = true\n");
+    let mut guest =
+        Node::start(whimbrel(), folder.path(), "line", ["run", "--config", &vm, "--memory", "32M"]).unwrap();
+    guest.expect("running").unwrap();
+    guest.wait_guest("the guest's start", PATIENCE, |guest| guest.state == "running").unwrap();
+    let status = guest.status().unwrap();
+    assert_eq!((status.memory, status.vcpus, status.name.as_str()), (32 << 20, 2, "line"));
+    let mut next = Node::start(whimbrel(), folder.path(), "next", ["receive", "--config", &waiting]).unwrap();
+    let listening = next.expect("listening").unwrap();
+    hop(&guest, &mut next, listening["address"].as_str().unwrap().parse().unwrap());
+    assert_runs(&next);
+    settle(&next, &Guest { vcpus: 2, ..Guest::SMALL });
+    say::figures("machines by configuration files", "run and received; the command line wins");
 }
 
 #[test]

@@ -35,6 +35,25 @@ fn wrong_usage() {
 }
 
 #[test]
+fn configuration_files_that_are_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.toml");
+    let config = path.to_str().unwrap();
+    run(["run", "--config", config]).refused(2, "cannot read the configuration file");
+    for (content, message) in [
+        (&b"memory = '64M'\ncolour = 'red'\n"[..], "vm.toml:2: \"colour\" is no option"),
+        (b"memory = 'much'\n", "vm.toml:1: invalid value 'much'"),
+        (b"memory = \n", "vm.toml:1: "),
+        (b"\xff\xfe", "cannot read the configuration file"),
+    ] {
+        std::fs::write(&path, content).unwrap();
+        run(["run", "--config", config]).refused(2, message);
+    }
+    run(["receive", "--config", "/"]).refused(2, "cannot read the configuration file");
+    say::figures("configuration files that are wrong", "6 refused, exit code 2 each");
+}
+
+#[test]
 fn machines_that_cannot_be() {
     let run = |memory: &str| run(["run", "--serial", "none", "--memory", memory]);
     for (memory, message) in [

@@ -2,9 +2,11 @@
 
 mod cli;
 
-use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cli::run(cli::args::Cli::parse())
+    match cli::config::parse(std::env::args_os()) {
+        Ok(cli) => cli::run(cli),
+        Err(wrong) => wrong.exit(),
+    }
 }

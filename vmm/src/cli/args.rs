@@ -145,6 +145,9 @@ pub struct RunArgs {
 /// What a machine's process is connected to.
 #[derive(Args, Clone, Debug)]
 pub struct ProcessArgs {
+    /// TOML file with further options, by their long names; those of the command line replace them
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Unix socket for the API; the other commands reach the machine through it
     #[arg(long)]
     pub api: Option<PathBuf>,
