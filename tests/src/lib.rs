@@ -16,6 +16,7 @@
 //! | `crosscheck` | another implementation of verbs sees the same devices (in the lab) |
 //! | `network` | a Linux guest's network connections while it moves (in the lab) |
 //! | `pair` | moves between two hosts (two VMs of the lab) |
+//! | `sandbox` | what a machine's process can no longer do |
 //! | `usage`, `cli`, `http` | the program as its users see it |
 //!
 //! Where a test says that a guest is as good as it was, the guest has been moved once more, into the test's own
@@ -24,6 +25,7 @@
 pub mod bridges;
 pub mod client;
 pub mod command;
+pub mod inject;
 pub mod inspect;
 pub mod lab;
 pub mod program;

@@ -205,6 +205,7 @@ fn the_doctor() {
     assert_eq!(ran.code, Some(if healthy { 0 } else { 1 }), "{ran:?}");
     let findings = report["findings"].as_array().unwrap();
     assert!(findings.len() > 3 && findings.iter().all(|f| f["found"].is_string()), "{report}");
+    assert!(findings.iter().any(|f| f["what"] == "seccomp" && f["level"] == "good"), "{report}");
     let ran = run(["doctor"]);
     assert!(ran.stdout.contains("/dev/kvm") && ran.stderr.is_empty(), "{ran:?}");
     let ran = run(["doctor", "--memory", "900G", "--json"]);

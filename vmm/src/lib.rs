@@ -25,6 +25,7 @@ pub mod node;
 mod outgoing;
 pub mod pci;
 pub mod power;
+pub mod sandbox;
 pub mod serial;
 pub mod state;
 pub mod transports;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use vmm::announce::Announcing;
 use vmm::guest::Content;
 use vmm::memory::PageSize;
+use vmm::sandbox::Mode;
 use vmm::virtio::block::{BlockConfig, MOST_QUEUES};
 use vmm::virtio::net::{MOST_PAIRS, Mac, TapConfig};
 
@@ -171,9 +172,32 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "OPTION,...", default_value = "rounds=5,initial=50ms,step=100ms,max=550ms")]
     #[arg(value_parser = announcing)]
     pub announce: Announcing,
+    /// What happens when this process makes a system call that it has no business with
+    #[arg(long, value_enum, default_value_t = Seccomp::On)]
+    pub seccomp: Seccomp,
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Seccomp {
+    /// It is refused, or ends the process
+    On,
+    /// The kernel logs it
+    Log,
+    /// Nothing
+    Off,
+}
+
+impl From<Seccomp> for Mode {
+    fn from(seccomp: Seccomp) -> Self {
+        match seccomp {
+            Seccomp::On => Mode::Enforce,
+            Seccomp::Log => Mode::Log,
+            Seccomp::Off => Mode::Off,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -11,6 +11,7 @@ use transport_tcp::Listener;
 use vmm::api::server::{self, Slot};
 use vmm::incoming::{IncomingHost, IncomingOptions};
 use vmm::instance::{Instance, SOFTWARE};
+use vmm::sandbox;
 use vmm::transports;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::block::Images;
@@ -19,6 +20,7 @@ use vmm::virtio::block::Images;
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
+    sandbox::enter(args.process.seccomp.into())?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =
@@ -55,6 +57,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         );
         match taken {
             Ok(mut arrival) => {
+                sandbox::settle()?;
                 let machine = arrival.machine.machine();
                 let instance = Instance::new(args.process.name.clone(), machine)?;
                 slot.put(Arc::clone(&instance));

@@ -11,10 +11,12 @@ use vmm::host::Host;
 use vmm::instance::Instance;
 use vmm::loader::{Boot, Image};
 use vmm::machine::{Machine, MachineConfig};
+use vmm::sandbox;
 use vmm::virtio::net::{Mac, NetConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
+    sandbox::enter(args.process.seccomp.into())?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =
@@ -46,6 +48,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
         }
     }
     machine.resume()?;
+    sandbox::settle()?;
     let instance = Instance::new(args.process.name.clone(), Arc::new(machine))?;
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));

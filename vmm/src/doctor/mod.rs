@@ -5,6 +5,7 @@ mod rdma;
 
 use crate::host::Host;
 use crate::memory::host::available;
+use crate::sandbox;
 use serde::Serialize;
 use std::fs;
 
@@ -37,7 +38,7 @@ pub struct Finding {
 pub fn examine(memory: u64) -> Vec<Finding> {
     let mut findings = vec![kvm(), ram(memory)];
     findings.extend(cgroup::examine(memory));
-    findings.extend([socket_buffers(), shmem_huge_pages(), cpus()]);
+    findings.extend([seccomp(), socket_buffers(), shmem_huge_pages(), cpus()]);
     findings.extend(rdma::examine(memory));
     findings
 }
@@ -82,6 +83,18 @@ fn ram(memory: u64) -> Finding {
             level: Level::Limited,
             found: "/proc/meminfo does not say what is available".into(),
             mend: Some("mount -t proc proc /proc".into()),
+        },
+    }
+}
+
+fn seccomp() -> Finding {
+    match sandbox::available() {
+        Ok(()) => good("seccomp", "system calls can be filtered".into()),
+        Err(error) => Finding {
+            what: "seccomp",
+            level: Level::Limited,
+            found: format!("system calls cannot be filtered ({error}): machines run only with --seccomp off"),
+            mend: Some("a kernel with CONFIG_SECCOMP_FILTER".into()),
         },
     }
 }

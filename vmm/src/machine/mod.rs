@@ -22,6 +22,7 @@ use crate::loader::{self, Boot};
 use crate::memory::{self, GuestRam};
 use crate::pci::{KvmPlatform, Platform};
 use crate::power::{Power, SCI};
+use crate::sandbox;
 use crate::serial::SerialPort;
 use crate::state::{self, msr};
 use crate::vcpu::Vcpu;
@@ -340,6 +341,7 @@ impl Drop for Machine {
 }
 
 fn run_vcpu(shared: &Shared, index: usize) {
+    sandbox::serve();
     let run_page = lock(&shared.vcpus[index]).run_page();
     // SAFETY: the vCPU, and with it the page, belongs to `shared`, which outlives this function.
     let _target = unsafe { KickTarget::set(run_page) };

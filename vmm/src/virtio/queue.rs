@@ -14,6 +14,7 @@ use super::VirtioDevice;
 use super::interrupt::Interrupt;
 use crate::error::Error;
 use crate::memory::GuestMemory;
+use crate::sandbox;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -273,6 +274,7 @@ impl VirtQueue {
         let name = format!("{}.{index}", device.name());
         let served = shared.clone();
         let work = move || {
+            sandbox::serve();
             let mut wait_for_input = false;
             loop {
                 wait(&served.doorbell, device.input(index).filter(|_| wait_for_input));

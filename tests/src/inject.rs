@@ -1,0 +1,88 @@
+//! System calls that a thread of another process is made to carry out, as whoever has taken that thread over would.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::path::Path;
+use std::ptr;
+
+/// What became of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It returned this; errors are negative.
+    Returned(i64),
+    /// The thread ended by this signal.
+    Killed(i32),
+}
+
+/// The thread of a process that has this name; of several, one.
+///
+/// # Panics
+/// When there is none.
+pub fn thread(pid: u32, name: &str) -> i32 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("a process that runs").flatten();
+    let named =
+        |path: &Path| std::fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name);
+    let found = tasks.map(|task| task.path()).find(|path| named(path));
+    let found = found.unwrap_or_else(|| panic!("process {pid} has no thread {name:?}"));
+    found.file_name().and_then(|id| id.to_str()?.parse().ok()).expect("a number")
+}
+
+/// Makes the thread `id`, which waits in some system call, carry out another one, and then go on with its own.
+///
+/// # Panics
+/// When this process may not trace it.
+pub fn system_call(id: i32, number: i64, arguments: [u64; 3]) -> Outcome {
+    let nothing = ptr::null_mut::<libc::c_void>();
+    trace(libc::PTRACE_SEIZE, id, nothing, nothing);
+    trace(libc::PTRACE_INTERRUPT, id, nothing, nothing);
+    assert!(libc::WIFSTOPPED(wait(id)), "it stops");
+    let own = registers(id);
+    let mut changed = own;
+    // Back to the instruction by which it came into the kernel.
+    changed.rip -= 2;
+    let code = trace(libc::PTRACE_PEEKTEXT, id, changed.rip as *mut libc::c_void, nothing);
+    assert_eq!(code & 0xffff, 0x050f, "a thread that waits in a system call");
+    changed.rax = number as u64;
+    // No call of its own is to be restarted now.
+    changed.orig_rax = u64::MAX;
+    [changed.rdi, changed.rsi, changed.rdx] = arguments;
+    set_registers(id, &changed);
+    trace(libc::PTRACE_SINGLESTEP, id, nothing, nothing);
+    let status = wait(id);
+    if libc::WIFSIGNALED(status) {
+        return Outcome::Killed(libc::WTERMSIG(status));
+    }
+    let result = registers(id).rax as i64;
+    // The kernel restarts what it had interrupted.
+    set_registers(id, &own);
+    trace(libc::PTRACE_DETACH, id, nothing, nothing);
+    Outcome::Returned(result)
+}
+
+fn registers(id: i32) -> libc::user_regs_struct {
+    let mut registers = MaybeUninit::<libc::user_regs_struct>::uninit();
+    trace(libc::PTRACE_GETREGS, id, ptr::null_mut(), registers.as_mut_ptr().cast());
+    // SAFETY: the request, which has succeeded, fills the structure in.
+    unsafe { registers.assume_init() }
+}
+
+fn set_registers(id: i32, registers: &libc::user_regs_struct) {
+    trace(libc::PTRACE_SETREGS, id, ptr::null_mut(), ptr::from_ref(registers).cast_mut().cast());
+}
+
+fn trace(request: libc::c_uint, id: i32, address: *mut libc::c_void, data: *mut libc::c_void) -> i64 {
+    // SAFETY: `data` is null, or the structure that the request reads or fills in, which lives across the call;
+    // addresses are the other process's.
+    let result = unsafe { libc::ptrace(request, id, address, data) };
+    let peek = request == libc::PTRACE_PEEKTEXT;
+    assert!(peek || result == 0, "ptrace: {}", io::Error::last_os_error());
+    result
+}
+
+fn wait(id: i32) -> libc::c_int {
+    let mut status = 0;
+    // SAFETY: the status lives across the call.
+    let waited = unsafe { libc::waitpid(id, &mut status, libc::__WALL) };
+    assert_eq!(waited, id, "waitpid: {}", io::Error::last_os_error());
+    status
+}

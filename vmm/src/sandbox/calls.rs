@@ -1,0 +1,358 @@
+//! The lists of system calls.
+
+use libc::*;
+use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+use std::collections::BTreeMap;
+
+/// Calls, and for each the conditions on its arguments: one of the rules must hold, if there are any.
+type Calls = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// What neither this program nor a library has any business with, and what whoever has taken over a process tries
+/// first: other programs, other processes, the kernel, the system's settings, namespaces and mounts.
+const FATAL: &[i64] = &[
+    // other programs
+    SYS_execve,
+    SYS_execveat,
+    SYS_uselib,
+    SYS_personality,
+    // other processes
+    SYS_ptrace,
+    SYS_process_vm_readv,
+    SYS_process_vm_writev,
+    SYS_process_madvise,
+    SYS_pidfd_getfd,
+    SYS_kcmp,
+    // the kernel
+    SYS_bpf,
+    SYS_perf_event_open,
+    SYS_userfaultfd,
+    SYS_init_module,
+    SYS_finit_module,
+    SYS_delete_module,
+    SYS_kexec_load,
+    SYS_kexec_file_load,
+    SYS_iopl,
+    SYS_ioperm,
+    SYS_modify_ldt,
+    SYS_syslog,
+    SYS_add_key,
+    SYS_request_key,
+    SYS_keyctl,
+    // the system
+    SYS_reboot,
+    SYS_swapon,
+    SYS_swapoff,
+    SYS_acct,
+    SYS_quotactl,
+    SYS_quotactl_fd,
+    SYS_settimeofday,
+    SYS_clock_settime,
+    SYS_sethostname,
+    SYS_setdomainname,
+    SYS_vhangup,
+    SYS_fanotify_init,
+    SYS_open_by_handle_at,
+    SYS_mknod,
+    SYS_mknodat,
+    // namespaces and mounts
+    SYS_setns,
+    SYS_unshare,
+    SYS_chroot,
+    SYS_pivot_root,
+    SYS_mount,
+    SYS_umount2,
+    SYS_open_tree,
+    SYS_move_mount,
+    SYS_fsopen,
+    SYS_fsconfig,
+    SYS_fsmount,
+    SYS_fspick,
+    SYS_mount_setattr,
+    // users
+    SYS_setuid,
+    SYS_setgid,
+    SYS_setreuid,
+    SYS_setregid,
+    SYS_setresuid,
+    SYS_setresgid,
+    SYS_setgroups,
+    SYS_setfsuid,
+    SYS_setfsgid,
+];
+
+/// What threads that serve a guest need: work on files that others have opened, memory, waiting, and ending.
+const SERVING: &[i64] = &[
+    // files and devices that are open
+    SYS_ioctl,
+    SYS_read,
+    SYS_write,
+    SYS_readv,
+    SYS_writev,
+    SYS_pread64,
+    SYS_pwrite64,
+    SYS_preadv,
+    SYS_pwritev,
+    SYS_preadv2,
+    SYS_pwritev2,
+    SYS_fallocate,
+    SYS_fsync,
+    SYS_fdatasync,
+    SYS_lseek,
+    SYS_close,
+    SYS_poll,
+    SYS_ppoll,
+    SYS_io_uring_enter,
+    // memory; further calls have conditions
+    SYS_brk,
+    SYS_munmap,
+    SYS_mremap,
+    SYS_madvise,
+    SYS_membarrier,
+    // threads, signals and time
+    SYS_futex,
+    SYS_sched_yield,
+    SYS_sched_getaffinity,
+    SYS_gettid,
+    SYS_getpid,
+    SYS_rt_sigaction,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_sigaltstack,
+    SYS_restart_syscall,
+    SYS_clock_gettime,
+    SYS_clock_nanosleep,
+    SYS_nanosleep,
+    SYS_gettimeofday,
+    SYS_rseq,
+    SYS_set_robust_list,
+    SYS_getrandom,
+    SYS_exit,
+    SYS_exit_group,
+];
+
+/// What the others need beside that: opening files, talking, threads, and what libraries of RDMA devices, of name
+/// resolution and the C library may want to know.
+const FURTHER: &[i64] = &[
+    // files
+    SYS_open,
+    SYS_openat,
+    SYS_openat2,
+    SYS_close_range,
+    SYS_stat,
+    SYS_fstat,
+    SYS_lstat,
+    SYS_newfstatat,
+    SYS_statx,
+    SYS_statfs,
+    SYS_fstatfs,
+    SYS_access,
+    SYS_faccessat,
+    SYS_faccessat2,
+    SYS_readlink,
+    SYS_readlinkat,
+    SYS_getcwd,
+    SYS_getdents,
+    SYS_getdents64,
+    SYS_fcntl,
+    SYS_flock,
+    SYS_dup,
+    SYS_dup2,
+    SYS_dup3,
+    SYS_pipe,
+    SYS_pipe2,
+    SYS_ftruncate,
+    SYS_sync_file_range,
+    SYS_fadvise64,
+    SYS_readahead,
+    SYS_copy_file_range,
+    SYS_sendfile,
+    SYS_splice,
+    SYS_tee,
+    SYS_vmsplice,
+    // the API's socket
+    SYS_unlink,
+    SYS_unlinkat,
+    SYS_chmod,
+    SYS_fchmod,
+    SYS_fchmodat,
+    SYS_umask,
+    // waiting
+    SYS_select,
+    SYS_pselect6,
+    SYS_epoll_create,
+    SYS_epoll_create1,
+    SYS_epoll_ctl,
+    SYS_epoll_wait,
+    SYS_epoll_pwait,
+    SYS_epoll_pwait2,
+    SYS_eventfd,
+    SYS_eventfd2,
+    SYS_timerfd_create,
+    SYS_timerfd_settime,
+    SYS_timerfd_gettime,
+    SYS_signalfd,
+    SYS_signalfd4,
+    SYS_inotify_init1,
+    SYS_inotify_add_watch,
+    SYS_inotify_rm_watch,
+    SYS_io_uring_setup,
+    SYS_io_uring_register,
+    // sockets; opening one has a condition
+    SYS_socketpair,
+    SYS_connect,
+    SYS_accept,
+    SYS_accept4,
+    SYS_bind,
+    SYS_listen,
+    SYS_getsockname,
+    SYS_getpeername,
+    SYS_getsockopt,
+    SYS_setsockopt,
+    SYS_sendto,
+    SYS_sendmsg,
+    SYS_sendmmsg,
+    SYS_recvfrom,
+    SYS_recvmsg,
+    SYS_recvmmsg,
+    SYS_shutdown,
+    // memory
+    SYS_mmap,
+    SYS_mprotect,
+    SYS_pkey_mprotect,
+    SYS_pkey_alloc,
+    SYS_pkey_free,
+    SYS_mincore,
+    SYS_msync,
+    SYS_mlock,
+    SYS_mlock2,
+    SYS_munlock,
+    SYS_mlockall,
+    SYS_munlockall,
+    SYS_memfd_create,
+    SYS_mbind,
+    SYS_get_mempolicy,
+    SYS_set_mempolicy,
+    // threads, signals and time
+    SYS_set_tid_address,
+    SYS_get_robust_list,
+    SYS_arch_prctl,
+    SYS_futex_waitv,
+    SYS_sched_setaffinity,
+    SYS_sched_getparam,
+    SYS_sched_getscheduler,
+    SYS_sched_get_priority_max,
+    SYS_sched_get_priority_min,
+    SYS_getpriority,
+    SYS_getcpu,
+    SYS_rt_sigpending,
+    SYS_rt_sigsuspend,
+    SYS_rt_sigtimedwait,
+    SYS_pause,
+    SYS_clock_getres,
+    SYS_time,
+    SYS_times,
+    SYS_getrusage,
+    // who and where we are
+    SYS_getppid,
+    SYS_getuid,
+    SYS_geteuid,
+    SYS_getgid,
+    SYS_getegid,
+    SYS_getresuid,
+    SYS_getresgid,
+    SYS_getgroups,
+    SYS_getpgrp,
+    SYS_getsid,
+    SYS_capget,
+    SYS_uname,
+    SYS_sysinfo,
+    SYS_getrlimit,
+    // fewer rights yet
+    SYS_capset,
+    SYS_seccomp,
+];
+
+/// What `prctl` may be used for: names of threads, of memory, and fewer rights.
+const PRCTL: &[c_int] = &[
+    PR_SET_NAME,
+    PR_GET_NAME,
+    PR_GET_DUMPABLE,
+    PR_SET_VMA,
+    PR_CAPBSET_READ,
+    PR_CAP_AMBIENT,
+    PR_SET_NO_NEW_PRIVS,
+    PR_GET_NO_NEW_PRIVS,
+];
+
+/// Sockets of migrations, of the API, of taps, of name resolution, and by which libraries of RDMA devices ask the
+/// kernel. No raw ones, no keys to the kernel's rarer corners.
+const SOCKETS: &[c_int] = &[AF_UNIX, AF_INET, AF_INET6, AF_NETLINK];
+
+/// What ends the process.
+///
+/// # Errors
+/// None; the library cannot know.
+pub fn fatal() -> Result<Calls, BackendError> {
+    let mut calls = plain(FATAL);
+    // Typing into the terminal that the process was started from, and pasting there.
+    calls.insert(SYS_ioctl, vec![rule(1, SeccompCmpOp::Eq, TIOCSTI)?, rule(1, SeccompCmpOp::Eq, TIOCLINUX)?]);
+    Ok(calls)
+}
+
+/// The list for threads that serve a guest.
+///
+/// # Errors
+/// None; the library cannot know.
+pub fn serving() -> Result<Calls, BackendError> {
+    let mut calls = plain(SERVING);
+    // No new code: whatever a guest can make these threads do, it has to do with what is there.
+    let no_code = rule(2, SeccompCmpOp::MaskedEq(PROT_EXEC as u64), 0)?;
+    calls.insert(SYS_mmap, vec![no_code.clone()]);
+    calls.insert(SYS_mprotect, vec![no_code]);
+    calls.insert(SYS_tgkill, vec![own_process()?]);
+    Ok(calls)
+}
+
+/// The list for all threads.
+///
+/// # Errors
+/// None; the library cannot know.
+pub fn all() -> Result<Calls, BackendError> {
+    let mut calls = plain(SERVING);
+    calls.append(&mut plain(FURTHER));
+    calls.insert(SYS_tgkill, vec![own_process()?]);
+    // Threads, and no processes nor namespaces. `clone3` has its flags in memory, where no filter can look: the C
+    // library does with `clone` where that one is lacking.
+    const NAMESPACES: c_int = CLONE_NEWNS
+        | CLONE_NEWUTS
+        | CLONE_NEWIPC
+        | CLONE_NEWUSER
+        | CLONE_NEWPID
+        | CLONE_NEWNET
+        | CLONE_NEWCGROUP;
+    let looked_at = (CLONE_THREAD | NAMESPACES) as u64;
+    let thread = rule(0, SeccompCmpOp::MaskedEq(looked_at), CLONE_THREAD as u64)?;
+    calls.insert(SYS_clone, vec![thread]);
+    // One's own limits: also the way in which the C library asks for the size of a stack.
+    calls.insert(SYS_prlimit64, vec![rule(0, SeccompCmpOp::Eq, 0)?]);
+    let one_of = |allowed: &[c_int]| {
+        allowed.iter().map(|value| rule(0, SeccompCmpOp::Eq, *value as u64)).collect::<Result<Vec<_>, _>>()
+    };
+    calls.insert(SYS_prctl, one_of(PRCTL)?);
+    calls.insert(SYS_socket, one_of(SOCKETS)?);
+    Ok(calls)
+}
+
+fn plain(calls: &[i64]) -> Calls {
+    calls.iter().map(|call| (*call, Vec::new())).collect()
+}
+
+/// The rule that argument `index` compares so.
+fn rule(index: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, how, value)?])
+}
+
+/// The rule that the first argument is this process.
+fn own_process() -> Result<SeccompRule, BackendError> {
+    rule(0, SeccompCmpOp::Eq, std::process::id().into())
+}
