@@ -7,7 +7,7 @@ pub const REPORT_ADDRESS: u64 = 0x10_0000;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"WHIMBREL");
 
 /// Version of everything in this file. A VMM reads reports of its own version only.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Most vCPUs that the guest can use; their APIC IDs are 0, 1, 2 and so on.
 pub const MAX_VCPUS: usize = 64;
@@ -56,6 +56,9 @@ pub const FAILED_START: u64 = 0x100;
 /// `detail[1]` is then the address of the instruction.
 pub const FAILED_PANIC: u64 = 0x101;
 
+/// In `detail[0]` of a failed guest: it was to keep a journal and found no disk.
+pub const FAILED_DISK: u64 = 0x102;
+
 /// Nothing is asked of the guest.
 pub const COMMAND_NONE: u32 = 0;
 /// Complete the pass, verify the whole working set once, and be idle.
@@ -101,6 +104,14 @@ pub struct Header {
     pub detail: [u64; 2],
     /// vCPUs that have finished.
     pub finished: u64,
+    /// Entries of the journal that the disk has confirmed.
+    pub journal: u64,
+    /// Blocks of it that did not hold what was written there last.
+    pub journal_bad: u64,
+    /// The first of them.
+    pub journal_first: BadPage,
+    /// Requests that the disk refused.
+    pub journal_failed: u64,
 }
 
 /// A page that did not hold what it should.

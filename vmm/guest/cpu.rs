@@ -137,6 +137,20 @@ pub fn out_word(port: u16, value: u16) {
     unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack)) }
 }
 
+/// Writes a double word to a port.
+pub fn out_long(port: u16, value: u32) {
+    // SAFETY: as for `out`.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack)) }
+}
+
+/// Reads a double word from a port.
+pub fn input_long(port: u16) -> u32 {
+    let value;
+    // SAFETY: as for `out`.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack)) }
+    value
+}
+
 /// Reads a byte from a port.
 pub fn input(port: u16) -> u8 {
     let value;

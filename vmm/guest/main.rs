@@ -7,6 +7,8 @@
 //! the guest *felt* of the world outside, and time must not run backwards, neither on one vCPU nor from one
 //! to another. Timers of two kinds (local APIC, PIT) have to go on ticking.
 //!
+//! Where it is told so, its first vCPU keeps a journal on a disk and checks that as well.
+//!
 //! Without a working set it is idle: it halts between timer ticks and looks at the clock at each.
 //!
 //! Two things shape the code. It runs where KVM emulates instructions, which has no vector registers
@@ -21,6 +23,8 @@ mod abi;
 mod apic;
 mod clock;
 mod cpu;
+mod disk;
+mod journal;
 mod memory;
 mod options;
 mod report;

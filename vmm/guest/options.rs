@@ -22,6 +22,8 @@ pub struct Options {
     pub hz: u32,
     /// `pit`: interrupts of the PIT a second.
     pub pit_hz: u32,
+    /// `journal`: blocks of the first disk that are written and checked in turn, whatever they hold; 0 for none.
+    pub journal: u64,
 }
 
 /// Longest key, one too long to be known included.
@@ -29,7 +31,7 @@ const KEY: usize = 8;
 
 impl Options {
     pub const DEFAULT: Options =
-        Options { vcpus: 1, working_set: 0, rate: 0, words: 8, step: 1, hz: 100, pit_hz: 100 };
+        Options { vcpus: 1, working_set: 0, rate: 0, words: 8, step: 1, hz: 100, pit_hz: 100, journal: 0 };
 
     /// Reads a command line.
     pub fn parse(text: impl Iterator<Item = u8>) -> Self {
@@ -68,6 +70,7 @@ impl Options {
             b"step\0\0\0\0" => self.step = number.clamp(1, 1 << 20),
             b"hz\0\0\0\0\0\0" => self.hz = number.clamp(1, 10_000) as u32,
             b"pit\0\0\0\0\0" => self.pit_hz = number.clamp(19, 10_000) as u32,
+            b"journal\0" => self.journal = number,
             _ => {}
         }
     }

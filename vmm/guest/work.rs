@@ -2,6 +2,7 @@
 
 use crate::abi::{self, BAD_PAGES, BadPage, COMMAND_NONE, COMMAND_POWER_OFF, Cpu, MAX_VCPUS};
 use crate::clock::KvmClock;
+use crate::journal::Journal;
 use crate::memory::WorkingSet;
 use crate::options::Options;
 use crate::report::{self, field};
@@ -30,6 +31,8 @@ struct Worker {
     share: Range<u64>,
     report: *mut Cpu,
     watch: Watch,
+    /// Kept by the first vCPU.
+    journal: Option<Journal>,
     tsc_khz: u64,
     /// Pages that may still be rewritten in a guest with a rate, and until when that is accounted for.
     budget: u64,
@@ -45,6 +48,11 @@ pub fn run(number: usize, options: &Options, memory: WorkingSet, tsc_khz: u32) -
         stamps.write(memory.page(page), page, 0);
     }
     wait_for_all(&FILLED, number, options.vcpus);
+    let keeps_journal = number == 0 && options.journal != 0;
+    let journal = keeps_journal.then(|| Journal::begin(options.journal)).flatten();
+    if keeps_journal && journal.is_none() {
+        report::fail(abi::FAILED_DISK, 0);
+    }
     apic::start_timer(options.hz, tsc_khz);
     if number == 0 {
         apic::start_pit(options.pit_hz);
@@ -67,6 +75,7 @@ pub fn run(number: usize, options: &Options, memory: WorkingSet, tsc_khz: u32) -
         share,
         report: report::cpu(number),
         watch,
+        journal,
         tsc_khz: u64::from(tsc_khz),
         budget: 0,
         budget_from,
@@ -98,7 +107,7 @@ impl Worker {
         while command() == COMMAND_NONE {
             if self.share.is_empty() {
                 cpu::wait();
-                self.watch.look(1);
+                self.look(1);
                 continue;
             }
             for first in 0..self.options.step {
@@ -108,6 +117,14 @@ impl Worker {
             field!(self.report, passes).add(1);
         }
         generation
+    }
+
+    /// Looks at the clock, and whether the disk has answered. `units` is what was done since.
+    fn look(&mut self, units: u64) {
+        self.watch.look(units);
+        if let Some(journal) = &mut self.journal {
+            journal.step(true);
+        }
     }
 
     /// The pages from `page` to the end of the share that are multiples of the step apart.
@@ -128,7 +145,7 @@ impl Worker {
             }
             field!(self.report, pages).add(done);
             self.budget = self.budget.saturating_sub(done);
-            self.watch.look(done);
+            self.look(done);
         }
     }
 
@@ -149,7 +166,7 @@ impl Worker {
             self.budget_from += self.budget.saturating_mul(second) / rate;
             if self.budget == 0 {
                 cpu::wait();
-                self.watch.look(0);
+                self.look(0);
             }
         }
         self.budget.clamp(1, BATCH)
@@ -157,6 +174,9 @@ impl Worker {
 
     /// Verifies the share once more; then sleeps, or powers off when all have done so.
     fn finish(&mut self, generation: u64) -> ! {
+        while self.journal.as_mut().is_some_and(|journal| journal.step(false)) {
+            self.watch.look(1);
+        }
         for page in self.share.clone() {
             if self.stamps.check(self.memory.page(page), page, generation).is_err() {
                 self.bad(page, generation);

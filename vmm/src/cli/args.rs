@@ -91,6 +91,9 @@ pub struct WorkloadArgs {
     /// What to fill it with
     #[arg(long, value_enum, default_value_t = Filling::Random)]
     pub fill_with: Filling,
+    /// Blocks of 4 KiB that it keeps writing to its first disk and checking, in turn: what they hold is lost
+    #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
+    pub journal: u64,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -43,6 +43,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
                 hz: args.workload.timer_hz,
                 fill: args.workload.fill,
                 content: args.workload.fill_with.into(),
+                journal: args.workload.journal,
             };
             workload.boot(&machine)?;
         }

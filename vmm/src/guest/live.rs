@@ -16,7 +16,8 @@ fn start(vcpus: u32, working_set: u64, more: &str) -> Machine {
     let host = Host::open().unwrap();
     let config = MachineConfig::new(&host, MEMORY, vcpus).unwrap();
     let machine = Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config }).unwrap();
-    let workload = Workload { vcpus, working_set, rate: 0, hz: None, fill: 0, content: Content::Random };
+    let content = Content::Random;
+    let workload = Workload { vcpus, working_set, rate: 0, hz: None, fill: 0, content, journal: 0 };
     let cmdline = format!("{} {more}", workload.command_line());
     let kernel = Image::Bytes(super::ELF.into());
     machine.boot(&Boot { kernel, cmdline, initramfs: None }).unwrap();

@@ -36,6 +36,9 @@ pub struct Testimony {
     pub samples: u64,
     /// Timer interrupts.
     pub ticks: u64,
+    /// Entries of the journal on its disk that the disk has confirmed.
+    #[serde(default)]
+    pub journal: u64,
     /// Longest time between two looks at the clock on any vCPU: before the switchover, around it,
     /// after it.
     pub longest_gap_us: [f64; abi::PHASES],
@@ -66,6 +69,7 @@ impl Testimony {
             verified: sum(|c| c.verified),
             samples: sum(|c| c.samples),
             ticks: sum(|c| c.ticks.saturating_add(c.pit_ticks)),
+            journal: header.journal,
             longest_gap_us: gaps::longest(cpus).map(us),
             usual_gaps: gaps::distribution(cpus, &[BEFORE, AFTER], us),
             switchover_gaps: gaps::distribution(cpus, &[DURING], us),
@@ -96,9 +100,17 @@ fn problems(header: &Header, cpus: &[Cpu]) -> Vec<String> {
     if state(header.state) == "failed" {
         problems.push(match header.detail {
             [abi::FAILED_START, vcpu] => format!("vCPU {vcpu} did not start"),
+            [abi::FAILED_DISK, _] => "the guest has no disk for its journal".into(),
             [abi::FAILED_PANIC, _] => "the guest found an error in itself".into(),
             [vector, rip] => format!("the guest met exception {vector} at {rip:#x}"),
         });
+    }
+    if header.journal_failed != 0 {
+        problems.push(format!("{} requests to the disk failed", header.journal_failed));
+    }
+    if header.journal_bad != 0 {
+        let first = wrong("block", &header.journal_first);
+        problems.push(format!("{} wrong blocks on the disk: {first}", header.journal_bad));
     }
     let latest = cpus.iter().map(|cpu| cpu.last_tsc).max().unwrap_or(0);
     let patience = u64::from(header.tsc_khz) * 1000 * SILENCE;
@@ -124,12 +136,17 @@ fn problems(header: &Header, cpus: &[Cpu]) -> Vec<String> {
 }
 
 fn describe(vcpu: usize, bad: &abi::BadPage) -> String {
+    format!("vCPU {vcpu}: {}", wrong("page", bad))
+}
+
+/// What is wrong with a page of memory, or with a block of the disk, which may be ahead of memory.
+fn wrong(what: &str, bad: &abi::BadPage) -> String {
     let abi::BadPage { page, expected, word, found } = *bad;
     let held = match abi::generation_of(found, page, word) {
         generation if generation <= expected.saturating_add(1) => format!("generation {generation}"),
         _ => format!("{found:#x}"),
     };
-    format!("vCPU {vcpu}: page {page} should be of generation {expected}; its word {word} holds {held}")
+    format!("{what} {page} should be of generation {expected}; its word {word} holds {held}")
 }
 
 /// A bar for each two intervals, as high as the most that was done in any.

@@ -42,6 +42,9 @@ pub struct Workload {
     pub fill: u64,
     /// With what.
     pub content: Content,
+    /// Blocks of its first disk, of 4 KiB each, that it keeps writing and checking in turn, whatever they hold; 0 for
+    /// none.
+    pub journal: u64,
 }
 
 impl Workload {
@@ -50,7 +53,8 @@ impl Workload {
     pub fn command_line(&self) -> String {
         let sleeps = self.working_set == 0 || self.rate != 0;
         let hz = self.hz.unwrap_or(if sleeps { SLEEPY_HZ } else { BUSY_HZ });
-        format!("vcpus={} ws={} rate={} hz={hz}", self.vcpus, self.working_set, self.rate)
+        let journal = if self.journal == 0 { String::new() } else { format!(" journal={}", self.journal) };
+        format!("vcpus={} ws={} rate={} hz={hz}{journal}", self.vcpus, self.working_set, self.rate)
     }
 
     /// Loads the guest into a machine that has not run.
@@ -138,12 +142,15 @@ mod tests {
             hz: None,
             fill: 0,
             content: Content::Random,
+            journal: 0,
         };
         assert_eq!(busy.command_line(), "vcpus=2 ws=67108864 rate=0 hz=100");
         let slow = Workload { rate: 5, ..busy.clone() };
         assert_eq!(slow.command_line(), "vcpus=2 ws=67108864 rate=5 hz=1000");
         let idle = Workload { working_set: 0, ..busy };
         assert_eq!(idle.command_line(), "vcpus=2 ws=0 rate=0 hz=1000");
+        let keeper = Workload { journal: 16, ..idle.clone() };
+        assert_eq!(keeper.command_line(), "vcpus=2 ws=0 rate=0 hz=1000 journal=16");
         let drowsy = Workload { hz: Some(20), ..idle };
         assert_eq!(drowsy.command_line(), "vcpus=2 ws=0 rate=0 hz=20");
     }
