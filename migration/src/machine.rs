@@ -54,7 +54,8 @@ pub trait SourceMachine: Send + Sync {
         Ok(())
     }
 
-    /// Takes all disk locks back, or none. An error means that somebody else holds one.
+    /// Takes all disk locks back, or none. An error means that somebody else holds one, or has run the guest with
+    /// them since they were given up: its disks are then newer than the memory here.
     fn take_disks(&self) -> Result<(), Failure> {
         Ok(())
     }
@@ -81,7 +82,8 @@ pub trait DestinationMachine {
     /// Restores what [`SourceMachine::save`] saved. All RAM is in place.
     fn load(&mut self, state: &[u8]) -> Result<(), Failure>;
 
-    /// Takes all disk locks, or none.
+    /// Takes all disk locks, or none. Once it has them all, whoever gave them up can tell, even when this
+    /// machine and its process are gone.
     fn take_disks(&mut self) -> Result<(), Failure> {
         Ok(())
     }

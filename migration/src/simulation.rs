@@ -40,8 +40,13 @@ struct World {
     to_source: Wire,
     /// Shared storage's locks; `None` for a guest without disks.
     locks: Option<[Option<Side>; DISKS]>,
+    /// Whether the destination has had all of them: a source that takes them back can tell.
+    claimed: bool,
+    /// The source does not look.
+    blind: bool,
     source_runs: bool,
     destination_runs: bool,
+    destination_ran: bool,
     /// Chance in 1000 that an action fails, and that each stroke of bad luck falls in a step.
     mishap: u64,
     story: Vec<String>,
@@ -94,8 +99,11 @@ impl World {
             to_destination: Wire::default(),
             to_source: Wire::default(),
             locks: arbiter.then_some([Some(Side::Source); DISKS]),
+            claimed: false,
+            blind: false,
             source_runs: true,
             destination_runs: false,
+            destination_ran: false,
             mishap,
             story: Vec::new(),
         }
@@ -119,10 +127,12 @@ impl World {
             }
             refused
         });
-        if refused {
+        let used_elsewhere = side == Side::Source && self.claimed && !self.blind;
+        if refused || used_elsewhere {
             self.release(side);
             return false;
         }
+        self.claimed |= side == Side::Destination;
         true
     }
 
@@ -314,7 +324,7 @@ impl World {
             Command::Fence | Command::Retire(_) => Event::Done,
             Command::Load(_) => Event::Loaded(Ready { spans: vec![] }),
             Command::Run => {
-                self.destination_runs = true;
+                (self.destination_runs, self.destination_ran) = (true, true);
                 Event::Started(Running { spans: vec![] })
             }
         };
@@ -345,10 +355,13 @@ impl World {
         }
     }
 
-    /// The rule: never two owners, never an owner without its disks.
+    /// The rule: never two owners, never an owner without its disks, never one whose disks are ahead of it.
     fn check(&self) -> Result<(), String> {
         if self.source_runs && self.destination_runs {
             return Err("the guest runs at both sides".into());
+        }
+        if self.source_runs && self.destination_ran {
+            return Err("the guest runs at the source after it ran at the destination".into());
         }
         for (side, runs) in [(Side::Source, self.source_runs), (Side::Destination, self.destination_runs)] {
             if runs && !self.holds_all(side) {
@@ -487,6 +500,14 @@ fn a_destination_that_runs_without_commit_is_found() {
     let (seed, what) = found.expect("the broken rule went unnoticed");
     println!("seed {seed}: {}", what.lines().next().unwrap_or_default());
     assert!(what.contains("both sides") || what.contains("no rightful owner"), "{what}");
+}
+
+#[test]
+fn a_source_that_goes_on_from_older_memory_is_found() {
+    let found = first_failure(|w| w.blind = true);
+    let (seed, what) = found.expect("the broken rule went unnoticed");
+    println!("seed {seed}: {}", what.lines().next().unwrap_or_default());
+    assert!(what.contains("after it ran at the destination"), "{what}");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use migration::message::Message;
 use migration::preamble;
+use std::fmt;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -61,6 +62,8 @@ pub struct Rules {
     pub data_delay: Duration,
     /// Where it breaks.
     pub cut: Option<Cut>,
+    /// A control message at which it breaks, for both ends, instead of delivering it.
+    pub cut_before: Option<(Way, &'static str)>,
 }
 
 struct Shared {
@@ -127,6 +130,13 @@ impl Proxy {
     pub fn ends(&self, way: Way) -> Vec<u64> {
         let messages = self.shared.messages.lock().unwrap_or_else(PoisonError::into_inner);
         messages.iter().filter(|message| message.0 == way).map(|message| message.2).collect()
+    }
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let messages = self.shared.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        f.debug_list().entries(messages.iter().map(|message| (message.0, message.1))).finish()
     }
 }
 
@@ -209,6 +219,9 @@ impl Shared {
             // Noted before it is delivered: whoever acts on a message finds it noted.
             let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
             let heard = ear.listen(&bytes[..allowed]);
+            if heard.iter().any(|(name, _)| self.rules.cut_before == Some((way, name))) {
+                return false;
+            }
             let end = before + allowed as u64;
             messages.extend(heard.into_iter().map(|(name, pending)| (way, name, end - pending)));
         }

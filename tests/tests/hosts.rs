@@ -113,7 +113,8 @@ fn with_fewer_cpu_features() {
     config.cpuid.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| entry.edx |= 1 << 30);
     let machine = Machine::build(&host, config).unwrap();
     let content = Content::Random;
-    let workload = Workload { vcpus: 1, working_set: 1 << 20, rate: 0, hz: None, fill: 0, content, journal: 0 };
+    let workload =
+        Workload { vcpus: 1, working_set: 1 << 20, rate: 0, hz: None, fill: 0, content, journal: 0 };
     workload.boot(&machine).unwrap();
     machine.resume().unwrap();
     let report = move_away(&machine, address);

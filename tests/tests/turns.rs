@@ -20,7 +20,12 @@ use whimbrel_tests::sides::{
 const LOADED: Guest = Guest { fill: 16 << 20, memory: 64 << 20, ..Guest::SMALL };
 
 /// A line over which [`LOADED`] travels for seconds.
-const SLOW: Rules = Rules { control_delay: Duration::ZERO, data_delay: Duration::from_millis(10), cut: None };
+const SLOW: Rules = Rules {
+    control_delay: Duration::ZERO,
+    data_delay: Duration::from_millis(10),
+    cut: None,
+    cut_before: None,
+};
 
 fn api(node: &Node) -> &str {
     node.api_path().to_str().unwrap()

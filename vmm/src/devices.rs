@@ -74,18 +74,22 @@ impl Devices {
     /// Takes the right to use all storage, or none of it that was not ours before.
     ///
     /// # Errors
-    /// If somebody else has one of the disks.
+    /// If somebody else has one of the disks, or has had it since it was given up.
     pub fn take_storage(&self) -> Result<(), Error> {
-        let mut taken = Vec::new();
-        for device in self.virtio.iter().map(|f| f.device()).filter(|d| !d.holds_storage()) {
-            if let Err(why) = device.take_storage() {
-                // Nothing was written since they were taken, so that nothing is left to fail here.
-                taken.iter().for_each(|device: &&Arc<dyn VirtioDevice>| drop(device.release_storage()));
-                return Err(why);
-            }
+        let mut taken: Vec<&Arc<dyn VirtioDevice>> = Vec::new();
+        let missing: Vec<_> = self.virtio.iter().map(|f| f.device()).filter(|d| !d.holds_storage()).collect();
+        let all = missing.iter().try_for_each(|device| {
+            device.take_storage()?;
             taken.push(device);
+            Ok(())
+        });
+        // Only who has all of them will run, so only then is it said.
+        let claimed = all.and_then(|()| taken.iter().try_for_each(|device| device.claim_storage()));
+        if claimed.is_err() {
+            // Nothing was written since they were taken, so that nothing is left to fail here.
+            taken.iter().for_each(|device| drop(device.release_storage()));
         }
-        Ok(())
+        claimed
     }
 
     /// Gives that right up. All devices are paused.

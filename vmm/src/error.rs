@@ -102,6 +102,8 @@ impl Error {
             Error::State(_) | Error::Kvm { .. } => Code::STATE,
             Error::Disk(
                 virtio::block::Error::Held { .. }
+                | virtio::block::Error::UsedElsewhere { .. }
+                | virtio::block::Error::Mark { .. }
                 | virtio::block::Error::Lock { .. }
                 | virtio::block::Error::Flush { .. },
             ) => Code::DISKS,

@@ -5,6 +5,7 @@
 //! guest's word: any content gives a testimony or none, never a panic.
 
 mod gaps;
+pub mod journal;
 #[cfg(test)]
 mod live;
 mod testimony;

@@ -141,8 +141,17 @@ pub trait VirtioDevice: Send + Sync {
     /// Takes the right to use its storage; having it already is as good.
     ///
     /// # Errors
-    /// If somebody else has it.
+    /// If somebody else has it, or has had it since it was given up here.
     fn take_storage(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Says to whoever had that right before that it is made use of from now on; called when a machine has all that
+    /// it needs, and before its guest runs.
+    ///
+    /// # Errors
+    /// If it cannot be said.
+    fn claim_storage(&self) -> Result<(), Error> {
         Ok(())
     }
 

@@ -198,6 +198,10 @@ impl VirtioDevice for Block {
         Ok(self.image.take()?)
     }
 
+    fn claim_storage(&self) -> Result<(), crate::Error> {
+        Ok(self.image.claim()?)
+    }
+
     fn release_storage(&self) -> Result<(), crate::Error> {
         Ok(self.image.release()?)
     }

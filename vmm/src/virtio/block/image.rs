@@ -1,6 +1,7 @@
 //! A disk's image.
 
 use super::lock::{self, Lock};
+use super::mark::{self, Mark};
 use super::request::Slice;
 use super::{BlockConfig, Error, Geometry};
 use crate::state::Kind;
@@ -12,6 +13,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use vm_memory::bitmap::Bitmap;
 
 /// Most buffers that one system call takes.
@@ -40,6 +42,8 @@ pub struct Image {
     alignment: usize,
     /// Whether the lock is held: without it nothing is read or written.
     held: AtomicBool,
+    /// Its mark when it was given up.
+    given_up: Mutex<Option<Mark>>,
 }
 
 impl Image {
@@ -78,7 +82,8 @@ impl Image {
             return Err(Error::Geometry { path, found, wanted: geometry });
         }
         let held = AtomicBool::new(false);
-        Ok(Image { path, file, readonly: config.readonly, geometry, alignment, held })
+        let given_up = Mutex::default();
+        Ok(Image { path, file, readonly: config.readonly, geometry, alignment, held, given_up })
     }
 
     /// Its size and unit.
@@ -94,11 +99,17 @@ impl Image {
     /// Takes the lock that its use needs; holding it already is as good.
     ///
     /// # Errors
-    /// [`Error::Held`] or [`Error::Lock`].
+    /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was given up before and
+    /// somebody else has had it since, or nobody can tell.
     pub fn take(&self) -> Result<(), Error> {
         let lock = if self.readonly { Lock::Shared } else { Lock::Exclusive };
         match lock::set(&self.file, lock) {
             Ok(true) => {
+                if let Err(why) = self.check_unused() {
+                    // Closing the file gives it up as well.
+                    let _ = lock::set(&self.file, Lock::None);
+                    return Err(why);
+                }
                 self.held.store(true, Ordering::Release);
                 Ok(())
             }
@@ -107,15 +118,42 @@ impl Image {
         }
     }
 
+    /// Whether nobody has had it since it was given up, if it was.
+    fn check_unused(&self) -> Result<(), Error> {
+        let given_up = *self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        match given_up {
+            Some(mark) if self.mark()? != mark => Err(Error::UsedElsewhere { path: self.path.clone() }),
+            _ => Ok(()),
+        }
+    }
+
+    fn mark(&self) -> Result<Mark, Error> {
+        mark::read(&self.file).map_err(|source| Error::Mark { path: self.path.clone(), source })
+    }
+
+    /// Says to whoever gave it up that it is used here from now on; called with the lock held. Where the lock decides
+    /// nothing, neither would this.
+    ///
+    /// # Errors
+    /// [`Error::Mark`].
+    pub fn claim(&self) -> Result<(), Error> {
+        if !self.decides() {
+            return Ok(());
+        }
+        mark::change(&self.file).map_err(|source| Error::Mark { path: self.path.clone(), source })
+    }
+
     /// Makes all that was written durable and gives the lock up.
     ///
     /// # Errors
-    /// [`Error::Flush`] or [`Error::Lock`]; the lock is then still held.
+    /// [`Error::Flush`], [`Error::Mark`] or [`Error::Lock`]; the lock is then still held.
     pub fn release(&self) -> Result<(), Error> {
         if !self.is_held() {
             return Ok(());
         }
         self.flush().map_err(|source| Error::Flush { path: self.path.clone(), source })?;
+        let mark = if self.decides() { Some(self.mark()?) } else { None };
+        *self.given_up.lock().unwrap_or_else(PoisonError::into_inner) = mark;
         self.held.store(false, Ordering::Release);
         match lock::set(&self.file, Lock::None) {
             Ok(_) => Ok(()),

@@ -14,10 +14,12 @@
 //! | `request.rs` | a request's buffers, and what it asks for |
 //! | `image.rs` | the image: reading, writing, zeroing, flushing |
 //! | `lock.rs` | who may write |
+//! | `mark.rs` | whether somebody else could, since |
 
 mod device;
 mod image;
 mod lock;
+mod mark;
 mod request;
 mod state;
 #[cfg(test)]
@@ -159,6 +161,24 @@ pub enum Error {
         path: PathBuf,
         /// Who holds the lock, as far as this host can tell.
         holder: String,
+    },
+    /// Somebody else has had it since it was given up: the guest's memory is older than its disk.
+    #[error(
+        "the disk image {} has been used elsewhere since it was given up, and the guest's memory here is older than \
+         its disk; it must not go on from here: end it, and start it from the disk",
+        path.display()
+    )]
+    UsedElsewhere {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Its time of last modification, by which others learn that it was taken, cannot be had or changed.
+    #[error("cannot mark the disk image {} as taken: {source}", path.display())]
+    Mark {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
     },
     /// The file system has no locks, or they failed.
     #[error("cannot lock the disk image {}: {source}", path.display())]
