@@ -36,9 +36,20 @@ def parser(usage, description, epilog):
     add("--load", action="append", default=[], metavar="MODULE", help="load a further kernel module")
     add(
         "--low-guests",
-        action="store_true",
+        dest="guests",
+        action="store_const",
+        const="low",
+        default="",
         help="nested guests stay in the lower half of the address space, as Linux does not, and never triple-fault: "
         "if the command fails and one did either, the emulator mixed it up, and the exit code is 125",
+    )
+    add(
+        "--linux-guests",
+        dest="guests",
+        action="store_const",
+        const="linux",
+        help="the same for nested guests that are Linux: they never run at the address of this VM's own VMRUN, nor "
+        "triple-fault",
     )
     add("--logs", metavar="DIR", help="keep console.log (kernel messages) and qemu.log there")
     add("-v", "--verbose", action="store_true", help="say when the command starts")
@@ -70,7 +81,7 @@ def settings(options):
         writable=[writable_directory("--rw", name) for name in options.rw],
         modules=options.load,
         logs=writable_directory("--logs", options.logs) if options.logs else None,
-        low_guests=options.low_guests,
+        guests=options.guests,
         verbose=options.verbose,
     )
 

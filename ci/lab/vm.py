@@ -40,7 +40,7 @@ class Settings:
     modules: list = field(default_factory=list)
     # Where console and QEMU logs stay; None: a temporary directory.
     logs: Path | None = None
-    low_guests: bool = False
+    guests: str = ""
     verbose: bool = False
 
 
@@ -137,7 +137,7 @@ class Vm:
             "LAB_HOSTNAME": "lab" if node.link == "veth" else f"lab-{node.name}",
             "LAB_ADDR": node.address,
             "LAB_MTU": settings.mtu,
-            "LAB_LOW_GUESTS": "1" if settings.low_guests else "",
+            "LAB_GUESTS": settings.guests,
         }
         lines = [f"{name}={shlex.quote(str(value))}\n" for name, value in config.items()]
         (job / "config").write_text("".join(lines))

@@ -3,7 +3,8 @@
 
 Exits 0 if /dev/kvm gives a VM, a vCPU and the right sum, and a write of the guest shows in
 KVM's dirty log. With `high` the guest is entered at an address in the upper half instead, once, whatever it does
-there, for a second at most: what the lab takes for the emulator's fault under `--low-guests`.
+there, for a second at most: what the lab takes for the emulator's fault under `--low-guests`. With `vmrun` that is the
+address of the VM's own VMRUN, for `--linux-guests`.
 """
 
 import ctypes
@@ -28,13 +29,14 @@ EXIT_IO, EXIT_HLT = 2, 5
 PORT = 0x3F8
 ENTRY = 0x1000
 HIGH = 0xFFFF8000 << 32
+VMRUN = "__svm_vcpu_run"
 WRITTEN_PAGE = 3
 # mov dx,PORT; add al,bl; out dx,al; mov [WRITTEN_PAGE * 4096],al; hlt
 CODE = bytes([0xBA, PORT & 0xFF, PORT >> 8, 0x00, 0xD8, 0xEE, 0xA2, 0x00, WRITTEN_PAGE << 4, 0xF4])
 SIZE = 16 * 4096
 
 
-def main(high):
+def main(entry):
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     assert fcntl.ioctl(kvm, KVM_GET_API_VERSION) == 12
     vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
@@ -52,13 +54,13 @@ def main(high):
     struct.pack_into("=H", sregs, 12, 0)
     fcntl.ioctl(vcpu, KVM_SET_SREGS, bytes(sregs))
     regs = [0] * 18
-    regs[0], regs[1], regs[16], regs[17] = 2, 3, ENTRY + (HIGH if high else 0), 2  # rax, rbx, rip, rflags
+    regs[0], regs[1], regs[16], regs[17] = 2, 3, entry or ENTRY, 2  # rax, rbx, rip, rflags
     fcntl.ioctl(vcpu, KVM_SET_REGS, struct.pack("=18Q", *regs))
 
-    if high:
+    if entry:
         signal.setitimer(signal.ITIMER_REAL, 1)
     fcntl.ioctl(vcpu, KVM_RUN, 0)
-    if high:
+    if entry:
         return
     (reason,) = struct.unpack_from("=I", run, 8)
     assert reason == EXIT_IO, f"exit reason {reason}, not I/O"
@@ -80,8 +82,16 @@ def out_of_time(*_):
     os._exit(0)
 
 
+def entry(name):
+    """Where else the guest is to be entered."""
+    if name == "vmrun":
+        with open("/proc/kallsyms") as symbols:
+            return next(int(line.split()[0], 16) for line in symbols if line.split()[2] == VMRUN)
+    return HIGH + ENTRY if name == "high" else None
+
+
 signal.signal(signal.SIGALRM, out_of_time)
-main(sys.argv[1:] == ["high"])
+main(entry(sys.argv[1] if len(sys.argv) > 1 else ""))
 sys.stdout.flush()
 # Not through the interpreter's end: `memory` is still exported to ctypes.
 os._exit(0)
