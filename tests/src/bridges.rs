@@ -4,11 +4,9 @@
 use crate::command::must;
 use crate::wire::{HEADER, Wire};
 use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::os::fd::AsRawFd;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver};
-use std::thread;
+use std::process::Command;
 use std::time::Duration;
 
 /// The guest's address.
@@ -125,48 +123,5 @@ impl Capture {
         }
         all.sort_by_key(|captured| captured.at);
         all
-    }
-}
-
-/// What another program makes of the RARP frames that come to the switch from one of the hosts.
-pub struct Tcpdump {
-    child: Child,
-    lines: Receiver<String>,
-}
-
-impl Tcpdump {
-    /// Begins at the switch's port to `host`; returns when it listens.
-    ///
-    /// # Panics
-    /// When there is no tcpdump.
-    pub fn begin(host: usize) -> Self {
-        let mut command = Command::new("tcpdump");
-        command.args(["-i", PORTS[host], "-Q", "in", "-n", "-e", "-l", "rarp"]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("tcpdump, which ci/setup installs");
-        let (stdout, stderr) = (child.stdout.take().expect("a pipe"), child.stderr.take().expect("a pipe"));
-        let said =
-            BufReader::new(stderr).lines().map_while(Result::ok).find(|line| line.contains("listening"));
-        assert!(said.is_some(), "tcpdump does not listen");
-        let (sender, lines) = mpsc::channel();
-        thread::spawn(move || {
-            let lines = BufReader::new(stdout).lines().map_while(Result::ok);
-            lines.map(|line| sender.send(line)).take_while(Result::is_ok).for_each(drop);
-        });
-        Tcpdump { child, lines }
-    }
-
-    /// What it has said of each frame so far, without the time.
-    pub fn said(&self) -> Vec<String> {
-        let text = |line: String| line.split_once(' ').map_or(String::new(), |(_, text)| text.into());
-        self.lines.try_iter().map(text).collect()
-    }
-}
-
-impl Drop for Tcpdump {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

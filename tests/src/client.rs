@@ -4,6 +4,8 @@ use crate::bridges::{Bridges, GUEST};
 use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream, UdpSocket};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -123,6 +125,8 @@ pub fn transfer(bridges: &Bridges, rate: u64, done: &AtomicBool) -> u64 {
     let mut sender = TcpStream::connect(ECHO).expect("the guest takes a connection");
     let mut receiver = sender.try_clone().expect("a second handle");
     receiver.set_read_timeout(Some(PATIENCE)).expect("a time");
+    // A guest that is gone takes nothing, and nobody says so.
+    sender.set_write_timeout(Some(PATIENCE)).expect("a time");
     let seed = fastrand::u64(..);
     let send = || {
         let mut random = fastrand::Rng::with_seed(seed);
@@ -154,6 +158,69 @@ pub fn transfer(bridges: &Bridges, rate: u64, done: &AtomicBool) -> u64 {
         assert_eq!(received, sending.join().expect("everything is sent"));
         received
     })
+}
+
+/// A browser that loads one page after the other, ten a second at most, and keeps its connection: `curl`.
+pub struct Browser {
+    folder: tempfile::TempDir,
+    curl: Child,
+}
+
+impl Browser {
+    /// Begins with page 1.
+    ///
+    /// # Panics
+    /// When there is no curl.
+    pub fn begin() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = |name| std::fs::File::create(folder.path().join(name)).expect("a file");
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", "client", "curl", "--silent", "--show-error", "--no-buffer"]);
+        // What is said of each page goes where nothing is buffered.
+        let said = "%{stderr}%{num_connects} %{http_code} %{time_total}\n";
+        command.args(["--fail-early", "--rate", "10/s", "--write-out", said]);
+        command.arg(format!("http://{GUEST}/[1-1000000]")).stdin(Stdio::null());
+        let curl = command.stdout(file("pages")).stderr(file("said")).spawn().expect("iproute2 and curl");
+        Browser { folder, curl }
+    }
+
+    /// Ends; how long each page took.
+    ///
+    /// # Panics
+    /// When a page was missing or wrong, or the connection was not the first one.
+    pub fn end(mut self) -> Vec<Duration> {
+        let ended = self.curl.try_wait().expect("a child can be waited for");
+        let said = read(self.folder.path(), "said");
+        assert!(ended.is_none(), "curl ended: {said}");
+        self.curl.kill().and_then(|()| self.curl.wait()).expect("a child can be killed");
+        let (pages, said) = (read(self.folder.path(), "pages"), read(self.folder.path(), "said"));
+        let times: Vec<_> = said
+            .lines()
+            .zip(1..)
+            .map(|(line, number)| {
+                let connects = u8::from(number == 1);
+                let time = line.strip_prefix(&format!("{connects} 200 ")).and_then(|time| time.parse().ok());
+                Duration::from_secs_f64(time.unwrap_or_else(|| panic!("page {number}: {line}")))
+            })
+            .collect();
+        for (line, number) in pages.lines().zip(1..=times.len()) {
+            assert_eq!(line, format!("page {number}"));
+        }
+        assert!(pages.lines().count() >= times.len(), "{pages}");
+        times
+    }
+}
+
+fn read(folder: &Path, name: &str) -> String {
+    std::fs::read_to_string(folder.join(name)).expect("a file")
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.curl.kill();
+        let _ = self.curl.wait();
+    }
 }
 
 /// Types a line every 100 ms over one connection until `done`, and waits for each to come back; how long that took.

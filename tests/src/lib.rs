@@ -38,5 +38,6 @@ pub mod rogue;
 pub mod say;
 pub mod sides;
 pub mod strace;
+pub mod tshark;
 #[path = "../../vmm/src/virtio/net/wire.rs"]
 pub mod wire;
