@@ -155,6 +155,7 @@ const FURTHER: &[i64] = &[
     SYS_getdents64,
     SYS_fcntl,
     SYS_flock,
+    SYS_utimensat,
     SYS_dup,
     SYS_dup2,
     SYS_dup3,
