@@ -17,6 +17,7 @@ pub mod message;
 pub mod monitor;
 pub mod policy;
 pub mod preamble;
+mod priority;
 pub mod report;
 pub mod scan;
 pub mod source;

@@ -17,6 +17,7 @@ use crate::failure::{Code, Failure};
 use crate::machine::SourceMachine;
 use crate::memory::{Extent, PAGE_SIZE, Ram};
 use crate::monitor::Monitor;
+use crate::priority;
 use crate::report::{CpuTime, thread_cpu};
 use crate::scan;
 use crate::transport::{Lane, SourcePlane};
@@ -125,10 +126,14 @@ impl<'a> Rounds<'a> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let shared = Shared { rounds: self, chunks, set, manner, next, stop };
         let lanes = plane.lanes();
-        let wanted = if bytes <= SINGLE_LANE_BYTES { 1 } else { lanes.len() };
-        let Some((mine, others)) = lanes[..wanted].split_first_mut() else {
-            return Err(Failure::new(Code::TRANSPORT, "the data plane has no lanes"));
-        };
+        let small = bytes <= SINGLE_LANE_BYTES;
+        let wanted = if small { 1 } else { lanes.len() };
+        let lanes = lanes.get_mut(..wanted.max(1));
+        let lanes = lanes.ok_or_else(|| Failure::new(Code::TRANSPORT, "the data plane has no lanes"))?;
+        // Marking pages clean is for a guest that runs.
+        let stands_back = manner.clear && !small;
+        let first_other = if stands_back { 0 } else { 1 };
+        let (mine, others) = lanes.split_at_mut(first_other);
         let drive = |lane: &mut dyn Lane| {
             let result = shared.drive(lane);
             if result.is_err() && !shared.stop.swap(true, Ordering::AcqRel) {
@@ -142,14 +147,20 @@ impl<'a> Rounds<'a> {
                 .iter_mut()
                 .enumerate()
                 .map(|(index, lane)| {
-                    thread::Builder::new().name(format!("lane-{}", index + 1)).spawn_scoped(scope, || {
-                        let mut sent = drive(lane.as_mut())?;
-                        sent.cpu = thread_cpu();
-                        Ok(sent)
-                    })
+                    thread::Builder::new().name(format!("lane-{}", first_other + index)).spawn_scoped(
+                        scope,
+                        || {
+                            if stands_back {
+                                priority::stand_back();
+                            }
+                            let mut sent = drive(lane.as_mut())?;
+                            sent.cpu = thread_cpu();
+                            Ok(sent)
+                        },
+                    )
                 })
                 .collect();
-            let mut results = vec![drive(mine.as_mut())];
+            let mut results: Vec<_> = mine.iter_mut().map(|lane| drive(lane.as_mut())).collect();
             results.extend(threads.into_iter().map(
                 |spawned| match spawned.map(thread::ScopedJoinHandle::join) {
                     Ok(Ok(result)) => result,

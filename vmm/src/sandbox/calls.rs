@@ -244,6 +244,7 @@ const FURTHER: &[i64] = &[
     SYS_sched_get_priority_max,
     SYS_sched_get_priority_min,
     SYS_getpriority,
+    SYS_setpriority,
     SYS_getcpu,
     SYS_rt_sigpending,
     SYS_rt_sigsuspend,
