@@ -3,7 +3,6 @@
 mod common;
 
 use common::{guests, machine, pvh_elf};
-use std::path::PathBuf;
 use vmm::{Boot, Error, Image, Machine, loader};
 
 fn boot_bytes(machine: &Machine, image: Vec<u8>) -> Result<(), Error> {
@@ -71,7 +70,8 @@ fn files_and_command_lines_that_cannot_be_are_refused() {
             "" => Image::Bytes(pvh_elf(guests::hello()).into()),
             path => Image::File(path.into()),
         };
-        machine.boot(&Boot { kernel, cmdline: cmdline.into(), initramfs: initramfs.map(PathBuf::from) })
+        let initramfs = initramfs.map(|path| Image::File(path.into()));
+        machine.boot(&Boot { kernel, cmdline: cmdline.into(), initramfs })
     };
     for path in ["/nonexistent", "/", "/dev/zero"] {
         let error = boot(path, "", None).unwrap_err().to_string();

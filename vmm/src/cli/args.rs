@@ -120,13 +120,14 @@ impl From<Filling> for Content {
 pub struct RunArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
-    /// Kernel to start: a PVH ELF image or a 64-bit bzImage; without one, the embedded guest
+    /// Kernel to start: a PVH ELF image or a 64-bit bzImage; without one, that of the first disk, or without disks the
+    /// embedded guest
     #[arg(long, short = 'k')]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel
     #[arg(long, requires = "kernel")]
     pub initramfs: Option<PathBuf>,
-    /// The kernel's command line
+    /// The kernel's command line; to a kernel from a disk, which root it has is told before it
     #[arg(long, default_value = "console=ttyS0")]
     pub cmdline: String,
     /// Give the machine a disk (virtio-blk): a raw image or a block device, as

@@ -4,8 +4,10 @@ use super::Exit;
 use super::args::RunArgs;
 use super::process::{quit_on_signals, stay};
 use serde_json::json;
+use std::path::PathBuf;
 use std::sync::Arc;
 use vmm::api::server::{self, Slot};
+use vmm::boot_disk;
 use vmm::guest::Workload;
 use vmm::host::Host;
 use vmm::instance::Instance;
@@ -21,6 +23,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     quit_on_signals(&slot)?;
     let _server =
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
+    let boot = boot(&args)?;
     let host = Host::open()?;
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
@@ -29,12 +32,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let taps = args.net.iter().map(|net| net.tap.clone()).collect();
     config.local = LocalConfig { taps, ..args.process.local() };
     let machine = Machine::build(&host, config)?;
-    match &args.kernel {
-        Some(kernel) => machine.boot(&Boot {
-            kernel: Image::File(kernel.clone()),
-            initramfs: args.initramfs.clone(),
-            cmdline: args.cmdline.clone(),
-        })?,
+    match boot {
+        Some(boot) => machine.boot(&boot)?,
         None => {
             let workload = Workload {
                 vcpus: args.machine.vcpus,
@@ -54,6 +53,20 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))
+}
+
+/// What the command line says to boot; `None` for the embedded guest.
+fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
+    let file = |path: &PathBuf| Image::File(path.clone());
+    Ok(match (&args.kernel, args.disk.first()) {
+        (Some(kernel), _) => Some(Boot {
+            kernel: file(kernel),
+            initramfs: args.initramfs.as_ref().map(file),
+            cmdline: args.cmdline.clone(),
+        }),
+        (None, Some(disk)) => Some(boot_disk::read(disk, 0, &args.cmdline)?),
+        (None, None) => None,
+    })
 }
 
 /// The PCI devices that the command line asks for.

@@ -49,7 +49,7 @@ pub fn load(
     }
     write_command_line(memory, &boot.cmdline, MAX_COMMAND_LINE.min(header.cmdline_size as usize))?;
     let limit = u64::from(header.initrd_addr_max) + 1;
-    let initramfs = load_initramfs(memory, boot.initramfs.as_deref(), kernel_end, limit)?;
+    let initramfs = load_initramfs(memory, boot.initramfs.as_ref(), kernel_end, limit)?;
 
     header.type_of_loader = LOADER_UNDEFINED;
     header.cmd_line_ptr = COMMAND_LINE.0 as u32;

@@ -43,7 +43,7 @@ pub fn load(
         return Err(Error::TooBig { what: "kernel", end: loaded.kernel_end, memory: low });
     }
     write_command_line(memory, &boot.cmdline, MAX_COMMAND_LINE)?;
-    let initramfs = load_initramfs(memory, boot.initramfs.as_deref(), loaded.kernel_end, low)?;
+    let initramfs = load_initramfs(memory, boot.initramfs.as_ref(), loaded.kernel_end, low)?;
     write_start_info(memory, initramfs)?;
     Ok(Entry::Pvh { entry, start_info: START_INFO })
 }

@@ -26,7 +26,7 @@ use crate::memory::GuestMemory;
 use std::borrow::Cow;
 use std::fs;
 use std::io::Cursor;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Where kernels may begin.
@@ -47,10 +47,10 @@ pub struct Boot {
     /// Its command line.
     pub cmdline: String,
     /// Its initial RAM disk.
-    pub initramfs: Option<PathBuf>,
+    pub initramfs: Option<Image>,
 }
 
-/// A kernel image.
+/// A kernel, or what goes with it.
 #[derive(Clone, Debug)]
 pub enum Image {
     /// In a file.
@@ -150,10 +150,7 @@ struct Initramfs {
 /// # Errors
 /// [`Error`] for images that cannot be booted; RAM may have been written to by then.
 pub fn load(memory: &GuestMemory, boot: &Boot) -> Result<Entry, Error> {
-    let image: Cow<'_, [u8]> = match &boot.kernel {
-        Image::File(path) => read("kernel", path)?.into(),
-        Image::Bytes(bytes) => Cow::Borrowed(bytes),
-    };
+    let image = read("kernel", &boot.kernel)?;
     let mut cursor = Cursor::new(&image[..]);
     match &image[..] {
         [0x7f, b'E', b'L', b'F', ..] => elf::load(memory, &image, &mut cursor, boot),
@@ -162,13 +159,17 @@ pub fn load(memory: &GuestMemory, boot: &Boot) -> Result<Entry, Error> {
     }
 }
 
-fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, Error> {
+fn read<'a>(what: &'static str, image: &'a Image) -> Result<Cow<'a, [u8]>, Error> {
+    let path = match image {
+        Image::Bytes(bytes) => return Ok(Cow::Borrowed(bytes)),
+        Image::File(path) => path,
+    };
     let fail = |source| Error::Read { what, path: path.to_path_buf(), source };
     // A device or a pipe might never end.
     if !fs::metadata(path).map_err(fail)?.is_file() {
         return Err(fail(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
     }
-    fs::read(path).map_err(fail)
+    fs::read(path).map(Cow::Owned).map_err(fail)
 }
 
 /// Length of the RAM below the hole, in bytes.
@@ -189,12 +190,12 @@ fn write_command_line(memory: &GuestMemory, text: &str, most: usize) -> Result<(
 /// Puts the initramfs as high as it goes: below `limit`, above `kernel_end`.
 fn load_initramfs(
     memory: &GuestMemory,
-    path: Option<&Path>,
+    image: Option<&Image>,
     kernel_end: u64,
     limit: u64,
 ) -> Result<Option<Initramfs>, Error> {
-    let Some(path) = path else { return Ok(None) };
-    let content = read("initramfs", path)?;
+    let Some(image) = image else { return Ok(None) };
+    let content = read("initramfs", image)?;
     let len = content.len() as u64;
     let low = low_memory(memory);
     let top = low.min(limit);

@@ -251,6 +251,28 @@ impl Image {
         result
     }
 
+    /// Reads from byte `offset` on, wherever that is and wherever to: for this process's own use, not for a guest's.
+    ///
+    /// # Errors
+    /// What the system says, or if the range is none of the disk's, or the lock not held.
+    pub fn read_exact_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let unit = u64::from(self.geometry.unit);
+        let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.geometry.len);
+        let (Some(end), true) = (end, self.is_held()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+        // The image is whole units, so what is read beyond the range is there too.
+        let (mut at, end) = (offset / unit * unit, end.next_multiple_of(unit));
+        let mut bounce = Bounce::new(BOUNCE.min((end - at) as usize))?;
+        let (mut skip, mut rest) = ((offset - at) as usize, bytes);
+        while !rest.is_empty() {
+            let piece = &mut bounce.bytes()[..BOUNCE.min((end - at) as usize)];
+            self.file.read_exact_at(piece, at)?;
+            let count = rest.len().min(piece.len() - skip);
+            rest[..count].copy_from_slice(&piece[skip..skip + count]);
+            (at, skip, rest) = (at + piece.len() as u64, 0, &mut rest[count..]);
+        }
+        Ok(())
+    }
+
     /// The same by way of a buffer of our own, for buffers that direct I/O does not take.
     fn transfer_bounced(&self, direction: Direction, offset: u64, slices: &[Slice<'_>]) -> io::Result<()> {
         let total: usize = slices.iter().map(Slice::len).sum();

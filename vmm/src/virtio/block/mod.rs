@@ -26,6 +26,7 @@ mod state;
 mod tests;
 
 pub use device::Block;
+pub(crate) use image::Image;
 
 use serde::{Deserialize, Serialize};
 use std::io;

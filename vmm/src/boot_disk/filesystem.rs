@@ -1,0 +1,139 @@
+//! Files of an ext2, ext3 or ext4 file system in an image, read by `ext4-view`, which also looks into a journal that was
+//! not played back.
+
+use super::partitions::Volume;
+use crate::virtio::block::Image;
+use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use std::rc::Rc;
+
+const SUPERBLOCK: u64 = 1024;
+const MAGIC: u16 = 0xef53;
+/// Block sizes up to 64 KiB, which is the most that Linux mounts anywhere; as the exponent over 1024.
+const MOST_BLOCK_EXPONENT: u32 = 6;
+/// Most groups of blocks, whose descriptors are kept in memory: 128 TiB of the usual 128 MiB each.
+const MOST_GROUPS: u64 = 1 << 20;
+/// Most bytes read in all. A file system in circles could keep its reader busy for ever.
+const MOST_READ: u64 = 8 << 30;
+/// Bytes of a file read at a time.
+const PIECE: usize = 1 << 20;
+
+/// Why a file cannot be had.
+#[derive(Debug)]
+pub enum Error {
+    /// It is larger than what the caller allows.
+    TooBig {
+        /// Its size in bytes.
+        len: u64,
+    },
+    /// What is wrong.
+    Broken(String),
+}
+
+/// The file system of a system's root directory.
+pub struct RootFileSystem {
+    inner: Ext4,
+    uuid: String,
+}
+
+impl RootFileSystem {
+    /// The one in `volume`; `None` if there is no file system of this kind, or it is not a root: one for `/boot` alone
+    /// does not say where the rest of the system is.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn open(image: &Rc<Image>, volume: &Volume) -> Result<Option<Self>, String> {
+        let mut source =
+            Source { image: Rc::clone(image), start: volume.start, len: volume.len, left: MOST_READ };
+        if !plausible(&mut source)? {
+            return Ok(None);
+        }
+        let inner = Ext4::load(Box::new(source)).map_err(|e| e.to_string())?;
+        let is_root = inner.exists("/etc").map_err(|e| e.to_string())?;
+        let uuid = inner.uuid().to_string();
+        Ok(is_root.then_some(RootFileSystem { inner, uuid }))
+    }
+
+    /// Its UUID, as Linux writes it.
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// A file's content; `None` if there is no such file, or its link leads nowhere.
+    ///
+    /// # Errors
+    /// [`Error`]; nothing is allocated for a file with more than `most` bytes.
+    pub fn read(&self, path: &str, most: u64) -> Result<Option<Vec<u8>>, Error> {
+        let broken = |error: Ext4Error| Error::Broken(error.to_string());
+        let mut file = match self.inner.open(path) {
+            Err(Ext4Error::NotFound | Ext4Error::NotADirectory) => return Ok(None),
+            opened => opened.map_err(broken)?,
+        };
+        let len = file.metadata().len();
+        if len > most {
+            return Err(Error::TooBig { len });
+        }
+        let (mut bytes, mut filled) = (Vec::new(), 0);
+        loop {
+            // By pieces, so that a size that is a lie costs as much as there really is.
+            bytes.resize((filled + PIECE).min(len as usize), 0);
+            match file.read_bytes(&mut bytes[filled..]).map_err(broken)? {
+                0 => break,
+                count => filled += count,
+            }
+        }
+        bytes.truncate(filled);
+        Ok(Some(bytes))
+    }
+}
+
+/// Whether there is a superblock of this kind at all.
+///
+/// # Errors
+/// What is wrong with it: sizes that no such file system has, for which the reader would allocate.
+fn plausible(source: &mut Source) -> Result<bool, String> {
+    if source.len < SUPERBLOCK * 2 {
+        return Ok(false);
+    }
+    let mut superblock = [0; 1024];
+    source.read(SUPERBLOCK, &mut superblock).map_err(|e| e.to_string())?;
+    let u32_at = |at: usize| superblock[at..at + 4].iter().rev().fold(0, |n: u32, b| n << 8 | u32::from(*b));
+    if u32_at(56) as u16 != MAGIC {
+        return Ok(false);
+    }
+    let (exponent, group) = (u32_at(24), u64::from(u32_at(32)));
+    let has_64_bits = u32_at(96) & 0x80 != 0;
+    let blocks = u64::from(u32_at(4)) | if has_64_bits { u64::from(u32_at(0x150)) << 32 } else { 0 };
+    if exponent > MOST_BLOCK_EXPONENT {
+        return Err(format!("blocks of 2^{} bytes", u64::from(exponent) + 10));
+    }
+    if blocks > source.len >> (exponent + 10) {
+        return Err("a file system that is larger than the disk or partition".into());
+    }
+    if group == 0 || blocks.div_ceil(group) > MOST_GROUPS {
+        return Err(format!("{blocks} blocks in groups of {group}"));
+    }
+    Ok(true)
+}
+
+/// A volume as the file system's reader wants it.
+struct Source {
+    image: Rc<Image>,
+    start: u64,
+    len: u64,
+    left: u64,
+}
+
+impl Ext4Read for Source {
+    fn read(
+        &mut self,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
+        let len = bytes.len() as u64;
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err("it leads beyond its own end".into());
+        }
+        self.left = self.left.checked_sub(len).ok_or("reading it takes too long")?;
+        Ok(self.image.read_exact_at(self.start + offset, bytes)?)
+    }
+}
