@@ -139,6 +139,38 @@ impl TcpLane {
         }
     }
 
+    /// Reads what the destination says once it has all that was sent before. The socket may hold megabytes of that, so on
+    /// a slow line the answer may be long in coming: only a peer that takes nothing for the time that the stream waits
+    /// is silent.
+    fn read_patiently(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        let mut unconfirmed = u32::MAX;
+        let mut read = 0;
+        while read < bytes.len() {
+            match self.stream.read(&mut bytes[read..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => read += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    let left = self.unconfirmed()?;
+                    if left >= unconfirmed {
+                        return Err(e);
+                    }
+                    unconfirmed = left;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that the peer's kernel has not confirmed.
+    fn unconfirmed(&self) -> io::Result<u32> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the request (SIOCOUTQ by its other name) writes one int, which lives across the call.
+        let result = unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+        if result == 0 { Ok(bytes.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
+    }
+
     fn check(&self, extents: &[Extent]) -> Result<(), PlaneError> {
         for extent in extents {
             self.ram.check(extent)?;
@@ -206,7 +238,7 @@ impl Lane for TcpLane {
 
     fn wait_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
         let mut bytes = [0; UNIT];
-        let read = self.stream.read_exact(&mut bytes);
+        let read = self.read_patiently(&mut bytes);
         read.map_err(|e| self.error("waiting for a barrier's confirmation", e))?;
         match Header::decode(&bytes) {
             Ok(Header { kind: Kind::Barrier, round: confirmed, .. }) if confirmed == round => Ok(()),
@@ -299,4 +331,71 @@ fn send_file(stream: &TcpStream, file: libc::c_int, offset: u64, len: u64) -> io
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use migration::conformance::bed::ram_of;
+    use socket2::SockRef;
+    use std::io::Write;
+    use std::net::TcpListener;
+    use std::thread;
+
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    /// Bytes that are on their way when the barrier is waited for.
+    const BYTES: usize = 2 << 20;
+
+    /// A lane with a long queue to a peer that takes a few KiB at a time, until it has taken `takes` bytes.
+    fn lane_to_slow_peer(takes: usize) -> (TcpLane, thread::JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // What the peer's kernel takes for it is little, too.
+        SockRef::from(&listener).set_recv_buffer_size(64 << 10).unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        SockRef::from(&stream).set_send_buffer_size(4 * BYTES).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        let peer = thread::spawn(move || {
+            let mut some = [0; 64 << 10];
+            let mut taken = 0;
+            while taken < takes {
+                taken += peer.read(&mut some).unwrap();
+                thread::sleep(Duration::from_millis(100));
+            }
+            if takes == BYTES {
+                let barrier = Header { kind: Kind::Barrier, extents: 0, round: 7 };
+                peer.write_all(&barrier.encode()).unwrap();
+            }
+            // Open until the other side closes.
+            while peer.read(&mut some).is_ok_and(|count| count > 0) {
+                thread::sleep(4 * PATIENCE);
+            }
+        });
+        let lane = TcpLane {
+            stream,
+            ram: ram_of(&[256]),
+            timeout: PATIENCE,
+            head: Vec::new(),
+            stats: LaneStats::default(),
+            interrupt: Arc::default(),
+        };
+        (lane, peer)
+    }
+
+    #[test]
+    fn a_peer_that_is_slow_is_not_silent() {
+        let (mut lane, peer) = lane_to_slow_peer(BYTES);
+        lane.stream.write_all(&vec![0; BYTES]).unwrap();
+        lane.wait_barrier(7).unwrap();
+        drop(lane);
+        peer.join().unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_takes_nothing_is_silent() {
+        let (mut lane, _peer) = lane_to_slow_peer(BYTES / 8);
+        lane.stream.write_all(&vec![0; BYTES]).unwrap();
+        assert!(matches!(lane.wait_barrier(7), Err(PlaneError::Timeout(PATIENCE))));
+    }
 }
