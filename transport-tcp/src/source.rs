@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Streams that a source opens by default. Over loopback on two cores four carry 1.10 (1.06 to 1.17) of what two
+/// Streams that a source opens by default. Over loopback on two cores four carry 1.06 (1.01 to 1.23) of what two
 /// do to memory that is populated, and up to 1.6 of it to memory that is not; see `docs/measurements.md`.
 pub const DEFAULT_STREAMS: u16 = 4;
 
