@@ -55,7 +55,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     Ok(stay(&args.process, &instance))
 }
 
-/// What the command line says to boot; `None` for the embedded guest.
+/// What the command line says to boot; `None` for the embedded guest, which alone keeps journals.
 fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
     let file = |path: &PathBuf| Image::File(path.clone());
     Ok(match (&args.kernel, args.disk.first()) {
@@ -64,8 +64,8 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
             initramfs: args.initramfs.as_ref().map(file),
             cmdline: args.cmdline.clone(),
         }),
-        (None, Some(disk)) => Some(boot_disk::read(disk, 0, &args.cmdline)?),
-        (None, None) => None,
+        (None, Some(disk)) if args.workload.journal == 0 => Some(boot_disk::read(disk, 0, &args.cmdline)?),
+        (None, _) => None,
     })
 }
 
