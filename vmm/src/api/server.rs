@@ -3,7 +3,6 @@
 use super::Error;
 use super::model::{ErrorBody, Migration, MigrationRequest, Vm};
 use crate::instance::Instance;
-use crate::sandbox;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Query};
 use axum::http::StatusCode;
@@ -79,10 +78,6 @@ pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
     let thread = thread::Builder::new()
         .name("api".into())
         .spawn(move || {
-            // Those that this thread starts to move a guest have what it has.
-            if let Err(error) = sandbox::settle() {
-                eprintln!("whimbrel: {error}");
-            }
             if let Err(error) = runtime.block_on(answer(listener, router, closed)) {
                 eprintln!("whimbrel: the API has stopped: {error}");
             }

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use vmm::api::server::Slot;
 use vmm::instance::{End, Instance};
 use vmm::machine::Outcome;
-use vmm::sandbox;
 use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
@@ -66,8 +65,6 @@ pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let slot = Arc::clone(slot);
     thread::Builder::new().name("signals".into()).spawn(move || {
-        // It has none to use.
-        let _ = sandbox::settle();
         let mut pressed = false;
         for signal in signals.forever() {
             let Some(instance) = slot.get() else { std::process::exit(128 + signal) };

@@ -57,7 +57,6 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         );
         match taken {
             Ok(mut arrival) => {
-                sandbox::settle()?;
                 let machine = arrival.machine.machine();
                 let instance = Instance::new(args.process.name.clone(), machine)?;
                 slot.put(Arc::clone(&instance));

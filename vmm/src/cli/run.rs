@@ -48,7 +48,6 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
         }
     }
     machine.resume()?;
-    sandbox::settle()?;
     let instance = Instance::new(args.process.name.clone(), Arc::new(machine))?;
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));

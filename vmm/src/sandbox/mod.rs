@@ -15,9 +15,8 @@
 //! is the answer to calls by the numbers of the x32 ABI, which no list has; those of other architectures kill.
 //!
 //! The lists hold from the start, since a receiver, which peers may call before any guest is there, needs until then
-//! what a migration needs later. Only privileges go step by step: those that open files and taps are given up when the
-//! guest runs, and threads that serve a guest never have any (`privileges.rs`). All of it is inherited by threads, and
-//! none can be taken back.
+//! what a migration needs later. So do privileges: threads that serve a guest have none (`privileges.rs`). All of it is
+//! inherited by threads, and none can be taken back.
 //!
 //! Most of it costs next to nothing: the kernel works out when a filter is installed which calls it allows whatever
 //! their arguments, and does not run it for those. Of those that a running guest makes only `ioctl` has a condition.
@@ -70,7 +69,7 @@ pub fn enter(mode: Mode) -> Result<(), Error> {
     if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
         return Err(Error::NoNewPrivileges(io::Error::last_os_error()));
     }
-    privileges::keep(privileges::BUILDING)?;
+    privileges::keep(privileges::KEPT)?;
     let serving = match mode {
         Mode::Off => BpfProgram::new(),
         Mode::Enforce | Mode::Log => {
@@ -84,18 +83,6 @@ pub fn enter(mode: Mode) -> Result<(), Error> {
         }
     };
     let _ = SERVING.set(serving);
-    Ok(())
-}
-
-/// Leaves the current thread the privileges that moving a guest takes. For threads that are not
-/// [to serve a guest](serve), once it runs.
-///
-/// # Errors
-/// [`Error::Privileges`].
-pub fn settle() -> Result<(), Error> {
-    if SERVING.get().is_some() {
-        privileges::keep(privileges::MOVING)?;
-    }
     Ok(())
 }
 

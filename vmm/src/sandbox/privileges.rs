@@ -1,11 +1,16 @@
-//! Which of a privileged user's capabilities are kept, and how long. They belong to threads, not to processes, so each
-//! thread gives its own up.
+//! Which of a privileged user's capabilities are kept. They belong to threads, not to processes.
+//!
+//! Giving more of them up as time goes on, once a guest runs and files and taps are open, is not possible: a process
+//! talks to RDMA devices through files that the kernel serves only under the very credentials that they were opened
+//! with (else `EACCES`), and librdmacm opens a device once for the process. A receiver opens it while it still has to open
+//! images, and goes on with it when it becomes a source. So all threads that may meet such a device keep one set, which they
+//! have from before there are two of them. Threads that serve a guest never meet one, and keep nothing.
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
 
-/// While a machine is built, here or for a guest that arrives.
-pub const BUILDING: &[Capability] = &[
+/// What building machines and moving them takes.
+pub const KEPT: &[Capability] = &[
     // Images, kernels and devices of other users.
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_DAC_READ_SEARCH,
@@ -15,11 +20,9 @@ pub const BUILDING: &[Capability] = &[
     Capability::CAP_NET_BIND_SERVICE,
     // To say which process holds a lock on an image: looking at another one's files takes this.
     Capability::CAP_SYS_PTRACE,
+    // A migration over RDMA pins guest memory beyond what the limit allows.
     Capability::CAP_IPC_LOCK,
 ];
-
-/// Once it runs: a migration over RDMA pins guest memory beyond what the limit allows.
-pub const MOVING: &[Capability] = &[Capability::CAP_IPC_LOCK];
 
 /// Gives up what the current thread has and `kept` does not name.
 pub fn keep(kept: &[Capability]) -> Result<(), CapsError> {
