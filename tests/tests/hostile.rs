@@ -66,7 +66,13 @@ fn receivers() -> Vec<(&'static str, Peer, &'static str, &'static str)> {
         ),
         ("silence", pretend(|mut rogue, _| drop(rogue.rest())), "timeout", "says nothing"),
         ("silence after the preamble", pretend_receiver(|mut rogue| drop(rogue.rest())), "timeout", ""),
-        ("a hang-up after the preamble", pretend_receiver(drop), "link", "closed the control connection"),
+        (
+            "a hang-up after the greeting",
+            // With the greeting unread it would be a reset.
+            pretend_receiver(|mut rogue| drop(rogue.receive())),
+            "link",
+            "closed the control connection",
+        ),
         (
             "a frame of 4 GiB",
             pretend_receiver(|mut rogue| {
