@@ -7,11 +7,13 @@ use vmm::node::Node;
 use whimbrel_tests::inject::{Outcome, system_call, thread};
 use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::say;
-use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, receiver, request, wait_until};
+use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, request, wait_until};
 
 /// The capabilities that threads keep which may build a machine or move one: DAC_OVERRIDE, DAC_READ_SEARCH,
 /// NET_BIND_SERVICE, NET_ADMIN, IPC_LOCK and SYS_PTRACE.
 const KEPT: u64 = 1 << 1 | 1 << 2 | 1 << 10 | 1 << 12 | 1 << 14 | 1 << 19;
+
+const ON: [&str; 2] = ["--seccomp", "on"];
 
 const REFUSED: Outcome = Outcome::Returned(-(libc::ENOSYS as i64));
 /// What a call says that looks at the address 1.
@@ -59,8 +61,8 @@ fn assert_confined(node: &Node) {
 #[test]
 fn every_thread_is_confined_before_and_after_a_move() {
     let folder = tempfile::tempdir().unwrap();
-    let guest = start(&folder, &[]);
-    let (mut next, address) = receiver(folder.path(), "next");
+    let guest = start(&folder, &ON);
+    let (mut next, address) = Node::receiver(whimbrel(), folder.path(), "next", ON).unwrap();
     for status in threads(&next) {
         assert_eq!((status["Seccomp"].as_str(), status["NoNewPrivs"].as_str()), ("2", "1"), "{status:?}");
     }
@@ -90,7 +92,7 @@ fn calls_that_take_over_hosts_end_the_process() {
         ("vcpu0", libc::SYS_ioctl, [0, libc::TIOCSTI, 1]),
     ];
     for (name, call, arguments) in calls {
-        let mut guest = start(&folder, &[]);
+        let mut guest = start(&folder, &ON);
         let outcome = system_call(thread(guest.pid(), name), call, arguments);
         assert_eq!(outcome, Outcome::Killed(libc::SIGSYS), "call {call} by {name}");
         assert_eq!(guest.wait_exit(PATIENCE).unwrap().signal(), Some(libc::SIGSYS));
@@ -101,7 +103,7 @@ fn calls_that_take_over_hosts_end_the_process() {
 #[test]
 fn calls_that_nobody_needs_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let guest = start(&folder, &[]);
+    let guest = start(&folder, &ON);
     let code = (libc::PROT_READ | libc::PROT_EXEC) as u64;
     // Of the x32 ABI, which has numbers of its own.
     let x32_execve = 0x4000_0000 | 520;
@@ -135,11 +137,11 @@ fn calls_that_nobody_needs_are_refused() {
 #[test]
 fn lists_can_be_tried_and_done_without() {
     let folder = tempfile::tempdir().unwrap();
-    for (mode, seccomp) in [("log", "2"), ("off", "0")] {
+    for (mode, seccomp, no_new_privileges) in [("log", "2", "1"), ("off", "0", "0")] {
         let guest = start(&folder, &["--seccomp", mode]);
         for status in threads(&guest).iter().filter(|status| !status["Name"].starts_with("kvm-")) {
             assert_eq!(status["Seccomp"], seccomp, "{status:?}");
-            assert_eq!(status["NoNewPrivs"], "1", "{status:?}");
+            assert_eq!(status["NoNewPrivs"], no_new_privileges, "{status:?}");
         }
         let vcpu = thread(guest.pid(), "vcpu0");
         assert_eq!(system_call(vcpu, libc::SYS_openat, [0, 1, 0]), CARRIED_OUT, "{mode}");

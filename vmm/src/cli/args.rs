@@ -177,7 +177,7 @@ pub struct ProcessArgs {
     #[arg(value_parser = announcing)]
     pub announce: Announcing,
     /// What happens when this process makes a system call that it has no business with
-    #[arg(long, value_enum, default_value_t = Seccomp::On)]
+    #[arg(long, value_enum, default_value_t = Seccomp::Off)]
     pub seccomp: Seccomp,
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]

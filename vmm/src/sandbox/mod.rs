@@ -36,7 +36,7 @@ pub enum Mode {
     Enforce,
     /// The kernel logs it, and it is carried out.
     Log,
-    /// There are no lists.
+    /// There are no lists, and privileges are kept.
     Off,
 }
 
@@ -57,7 +57,7 @@ pub enum Error {
     NoNewPrivileges(io::Error),
 }
 
-/// The filter for threads that serve a guest, once [`enter`] has been called; empty where there is none.
+/// The filter for threads that serve a guest, once [`enter`] has made one.
 static SERVING: OnceLock<BpfProgram> = OnceLock::new();
 
 /// Confines this thread and all that it starts from now on. To be called before there are others.
@@ -65,23 +65,20 @@ static SERVING: OnceLock<BpfProgram> = OnceLock::new();
 /// # Errors
 /// [`Error`].
 pub fn enter(mode: Mode) -> Result<(), Error> {
+    if mode == Mode::Off {
+        return Ok(());
+    }
     // SAFETY: the call takes integers only.
     if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
         return Err(Error::NoNewPrivileges(io::Error::last_os_error()));
     }
     privileges::keep(privileges::KEPT)?;
-    let serving = match mode {
-        Mode::Off => BpfProgram::new(),
-        Mode::Enforce | Mode::Log => {
-            let or = |action| if mode == Mode::Log { SeccompAction::Log } else { action };
-            let lacking = or(SeccompAction::Errno(libc::ENOSYS.unsigned_abs()));
-            let serving = filter(calls::serving()?, lacking.clone(), SeccompAction::Allow)?;
-            let fatal = filter(calls::fatal()?, SeccompAction::Allow, or(SeccompAction::KillProcess))?;
-            seccompiler::apply_filter(&fatal)?;
-            seccompiler::apply_filter(&filter(calls::all()?, lacking, SeccompAction::Allow)?)?;
-            serving
-        }
-    };
+    let or = |action| if mode == Mode::Log { SeccompAction::Log } else { action };
+    let lacking = or(SeccompAction::Errno(libc::ENOSYS.unsigned_abs()));
+    let serving = filter(calls::serving()?, lacking.clone(), SeccompAction::Allow)?;
+    let fatal = filter(calls::fatal()?, SeccompAction::Allow, or(SeccompAction::KillProcess))?;
+    seccompiler::apply_filter(&fatal)?;
+    seccompiler::apply_filter(&filter(calls::all()?, lacking, SeccompAction::Allow)?)?;
     let _ = SERVING.set(serving);
     Ok(())
 }
@@ -90,10 +87,8 @@ pub fn enter(mode: Mode) -> Result<(), Error> {
 /// process where that fails: no guest is served by a thread that is not.
 pub(crate) fn serve() {
     let Some(filter) = SERVING.get() else { return };
-    let confined = privileges::keep(&[]).map_err(Error::from).and_then(|()| match filter.is_empty() {
-        true => Ok(()),
-        false => Ok(seccompiler::apply_filter(filter)?),
-    });
+    let confined =
+        privileges::keep(&[]).map_err(Error::from).and_then(|()| Ok(seccompiler::apply_filter(filter)?));
     if let Err(why) = confined {
         eprintln!("whimbrel: a thread cannot be confined: {why}");
         std::process::abort();
