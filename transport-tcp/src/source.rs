@@ -143,7 +143,7 @@ impl TcpLane {
     /// a slow line the answer may be long in coming: only a peer that takes nothing for the time that the stream waits
     /// is silent.
     fn read_patiently(&mut self, bytes: &mut [u8]) -> io::Result<()> {
-        let mut unconfirmed = u32::MAX;
+        let mut unconfirmed = self.unconfirmed()?;
         let mut read = 0;
         while read < bytes.len() {
             match self.stream.read(&mut bytes[read..]) {
