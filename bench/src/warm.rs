@@ -28,8 +28,8 @@ const MADV_POPULATE_WRITE: libc::c_int = 23;
 
 /// Runs `work`, which needs `bytes` of memory, with that memory warm.
 ///
-/// Where the work first fills `source` bytes of shared memory and then moves them, as much is kept out of the way
-/// until then, or what there is room for beside the work. 0 for other work.
+/// Where the work first fills `source` of these bytes as shared memory and then moves them, as much is kept out of the
+/// way until then, or what there is room for beside the work. 0 for other work.
 ///
 /// # Errors
 /// When there is not so much memory; what the work returns.
@@ -43,10 +43,11 @@ pub fn run<T>(bytes: u64, source: u64, work: impl FnOnce() -> anyhow::Result<T>)
     );
     let hold = source.min(available - bytes);
     let held = (hold > 0).then(|| Warm::up(hold)).transpose()?;
-    drop(Warm::up(bytes - hold.min(bytes))?);
+    drop(Warm::up(bytes - hold)?);
+    let arrived = host::shared().unwrap_or(0) + source + ARRIVED;
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| held.map(|held| held.until_shared_grows(source + ARRIVED, &over)));
+        scope.spawn(|| held.map(|held| held.until_shared(arrived, &over)));
         let result = work();
         over.store(true, Ordering::Relaxed);
         result
@@ -89,9 +90,8 @@ impl Warm {
         Ok(warm)
     }
 
-    /// Keeps the memory until shared memory has grown by `bytes`, or the work is over.
-    fn until_shared_grows(self, bytes: u64, over: &AtomicBool) {
-        let enough = host::shared().unwrap_or(0) + bytes;
+    /// Keeps the memory until there are `enough` bytes of shared memory, or the work is over.
+    fn until_shared(self, enough: u64, over: &AtomicBool) {
         while !over.load(Ordering::Relaxed) && host::shared().is_some_and(|shared| shared < enough) {
             thread::sleep(STEP);
         }

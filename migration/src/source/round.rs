@@ -126,14 +126,16 @@ impl<'a> Rounds<'a> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let shared = Shared { rounds: self, chunks, set, manner, next, stop };
         let lanes = plane.lanes();
+        if lanes.is_empty() {
+            return Err(Failure::new(Code::TRANSPORT, "the data plane has no lanes"));
+        }
         let small = bytes <= SINGLE_LANE_BYTES;
         let wanted = if small { 1 } else { lanes.len() };
-        let lanes = lanes.get_mut(..wanted.max(1));
-        let lanes = lanes.ok_or_else(|| Failure::new(Code::TRANSPORT, "the data plane has no lanes"))?;
-        // Marking pages clean is for a guest that runs.
+        // Marking pages clean is for a guest that runs. No lane is then driven by the calling thread, which is to switch
+        // over later and must not stand back.
         let stands_back = manner.clear && !small;
         let first_other = if stands_back { 0 } else { 1 };
-        let (mine, others) = lanes.split_at_mut(first_other);
+        let (mine, others) = lanes[..wanted].split_at_mut(first_other);
         let drive = |lane: &mut dyn Lane| {
             let result = shared.drive(lane);
             if result.is_err() && !shared.stop.swap(true, Ordering::AcqRel) {
