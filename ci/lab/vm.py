@@ -21,6 +21,9 @@ HERE = Path(__file__).resolve().parent
 # In every VM. All else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
 MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm", "kvm_amd"]
 CONSOLE_TAIL_LINES = 40
+# All that QEMU can emulate, but for the two flags that tell a kernel to copy and clear by `rep movsb` and `rep stosb`:
+# emulated, they go byte by byte. Without them it takes eight bytes at a time, and memory and RDMA are twice as fast.
+CPU = "max,-erms,-fsrm"
 
 
 class LabError(Exception):
@@ -175,7 +178,7 @@ class Vm:
         settings = self.settings
         arguments = ["qemu-system-x86_64", "-name", f"lab-{self.node.name}"]
         arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        arguments += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]
+        arguments += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU]
         arguments += ["-smp", str(settings.cpus), "-m", settings.memory]
         arguments += ["-kernel", str(self.cache / "vmlinux")]
         arguments += ["-initrd", str(self.cache / "initramfs.cpio")]

@@ -31,6 +31,7 @@ mod queue;
 mod slots;
 mod source;
 mod unavailable;
+mod warm;
 
 pub use chunks::{DEFAULT_CHUNK, MIN_CHUNK};
 pub use completions::Waiting;
@@ -40,6 +41,7 @@ pub use options::{DEFAULT_LANES, Options};
 pub use source::RdmaSource;
 #[cfg(feature = "null-device")]
 pub use source::null;
+pub use warm::warm_up;
 
 /// The name of this transport in offers and reports.
 pub const NAME: &str = "rdma";

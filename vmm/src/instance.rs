@@ -298,6 +298,7 @@ impl Instance {
         monitor: &Monitor,
     ) -> Result<Report, Failure> {
         let silence = Duration::from_secs(request.silence_s.max(1));
+        transports::warm_up(request);
         let mut connection = transport_tcp::connect_control(&request.to, token, silence)?;
         let transports = transports::source(request, &connection);
         let options = Options {

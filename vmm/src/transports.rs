@@ -20,6 +20,13 @@ pub fn source(request: &MigrationRequest, connection: &Connection) -> Vec<Box<dy
     }
 }
 
+/// Begins what `source` will need, while the destination is called and builds its machine.
+pub fn warm_up(request: &MigrationRequest) {
+    if request.transport != TransportChoice::Tcp {
+        transport_rdma::warm_up();
+    }
+}
+
 /// What a destination has for the source that made `call`; the source chooses.
 pub fn destination(call: &Call, listener: &Listener, busy_poll: bool) -> Vec<Box<dyn DestinationTransport>> {
     let mut transports: Vec<Box<dyn DestinationTransport>> = Vec::new();

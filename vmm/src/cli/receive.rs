@@ -35,6 +35,8 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         },
         populate: args.populate,
     })?;
+    // While nobody waits for it.
+    transport_rdma::warm_up();
     let listener = Listener::bind(args.listen)?;
     let address = listener.local_addr();
     args.process.tell(
