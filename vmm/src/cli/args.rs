@@ -8,7 +8,7 @@ use vmm::announce::Announcing;
 use vmm::guest::Content;
 use vmm::memory::PageSize;
 use vmm::sandbox::Mode;
-use vmm::virtio::block::{BlockConfig, MOST_QUEUES};
+use vmm::virtio::block::{Aio, BlockConfig, MOST_QUEUES};
 use vmm::virtio::net::{MOST_PAIRS, Mac, TapConfig};
 
 /// Moves running KVM virtual machines from host to host.
@@ -170,6 +170,10 @@ pub struct ProcessArgs {
     /// File, pipe or terminal that the virtio console reads
     #[arg(long, requires = "console")]
     pub console_input: Option<PathBuf>,
+    /// How requests of disks are carried out: several of a queue at a time by io_uring, or one after the other by plain
+    /// system calls; auto takes io_uring where it can be had
+    #[arg(long, value_enum, default_value_t = DiskIo::Auto)]
+    pub aio: DiskIo,
     /// How often the network is told where the guest is, once it has come here or back, and when, as
     /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]: the first wait between rounds, how much longer
     /// each further one is, and the longest
@@ -182,6 +186,24 @@ pub struct ProcessArgs {
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DiskIo {
+    Auto,
+    #[value(name = "io_uring")]
+    IoUring,
+    Sync,
+}
+
+impl From<DiskIo> for Aio {
+    fn from(way: DiskIo) -> Self {
+        match way {
+            DiskIo::Auto => Aio::Auto,
+            DiskIo::IoUring => Aio::IoUring,
+            DiskIo::Sync => Aio::Sync,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -37,7 +37,7 @@ impl ProcessArgs {
             Some(SerialTarget::File(path)) => SerialOutput::File(path.clone()),
         };
         let console = ConsoleConfig { output, input: self.console_input.clone() };
-        LocalConfig { console, announcing: self.announce, ..LocalConfig::default() }
+        LocalConfig { console, aio: self.aio.into(), announcing: self.announce, ..LocalConfig::default() }
     }
 
     /// Reports an event: to programs as a line of JSON on standard output, to people on standard

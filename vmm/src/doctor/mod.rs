@@ -6,6 +6,7 @@ mod rdma;
 use crate::host::Host;
 use crate::memory::host::available;
 use crate::sandbox;
+use crate::virtio::block;
 use serde::Serialize;
 use std::fs;
 
@@ -38,7 +39,7 @@ pub struct Finding {
 pub fn examine(memory: u64) -> Vec<Finding> {
     let mut findings = vec![kvm(), ram(memory)];
     findings.extend(cgroup::examine(memory));
-    findings.extend([seccomp(), socket_buffers(), shmem_huge_pages(), cpus()]);
+    findings.extend([seccomp(), io_uring(), socket_buffers(), shmem_huge_pages(), cpus()]);
     findings.extend(rdma::examine(memory));
     findings
 }
@@ -95,6 +96,20 @@ fn seccomp() -> Finding {
             level: Level::Limited,
             found: format!("system calls cannot be filtered ({error}): machines run only with --seccomp off"),
             mend: Some("a kernel with CONFIG_SECCOMP_FILTER".into()),
+        },
+    }
+}
+
+fn io_uring() -> Finding {
+    match block::io_uring() {
+        Ok(()) => good("io_uring", "disks carry out several requests at a time".into()),
+        Err(error) => Finding {
+            what: "io_uring",
+            level: Level::Limited,
+            found: format!("refused ({error}): disks carry out one request of a queue after the other"),
+            mend: Some(
+                "sysctl -w kernel.io_uring_disabled=0; in a container, allow it the three calls".into(),
+            ),
         },
     }
 }

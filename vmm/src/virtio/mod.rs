@@ -58,6 +58,8 @@ pub struct LocalConfig {
     pub console: console::ConsoleConfig,
     /// Which disk images it may have.
     pub images: block::Images,
+    /// How requests of disks are carried out.
+    pub aio: block::Aio,
     /// The taps of its network interfaces, in their order.
     pub taps: Vec<net::TapConfig>,
     /// How the network is told where the guest is.
@@ -73,7 +75,7 @@ impl DeviceConfig {
         Ok(match self {
             DeviceConfig::Rng => Arc::new(rng::Rng::new()),
             DeviceConfig::Console => Arc::new(console::Console::open(&local.console)?),
-            DeviceConfig::Block(config) => Arc::new(block::Block::open(config, &local.images)?),
+            DeviceConfig::Block(config) => Arc::new(block::Block::open(config, &local.images, local.aio)?),
             DeviceConfig::Net(config) => Arc::new(net::Net::open(config, &local.taps)?),
         })
     }

@@ -17,7 +17,7 @@ use crate::memory::GuestMemory;
 use crate::sandbox;
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -129,6 +129,21 @@ impl<'a> Serving<'a> {
         self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(count));
     }
 
+    /// Waits until `input` is readable or, if `more` may come, the guest has made more available. Where somebody wants
+    /// the queue's lock, only for the input: whoever is asked to let go has to see it through.
+    pub fn wait(&mut self, input: BorrowedFd<'_>, more: bool) -> Result<(), Broken> {
+        if !more || self.shared.is_wanted() {
+            wait(None, Some(input));
+            return Ok(());
+        }
+        if !self.ring.enable_notification(self.memory)? {
+            wait(Some(&self.shared.doorbell), Some(input));
+            // Non-blocking, as below.
+            let _ = self.shared.doorbell.read();
+        }
+        Ok(self.ring.disable_notification(self.memory)?)
+    }
+
     /// Gives a chain back to the guest, of which `len` bytes were written, and interrupts it if it
     /// wants to know.
     pub fn give_back(&mut self, head: u16, len: u32) -> Result<(), Broken> {
@@ -139,8 +154,8 @@ impl<'a> Serving<'a> {
         Ok(())
     }
 
-    /// Gives chains back of which the guest must not see one without the others: heads, and how many
-    /// bytes were written to each.
+    /// Gives chains back at once, so that the guest does not see one without the others: heads, and how many bytes were
+    /// written to each.
     pub fn give_back_all(&mut self, chains: &[(u16, u32)]) -> Result<(), Broken> {
         let [first @ .., (last_head, last_len)] = chains else { return Ok(()) };
         let before = self.ring.next_used();
@@ -277,7 +292,7 @@ impl VirtQueue {
             sandbox::serve();
             let mut wait_for_input = false;
             loop {
-                wait(&served.doorbell, device.input(index).filter(|_| wait_for_input));
+                wait(Some(&served.doorbell), device.input(index).filter(|_| wait_for_input));
                 // Non-blocking: fails when it was the input that ended the wait.
                 let _ = served.doorbell.read();
                 if served.ending.load(Ordering::Acquire) {
@@ -432,11 +447,11 @@ impl Drop for VirtQueue {
     }
 }
 
-/// Waits until the doorbell rings or the input, if it is given, is readable (or has ended).
-fn wait(doorbell: &EventFd, input: Option<BorrowedFd<'_>>) {
-    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+/// Waits until the doorbell rings or the input is readable (or has ended), as far as they are given.
+fn wait(doorbell: Option<&EventFd>, input: Option<BorrowedFd<'_>>) {
     // A negative descriptor is one that poll(2) leaves out.
-    let mut fds = [poll(doorbell.as_raw_fd()), poll(input.map_or(-1, |fd| fd.as_raw_fd()))];
+    let poll = |fd: Option<RawFd>| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 };
+    let mut fds = [poll(doorbell.map(AsRawFd::as_raw_fd)), poll(input.map(|fd| fd.as_raw_fd()))];
     // SAFETY: two pollfds, which live across the call. A signal ends the wait early, which only
     // makes the caller look once more.
     unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };

@@ -11,13 +11,14 @@ use crate::pci::recorder::Recorder;
 use crate::pci::{Function, Platform};
 use crate::state::Component;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Chains that the driver's queues hold.
-pub const SIZE: u16 = 16;
+pub const SIZE: u16 = 64;
 /// Where buffers may be.
 pub const BUFFERS: u64 = 1 << 20;
 
@@ -211,6 +212,30 @@ impl Bench {
     pub fn notify(&self, queue: usize) {
         let offset = queue as u64 * 4;
         self.write(2, offset, 2, queue as u64);
+    }
+
+    /// The number of the chain of which the device wants to be told that it was made available.
+    fn wanted(&self, queue: usize) -> u16 {
+        let [_, _, used] = Self::rings(queue);
+        self.memory().read_obj(GuestAddress(used + 4 + u64::from(SIZE) * 8)).unwrap()
+    }
+
+    /// Rings the doorbell if the device wants to know of the last chain that was made available, as a kernel does.
+    pub fn notify_if_wanted(&self, queue: usize) {
+        // The chain must be there before the device's wish is read.
+        fence(Ordering::SeqCst);
+        if self.wanted(queue) == self.queues[queue].0.wrapping_sub(1) {
+            self.notify(queue);
+        }
+    }
+
+    /// Waits until the device has taken all that was made available, and waits for more.
+    pub fn wait_taken(&self, queue: usize) {
+        let began = Instant::now();
+        while self.wanted(queue) != self.queues[queue].0 {
+            assert!(began.elapsed() < PATIENCE, "queue {queue} is not served");
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 
     /// How many chains the device has given back.

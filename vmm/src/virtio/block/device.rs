@@ -1,40 +1,62 @@
 //! The disk as its driver sees it.
 
-use super::image::{Direction, Image};
-use super::request::{MOST_RANGES, Operation, Request};
+use super::image::Image;
+use super::job::Job;
+use super::request::{MOST_BUFFERS, MOST_RANGES};
+use super::ring::Ring;
 use super::state::BlockState;
-use super::{BlockConfig, Error, Geometry, Images, MOST_QUEUES};
+use super::{Aio, BlockConfig, Error, Geometry, Images, MOST_QUEUES};
 use crate::state::{self, Component, Kind};
 use crate::virtio::queue::{Broken, Next, Serving};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::Bytes;
 
 /// Mass storage controller, other.
 const CLASS: u32 = 0x01_8000;
-const QUEUE_SIZE: u16 = 256;
+pub const QUEUE_SIZE: u16 = MOST_BUFFERS as u16;
 /// Buffers of one request, beside header and outcome.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Most sectors of one range to be discarded or zeroed: 1 GiB.
-const MOST_SECTORS: u32 = 1 << 21;
+pub const MOST_SECTORS: u32 = 1 << 21;
 
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+
+/// What all queues share.
+pub struct Disk {
+    pub image: Image,
+    pub identity: [u8; VIRTIO_BLK_ID_BYTES as usize],
+    /// The driver never flushes: every write is made durable before it is confirmed.
+    write_through: AtomicBool,
+}
+
+impl Disk {
+    /// Whether every write is made durable before it is confirmed.
+    pub fn writes_through(&self) -> bool {
+        self.write_through.load(Ordering::Relaxed)
+    }
+}
+
+/// How a queue's requests are carried out.
+enum Lane {
+    /// One after the other, by system calls.
+    InTurn(Box<Job>),
+    /// Several at a time.
+    Ring(Box<Ring>),
+}
 
 /// A disk.
 pub struct Block {
     config: BlockConfig,
-    image: Image,
+    disk: Disk,
     queue_sizes: Vec<u16>,
-    identity: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    /// The driver never flushes: every write is made durable before it is confirmed.
-    write_through: AtomicBool,
+    /// One for each queue; nobody but the queue's thread takes it.
+    lanes: Vec<Mutex<Lane>>,
 }
 
 impl Block {
@@ -42,7 +64,7 @@ impl Block {
     ///
     /// # Errors
     /// [`Error`].
-    pub fn open(config: &BlockConfig, images: &Images) -> Result<Self, Error> {
+    pub fn open(config: &BlockConfig, images: &Images, aio: Aio) -> Result<Self, Error> {
         images.check(&config.path)?;
         if !(1..=MOST_QUEUES).contains(&config.queues) {
             return Err(Error::Queues(config.queues));
@@ -59,67 +81,47 @@ impl Block {
         let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queues)];
         Ok(Block {
             config: BlockConfig { geometry: Some(image.geometry()), ..config },
-            image,
+            disk: Disk { image, identity, write_through: AtomicBool::new(true) },
+            lanes: lanes(queue_sizes.len(), aio)?,
             queue_sizes,
-            identity,
-            write_through: AtomicBool::new(true),
         })
     }
+}
 
-    /// Carries a request out; the bytes written to the guest, without the outcome.
-    fn carry_out(&self, operation: Operation, request: &mut Request<'_>) -> Result<u32, u8> {
-        let failed = |_: io::Error| VIRTIO_BLK_S_IOERR as u8;
-        match operation {
-            Operation::Read => {
-                self.image.transfer(Direction::Read, request.sector, request.incoming()).map_err(failed)?;
-                // A chain has less than 4 GiB.
-                Ok(request.incoming_len() as u32)
-            }
-            Operation::Write => {
-                self.image.transfer(Direction::Write, request.sector, request.outgoing()).map_err(failed)?;
-                self.written().map_err(failed)
-            }
-            Operation::Flush => self.image.flush().map_err(failed).map(|()| 0),
-            Operation::Identify => {
-                let mut rest = &self.identity[..];
-                for slice in request.incoming() {
-                    let count = slice.write(rest, 0).unwrap_or(0);
-                    rest = &rest[count..];
-                }
-                Ok((self.identity.len() - rest.len()) as u32)
-            }
-            Operation::Discard | Operation::WriteZeroes => {
-                for _ in 0..MOST_RANGES {
-                    let Some(range) = request.next_range() else { break };
-                    let len = u64::from(range.sectors) * 512;
-                    if range.strange || range.unmap && operation == Operation::Discard {
-                        return Err(VIRTIO_BLK_S_UNSUPP as u8);
-                    }
-                    if range.sectors > MOST_SECTORS {
-                        return Err(VIRTIO_BLK_S_IOERR as u8);
-                    }
-                    match operation {
-                        Operation::Discard => self.image.discard(range.sector, len),
-                        _ => self.image.zero(range.sector, len, range.unmap),
-                    }
-                    .map_err(failed)?;
-                }
-                // More ranges than were promised, or a part of one.
-                if !request.outgoing().is_empty() {
-                    return Err(VIRTIO_BLK_S_IOERR as u8);
-                }
-                self.written().map_err(failed)
-            }
-            Operation::Unknown => Err(VIRTIO_BLK_S_UNSUPP as u8),
-        }
+/// Ways for so many queues.
+fn lanes(count: usize, aio: Aio) -> Result<Vec<Mutex<Lane>>, Error> {
+    let in_turn = || (0..count).map(|_| Mutex::new(Lane::InTurn(Box::default()))).collect();
+    if aio == Aio::Sync {
+        return Ok(in_turn());
     }
+    let rings = (0..count).map(|_| Ok(Mutex::new(Lane::Ring(Box::new(Ring::new()?))))).collect();
+    match rings {
+        Err(source) if aio == Aio::IoUring => Err(Error::NoRing(source)),
+        Err(error) => {
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| {
+                eprintln!(
+                    "whimbrel: no io_uring ({error}): disks carry out their requests one after the other"
+                );
+            });
+            Ok(in_turn())
+        }
+        Ok(rings) => Ok(rings),
+    }
+}
 
-    fn written(&self) -> io::Result<u32> {
-        if self.write_through.load(Ordering::Relaxed) {
-            self.image.flush()?;
+/// Serves a queue by system calls.
+fn serve_in_turn(job: &mut Job, disk: &Disk, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    let memory = queue.memory();
+    while let Some(chain) = queue.take()? {
+        let mut step = job.begin(disk, memory, chain)?;
+        while let Some(next) = step {
+            step = job.proceed(disk, memory, disk.image.carry_out(next));
         }
-        Ok(0)
+        let (head, written) = job.conclude(memory)?;
+        queue.give_back(head, written)?;
     }
+    Ok(Next::Buffers)
 }
 
 impl VirtioDevice for Block {
@@ -146,7 +148,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let Geometry { len, unit } = self.image.geometry();
+        let Geometry { len, unit } = self.disk.image.geometry();
         let mut config = [0; 60];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &(len / 512).to_le_bytes());
@@ -166,48 +168,39 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&self, features: u64) {
-        self.write_through.store(features & FLUSH == 0, Ordering::Relaxed);
+        self.disk.write_through.store(features & FLUSH == 0, Ordering::Relaxed);
     }
 
-    fn serve(&self, _index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
-        let memory = queue.memory();
-        let mut request = Request::default();
-        while let Some(mut chain) = queue.take()? {
-            let head = chain.head_index();
-            let operation = request.parse(memory, &mut chain)?;
-            let (written, outcome) = match self.carry_out(operation, &mut request) {
-                Ok(written) => (written, VIRTIO_BLK_S_OK as u8),
-                Err(outcome) => (0, outcome),
-            };
-            request.conclude(outcome)?;
-            queue.give_back(head, written + 1)?;
+    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+        match &mut *self.lanes[index].lock().unwrap_or_else(PoisonError::into_inner) {
+            Lane::InTurn(job) => serve_in_turn(job, &self.disk, queue),
+            Lane::Ring(ring) => ring.serve(&self.disk, queue),
         }
-        Ok(Next::Buffers)
     }
 
     fn has_arbiter(&self) -> bool {
-        self.image.decides()
+        self.disk.image.decides()
     }
 
     fn flush_storage(&self) {
         // One that fails now fails again when it matters.
-        let _ = self.image.flush();
+        let _ = self.disk.image.flush();
     }
 
     fn take_storage(&self) -> Result<(), crate::Error> {
-        Ok(self.image.take()?)
+        Ok(self.disk.image.take()?)
     }
 
     fn claim_storage(&self) -> Result<(), crate::Error> {
-        Ok(self.image.claim()?)
+        Ok(self.disk.image.claim()?)
     }
 
     fn release_storage(&self) -> Result<(), crate::Error> {
-        Ok(self.image.release()?)
+        Ok(self.disk.image.release()?)
     }
 
     fn holds_storage(&self) -> bool {
-        self.image.is_held()
+        self.disk.image.is_held()
     }
 
     fn state_kind(&self) -> Kind {
@@ -215,15 +208,15 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self, index: u8) -> Result<Component, state::Error> {
-        let Geometry { len, unit } = self.image.geometry();
+        let Geometry { len, unit } = self.disk.image.geometry();
         Component::new(Kind::Block, index, &BlockState { len, unit })
     }
 
     fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
         let BlockState { len, unit } = state::payload(components, Kind::Block, index)?;
-        let own = self.image.geometry();
+        let own = self.disk.image.geometry();
         if (len, unit) != (own.len, own.unit) {
-            return Err(self.image.mismatch(index, len, unit));
+            return Err(self.disk.image.mismatch(index, len, unit));
         }
         Ok(())
     }

@@ -1,36 +1,17 @@
 //! A disk's image.
 
+use super::bounce::{BOUNCE, Bounce, PAGE};
 use super::lock::{self, Lock};
 use super::mark::{self, Mark};
-use super::request::Slice;
 use super::{BlockConfig, Error, Geometry};
 use crate::state::Kind;
-use std::alloc::Layout;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use vm_memory::bitmap::Bitmap;
-
-/// Most buffers that one system call takes.
-const MOST_BUFFERS: usize = 256;
-/// Alignment that suits direct I/O everywhere.
-const PAGE: usize = 4096;
-/// Bytes copied at a time where a guest's buffers cannot be used as they are.
-const BOUNCE: usize = 256 << 10;
-
-/// Which way data goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// From the image into guest RAM.
-    Read,
-    /// From guest RAM into the image.
-    Write,
-}
 
 /// An open image.
 pub struct Image {
@@ -177,8 +158,35 @@ impl Image {
         if self.readonly { Ok(()) } else { self.file.sync_data() }
     }
 
-    /// Refuses what is not held, not writable or not there; gives the offset in bytes.
-    fn check(&self, sector: u64, len: u64, write: bool) -> io::Result<u64> {
+    /// The open file, for system calls.
+    pub fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether the guest may only read.
+    pub fn is_readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// Whether direct I/O takes buffers that lie so.
+    pub fn takes(&self, vectors: &[libc::iovec]) -> bool {
+        let fits = |vector: &libc::iovec| {
+            (vector.iov_base as usize).is_multiple_of(self.alignment)
+                && vector.iov_len.is_multiple_of(self.geometry.unit as usize)
+        };
+        self.alignment == 1 || vectors.iter().all(fits)
+    }
+
+    /// Gives the offset in bytes of `len` bytes from `sector` on.
+    ///
+    /// # Errors
+    /// If they are not held, not writable or not there.
+    pub fn check(&self, sector: u64, len: u64, write: bool) -> io::Result<u64> {
         let unit = u64::from(self.geometry.unit);
         let start =
             sector.checked_mul(512).filter(|start| start.is_multiple_of(unit) && len.is_multiple_of(unit));
@@ -187,68 +195,6 @@ impl Image {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         start.ok_or_else(|| io::ErrorKind::InvalidInput.into())
-    }
-
-    /// Moves data between the image, from `sector` on, and guest RAM.
-    ///
-    /// # Errors
-    /// What the system says, or if the range is none of the disk's.
-    pub fn transfer(&self, direction: Direction, sector: u64, slices: &[Slice<'_>]) -> io::Result<()> {
-        let len = slices.iter().map(|slice| slice.len() as u64).sum();
-        let mut offset = self.check(sector, len, direction == Direction::Write)?;
-        let fits = |slice: &Slice<'_>| {
-            let address = slice.ptr_guard().as_ptr() as usize;
-            address.is_multiple_of(self.alignment) && slice.len().is_multiple_of(self.geometry.unit as usize)
-        };
-        if self.alignment > 1 && !slices.iter().all(fits) {
-            return self.transfer_bounced(direction, offset, slices);
-        }
-        for batch in slices.chunks(MOST_BUFFERS) {
-            self.transfer_batch(direction, offset, batch)?;
-            offset += batch.iter().map(|slice| slice.len() as u64).sum::<u64>();
-        }
-        Ok(())
-    }
-
-    fn transfer_batch(&self, direction: Direction, mut offset: u64, batch: &[Slice<'_>]) -> io::Result<()> {
-        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MOST_BUFFERS];
-        let guards = batch.iter().map(|slice| (slice.ptr_guard_mut().as_ptr(), slice.len()));
-        for (vector, (address, len)) in vectors.iter_mut().zip(guards) {
-            (vector.iov_base, vector.iov_len) = (address.cast(), len);
-        }
-        let mut rest = &mut vectors[..batch.len().min(MOST_BUFFERS)];
-        let result = loop {
-            let Some(first) = rest.first() else { break Ok(()) };
-            let (vector, count): (*const libc::iovec, _) = (first, rest.len() as libc::c_int);
-            // SAFETY: every vector is a part of guest RAM, which `batch` keeps mapped; no reference
-            // into guest RAM exists that the kernel's writes could contradict.
-            let moved = unsafe {
-                match direction {
-                    Direction::Read => libc::preadv(self.file.as_raw_fd(), vector, count, offset as i64),
-                    Direction::Write => libc::pwritev(self.file.as_raw_fd(), vector, count, offset as i64),
-                }
-            };
-            match usize::try_from(moved) {
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        break Err(error);
-                    }
-                }
-                // The image has become shorter.
-                Ok(0) => break Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(moved) => {
-                    offset += moved as u64;
-                    rest = advance(rest, moved);
-                }
-            }
-        };
-        if direction == Direction::Read {
-            // The kernel wrote through bare addresses, and a failed call may have written in part.
-            // After the writes, so that whoever clears the mark in between sees them all.
-            batch.iter().for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
-        }
-        result
     }
 
     /// Reads from byte `offset` on, wherever that is and wherever to: for this process's own use, not for a guest's.
@@ -273,110 +219,12 @@ impl Image {
         Ok(())
     }
 
-    /// The same by way of a buffer of our own, for buffers that direct I/O does not take.
-    fn transfer_bounced(&self, direction: Direction, offset: u64, slices: &[Slice<'_>]) -> io::Result<()> {
-        let total: usize = slices.iter().map(Slice::len).sum();
-        let mut bounce = Bounce::new(total.min(BOUNCE))?;
-        let (mut slices, mut slice_at, mut done) = (slices.iter(), 0, 0);
-        let mut current = slices.next();
-        while done < total {
-            let piece = BOUNCE.min(total - done);
-            let buffer = &mut bounce.bytes()[..piece];
-            if direction == Direction::Read {
-                self.file.read_exact_at(buffer, offset + done as u64)?;
-            }
-            let mut copied = 0;
-            while copied < piece {
-                let Some(slice) = current else { return Err(io::ErrorKind::UnexpectedEof.into()) };
-                let part = slice.offset(slice_at).map_err(io::Error::other)?;
-                let count = match direction {
-                    // Marks what it writes.
-                    Direction::Read => {
-                        let count = part.len().min(piece - copied);
-                        part.copy_from(&buffer[copied..copied + count]);
-                        count
-                    }
-                    Direction::Write => part.copy_to(&mut buffer[copied..]),
-                };
-                (copied, slice_at) = (copied + count, slice_at + count);
-                if slice_at == slice.len() {
-                    (current, slice_at) = (slices.next(), 0);
-                }
-            }
-            if direction == Direction::Write {
-                self.file.write_all_at(buffer, offset + done as u64)?;
-            }
-            done += piece;
-        }
-        Ok(())
-    }
-
-    /// Makes a range read as zeros; `deallocate` if its storage may be given back.
-    ///
-    /// # Errors
-    /// As for [`transfer`](Self::transfer).
-    pub fn zero(&self, sector: u64, len: u64, deallocate: bool) -> io::Result<()> {
-        let offset = self.check(sector, len, true)?;
-        let mode = if deallocate { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
-        match self.fallocate(mode, offset, len) {
-            Err(error) if unsupported(&error) => {
-                let mut zeros = Bounce::new(BOUNCE.min(len as usize))?;
-                for at in (0..len).step_by(BOUNCE) {
-                    let piece = BOUNCE.min((len - at) as usize);
-                    self.file.write_all_at(&zeros.bytes()[..piece], offset + at)?;
-                }
-                Ok(())
-            }
-            result => result,
-        }
-    }
-
-    /// Gives a range's storage back where the file system can; what it reads as then does not matter.
-    ///
-    /// # Errors
-    /// As for [`transfer`](Self::transfer).
-    pub fn discard(&self, sector: u64, len: u64) -> io::Result<()> {
-        let offset = self.check(sector, len, true)?;
-        match self.fallocate(libc::FALLOC_FL_PUNCH_HOLE, offset, len) {
-            Err(error) if unsupported(&error) => Ok(()),
-            result => result,
-        }
-    }
-
-    fn fallocate(&self, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: the call takes integers only.
-        let result = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
-
     /// What to say of a state of another disk.
     pub fn mismatch(&self, index: u8, len: u64, unit: u32) -> crate::state::Error {
         let Geometry { len: own, unit: own_unit } = self.geometry;
         let what = format!("{len} bytes in units of {unit} where {own} in units of {own_unit} belong");
         crate::state::Error::Malformed { kind: Kind::Block, index, what }
     }
-}
-
-fn unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL))
-}
-
-/// What is left of vectors after `moved` bytes.
-fn advance(mut vectors: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
-    while let Some(first) = vectors.first_mut() {
-        if moved < first.iov_len {
-            first.iov_base = first.iov_base.wrapping_byte_add(moved);
-            first.iov_len -= moved;
-            break;
-        }
-        moved -= first.iov_len;
-        vectors = &mut vectors[1..];
-    }
-    vectors
 }
 
 /// What direct I/O on `file` needs: the alignment of buffers in memory, and the unit of offsets and
@@ -407,33 +255,3 @@ fn direct_io(file: &File, is_device: bool) -> (usize, u32) {
 
 /// The logical block size of a device; libc has it for some targets only.
 const BLKSSZGET: libc::c_ulong = 0x1268;
-
-/// A buffer that direct I/O takes.
-struct Bounce {
-    address: NonNull<u8>,
-    layout: Layout,
-}
-
-impl Bounce {
-    /// At least `len` bytes of zeros.
-    fn new(len: usize) -> io::Result<Self> {
-        let layout =
-            Layout::from_size_align(len.max(1).next_multiple_of(PAGE), PAGE).map_err(io::Error::other)?;
-        // SAFETY: the layout's size is a page or more.
-        let address = unsafe { std::alloc::alloc_zeroed(layout) };
-        let address = NonNull::new(address).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Bounce { address, layout })
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: the allocation has this size, is initialised with zeros and borrowed through self.
-        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.layout.size()) }
-    }
-}
-
-impl Drop for Bounce {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this very layout.
-        unsafe { std::alloc::dealloc(self.address.as_ptr(), self.layout) };
-    }
-}

@@ -10,18 +10,26 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `device.rs` | features, configuration, one request after the other |
+//! | `device.rs` | features, configuration, which way requests are carried out |
 //! | `request.rs` | a request's buffers, and what it asks for |
-//! | `image.rs` | the image: reading, writing, zeroing, flushing |
+//! | `job.rs` | a request as steps that follow one another |
+//! | `step.rs` | one such step, and how a system call carries it out |
+//! | `ring.rs` | several requests at a time, by io_uring |
+//! | `bounce.rs` | what direct I/O does not take as it is |
+//! | `image.rs` | the image: opening, locking, flushing |
 //! | `lock.rs` | who may write |
 //! | `mark.rs` | whether somebody else could, since |
 
+mod bounce;
 mod device;
 mod image;
+mod job;
 mod lock;
 mod mark;
 mod request;
+mod ring;
 mod state;
+mod step;
 #[cfg(test)]
 mod tests;
 
@@ -73,6 +81,26 @@ impl Images {
         let below = |folder: &PathBuf| folder.canonicalize().is_ok_and(|folder| real.starts_with(folder));
         if folders.iter().any(below) { Ok(()) } else { Err(Error::NotAllowed { path: path.into() }) }
     }
+}
+
+/// How a disk's requests are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aio {
+    /// By io_uring, or one after the other where that cannot be had.
+    #[default]
+    Auto,
+    /// By io_uring, several at a time.
+    IoUring,
+    /// One after the other.
+    Sync,
+}
+
+/// Whether a disk can have an io_uring here.
+///
+/// # Errors
+/// Why not.
+pub fn io_uring() -> io::Result<()> {
+    ring::Ring::new().map(drop)
 }
 
 /// A disk's size and unit.
@@ -152,6 +180,9 @@ pub enum Error {
         /// What the guest knows.
         wanted: Geometry,
     },
+    /// There is to be an io_uring, and cannot be.
+    #[error("disks cannot have an io_uring here: {0}; start with --aio auto to do without")]
+    NoRing(io::Error),
     /// A number of queues that no disk has.
     #[error("a disk with {0} queues: use 1 to {MOST_QUEUES}")]
     Queues(u16),

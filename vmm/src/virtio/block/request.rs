@@ -1,24 +1,26 @@
 //! A request's buffers, however the guest has cut them up: a header of 16 bytes, data, and a byte
 //! for the outcome.
 
-pub use crate::memory::Slice;
-
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Broken, Chain};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 const HEADER: usize = 16;
 /// Length of a range to be discarded or zeroed, in a request that names several.
 const RANGE: usize = 16;
+/// Most buffers of one request: as many as descriptors in the queue.
+pub const MOST_BUFFERS: usize = 256;
+const OUTSIDE: Broken = Broken::Request("a buffer lies outside guest memory");
 /// Most ranges in one request.
 pub const MOST_RANGES: usize = 32;
 
 /// What a request asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Operation {
     Read,
     Write,
@@ -26,6 +28,7 @@ pub enum Operation {
     Identify,
     Discard,
     WriteZeroes,
+    #[default]
     Unknown,
 }
 
@@ -40,38 +43,63 @@ pub struct Range {
     pub strange: bool,
 }
 
-/// One request; used again for the next, so that its lists need not grow anew.
+/// A part of guest RAM, all of it in one region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub address: GuestAddress,
+    pub len: usize,
+}
+
+impl Part {
+    /// What is left of it after `count` bytes.
+    pub fn after(self, count: usize) -> Option<Part> {
+        let len = self.len.checked_sub(count).filter(|len| *len > 0)?;
+        Some(Part { address: self.address.unchecked_add(count as u64), len })
+    }
+
+    /// Where it is in this process.
+    pub fn vector(self, memory: &GuestMemory) -> Result<libc::iovec, Broken> {
+        let slice = memory.get_slice(self.address, self.len).map_err(|_| OUTSIDE)?;
+        Ok(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: self.len })
+    }
+}
+
+/// One request; used again for another, so that its lists need not grow anew.
 #[derive(Default)]
-pub struct Request<'m> {
-    readable: Vec<Slice<'m>>,
-    writable: Vec<Slice<'m>>,
-    outcome: Option<Slice<'m>>,
+pub struct Request {
+    readable: Vec<Part>,
+    writable: Vec<Part>,
+    outcome: GuestAddress,
     pub sector: u64,
 }
 
-impl<'m> Request<'m> {
+impl Request {
     /// Takes a chain apart.
     ///
     /// # Errors
     /// [`Broken::Request`] if a part is missing or outside RAM.
-    pub fn parse(&mut self, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<Operation, Broken> {
+    pub fn parse(&mut self, memory: &GuestMemory, chain: &mut Chain<'_>) -> Result<Operation, Broken> {
         self.readable.clear();
         self.writable.clear();
-        for buffer in chain {
+        for (count, buffer) in chain.enumerate() {
+            // With indirect descriptors a chain could have far more.
+            if count == MOST_BUFFERS {
+                return Err(Broken::Request("it has more buffers than a queue holds"));
+            }
             let list = if buffer.is_write_only() { &mut self.writable } else { &mut self.readable };
-            let slices = GuestMemoryBackend::get_slices(memory, buffer.addr(), buffer.len() as usize);
-            for slice in slices {
-                list.push(slice.map_err(|_| Broken::Request("a buffer lies outside guest memory"))?);
+            let mut address = buffer.addr();
+            for slice in GuestMemoryBackend::get_slices(memory, address, buffer.len() as usize) {
+                let len = slice.map_err(|_| OUTSIDE)?.len();
+                list.push(Part { address, len });
+                address = address.unchecked_add(len as u64);
             }
         }
         let mut header = [0; HEADER];
-        if take_front(&mut self.readable, &mut header) != HEADER {
+        if take_front(&mut self.readable, memory, &mut header) != HEADER {
             return Err(Broken::Request("it has no header"));
         }
-        self.outcome = take_last_byte(&mut self.writable);
-        if self.outcome.is_none() {
-            return Err(Broken::Request("it has no place for its outcome"));
-        }
+        let outcome = take_last_byte(&mut self.writable);
+        self.outcome = outcome.ok_or(Broken::Request("it has no place for its outcome"))?;
         let [kind, _, sector @ ..]: [[u8; 4]; 4] =
             std::array::from_fn(|word| std::array::from_fn(|byte| header[word * 4 + byte]));
         let [low, high] = sector.map(u32::from_le_bytes);
@@ -88,24 +116,29 @@ impl<'m> Request<'m> {
     }
 
     /// The data that goes to the disk.
-    pub fn outgoing(&self) -> &[Slice<'m>] {
+    pub fn outgoing(&self) -> &[Part] {
         &self.readable
     }
 
     /// Where data from the disk goes.
-    pub fn incoming(&self) -> &[Slice<'m>] {
+    pub fn incoming(&self) -> &[Part] {
         &self.writable
     }
 
-    /// How many bytes that is.
-    pub fn incoming_len(&self) -> u64 {
-        self.writable.iter().map(|slice| slice.len() as u64).sum()
+    /// Marks all of that as written: the kernel writes there through bare addresses. To be called after it has, also
+    /// where it failed, since that may have been half-way.
+    pub fn mark(&self, memory: &GuestMemory) {
+        for part in &self.writable {
+            if let Ok(slice) = memory.get_slice(part.address, part.len) {
+                slice.bitmap().mark_dirty(0, part.len);
+            }
+        }
     }
 
     /// The next of the ranges that the outgoing data names.
-    pub fn next_range(&mut self) -> Option<Range> {
+    pub fn next_range(&mut self, memory: &GuestMemory) -> Option<Range> {
         let mut bytes = [0; RANGE];
-        if take_front(&mut self.readable, &mut bytes) != RANGE {
+        if take_front(&mut self.readable, memory, &mut bytes) != RANGE {
             return None;
         }
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
@@ -120,38 +153,38 @@ impl<'m> Request<'m> {
     }
 
     /// Writes the outcome.
-    pub fn conclude(&self, outcome: u8) -> Result<(), Broken> {
-        let written = self.outcome.as_ref().map(|slice| slice.write_obj(outcome, 0));
-        match written {
-            Some(Ok(())) => Ok(()),
-            _ => Err(Broken::Request("it has no place for its outcome")),
-        }
+    pub fn conclude(&self, memory: &GuestMemory, outcome: u8) -> Result<(), Broken> {
+        memory.write_obj(outcome, self.outcome).map_err(|_| OUTSIDE)
     }
 }
 
 /// Copies the first bytes into `buffer` and takes them off the list; how many there were.
-fn take_front(slices: &mut Vec<Slice<'_>>, buffer: &mut [u8]) -> usize {
+fn take_front(parts: &mut Vec<Part>, memory: &GuestMemory, buffer: &mut [u8]) -> usize {
     let (mut copied, mut whole) = (0, 0);
     while copied < buffer.len()
-        && let Some(slice) = slices.get_mut(whole)
+        && let Some(part) = parts.get_mut(whole)
     {
-        let count = slice.copy_to(&mut buffer[copied..]);
+        let count = part.len.min(buffer.len() - copied);
+        if memory.read_slice(&mut buffer[copied..copied + count], part.address).is_err() {
+            break;
+        }
         copied += count;
-        match slice.offset(count) {
-            Ok(rest) if !rest.is_empty() => *slice = rest,
-            _ => whole += 1,
+        match part.after(count) {
+            Some(rest) => *part = rest,
+            None => whole += 1,
         }
     }
-    slices.drain(..whole);
+    parts.drain(..whole);
     copied
 }
 
 /// Takes the last byte off the list.
-fn take_last_byte<'m>(slices: &mut Vec<Slice<'m>>) -> Option<Slice<'m>> {
-    let last = slices.pop()?;
-    let (rest, byte) = last.split_at(last.len().checked_sub(1)?).ok()?;
-    if !rest.is_empty() {
-        slices.push(rest);
+fn take_last_byte(parts: &mut Vec<Part>) -> Option<GuestAddress> {
+    let last = parts.last_mut()?;
+    last.len -= 1;
+    let byte = last.address.unchecked_add(last.len as u64);
+    if last.len == 0 {
+        parts.pop();
     }
     Some(byte)
 }

@@ -1,9 +1,14 @@
 //! The device, driven through its registers, with a real image.
 
-use super::{Block, BlockConfig, Error, Geometry, Images};
+mod flight;
+mod pace;
+
+use super::ring::Ring;
+use super::{Aio, Block, BlockConfig, Error, Geometry, Images};
 use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{BUFFERS, Bench, Buffer};
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,12 +26,58 @@ const HEADER: u64 = BUFFERS;
 const OUTCOME: u64 = BUFFERS + 0x1000;
 const DATA: u64 = BUFFERS + 0x10_0000;
 
+/// Each of the following tests, once for either way of carrying requests out.
+macro_rules! both_ways {
+    ($($test:ident,)*) => {
+        mod in_turn {
+            $(#[test] fn $test() { super::$test(super::Aio::Sync) })*
+        }
+        mod by_ring {
+            $(#[test] fn $test() {
+                if super::has_ring() {
+                    super::$test(super::Aio::IoUring)
+                }
+            })*
+        }
+    };
+}
+
+both_ways! {
+    what_is_written_is_read_and_in_the_image,
+    buffers_may_be_cut_up_and_lie_anywhere,
+    every_page_it_writes_is_logged_and_no_other,
+    pages_are_logged_before_the_chain_is_back,
+    ranges_are_zeroed_and_discarded,
+    what_is_none_of_the_guest_s_is_refused,
+    a_read_only_disk_is_not_written_and_is_shared,
+    one_machine_writes_and_the_next_is_told_who,
+    requests_go_on_in_the_machine_that_gets_the_lock,
+    a_driver_that_never_flushes_writes_through,
+    the_configuration_tells_the_geometry,
+    images_that_cannot_be_disks_are_refused_by_name,
+    an_arriving_machine_has_only_images_that_were_set_aside,
+}
+
+fn has_ring() -> bool {
+    let refused = Ring::new().err();
+    if let Some(error) = &refused {
+        skipped("disks by io_uring", error);
+    }
+    refused.is_none()
+}
+
+/// Says so past the harness, which keeps to itself what passing tests print.
+fn skipped(what: &str, why: &dyn std::fmt::Display) {
+    let line = format!("SKIPPED {what}: {why}\n");
+    std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
+}
+
 /// An image whose byte at offset n is made of n, in a folder that is removed with it.
-struct Folder(tempfile::TempDir);
+struct Folder(tempfile::TempDir, Aio);
 
 impl Folder {
-    fn new() -> Self {
-        let folder = Folder(tempfile::tempdir().unwrap());
+    fn new(aio: Aio) -> Self {
+        let folder = Folder(tempfile::tempdir().unwrap(), aio);
         let content: Vec<u8> = (0..LEN).map(pattern).collect();
         std::fs::write(folder.image(), content).unwrap();
         folder
@@ -39,7 +90,7 @@ impl Folder {
     /// With direct I/O if this file system has it: where the tests run decides.
     fn config(&self) -> BlockConfig {
         let direct = BlockConfig::new(self.image());
-        match Block::open(&direct, &Images::Any) {
+        match Block::open(&direct, &Images::Any, self.1) {
             Err(Error::NoDirectIo { .. }) => BlockConfig { cached: true, ..direct },
             _ => direct,
         }
@@ -48,7 +99,7 @@ impl Folder {
     fn disk(&self, change: impl FnOnce(&mut BlockConfig)) -> Arc<Block> {
         let mut config = self.config();
         change(&mut config);
-        Arc::new(Block::open(&config, &Images::Any).unwrap())
+        Arc::new(Block::open(&config, &Images::Any, self.1).unwrap())
     }
 
     fn bytes(&self, offset: u64, len: usize) -> Vec<u8> {
@@ -84,9 +135,8 @@ fn request(bench: &mut Bench, queue: usize, kind: u32, sector: u64, data: &[Buff
     (bench.bytes(OUTCOME, 1)[0], written)
 }
 
-#[test]
-fn what_is_written_is_read_and_in_the_image() {
-    let folder = Folder::new();
+fn what_is_written_is_read_and_in_the_image(aio: Aio) {
+    let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|config| config.queues = 3));
     for (queue, sector, pages) in [(0, 0, 1), (1, 8, 16), (2, LEN / 512 - 8, 1)] {
         let len = pages * 4096;
@@ -104,9 +154,8 @@ fn what_is_written_is_read_and_in_the_image() {
     assert_eq!(folder.bytes(17 * 4096, 4096), expected(17 * 4096, 4096), "nothing beside them");
 }
 
-#[test]
-fn buffers_may_be_cut_up_and_lie_anywhere() {
-    let folder = Folder::new();
+fn buffers_may_be_cut_up_and_lie_anywhere(aio: Aio) {
+    let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|_| {}));
     // A header in three parts, data at odd addresses, the outcome behind the data in one buffer.
     let mut header = [0; 16];
@@ -132,9 +181,8 @@ fn buffers_may_be_cut_up_and_lie_anywhere() {
     assert_eq!(folder.bytes(64 * 512, len as usize), content);
 }
 
-#[test]
-fn every_page_it_writes_is_logged_and_no_other() {
-    let folder = Folder::new();
+fn every_page_it_writes_is_logged_and_no_other(aio: Aio) {
+    let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|_| {}));
     let (data, outcome) = (DATA >> 12, OUTCOME >> 12);
     let used = Bench::used_page(0);
@@ -158,6 +206,30 @@ fn every_page_it_writes_is_logged_and_no_other() {
     assert_eq!(bench.logged(0), [used, outcome, data, data + 1]);
 }
 
+/// Whoever sees that a chain is back sees as well that its pages are dirty.
+fn pages_are_logged_before_the_chain_is_back(aio: Aio) {
+    let folder = Folder::new(aio);
+    let mut bench = bench(folder.disk(|_| {}));
+    let header = [0; 16];
+    bench.guest_writes(HEADER, &header);
+    for round in 0..4000u64 {
+        let page = DATA + round % 64 * 4096;
+        bench.logged(0);
+        let before = bench.used(0);
+        bench.offer(0, 0, &[Buffer::Out(HEADER, 16), Buffer::In(page, 4096), Buffer::In(OUTCOME, 1)]);
+        bench.notify(0);
+        while bench.used(0) == before {
+            std::hint::spin_loop();
+        }
+        let logged = bench.logged(0);
+        assert!(
+            [page >> 12, OUTCOME >> 12].iter().all(|page| logged.contains(page)),
+            "round {round}: {logged:?}"
+        );
+        bench.wait_used(0);
+    }
+}
+
 fn ranges(bench: &Bench, ranges: &[(u64, u32, u32)]) -> [Buffer; 1] {
     let bytes: Vec<u8> = ranges
         .iter()
@@ -169,9 +241,8 @@ fn ranges(bench: &Bench, ranges: &[(u64, u32, u32)]) -> [Buffer; 1] {
     [Buffer::Out(DATA, bytes.len() as u32)]
 }
 
-#[test]
-fn ranges_are_zeroed_and_discarded() {
-    let folder = Folder::new();
+fn ranges_are_zeroed_and_discarded(aio: Aio) {
+    let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|_| {}));
     let two = ranges(&bench, &[(8, 8, 0), (32, 16, 1)]);
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_WRITE_ZEROES, 0, &two), (OK, 1));
@@ -196,9 +267,8 @@ fn ranges_are_zeroed_and_discarded() {
     assert_eq!(folder.bytes(0, 4096), expected(0, 4096));
 }
 
-#[test]
-fn what_is_none_of_the_guest_s_is_refused() {
-    let folder = Folder::new();
+fn what_is_none_of_the_guest_s_is_refused(aio: Aio) {
+    let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|_| {}));
     let page = [Buffer::In(DATA, 4096)];
     for sector in [LEN / 512, LEN / 512 - 4, u64::MAX, u64::MAX / 512, 1 << 55] {
@@ -221,9 +291,8 @@ fn what_is_none_of_the_guest_s_is_refused() {
     }
 }
 
-#[test]
-fn a_read_only_disk_is_not_written_and_is_shared() {
-    let folder = Folder::new();
+fn a_read_only_disk_is_not_written_and_is_shared(aio: Aio) {
+    let folder = Folder::new(aio);
     let readonly = |config: &mut BlockConfig| config.readonly = true;
     let mut one = bench(folder.disk(readonly));
     let other = folder.disk(readonly);
@@ -238,9 +307,8 @@ fn a_read_only_disk_is_not_written_and_is_shared() {
     assert_eq!(folder.bytes(0, 4096), expected(0, 4096));
 }
 
-#[test]
-fn one_machine_writes_and_the_next_is_told_who() {
-    let folder = Folder::new();
+fn one_machine_writes_and_the_next_is_told_who(aio: Aio) {
+    let folder = Folder::new(aio);
     let (first, second) = (folder.disk(|_| {}), folder.disk(|_| {}));
     first.take_storage().unwrap();
     first.take_storage().unwrap();
@@ -261,9 +329,8 @@ fn one_machine_writes_and_the_next_is_told_who() {
     assert!(first.take_storage().is_err());
 }
 
-#[test]
-fn requests_go_on_in_the_machine_that_gets_the_lock() {
-    let folder = Folder::new();
+fn requests_go_on_in_the_machine_that_gets_the_lock(aio: Aio) {
+    let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|config| config.queues = 2));
     for round in 0..8u64 {
         let (sector, queue) = (round * 8, round as usize % 2);
@@ -287,9 +354,8 @@ fn requests_go_on_in_the_machine_that_gets_the_lock() {
     }
 }
 
-#[test]
-fn a_driver_that_never_flushes_writes_through() {
-    let folder = Folder::new();
+fn a_driver_that_never_flushes_writes_through(aio: Aio) {
+    let folder = Folder::new(aio);
     let disk = folder.disk(|_| {});
     disk.take_storage().unwrap();
     let mut bench = Bench::with(disk);
@@ -299,9 +365,8 @@ fn a_driver_that_never_flushes_writes_through() {
     assert_eq!(folder.bytes(0, 4096), [0; 4096]);
 }
 
-#[test]
-fn the_configuration_tells_the_geometry() {
-    let folder = Folder::new();
+fn the_configuration_tells_the_geometry(aio: Aio) {
+    let folder = Folder::new(aio);
     let bench = bench(folder.disk(|config| config.queues = 4));
     assert_eq!(bench.read(4, 0, 8), LEN / 512);
     assert_eq!(bench.read(4, 34, 2), 4);
@@ -310,10 +375,9 @@ fn the_configuration_tells_the_geometry() {
     assert_eq!(bench.read(1, 0x12, 2), 4);
 }
 
-#[test]
-fn images_that_cannot_be_disks_are_refused_by_name() {
-    let folder = Folder::new();
-    let open = |config: &BlockConfig| Block::open(config, &Images::Any).map(drop);
+fn images_that_cannot_be_disks_are_refused_by_name(aio: Aio) {
+    let folder = Folder::new(aio);
+    let open = |config: &BlockConfig| Block::open(config, &Images::Any, aio).map(drop);
     let at = |path: &str| BlockConfig { path: path.into(), ..folder.config() };
     assert!(matches!(open(&at("/nonexistent/disk")), Err(Error::Open { .. })));
     assert!(matches!(open(&at("/")), Err(Error::NoImage { .. })));
@@ -331,15 +395,14 @@ fn images_that_cannot_be_disks_are_refused_by_name() {
     }
 }
 
-#[test]
-fn an_arriving_machine_has_only_images_that_were_set_aside() {
-    let folder = Folder::new();
+fn an_arriving_machine_has_only_images_that_were_set_aside(aio: Aio) {
+    let folder = Folder::new(aio);
     let below = |path: &Path| Images::Below(vec![path.into()]);
     let check = |images: &Images, path: &Path| images.check(path);
     assert!(check(&below(folder.0.path()), &folder.image()).is_ok());
     let refused = check(&Images::Below(Vec::new()), &folder.image()).unwrap_err();
     assert!(refused.to_string().contains("--disks"), "{refused}");
-    let elsewhere = Folder::new();
+    let elsewhere = Folder::new(aio);
     assert!(check(&below(elsewhere.0.path()), &folder.image()).is_err());
     let by_way_of = elsewhere.0.path().join("..").join(folder.0.path().file_name().unwrap()).join("disk.raw");
     assert!(check(&below(elsewhere.0.path()), &by_way_of).is_err());

@@ -2,7 +2,7 @@
 
 use super::Rng;
 use crate::virtio::queue::NO_VECTOR;
-use crate::virtio::testing::{BUFFERS, Bench, Buffer, WITHOUT_EVENT_INDEX};
+use crate::virtio::testing::{BUFFERS, Bench, Buffer, SIZE, WITHOUT_EVENT_INDEX};
 use std::sync::Arc;
 
 fn bench() -> Bench {
@@ -98,10 +98,10 @@ fn what_no_driver_does_ends_in_a_reset_and_not_in_a_panic() {
 fn registers_hold_what_they_may() {
     let mut bench = bench();
     assert_eq!(bench.read(1, 0x12, 2), 1, "one queue");
-    assert_eq!(bench.read(1, 0x18, 2), 16);
+    assert_eq!(bench.read(1, 0x18, 2), u64::from(SIZE));
     bench.write(1, 0x18, 2, 8);
     bench.write(1, 0x20, 4, 0x5000);
-    assert_eq!((bench.read(1, 0x18, 2), bench.read(1, 0x20, 8)), (16, 0x1_0000), "it is in use");
+    assert_eq!((bench.read(1, 0x18, 2), bench.read(1, 0x20, 8)), (u64::from(SIZE), 0x1_0000), "it is in use");
     bench.write(1, 0x1a, 2, 2);
     assert_eq!(bench.read(1, 0x1a, 2), u64::from(NO_VECTOR), "there is no vector 2");
     bench.write(1, 0x16, 2, 1);
