@@ -117,15 +117,17 @@ impl Devices {
         self.virtio.iter().for_each(|function| function.device().flush_storage());
     }
 
-    /// Stops all threads of devices from touching guest RAM. No vCPU may run.
+    /// Stops all threads of devices from touching guest RAM, and input from coming in. No vCPU may run.
     pub fn pause(&self) {
         *self.running() = false;
+        self.serial.pause();
         self.virtio.iter().for_each(|function| function.pause());
     }
 
     /// Lets them go on.
     pub fn resume(&self) {
         *self.running() = true;
+        self.serial.resume();
         self.virtio.iter().for_each(|function| function.resume());
     }
 

@@ -3,20 +3,22 @@
 //! The port's registers are vm-superio's. Ours are the interrupt line, the output that never holds
 //! a vCPU up, the input, and the saved form.
 
+mod input;
 mod output;
 
 pub use output::Output;
 
 use crate::error::Error;
+use input::Gate;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use vm_superio::serial::{SerialEvents, SerialState as Registers};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_superio::serial::SerialState as Registers;
 use vm_superio::{Serial, Trigger};
 
 /// Interrupt line of the first serial port, as on every PC.
@@ -80,27 +82,13 @@ impl Trigger for LineTrigger {
     }
 }
 
-/// Tells the input thread that the guest made room.
-#[derive(Clone, Default)]
-struct Room(Arc<(Mutex<bool>, Condvar)>);
-
-impl SerialEvents for Room {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
-    fn tx_lost_byte(&self) {}
-    fn in_buffer_empty(&self) {
-        *lock(&self.0.0) = true;
-        self.0.1.notify_one();
-    }
-}
-
-type Port = Serial<LineTrigger, Room, Output>;
+type Port = Serial<LineTrigger, Gate, Output>;
 
 /// The serial port as the machine has it.
 pub struct SerialPort {
     port: Arc<Mutex<Port>>,
     line: Arc<Line>,
-    room: Room,
+    gate: Gate,
     output: Output,
 }
 
@@ -126,9 +114,9 @@ impl SerialPort {
         let (path, output) = output.open();
         let output = output.map_err(|source| Error::Serial { path, source })?;
         let line = Arc::new(Line { vm, live: AtomicBool::new(true) });
-        let room = Room::default();
-        let port = Serial::with_events(LineTrigger(line.clone()), room.clone(), output.clone());
-        Ok(SerialPort { port: Arc::new(Mutex::new(port)), line, room, output })
+        let gate = Gate::default();
+        let port = Serial::with_events(LineTrigger(line.clone()), gate.clone(), output.clone());
+        Ok(SerialPort { port: Arc::new(Mutex::new(port)), line, gate, output })
     }
 
     /// A guest's write to register `offset`.
@@ -147,40 +135,33 @@ impl SerialPort {
         self.output.lost()
     }
 
-    /// Feeds `input` to the guest from a thread of its own, until the input ends.
+    /// Feeds `input`, without what `filter` leaves out of it, to the guest from a thread of its own, until the input
+    /// ends. Nothing is taken from it while the machine is paused, nor beyond what the port has room for: what the port
+    /// has goes along with its state, what it has not is still in the input.
     ///
     /// # Errors
     /// [`Error::Thread`] if the thread cannot be started.
-    pub fn attach_input(&self, input: File) -> Result<(), Error> {
-        let port = Arc::downgrade(&self.port);
-        let room = self.room.clone();
-        let feed = move || {
-            let mut input = input;
-            let mut buffer = [0u8; 64];
-            while let Ok(read @ 1..) = input.read(&mut buffer) {
-                let mut rest = &buffer[..read];
-                while !rest.is_empty() {
-                    let Some(port) = port.upgrade() else { return };
-                    let taken = {
-                        let mut port = lock(&port);
-                        let fits = port.fifo_capacity().min(rest.len());
-                        *lock(&room.0.0) = false;
-                        port.enqueue_raw_bytes(&rest[..fits]).unwrap_or(fits)
-                    };
-                    drop(port);
-                    rest = &rest[taken..];
-                    if taken == 0 {
-                        let (flag, empty) = &*room.0;
-                        let guard = lock(flag);
-                        // In loopback mode the port takes nothing; look again from time to time.
-                        let wait = std::time::Duration::from_millis(100);
-                        drop(empty.wait_timeout_while(guard, wait, |room| !*room));
-                    }
-                }
-            }
-        };
+    pub fn attach_input(
+        &self,
+        input: File,
+        filter: impl FnMut(u8) -> Option<u8> + Send + 'static,
+    ) -> Result<(), Error> {
+        let (port, gate) = (Arc::downgrade(&self.port), self.gate.clone());
+        let feed = move || input::feed(&port, &gate, input, filter);
         std::thread::Builder::new().name("serial-input".into()).spawn(feed).map_err(Error::Thread)?;
         Ok(())
+    }
+
+    /// Takes no more input. When it returns, the port changes no more by itself.
+    pub fn pause(&self) {
+        let _port = lock(&self.port);
+        self.gate.close();
+    }
+
+    /// Takes input again.
+    pub fn resume(&self) {
+        let _port = lock(&self.port);
+        self.gate.open();
     }
 
     /// The port's registers.
@@ -224,7 +205,7 @@ impl SerialPort {
         let mut port = lock(&self.port);
         self.line.live.store(false, Ordering::Release);
         let trigger = LineTrigger(self.line.clone());
-        let restored = Serial::from_state(&registers, trigger, self.room.clone(), self.output.clone());
+        let restored = Serial::from_state(&registers, trigger, self.gate.clone(), self.output.clone());
         self.line.live.store(true, Ordering::Release);
         *port = restored.map_err(|_| format!("{} bytes of input do not fit its FIFO", state.input.len()))?;
         Ok(())

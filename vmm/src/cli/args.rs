@@ -159,14 +159,15 @@ pub struct ProcessArgs {
     /// The machine's name, for people
     #[arg(long, default_value = "vm")]
     pub name: String,
-    /// Where the serial port goes: stdout, none, or a file to append to
+    /// Where the serial port goes: stdio, stdout, none, or a file to append to. With stdio it also reads standard
+    /// input; a terminal there is the guest's (raw) until Ctrl-A x, which quits; Ctrl-A twice sends one
     #[arg(long, default_value = "stdout")]
     pub serial: SerialTarget,
     /// Where a virtio console goes: stdout, none, or a file to append to. `run` gives the machine one
     /// if this is there; a machine that arrives keeps what it has, and without this its console goes
     /// nowhere
     #[arg(long)]
-    pub console: Option<SerialTarget>,
+    pub console: Option<OutputTarget>,
     /// File, pipe or terminal that the virtio console reads
     #[arg(long, requires = "console")]
     pub console_input: Option<PathBuf>,
@@ -226,11 +227,10 @@ impl From<Seccomp> for Mode {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialTarget {
-    Stdout,
-    None,
-    File(PathBuf),
+    Stdio,
+    Output(OutputTarget),
 }
 
 impl std::str::FromStr for SerialTarget {
@@ -238,9 +238,27 @@ impl std::str::FromStr for SerialTarget {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Ok(match text {
-            "stdout" => SerialTarget::Stdout,
-            "none" => SerialTarget::None,
-            path => SerialTarget::File(path.into()),
+            "stdio" => SerialTarget::Stdio,
+            output => SerialTarget::Output(output.parse()?),
+        })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OutputTarget {
+    Stdout,
+    None,
+    File(PathBuf),
+}
+
+impl std::str::FromStr for OutputTarget {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "stdout" => OutputTarget::Stdout,
+            "none" => OutputTarget::None,
+            path => OutputTarget::File(path.into()),
         })
     }
 }

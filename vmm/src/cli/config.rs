@@ -159,7 +159,7 @@ fn words(option: &Arg, key: &str, value: &DeValue<'_>) -> Result<Vec<String>, St
 
 #[cfg(test)]
 mod tests {
-    use super::super::args::{Command, ReceiveArgs, RunArgs, SerialTarget};
+    use super::super::args::{Command, OutputTarget, ReceiveArgs, RunArgs, SerialTarget};
     use super::*;
     use std::time::Duration;
 
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!((args.machine.memory, args.machine.vcpus), (2 << 30, 2));
         assert_eq!((args.disk.len(), args.net.len(), args.rng), (2, 1, true));
         assert!(args.disk[0].queues == 2 && args.disk[1].readonly);
-        assert!(matches!(args.process.serial, SerialTarget::File(_)));
+        assert!(matches!(args.process.serial, SerialTarget::Output(OutputTarget::File(_))));
         assert_eq!(args.process.announce.rounds, 8);
         let args = receive("", receiver);
         assert_eq!((args.disks.len(), args.net.len(), args.populate), (1, 1, true));

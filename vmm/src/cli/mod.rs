@@ -9,6 +9,7 @@ mod process;
 mod receive;
 mod render;
 mod run;
+mod terminal;
 
 use anyhow::Context;
 use args::{Cli, Command, Target};

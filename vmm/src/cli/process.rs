@@ -1,7 +1,8 @@
 //! What `run` and `receive` share: a process that holds one virtual machine until it ends.
 
 use super::Exit;
-use super::args::{ProcessArgs, SerialTarget};
+use super::args::{OutputTarget, ProcessArgs, SerialTarget};
+use super::terminal::{self, Terminal};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -11,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vmm::api::server::Slot;
 use vmm::instance::{End, Instance};
-use vmm::machine::Outcome;
+use vmm::machine::{Machine, Outcome};
 use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
@@ -23,19 +24,19 @@ impl ProcessArgs {
     /// Where the serial port goes.
     pub fn serial(&self) -> SerialOutput {
         match &self.serial {
-            SerialTarget::Stdout => SerialOutput::Stdout,
-            SerialTarget::None => SerialOutput::Null,
-            SerialTarget::File(path) => SerialOutput::File(path.clone()),
+            SerialTarget::Stdio => SerialOutput::Stdout,
+            SerialTarget::Output(target) => output(target),
         }
+    }
+
+    /// Connects the serial port to standard input, if it is to be.
+    pub fn connect(&self, machine: &Machine) -> anyhow::Result<Option<Terminal>> {
+        (self.serial == SerialTarget::Stdio).then(|| terminal::connect(machine.serial())).transpose()
     }
 
     /// What of a machine's PCI devices this process decides.
     pub fn local(&self) -> LocalConfig {
-        let output = match &self.console {
-            None | Some(SerialTarget::None) => SerialOutput::Null,
-            Some(SerialTarget::Stdout) => SerialOutput::Stdout,
-            Some(SerialTarget::File(path)) => SerialOutput::File(path.clone()),
-        };
+        let output = self.console.as_ref().map_or(SerialOutput::Null, output);
         let console = ConsoleConfig { output, input: self.console_input.clone() };
         LocalConfig { console, aio: self.aio.into(), announcing: self.announce, ..LocalConfig::default() }
     }
@@ -55,6 +56,14 @@ impl ProcessArgs {
     }
 }
 
+fn output(target: &OutputTarget) -> SerialOutput {
+    match target {
+        OutputTarget::Stdout => SerialOutput::Stdout,
+        OutputTarget::None => SerialOutput::Null,
+        OutputTarget::File(path) => SerialOutput::File(path.clone()),
+    }
+}
+
 /// How long a guest may take to shut down after SIGTERM: less than a service manager waits (systemd: 90 s).
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -67,7 +76,10 @@ pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
     thread::Builder::new().name("signals".into()).spawn(move || {
         let mut pressed = false;
         for signal in signals.forever() {
-            let Some(instance) = slot.get() else { std::process::exit(128 + signal) };
+            let Some(instance) = slot.get() else {
+                terminal::restore();
+                std::process::exit(128 + signal)
+            };
             if signal == SIGTERM && !pressed && instance.shutdown().is_ok() {
                 pressed = true;
                 let instance = Arc::clone(instance);

@@ -60,6 +60,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         match taken {
             Ok(mut arrival) => {
                 let machine = arrival.machine.machine();
+                let _terminal = args.process.connect(&machine)?;
                 let instance = Instance::new(args.process.name.clone(), machine)?;
                 slot.put(Arc::clone(&instance));
                 args.process.tell(

@@ -47,6 +47,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
             workload.boot(&machine)?;
         }
     }
+    let _terminal = args.process.connect(&machine)?;
     machine.resume()?;
     let instance = Instance::new(args.process.name.clone(), Arc::new(machine))?;
     slot.put(Arc::clone(&instance));

@@ -13,6 +13,8 @@ pub const TICKS: u64 = 0x20_0004;
 pub const BACKWARDS: u64 = 0x20_0010;
 /// Counts port reads that gave something else than they should.
 pub const BAD_READS: u64 = 0x20_0014;
+/// As long as this is not zero, [`echo`] does not listen.
+pub const DEAF: u64 = 0x20_0018;
 /// Where each of the other vCPUs counts: four bytes each, by APIC ID.
 pub const AP_LOOPS: u64 = 0x20_0100;
 
@@ -65,6 +67,10 @@ guest!(
 guest!(
     /// Writes one word into each page from 2 MiB to 4 MiB, then counts at `LOOPS`.
     toucher, guest_toucher_start, guest_toucher_end
+);
+guest!(
+    /// Gives back what comes in by the serial port.
+    echo, guest_echo_start, guest_echo_end
 );
 guest!(
     /// Drives a virtio-rng in the first place on the PCI bus, one request after the other: counts
@@ -390,6 +396,22 @@ global_asm!(
         jmp 2b
     .globl guest_toucher_end
     guest_toucher_end:
+
+    .globl guest_echo_start
+    guest_echo_start:
+    1:  inc dword ptr [0x200000]
+        cmp dword ptr [0x200018], 0
+        jne 1b
+        mov edx, 0x3fd
+        in al, dx
+        test al, 1
+        jz 1b
+        mov edx, 0x3f8
+        in al, dx
+        out dx, al
+        jmp 1b
+    .globl guest_echo_end
+    guest_echo_end:
 
     .code64
     .popsection
