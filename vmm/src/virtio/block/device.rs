@@ -79,6 +79,8 @@ impl Block {
         let printable = name.bytes().filter(u8::is_ascii_graphic);
         identity.iter_mut().zip(printable).for_each(|(byte, letter)| *byte = letter);
         let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queues)];
+        // What the page cache has takes less time than a ring, and what it has not the kernel gives to threads of its own.
+        let aio = if aio == Aio::Auto && config.cached { Aio::Sync } else { aio };
         Ok(Block {
             config: BlockConfig { geometry: Some(image.geometry()), ..config },
             disk: Disk { image, identity, write_through: AtomicBool::new(true) },

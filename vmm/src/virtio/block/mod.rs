@@ -86,7 +86,7 @@ impl Images {
 /// How a disk's requests are carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Aio {
-    /// By io_uring, or one after the other where that cannot be had.
+    /// By io_uring; one after the other where that cannot be had, or where the page cache is used.
     #[default]
     Auto,
     /// By io_uring, several at a time.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const IMAGE: u64 = 256 << 20;
 const PAGE: u64 = 4096;
 const ROUNDS: usize = 5;
-const EACH: Duration = Duration::from_millis(600);
+const EACH: Duration = Duration::from_millis(300);
 
 /// A driver that keeps `depth` requests of a page in flight, each with descriptors of its own.
 struct Driver {
