@@ -3,13 +3,17 @@
 //!
 //!     cargo bench -p bench --bench micro
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
 use migration::dirty::{DirtySet, runs};
 use migration::machine::SourceMachine;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::scan;
+use migration::transport::{DestinationTransport, Session, SourceTransport, Token};
 use std::hint::black_box;
-use std::time::Duration;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+use transport_tcp::{Listener, TcpDestination, TcpSource};
+use vmm::guest::{self, Content, Workload};
 use vmm::memory::{GuestRam, PageSize};
 use vmm::{Host, Machine, MachineConfig, SerialOutput};
 
@@ -200,12 +204,96 @@ fn state(c: &mut Criterion) {
     group.finish();
 }
 
+/// A machine with our guest at work, stopped there, and its state.
+fn stopped(vcpus: u32) -> Result<(Machine, Vec<u8>), vmm::Error> {
+    let machine = small(vcpus)?;
+    let (working_set, content) = (1 << 20, Content::Random);
+    Workload { vcpus, working_set, rate: 0, hz: None, fill: 0, content, journal: 0 }.boot(&machine)?;
+    machine.resume()?;
+    // Past its first pass it rewrites pages and does nothing else.
+    while pages(&machine) < 10_000 {
+        assert!(machine.outcome().is_none(), "the guest ended");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    machine.pause()?;
+    let state = machine.save()?;
+    Ok((machine, state))
+}
+
+/// A machine whose memory costs next to nothing to move.
+fn small(vcpus: u32) -> Result<Machine, vmm::Error> {
+    let host = Host::open()?;
+    let config = MachineConfig::new(&host, 32 << 20, vcpus)?;
+    Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config })
+}
+
+/// Pages that the guest has rewritten.
+fn pages(machine: &Machine) -> u64 {
+    guest::testimony(machine.memory()).map_or(0, |testimony| testimony.pages)
+}
+
+/// Moves what `source` has to a new machine over TCP; the time from the confirmation of the last write until the guest
+/// has done something there.
+fn arrive(source: &Machine, state: &[u8], vcpus: u32) -> Duration {
+    let machine = small(vcpus).expect("a machine");
+    let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
+    let token = Token::random().expect("a token");
+    let session = |machine: &Machine| Session {
+        token,
+        ram: machine.memory().ram().clone(),
+        timeout: Duration::from_secs(30),
+    };
+    let (offer, mut there) =
+        TcpDestination::new(&listener).offer(&session(&machine)).expect("a destination's plane");
+    let mut here =
+        TcpSource::new(listener.local_addr(), 1).connect(&session(source), &offer).expect("a plane");
+    let lane = &mut here.lanes()[0];
+    let len = machine.memory().ram().regions()[0].len();
+    // What the last write writes exists already.
+    for (round, len) in [(0, len), (1, PAGE_SIZE)] {
+        lane.write(&[Extent { region: 0, offset: 0, len }]).expect("a write");
+        lane.post_barrier(round).expect("a barrier");
+        lane.wait_barrier(round).expect("its confirmation");
+    }
+    let before = pages(&machine);
+    let began = Instant::now();
+    there.fence().expect("a fence");
+    machine.load(state).expect("the source's state");
+    machine.resume().expect("a guest that runs");
+    while pages(&machine) == before {
+        assert!(machine.outcome().is_none(), "the guest ended");
+        std::hint::spin_loop();
+    }
+    let elapsed = began.elapsed();
+    machine.stop();
+    elapsed
+}
+
+/// From the last write to the guest at work: fence, load, run. What a network adds is its round trips.
+fn last_write(c: &mut Criterion) {
+    let mut group = c.benchmark_group("last write to running guest");
+    // What is not timed takes a hundred times as long as what is: as few repetitions as samples need.
+    group.sampling_mode(SamplingMode::Flat).warm_up_time(Duration::from_millis(1));
+    group.measurement_time(Duration::from_millis(15));
+    for vcpus in [1, 2, 8] {
+        let (source, state) = match stopped(vcpus) {
+            Ok(stopped) => stopped,
+            Err(why) => return eprintln!("SKIPPED last write, {vcpus} vCPUs: {why}"),
+        };
+        group.bench_function(BenchmarkId::new("vCPUs", vcpus), |b| {
+            b.iter_custom(|times| (0..times).map(|_| arrive(&source, &state, vcpus)).sum())
+        });
+        source.stop();
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = micro;
     config = Criterion::default()
         .sample_size(30)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_millis(1500));
-    targets = extents, sets, zeros, existing, harvest, state
+    targets = extents, sets, zeros, existing, harvest, state, last_write
 }
 criterion_main!(micro);

@@ -2,11 +2,14 @@
 
 use crate::contender::Peers;
 use crate::guest::Content;
+use crate::transport::Completion;
+use crate::transport::client::Test;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use vmm::api::model::TransportChoice;
+use vmm::memory::PageSize;
 
 /// Measures migrations between real processes on this machine.
 #[derive(Debug, Parser)]
@@ -121,11 +124,19 @@ pub struct PeerArgs {
     /// Its multifd channels; without it, 2 when the destination is populated, else 4
     #[arg(long, value_delimiter = ',', requires = "qemu_script")]
     pub multifd: Vec<u16>,
+    /// The program of Cloud Hypervisor, which then moves our guest
+    #[arg(long, value_name = "PATH")]
+    pub cloud_hypervisor: Option<PathBuf>,
+    /// Its connections
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "cloud_hypervisor",
+        value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub connections: Vec<u16>,
 }
 
 impl From<PeerArgs> for Peers {
     fn from(args: PeerArgs) -> Self {
-        Peers { iperf3: args.iperf3, qemu_script: args.qemu_script, multifd: args.multifd }
+        let PeerArgs { iperf3, qemu_script, multifd, cloud_hypervisor, connections } = args;
+        Peers { iperf3, qemu_script, multifd, cloud_hypervisor, connections }
     }
 }
 
@@ -258,6 +269,21 @@ pub struct TransportArgs {
     /// Messages handed to the transport at once
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub batch: u16,
+    /// Requests that a queue pair may have under way, up to 256; 0 for the default. RDMA only
+    #[arg(long, value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u32).range(0..=256))]
+    pub depth: Vec<u32>,
+    /// How completions are waited for, at both sides. RDMA only
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "channel")]
+    pub completion: Vec<Completion>,
+    /// What is measured; without it, everything that the transport has
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub test: Vec<Test>,
+    /// Bytes of memory registered at a time, when the cost of that is measured. RDMA only
+    #[arg(long, value_delimiter = ',', default_value = "2M,16M,64M", value_parser = chunk)]
+    pub chunk: Vec<u64>,
+    /// Pages of the memory that is registered: 4k, 2m or 1g; the memory of all else has the first
+    #[arg(long, value_delimiter = ',', default_value = "4k", value_parser = clap::value_parser!(PageSize))]
+    pub page_size: Vec<PageSize>,
     /// Seconds of each run
     #[arg(long, short = 't', default_value_t = 1.0, value_parser = seconds)]
     pub time: f64,
@@ -270,6 +296,10 @@ pub struct TransportArgs {
     /// Run iperf3 with zero copy over loopback in every round
     #[arg(long)]
     pub iperf3: bool,
+    /// Run perftest's ib_write_bw and ib_write_lat between the same devices in every round; the server starts its side
+    /// of it
+    #[arg(long)]
+    pub perftest: bool,
     /// Copy memory in every round
     #[arg(long)]
     pub copy: bool,
@@ -320,6 +350,15 @@ pub struct ReportArgs {
 fn size(text: &str) -> Result<u64, String> {
     let config = parse_size::Config::new().with_binary();
     config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
+}
+
+/// Bytes of a registration.
+fn chunk(text: &str) -> Result<u64, String> {
+    let range = transport_rdma::MIN_CHUNK..=crate::transport::MOST_MEMORY;
+    size(text).and_then(|chunk| {
+        let fits = range.contains(&chunk) && chunk.is_power_of_two();
+        if fits { Ok(chunk) } else { Err("use a power of two from 2M to 2G".into()) }
+    })
 }
 
 fn seconds(text: &str) -> Result<f64, String> {

@@ -3,7 +3,8 @@
 use crate::figures::{self, Figures};
 use crate::guest::{Content, Guest};
 use crate::moves::{Move, Moved};
-use crate::peers::{iperf3, qemu};
+use crate::peers::perftest::Perftest;
+use crate::peers::{cloud_hypervisor, iperf3, qemu};
 use crate::record::{self, Setup};
 use crate::transport::client::{self, Probe};
 use serde_json::Value;
@@ -19,8 +20,12 @@ pub enum Contender {
     Iperf3 { bytes: u64, streams: u16 },
     /// A paused QEMU guest of the same size and content.
     Qemu { script: PathBuf, guest: Guest, populate: bool, multifd: u16 },
+    /// A guest of Cloud Hypervisor, which is our own.
+    CloudHypervisor { binary: PathBuf, guest: Guest, populate: bool, connections: u16 },
     /// A transport without a guest.
     Transport(Probe),
+    /// `ib_write_bw` or `ib_write_lat`, towards the server at this address.
+    Perftest { to: String, test: Perftest },
     /// A copy of memory, without even a transport.
     Copy { memory: u64, time: Duration },
 }
@@ -44,23 +49,30 @@ impl Contender {
                 let said = qemu::run(script, guest, *multifd, *populate)?;
                 (qemu::figures(&said), said)
             }
+            Contender::CloudHypervisor { binary, guest, populate, connections } => {
+                let said = cloud_hypervisor::run(binary, guest, *connections, *populate)?;
+                (cloud_hypervisor::figures(&said), said)
+            }
             Contender::Transport(probe) => (probe.run()?, record::value(probe)),
+            Contender::Perftest { to, test } => (client::perftest(to, test)?, record::value(test)),
             Contender::Copy { memory, time } => (client::copy(*memory, *time)?, Value::Null),
         })
     }
 
     /// Whether everything that it runs has ended with the run, so that its processor time is known.
     pub fn is_ours_to_end(&self) -> bool {
-        !matches!(self, Contender::Transport(_))
+        !matches!(self, Contender::Transport(_) | Contender::Perftest { .. })
     }
 
     /// Memory in bytes that a run needs at once: both sides of a migration, and what their processes need beside.
     pub fn needs(&self) -> u64 {
         let both = match self {
             Contender::Whimbrel(plan) => plan.guest.memory,
-            Contender::Qemu { guest, .. } => guest.memory,
+            Contender::Qemu { guest, .. } | Contender::CloudHypervisor { guest, .. } => guest.memory,
             Contender::Iperf3 { bytes, .. } => *bytes,
-            Contender::Transport(Probe { memory, .. }) | Contender::Copy { memory, .. } => *memory,
+            Contender::Transport(Probe { terms, .. }) => terms.memory,
+            Contender::Perftest { test, .. } => test.size * u64::from(test.queue_pairs),
+            Contender::Copy { memory, .. } => *memory,
         };
         2 * both + (512 << 20)
     }
@@ -69,6 +81,7 @@ impl Contender {
     pub fn fills(&self) -> u64 {
         match self {
             Contender::Whimbrel(Move { guest, .. }) if guest.content != Content::Untouched => guest.memory,
+            Contender::CloudHypervisor { guest, .. } if guest.content != Content::Untouched => guest.memory,
             // Its zeros are a hole in a file.
             Contender::Qemu { guest, .. } if guest.content == Content::Random => guest.memory,
             _ => 0,
@@ -91,15 +104,32 @@ pub struct Peers {
     pub qemu_script: Option<PathBuf>,
     /// Its multifd channels; empty for the usual ones.
     pub multifd: Vec<u16>,
+    /// Cloud Hypervisor's program.
+    pub cloud_hypervisor: Option<PathBuf>,
+    /// Its connections.
+    pub connections: Vec<u16>,
 }
 
 impl Peers {
     /// The peers that can be measured beside a guest.
     ///
     /// QEMU's guest is paused and filled from outside, with random bytes or zeros, and iperf3's bytes are anything:
-    /// they can stand beside idle guests of such content only.
+    /// they can stand beside idle guests of such content only. Cloud Hypervisor runs our guest, filled from outside while
+    /// it runs, which one that rewrites its memory would not survive.
     pub fn beside(&self, guest: &Guest, populate: bool) -> Vec<(Setup, Contender)> {
         let mut all = Vec::new();
+        if let Some(binary) = &self.cloud_hypervisor
+            && guest.content != Content::Repeating
+            && (guest.working_set == 0 || guest.content == Content::Untouched)
+        {
+            for connections in &self.connections {
+                let plural = if *connections == 1 { "" } else { "s" };
+                let setup =
+                    setup(guest, populate, format!("Cloud Hypervisor, {connections} connection{plural}"));
+                let (binary, guest, connections) = (binary.clone(), guest.clone(), *connections);
+                all.push((setup, Contender::CloudHypervisor { binary, guest, populate, connections }));
+            }
+        }
         if guest.working_set != 0 || !matches!(guest.content, Content::Random | Content::Zero) {
             return all;
         }
@@ -125,7 +155,7 @@ mod tests {
 
     #[test]
     fn peers_stand_beside_what_they_can_be_compared_with() {
-        let peers = Peers { iperf3: true, qemu_script: Some("peer".into()), multifd: Vec::new() };
+        let peers = Peers { iperf3: true, qemu_script: Some("peer".into()), ..Peers::default() };
         let full = Guest::idle(1 << 30, Content::Random);
         let names = |guest: &Guest, populate| -> Vec<String> {
             peers.beside(guest, populate).into_iter().map(|(setup, _)| setup.who).collect()
@@ -135,6 +165,15 @@ mod tests {
         assert!(names(&Guest { working_set: 1 << 20, ..full.clone() }, false).is_empty());
         assert!(names(&Guest { content: Content::Untouched, ..full.clone() }, false).is_empty());
         assert_eq!(names(&Guest { content: Content::Zero, ..full.clone() }, false), ["QEMU, multifd 4"]);
+        let ch = Peers { cloud_hypervisor: Some("peer".into()), connections: vec![1, 4], ..Peers::default() };
+        let beside = |guest: &Guest| -> Vec<String> {
+            ch.beside(guest, false).into_iter().map(|(setup, _)| setup.who).collect()
+        };
+        let both = ["Cloud Hypervisor, 1 connection", "Cloud Hypervisor, 4 connections"];
+        let busy = Guest { working_set: 1 << 20, ..full.clone() };
+        assert_eq!(beside(&full), both);
+        assert_eq!(beside(&Guest { content: Content::Untouched, ..busy.clone() }), both);
+        assert!(beside(&busy).is_empty());
         let (setup, _) = peers.beside(&full, true).remove(1);
         assert_eq!(setup.group, "1 GiB random, 1 vCPU, idle, destination populated");
     }

@@ -29,6 +29,9 @@ pub struct Figure {
     pub better: Option<Better>,
 }
 
+/// The blackout's part in which the last pages are written and confirmed.
+const LAST_PAGES: &str = "last pages";
+
 /// What begins the ids of the blackout's parts.
 pub const SPAN: &str = "span: ";
 
@@ -46,10 +49,20 @@ const CATALOGUE: &[(&str, &str, &str, usize, Option<Better>)] = &[
     ("latency_p99_9_us", "until confirmed, 99.9 % of messages, µs", "p99.9 µs", 1, LOWER),
     ("latency_p99_99_us", "until confirmed, 99.99 % of messages, µs", "p99.99 µs", 1, LOWER),
     ("latency_most_us", "until confirmed, slowest message, µs", "most µs", 1, LOWER),
+    ("registered_ms_per_gib", "to register at both sides, ms/GiB", "registered ms/GiB", 1, LOWER),
+    ("source_registered_ms_per_gib", "of that at the source, ms/GiB", "source ms/GiB", 1, LOWER),
     ("total_ms", "whole migration, ms", "total ms", 1, LOWER),
     ("moving_ms", "to move, ms", "to move ms", 1, LOWER),
     ("setup_ms", "set-up of that, ms", "set-up ms", 1, LOWER),
     ("blackout_ms", "blackout, by the source's clock, ms", "blackout ms", 2, LOWER),
+    ("last_write_ms", "of that after the last pages, ms", "after last pages ms", 2, LOWER),
+    (
+        "last_write_felt_ms",
+        "last pages to the guest's next look at the clock, ms",
+        "to next look ms",
+        2,
+        LOWER,
+    ),
     ("switchover_gap_ms", "longest gap in the switchover, by the guest's, ms", "longest gap ms", 2, LOWER),
     ("usual_gap_ms", "usual gap of the same guest, 99th percentile, ms", "usual gap ms", 2, LOWER),
     ("felt_ms", "felt beyond the usual, ms", "felt ms", 2, LOWER),
@@ -105,6 +118,9 @@ pub fn of_move(moved: &Moved, populated: bool) -> Figures {
         |bytes: u64, us: u64| (us > 0 && sent >= LEAST_BYTES).then(|| bytes as f64 / MIB / (us as f64 / 1e6));
     let cpu = |us: u64| (sent >= LEAST_BYTES).then(|| us as f64 / 1e6 / (sent as f64 / GIB));
     let mib = |bytes: u64| bytes as f64 / MIB;
+    // The blackout's first parts, up to the confirmation that the last page is in place.
+    let last_pages = report.spans.iter().position(|span| span.name == LAST_PAGES);
+    let stopping = last_pages.map(|at| report.spans[..=at].iter().map(|span| span.us).sum());
     let figures = [
         ("stream_mib_s", report.rounds.first().and_then(|round| rate(round.sent, round.elapsed_us))),
         ("migration_mib_s", rate(sent, moving_us)),
@@ -114,6 +130,8 @@ pub fn of_move(moved: &Moved, populated: bool) -> Figures {
         ("moving_ms", Some(ms(moving_us))),
         ("setup_ms", Some(ms(report.setup_us))),
         ("blackout_ms", Some(ms(report.blackout_us))),
+        ("last_write_ms", stopping.map(|us| ms(report.blackout_us.saturating_sub(us)))),
+        ("last_write_felt_ms", stopping.map(|us| (testimony.longest_gap_us[1] / 1e3 - ms(us)).max(0.0))),
         ("switchover_gap_ms", Some(testimony.longest_gap_us[1] / 1e3)),
         ("usual_gap_ms", Some(testimony.usual_gaps.p99_us / 1e3)),
         ("felt_ms", Some(testimony.felt_blackout_us() / 1e3)),
@@ -201,9 +219,13 @@ mod tests {
     #[test]
     fn every_figure_of_a_move_is_known() {
         let mut moved = moved();
-        moved.report.spans.push(migration::message::Span { name: "state".into(), us: 1500 });
+        let span = |name: &str, us| migration::message::Span { name: name.into(), us };
+        moved.report.spans = vec![span("pause", 500), span(LAST_PAGES, 1000), span("state", 1500)];
+        moved.report.blackout_us = 3000;
         let figures = of_move(&moved, false);
         assert_eq!(figures["span: state"], 1.5);
+        // Of a blackout of 3 ms and a gap of 5 ms, 1.5 ms are over when the last page is in place.
+        assert_eq!((figures["last_write_ms"], figures["last_write_felt_ms"]), (1.5, 3.5));
         for id in figures.keys() {
             assert!(id.starts_with(SPAN) || CATALOGUE.iter().any(|(known, ..)| known == id), "{id}");
         }

@@ -90,11 +90,13 @@ fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
         Some(host) => (None, format!("{host}:{}", args.port)),
         None => OwnServer::start(args.bind).map(|(own, address)| (Some(own), address))?,
     };
-    let bandwidth = measure(&presets::bandwidth(args, &to), &args.output)?;
-    if bandwidth != ExitCode::SUCCESS {
-        return Ok(bandwidth);
+    for plan in presets::transport(args, &to)? {
+        let measured = measure(&plan, &args.output)?;
+        if measured != ExitCode::SUCCESS {
+            return Ok(measured);
+        }
     }
-    measure(&presets::latency(args, &to), &args.output)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What a server says before its address.

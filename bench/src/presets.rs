@@ -4,9 +4,12 @@ use crate::args::{BlackoutArgs, MatrixArgs, Populate, ThroughputArgs, TransportA
 use crate::contender::{self, Contender, Peers};
 use crate::guest::{self, Content, Guest};
 use crate::moves::Move;
+use crate::peers::perftest::{Perftest, Tool};
 use crate::plan::Plan;
 use crate::record::{self, Setup};
 use crate::transport::client::{Probe, Test};
+use crate::transport::{Completion, Terms};
+use anyhow::ensure;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -66,6 +69,8 @@ pub fn blackout(args: &BlackoutArgs) -> anyhow::Result<Plan> {
             "usual_gap_ms",
             "earlier_gap_ms",
             "blackout_ms",
+            "last_write_ms",
+            "last_write_felt_ms",
             "rounds",
             "last_round_kib",
             "slowed_percent",
@@ -157,18 +162,44 @@ pub fn matrix(args: &MatrixArgs) -> anyhow::Result<Plan> {
     })
 }
 
-/// How much a transport carries without a guest, towards the server at `to`.
-pub fn bandwidth(args: &TransportArgs, to: &str) -> Plan {
+/// What is measured of a transport towards the server at `to`, one plan a test.
+///
+/// # Errors
+/// When the transport has none of that.
+pub fn transport(args: &TransportArgs, to: &str) -> anyhow::Result<Vec<Plan>> {
+    let rdma = args.transport == TransportChoice::Rdma;
+    let all = [Test::Bandwidth, Test::Latency, Test::Registration];
+    let tests = if args.test.is_empty() { &all[..if rdma { 3 } else { 2 }] } else { &args.test };
+    ensure!(rdma || !tests.contains(&Test::Registration), "only RDMA registers memory: use --transport rdma");
+    ensure!(rdma || !args.perftest, "perftest is the reference for RDMA: use --transport rdma");
+    let plan = |test: &Test| match test {
+        Test::Bandwidth => bandwidth(args, to),
+        Test::Latency => latency(args, to),
+        Test::Registration => registration(args, to),
+    };
+    Ok(tests.iter().map(plan).collect())
+}
+
+/// How much a transport carries without a guest.
+fn bandwidth(args: &TransportArgs, to: &str) -> Plan {
     let mut contenders = Vec::new();
     let time = Duration::from_secs_f64(args.time);
     for streams in &args.parallel {
-        let group = by_streams(*streams);
+        let group = lanes(args.transport, *streams);
         for length in &args.length {
-            contenders.push(probe(args, to, &group, *streams, *length, Test::Bandwidth));
+            for (completion, depth) in ways(args) {
+                let base = base(args, to, Test::Bandwidth);
+                let terms = Terms { completion, ..base.terms };
+                contenders
+                    .push(probe(&group, Probe { streams: *streams, size: *length, terms, depth, ..base }));
+            }
         }
         if args.iperf3 {
             let contender = Contender::Iperf3 { bytes: IPERF3_BYTES, streams: *streams };
             contenders.push((without_guest(&group, "iperf3 -Z".into()), contender));
+        }
+        if args.perftest {
+            contenders.push(perftest(args, to, &group, Tool::Bandwidth, args.length[0], *streams));
         }
         if args.copy {
             let contender = Contender::Copy { memory: args.memory, time };
@@ -185,15 +216,77 @@ pub fn bandwidth(args: &TransportArgs, to: &str) -> Plan {
 }
 
 /// How long a transport takes to have one message confirmed.
-pub fn latency(args: &TransportArgs, to: &str) -> Plan {
+fn latency(args: &TransportArgs, to: &str) -> Plan {
     let small = args.length.iter().copied().filter(|length| *length <= LARGEST_LATENCY);
-    let lengths = std::iter::once(0).chain(small);
+    let mut contenders = Vec::new();
+    for size in std::iter::once(0).chain(small) {
+        let base = base(args, to, Test::Latency);
+        // Ratios are for messages of one size, where there is something of that size to compare with.
+        let group = if args.perftest { message(size) } else { lanes(args.transport, 1) };
+        for completion in &args.completion {
+            let terms = Terms { completion: *completion, ..base.terms };
+            contenders.push(probe(&group, Probe { size, terms, ..base.clone() }));
+        }
+        if args.perftest {
+            // Its smallest message stands beside a barrier.
+            contenders.push(perftest(args, to, &group, Tool::Latency, size.max(2), 1));
+        }
+    }
     Plan {
         bench: "transport, latency",
         show: &["latency_us", "latency_p99_us", "latency_p99_9_us", "latency_p99_99_us", "latency_most_us"],
         rounds: args.rounds,
         warm_up: false,
-        contenders: lengths.map(|length| probe(args, to, "1 stream", 1, length, Test::Latency)).collect(),
+        contenders,
+    }
+}
+
+/// What it costs to make memory known to the devices.
+fn registration(args: &TransportArgs, to: &str) -> Plan {
+    let mut contenders = Vec::new();
+    for pages in &args.page_size {
+        let group = format!("{}, pages of {}", guest::size(args.memory), guest::size(pages.bytes()));
+        for chunk in &args.chunk {
+            let base = base(args, to, Test::Registration);
+            let terms = Terms { pages: *pages, chunk: *chunk, ..base.terms };
+            let who = format!("chunks of {}", guest::size(*chunk));
+            let probe = Probe { terms, ..base };
+            contenders.push((without_guest(&group, who), Contender::Transport(probe)));
+        }
+    }
+    Plan {
+        bench: "transport, registration",
+        show: &["registered_ms_per_gib", "source_registered_ms_per_gib"],
+        rounds: args.rounds,
+        warm_up: false,
+        contenders,
+    }
+}
+
+/// Completion modes and depths, which only RDMA has.
+fn ways(args: &TransportArgs) -> Vec<(Completion, u32)> {
+    let each =
+        |completion: &Completion| args.depth.iter().map(|depth| (*completion, *depth)).collect::<Vec<_>>();
+    args.completion.iter().flat_map(each).collect()
+}
+
+/// One lane and a barrier alone, by which all that is measured of a transport differs.
+fn base(args: &TransportArgs, to: &str, test: Test) -> Probe {
+    Probe {
+        to: to.into(),
+        terms: Terms {
+            transport: args.transport,
+            memory: args.memory,
+            pages: args.page_size[0],
+            completion: args.completion[0],
+            chunk: 0,
+        },
+        streams: 1,
+        size: 0,
+        batch: args.batch,
+        depth: 0,
+        time: Duration::from_secs_f64(args.time),
+        test,
     }
 }
 
@@ -201,29 +294,46 @@ fn without_guest(group: &str, who: String) -> Setup {
     Setup { group: group.into(), who, guest: None, populate: false }
 }
 
-fn probe(
+fn perftest(
     args: &TransportArgs,
     to: &str,
     group: &str,
-    streams: u16,
+    tool: Tool,
     size: u64,
-    test: Test,
+    queue_pairs: u16,
 ) -> (Setup, Contender) {
-    let transport = record::value(args.transport);
-    let message = if size == 0 { "a barrier alone".into() } else { guest::size(size) };
-    let batch = if args.batch == 1 { String::new() } else { format!(", {} at once", args.batch) };
-    let who = format!("{}, {message}{batch}", transport.as_str().unwrap_or_default());
-    let probe = Probe {
-        to: to.into(),
-        transport: args.transport,
-        memory: args.memory,
-        streams,
-        size,
-        batch: args.batch,
-        time: Duration::from_secs_f64(args.time),
-        test,
-    };
+    let test = Perftest { tool, size, queue_pairs, seconds: args.time.ceil() as u64 };
+    let there_and_back = if tool == Tool::Latency { ", there and back" } else { "" };
+    let who = format!("{}, {}{there_and_back}", test.name(), guest::size(size));
+    (without_guest(group, who), Contender::Perftest { to: to.into(), test })
+}
+
+fn message(size: u64) -> String {
+    if size == 0 { "a barrier alone".into() } else { guest::size(size) }
+}
+
+fn probe(group: &str, probe: Probe) -> (Setup, Contender) {
+    let transport = record::value(probe.terms.transport);
+    let mut who = format!("{}, {}", transport.as_str().unwrap_or_default(), message(probe.size));
+    if probe.batch != 1 && probe.test == Test::Bandwidth {
+        who += &format!(", {} at once", probe.batch);
+    }
+    if probe.depth != 0 {
+        who += &format!(", {} under way", probe.depth);
+    }
+    if probe.terms.completion == Completion::BusyPoll {
+        who += ", busy-poll";
+    }
     (without_guest(group, who), Contender::Transport(probe))
+}
+
+/// What lanes are called.
+fn lanes(transport: TransportChoice, n: u16) -> String {
+    match (transport, n) {
+        (TransportChoice::Rdma, 1) => "1 queue pair".into(),
+        (TransportChoice::Rdma, n) => format!("{n} queue pairs"),
+        _ => by_streams(n),
+    }
 }
 
 /// Every guest that the arguments describe, once: a rate without a working set is none.

@@ -18,9 +18,6 @@ impl Usage {
     pub fn now() -> Option<Self> {
         let stat = fs::read_to_string("/proc/stat").ok()?;
         let (all, idle) = parse(&stat)?;
-        // SAFETY: the call takes no pointers.
-        let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-        let seconds = |n: u64| n as f64 / ticks.max(1) as f64;
         let own = [libc::RUSAGE_SELF, libc::RUSAGE_CHILDREN].into_iter().map(used).sum();
         Some(Usage { all: seconds(all), idle: seconds(idle), own })
     }
@@ -41,6 +38,21 @@ fn parse(stat: &str) -> Option<(u64, u64)> {
     // user nice system idle iowait irq softirq steal; guest time is part of user's.
     let [user, nice, system, idle, iowait, irq, softirq, ..] = fields[..] else { return None };
     Some((user + nice + system + irq + softirq, idle + iowait))
+}
+
+/// Ticks in seconds.
+fn seconds(ticks: u64) -> f64 {
+    // SAFETY: the call takes no pointers.
+    let each = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    ticks as f64 / each.max(1) as f64
+}
+
+/// Processor seconds of a process or a thread, in the kernel and out of it: fields 14 and 15 of its `stat`.
+pub fn ticks(stat: &str) -> Option<f64> {
+    // The second field is a name in parentheses, in which anything may be.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut field = || fields.next()?.parse::<u64>().ok();
+    Some(seconds(field()? + field()?))
 }
 
 /// Processor seconds, in the kernel and out of it.
@@ -65,6 +77,14 @@ mod tests {
         assert_eq!(parse("cpu 1 2 3\n"), None);
         assert_eq!(parse(""), None);
         assert!(Usage::now().is_some());
+    }
+
+    #[test]
+    fn a_threads_time_is_read_whatever_its_name() {
+        let stat = |name: &str| format!("7 ({name}) S 1 1 1 0 -1 0 0 0 0 0 150 50 9 9 20 0 1 0 0");
+        assert_eq!(ticks(&stat("vcpu0")), Some(seconds(200)));
+        assert_eq!(ticks(&stat("a) R 1 (b")), Some(seconds(200)));
+        assert_eq!(ticks("7 (a) S 1"), None);
     }
 
     #[test]

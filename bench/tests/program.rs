@@ -131,6 +131,37 @@ fn what_was_saved_is_compared_and_drawn() {
     assert!(!absent.status.success());
 }
 
+/// Every test of the transport and both references, over the lab's devices, each so short that no figure means
+/// anything.
+#[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
+fn rdma_is_measured_in_every_way_beside_perftest() {
+    let peer = std::env::var("LAB_PEER").expect("no LAB_PEER: this test runs in the lab, by `ci/rdma`");
+    fs::write("/proc/sys/vm/nr_hugepages", "40").expect("huge pages");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("runs.jsonl");
+    let options = "transport --transport rdma -m 32M -P 2 -l 64K -t 0.3 --rounds 1 --perftest \
+                   --completion channel,busy-poll --depth 0,4 --page-size 4k,2m --chunk 2M,16M";
+    let mut args: Vec<&str> = options.split_whitespace().collect();
+    args.extend(["--bind", &peer, "--save", path.to_str().unwrap()]);
+    let measured = run(&args);
+    assert!(measured.status.success(), "{measured:?}");
+    let saved = fs::read_to_string(&path).unwrap();
+    let lines: Vec<serde_json::Value> =
+        saved.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let figures = |line: &str, id: &str| {
+        let has = |one: &&serde_json::Value| one["line"] == line && one["figures"][id].as_f64() > Some(0.0);
+        lines.iter().filter(has).count()
+    };
+    // Two completion modes and two depths, and ib_write_bw; a barrier and a message in two modes, and ib_write_lat of
+    // both; two sizes of chunks in two of pages.
+    assert_eq!(figures("run", "stream_mib_s"), 5, "{saved}");
+    assert_eq!(figures("run", "latency_us"), 6, "{saved}");
+    assert_eq!(figures("run", "registered_ms_per_gib"), 4, "{saved}");
+    let refused = run(&["transport", "--transport", "tcp", "--test", "registration"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--transport rdma"), "{refused:?}");
+}
+
 /// A line with its figures changed.
 fn slowed(line: &str) -> String {
     let mut line: serde_json::Value = serde_json::from_str(line).unwrap();

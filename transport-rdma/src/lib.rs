@@ -37,7 +37,7 @@ pub use chunks::{DEFAULT_CHUNK, MIN_CHUNK};
 pub use completions::Waiting;
 pub use destination::RdmaDestination;
 pub use limits::locked_memory;
-pub use options::{DEFAULT_LANES, Options};
+pub use options::{DEFAULT_DEPTH, DEFAULT_LANES, Options};
 pub use source::RdmaSource;
 #[cfg(feature = "null-device")]
 pub use source::null;

@@ -1,6 +1,8 @@
 //! What we are measured beside, in the same run.
 
+pub mod cloud_hypervisor;
 pub mod iperf3;
+pub mod perftest;
 pub mod qemu;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};

@@ -1,19 +1,22 @@
 //! The side that writes and measures.
 
-use super::{Answer, Ask, MOST_MEMORY, PATIENCE, cpu_us, receive, send};
+use super::{Answer, Ask, MOST_MEMORY, PATIENCE, Terms, cpu_us, receive, send};
 use crate::figures::{self, Figures};
 use crate::guest::size;
+use crate::peers::perftest::Perftest;
 use anyhow::{Context, bail, ensure};
+use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use migration::memory::{Extent, PAGE_SIZE};
-use migration::transport::{Lane, PlaneError, Session, SourcePlane, Token};
+use migration::transport::{Lane, PlaneError, Session, SourcePlane, SourceTransport, Token};
 use serde::Serialize;
+use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
-use transport_tcp::{Connection, Error, connect_control};
-use vmm::api::model::{MigrationRequest, TransportChoice};
-use vmm::memory::{GuestRam, PageSize};
-use vmm::transports;
+use transport_rdma::RdmaSource;
+use transport_tcp::{Connection, Error, TcpSource, connect_control};
+use vmm::api::model::TransportChoice;
+use vmm::memory::GuestRam;
 
 const MIB: f64 = (1 << 20) as f64;
 const GIB: f64 = (1 << 30) as f64;
@@ -25,13 +28,15 @@ const STEP: u64 = 1 << 20;
 const AGAIN: Duration = Duration::from_millis(20);
 
 /// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Test {
     /// How much all lanes together write, one message after the other without waiting.
     Bandwidth,
     /// How long one message takes until the destination has confirmed that it is placed; of size 0, a barrier alone.
     Latency,
+    /// What it costs to register memory that exists, at both sides.
+    Registration,
 }
 
 /// One run.
@@ -39,16 +44,16 @@ pub enum Test {
 pub struct Probe {
     /// The server, as `host:port`.
     pub to: String,
-    /// Which way.
-    pub transport: TransportChoice,
-    /// Bytes that are written to over and over.
-    pub memory: u64,
+    /// What the server is asked for.
+    pub terms: Terms,
     /// Lanes: streams or queue pairs.
     pub streams: u16,
     /// Bytes of a message.
     pub size: u64,
     /// Messages handed over at once.
     pub batch: u16,
+    /// Requests that a queue pair may have under way, 0 for the default.
+    pub depth: u32,
     /// How long.
     pub time: Duration,
     /// What.
@@ -62,7 +67,8 @@ impl Probe {
     /// When the server cannot be reached, refuses, or the transport breaks.
     pub fn run(&self) -> anyhow::Result<Figures> {
         ensure!(self.size.is_multiple_of(PAGE_SIZE), "messages are whole pages: use a multiple of 4 KiB");
-        let share = self.memory.min(MOST_MEMORY) / u64::from(self.streams.max(1)) / PAGE_SIZE * PAGE_SIZE;
+        let memory = self.terms.memory;
+        let share = memory.min(MOST_MEMORY) / u64::from(self.streams.max(1)) / PAGE_SIZE * PAGE_SIZE;
         // Extents that are written at once must not overlap.
         ensure!(
             self.size * u64::from(self.batch) <= share,
@@ -70,29 +76,33 @@ impl Probe {
             self.streams,
             self.batch,
             size(self.size),
-            size(self.memory)
+            size(memory)
         );
-        ensure!(self.size > 0 || self.test == Test::Latency, "messages of no bytes have no bandwidth");
+        ensure!(self.size > 0 || self.test != Test::Bandwidth, "messages of no bytes have no bandwidth");
         let token = Token::random()?;
-        let mut link = self.call(token)?;
-        send(&mut link, &Ask::Open { transport: self.transport, memory: self.memory })?;
+        let mut link = call(&self.to, token)?;
+        send(&mut link, &Ask::Open(self.terms))?;
         let offer = match receive(&mut link, PATIENCE)? {
             Answer::Open { offer } => offer,
             Answer::Refused { why } => bail!("the server refused: {why}"),
-            Answer::Cpu { .. } => bail!("the server answered something else"),
+            Answer::Cpu { .. } | Answer::Perftest { .. } => bail!("the server answered something else"),
         };
-        let ram = GuestRam::new(self.memory, PageSize::Small)?;
+        let ram = GuestRam::new(memory, self.terms.pages)?;
         for region in ram.ram().regions() {
             // SAFETY: the whole mapping, to which nobody holds references.
             unsafe { std::ptr::write_bytes(region.address(), 0xa5, region.len() as usize) };
         }
         let session = Session { token, ram: ram.ram().clone(), timeout: PATIENCE };
         let mut plane = self.connect(&link, &session, &offer)?;
-        pass(plane.as_mut(), self.memory)?;
+        if self.test == Test::Registration {
+            return self.registration(plane.as_mut());
+        }
+        pass(plane.as_mut(), memory)?;
         let before = (cpu_us(), server_cpu(&mut link)?);
-        let mut figures = match self.test {
-            Test::Bandwidth => self.bandwidth(plane.as_mut(), share)?,
-            Test::Latency => self.latency(plane.as_mut())?,
+        let mut figures = if self.test == Test::Bandwidth {
+            self.bandwidth(plane.as_mut(), share)?
+        } else {
+            self.latency(plane.as_mut())?
         };
         let after = (cpu_us(), server_cpu(&mut link)?);
         if let Some(gib) = figures.remove("gib") {
@@ -105,33 +115,22 @@ impl Probe {
         Ok(figures)
     }
 
-    /// Calls the server, which may still be putting the last session's memory away.
-    fn call(&self, token: Token) -> anyhow::Result<Connection> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match connect_control(&self.to, token, PATIENCE) {
-                Err(Error::Busy { .. }) if Instant::now() < deadline => thread::sleep(AGAIN),
-                result => return Ok(result?),
-            }
-        }
-    }
-
     fn connect(
         &self,
         link: &Connection,
         session: &Session,
         offer: &[u8],
     ) -> anyhow::Result<Box<dyn SourcePlane>> {
-        let transport = match self.transport {
-            TransportChoice::Rdma => "rdma",
-            TransportChoice::Auto | TransportChoice::Tcp => "tcp",
-        };
-        let request: MigrationRequest = serde_json::from_value(serde_json::json!({
-            "to": self.to, "transport": transport, "streams": self.streams, "queue_pairs": self.streams,
-        }))?;
-        let mut all = transports::source(&request, link);
-        let transport = all.first_mut().context("there is no such transport")?;
-        Ok(transport.connect(session, offer)?)
+        Ok(match self.terms.transport {
+            TransportChoice::Rdma => {
+                let (lanes, depth) = (self.streams, self.depth);
+                let options = transport_rdma::Options { lanes, depth, ..self.terms.rdma() };
+                RdmaSource::new(options).connect(session, offer)?
+            }
+            TransportChoice::Auto | TransportChoice::Tcp => {
+                TcpSource::new(link.peer(), self.streams).connect(session, offer)?
+            }
+        })
     }
 
     /// Each lane writes to its own share, over and over.
@@ -175,12 +174,31 @@ impl Probe {
         Ok(messages)
     }
 
+    /// One page of every chunk is written: all of them are registered, and hardly anything is sent.
+    fn registration(&self, plane: &mut dyn SourcePlane) -> anyhow::Result<Figures> {
+        let lane = plane.lanes().first_mut().context("the transport has no lanes")?;
+        let memory = self.terms.memory;
+        let began = Instant::now();
+        for offset in (0..memory).step_by(self.terms.rdma().chunk as usize) {
+            lane.write(&[Extent { region: 0, offset, len: PAGE_SIZE }])?;
+        }
+        lane.post_barrier(0)?;
+        lane.wait_barrier(0)?;
+        let ms = began.elapsed().as_secs_f64() * 1e3;
+        let per_gib = |ms: f64| Some(ms / (memory as f64 / GIB));
+        let source = lane.stats().registration_us as f64 / 1e3;
+        Ok(figures::named([
+            ("registered_ms_per_gib", per_gib(ms)),
+            ("source_registered_ms_per_gib", per_gib(source)),
+        ]))
+    }
+
     /// One lane writes a message and waits until it is placed, again and again.
     fn latency(&self, plane: &mut dyn SourcePlane) -> anyhow::Result<Figures> {
         let lane = plane.lanes().first_mut().context("the transport has no lanes")?;
         // A nanosecond to a minute, to three digits.
         let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
-        let places = self.memory / self.size.max(PAGE_SIZE);
+        let places = self.terms.memory / self.size.max(PAGE_SIZE);
         let began = Instant::now();
         let mut round = 1u32;
         while began.elapsed() < self.time {
@@ -205,6 +223,17 @@ impl Probe {
     }
 }
 
+/// Calls the server, which may still be putting the last session's memory away.
+fn call(to: &str, token: Token) -> anyhow::Result<Connection> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match connect_control(to, token, PATIENCE) {
+            Err(Error::Busy { .. }) if Instant::now() < deadline => thread::sleep(AGAIN),
+            result => return Ok(result?),
+        }
+    }
+}
+
 /// Writes everything once on the first lane, so that memory exists at both sides and is registered.
 fn pass(plane: &mut dyn SourcePlane, memory: u64) -> anyhow::Result<()> {
     let lane = plane.lanes().first_mut().context("the transport has no lanes")?;
@@ -220,6 +249,20 @@ fn server_cpu(link: &mut Connection) -> anyhow::Result<u64> {
     match receive(link, PATIENCE)? {
         Answer::Cpu { us } => Ok(us),
         _ => bail!("the server answered something else"),
+    }
+}
+
+/// Runs perftest towards the server at `to`.
+///
+/// # Errors
+/// When the server refuses or has no perftest, or it fails here.
+pub fn perftest(to: &str, test: &Perftest) -> anyhow::Result<Figures> {
+    let mut link = call(to, Token::random()?)?;
+    send(&mut link, &Ask::Perftest(*test))?;
+    match receive(&mut link, PATIENCE)? {
+        Answer::Perftest { port } => test.run(link.local()?.ip(), SocketAddr::new(link.peer().ip(), port)),
+        Answer::Refused { why } => bail!("the server refused: {why}"),
+        Answer::Cpu { .. } | Answer::Open { .. } => bail!("the server answered something else"),
     }
 }
 

@@ -6,13 +6,17 @@
 pub mod client;
 pub mod server;
 
+use crate::peers::perftest::Perftest;
 use crate::usage;
 use anyhow::{Context, bail};
+use clap::ValueEnum;
 use migration::link::ControlLink;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+use transport_rdma::Waiting;
 use vmm::api::model::TransportChoice;
+use vmm::memory::PageSize;
 
 /// Most memory of a session in bytes: it lies in one region below the hole that a machine's memory has.
 pub const MOST_MEMORY: u64 = 2 << 30;
@@ -20,11 +24,50 @@ pub const MOST_MEMORY: u64 = 2 << 30;
 /// How long either side waits for the other's next word while something is to be done for it.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What both sides of a session have to agree on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// Which way.
+    pub transport: TransportChoice,
+    /// Bytes that are written to over and over.
+    pub memory: u64,
+    /// What backs them.
+    pub pages: PageSize,
+    /// How RDMA's completions are waited for.
+    pub completion: Completion,
+    /// Bytes of memory that RDMA registers at a time, 0 for the default.
+    pub chunk: u64,
+}
+
+/// How RDMA's completions are waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Completion {
+    /// Sleep until the completion channel has an event.
+    #[default]
+    Channel,
+    /// Look again and again: one processor a queue pair.
+    BusyPoll,
+}
+
+impl Terms {
+    fn rdma(&self) -> transport_rdma::Options {
+        let waiting = match self.completion {
+            Completion::Channel => Waiting::Sleep,
+            Completion::BusyPoll => Waiting::BusyPoll,
+        };
+        let chunk = if self.chunk == 0 { transport_rdma::DEFAULT_CHUNK } else { self.chunk };
+        transport_rdma::Options { waiting, chunk, ..Default::default() }
+    }
+}
+
 /// What a client asks for.
 #[derive(Debug, Serialize, Deserialize)]
 enum Ask {
     /// Memory to write to.
-    Open { transport: TransportChoice, memory: u64 },
+    Open(Terms),
+    /// The other side of perftest.
+    Perftest(Perftest),
     /// How much processor time the server has used until now.
     Cpu,
 }
@@ -34,6 +77,8 @@ enum Ask {
 enum Answer {
     /// How to connect.
     Open { offer: Vec<u8> },
+    /// On which port perftest listens.
+    Perftest { port: u16 },
     /// Microseconds of the whole process.
     Cpu { us: u64 },
     /// It cannot be done.
@@ -62,8 +107,10 @@ mod tests {
     use std::thread;
 
     fn probe(to: String, test: Test, size: u64, streams: u16) -> Probe {
-        let (transport, memory, time) = (TransportChoice::Tcp, 16 << 20, Duration::from_millis(200));
-        Probe { to, transport, memory, streams, size, batch: 3, time, test }
+        let (memory, chunk, completion) = (16 << 20, 0, Completion::Channel);
+        let (transport, pages) = (TransportChoice::Tcp, PageSize::Small);
+        let terms = Terms { transport, memory, pages, completion, chunk };
+        Probe { to, terms, streams, size, batch: 3, depth: 0, time: Duration::from_millis(200), test }
     }
 
     /// A server that serves until the tests are over.
@@ -91,9 +138,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused_by_either_side() {
-        let huge = Probe { memory: 1 << 60, ..probe(server(), Test::Bandwidth, 4096, 1) };
-        let refused = huge.run().unwrap_err().to_string();
-        assert!(refused.contains("too much memory"), "{refused}");
+        let usual = probe(server(), Test::Bandwidth, 4096, 1);
+        let refused = |terms| Probe { terms, ..usual.clone() }.run().unwrap_err().to_string();
+        let huge = refused(Terms { memory: 1 << 60, ..usual.terms });
+        assert!(huge.contains("too much memory"), "{huge}");
+        let chunk = refused(Terms { chunk: u64::MAX, ..usual.terms });
+        assert!(chunk.contains("chunks"), "{chunk}");
         let odd = probe("127.0.0.1:1".into(), Test::Bandwidth, 1000, 1);
         assert!(odd.run().unwrap_err().to_string().contains("4 KiB"));
         let wide = probe("127.0.0.1:1".into(), Test::Bandwidth, 4 << 20, 2);

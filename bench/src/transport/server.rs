@@ -1,18 +1,19 @@
 //! The side that is written to.
 
-use super::{Answer, Ask, MOST_MEMORY, PATIENCE, cpu_us, receive, send};
+use super::{Answer, Ask, MOST_MEMORY, PATIENCE, Terms, cpu_us, receive, send};
 use crate::guest::size;
-use anyhow::{Context, ensure};
+use crate::peers::perftest::Perftest;
+use anyhow::{Context, bail, ensure};
 use migration::link::{ControlLink, LinkError};
-use migration::transport::{DestinationPlane, Session};
+use migration::transport::{DestinationPlane, DestinationTransport, Session};
 use serde_json::from_slice;
 use std::net::SocketAddr;
 use std::thread;
 use std::time::Duration;
-use transport_tcp::{Call, Listener};
+use transport_rdma::RdmaDestination;
+use transport_tcp::{Call, Listener, TcpDestination};
 use vmm::api::model::TransportChoice;
-use vmm::memory::{GuestRam, PageSize};
-use vmm::transports;
+use vmm::memory::GuestRam;
 
 /// Between two looks whether anybody has called or said anything.
 const LOOK: Duration = Duration::from_secs(1);
@@ -54,23 +55,25 @@ impl Server {
     }
 
     fn serve(&self, mut call: Call) -> anyhow::Result<()> {
-        let Ask::Open { transport, memory } = receive(&mut call, PATIENCE)? else {
-            anyhow::bail!("the client asked for something before it opened a session")
+        let terms = match receive(&mut call, PATIENCE)? {
+            Ask::Open(terms) => terms,
+            Ask::Perftest(test) => return serve_perftest(&mut call, &test),
+            Ask::Cpu => bail!("the client asked for something before it opened a session"),
         };
         // Memory and plane live until the client is gone.
-        let (_memory, mut plane) = match self.open(&call, transport, memory) {
+        let (_memory, mut plane) = match self.open(&call, &terms) {
             Ok((ram, offer, plane)) => {
                 send(&mut call, &Answer::Open { offer })?;
                 (ram, plane)
             }
-            Err(error) => return send(&mut call, &Answer::Refused { why: format!("{error:#}") }),
+            Err(error) => return refuse(&mut call, &error),
         };
         loop {
             match call.receive(LOOK) {
                 Ok(None) => {}
                 Ok(Some(frame)) => match from_slice(&frame)? {
                     Ask::Cpu => send(&mut call, &Answer::Cpu { us: cpu_us() })?,
-                    Ask::Open { .. } => anyhow::bail!("the client opened a session twice"),
+                    Ask::Open(_) | Ask::Perftest(_) => bail!("the client opened a session twice"),
                 },
                 Err(LinkError::Closed) => return plane.fence().context("cannot end the session"),
                 Err(error) => return Err(error.into()),
@@ -82,21 +85,43 @@ impl Server {
     fn open(
         &self,
         call: &Call,
-        transport: TransportChoice,
-        memory: u64,
+        terms: &Terms,
     ) -> anyhow::Result<(GuestRam, Vec<u8>, Box<dyn DestinationPlane>)> {
-        ensure!(memory <= MOST_MEMORY, "too much memory: use at most {}", size(MOST_MEMORY));
-        let ram = GuestRam::new(memory, PageSize::Small)?;
+        ensure!(terms.memory <= MOST_MEMORY, "too much memory: use at most {}", size(MOST_MEMORY));
+        ensure!(terms.chunk <= MOST_MEMORY, "chunks are at most {}", size(MOST_MEMORY));
+        let ram = GuestRam::new(terms.memory, terms.pages)?;
         ram.populate(thread::available_parallelism().map_or(1, usize::from))?;
-        let wanted = match transport {
-            TransportChoice::Rdma => "rdma",
-            TransportChoice::Auto | TransportChoice::Tcp => "tcp",
-        };
-        let mut all = transports::destination(call, &self.listener, false);
-        let transport = all.iter_mut().find(|transport| transport.name() == wanted);
-        let transport = transport.with_context(|| format!("there is no transport {wanted} here"))?;
         let session = Session { token: call.token(), ram: ram.ram().clone(), timeout: PATIENCE };
-        let (offer, plane) = transport.offer(&session)?;
+        let (offer, plane) = match terms.transport {
+            // RDMA goes to the address that the client has called.
+            TransportChoice::Rdma => {
+                RdmaDestination::new(call.local()?.ip(), terms.rdma()).offer(&session)?
+            }
+            TransportChoice::Auto | TransportChoice::Tcp => {
+                TcpDestination::new(&self.listener).offer(&session)?
+            }
+        };
         Ok((ram, offer, plane))
+    }
+}
+
+fn refuse(call: &mut Call, error: &anyhow::Error) -> anyhow::Result<()> {
+    send(call, &Answer::Refused { why: format!("{error:#}") })
+}
+
+/// Has perftest listen until the client is gone.
+fn serve_perftest(call: &mut Call, test: &Perftest) -> anyhow::Result<()> {
+    let (_listening, port) = match test.listen(call.local()?.ip()) {
+        Ok(listening) => listening,
+        Err(error) => return refuse(call, &error),
+    };
+    send(call, &Answer::Perftest { port })?;
+    loop {
+        match call.receive(LOOK) {
+            Ok(None) => {}
+            Ok(Some(_)) => bail!("the client asked for something while perftest runs"),
+            Err(LinkError::Closed) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Making a source's connections: all of them at once, since each takes several round trips.
 
-use super::lane::{self, DEPTH, RdmaLane};
+use super::lane::{self, RdmaLane};
 use super::registry::{self, Registry};
 use super::{RdmaPlane, watch};
 use crate::chunks::{Grid, least_shifts};
@@ -10,7 +10,7 @@ use crate::halt::Halt;
 use crate::hello::{self, Purpose};
 use crate::limits;
 use crate::offer::Offer;
-use crate::options::{DEFAULT_LANES, Options};
+use crate::options::{DEFAULT_DEPTH, DEFAULT_LANES, Options};
 use crate::queue::QueuePair;
 use crate::slots::Slots;
 use crate::unavailable;
@@ -70,12 +70,13 @@ pub(super) fn connect(session: &Session, offer: &[u8], options: &Options) -> Res
     watch::post_all(&registry, &answers)?;
 
     let messages = super::LANE_CREDITS;
-    let depth = DEPTH.min(abilities.max_work).max(8);
+    let room = DEFAULT_DEPTH.min(abilities.max_work).max(8);
+    let depth = if options.depth == 0 { room } else { options.depth.min(room) };
     // Whole pages, so that a page is never cut in two.
     let max_message = (u64::from(abilities.max_message) / PAGE_SIZE).max(1) * PAGE_SIZE;
     let mut made: Vec<Box<dyn Lane>> = Vec::new();
     for (number, id) in ids[1..].iter().enumerate() {
-        let queue = QueuePair::new(Arc::clone(id), &domain, depth, messages as u32, options.waiting)?;
+        let queue = QueuePair::new(Arc::clone(id), &domain, room, messages as u32, options.waiting)?;
         made.push(Box::new(RdmaLane::new(
             Arc::new(queue),
             Slots::new(&domain, messages).map_err(lane::buffers)?,

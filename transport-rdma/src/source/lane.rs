@@ -26,9 +26,6 @@ use std::time::{Duration, Instant};
 /// Messages that may be under way at once.
 pub(crate) const CREDITS: usize = 32;
 
-/// Requests that a lane's queue holds.
-pub(super) const DEPTH: u32 = 256;
-
 /// Requests in a chain.
 const CHAIN: usize = 32;
 

@@ -2,7 +2,7 @@
 //! lane takes on it is what this crate's code takes, on any machine; a real device adds what its driver does for a
 //! request and a completion. Only `examples/costs.rs` uses it, and nothing of it is ever freed.
 
-use super::lane::{self, CREDITS, DEPTH, RdmaLane};
+use super::lane::{self, CREDITS, RdmaLane};
 use super::registry::{self, Registry};
 use crate::api::Api;
 use crate::chunks::{DEFAULT_CHUNK, Grid, least_shifts};
@@ -10,6 +10,7 @@ use crate::cm::{CmId, EventChannel};
 use crate::domain::Domain;
 use crate::halt::Halt;
 use crate::message::{self, Message};
+use crate::options::DEFAULT_DEPTH;
 use crate::queue::QueuePair;
 use crate::slots::{SLOT, Slots};
 use migration::memory::Ram;
@@ -50,9 +51,9 @@ pub fn lane(ram: &Arc<Ram>) -> Result<Box<dyn Lane>, PlaneError> {
         registry.answer(chunk)?;
         registry.wait(chunk, Duration::from_secs(60))?;
     }
-    let queue = QueuePair::new(identifier()?, &domain, DEPTH, CREDITS as u32, Default::default())?;
+    let queue = QueuePair::new(identifier()?, &domain, DEFAULT_DEPTH, CREDITS as u32, Default::default())?;
     let slots = || Slots::new(&domain, CREDITS).map_err(lane::buffers);
-    let (limits, timeout) = ((1 << 31, DEPTH), Duration::from_secs(60));
+    let (limits, timeout) = ((1 << 31, DEFAULT_DEPTH), Duration::from_secs(60));
     Ok(Box::new(RdmaLane::new(Arc::new(queue), slots()?, slots()?, registry, limits, timeout, true)?))
 }
 

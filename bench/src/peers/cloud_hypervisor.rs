@@ -1,0 +1,315 @@
+//! A guest of Cloud Hypervisor, moved over TCP between two processes of a binary that is given by its path.
+//!
+//! It runs our own bare-metal guest, which starts wherever a PVH kernel does, with the same command line. What is to be
+//! in its memory is written there from outside, through the memfds that the source's process has for it. Times are
+//! those of its own events (`--event-monitor`), on the source's clock as ours are: from the begin of the migration, and from
+//! the pause, to the destination's word that the guest runs.
+//!
+//! Its destination makes memory when the source's configuration has arrived there, so with `prefault` that is part of
+//! its time. The moment at which all memory exists is seen from outside and the time until then told apart.
+
+use super::free_port;
+use crate::figures::{self, Figures};
+use crate::guest::{Content, Guest};
+use crate::usage;
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+use vmm::guest::{ELF, Workload};
+
+/// How long a process may take to serve its API, and to end.
+const READY: Duration = Duration::from_secs(20);
+
+/// How long the guest runs before it is filled and moved: it starts within a few hundredths of a second.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long a migration may take.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Between two looks.
+const STEP: Duration = Duration::from_millis(2);
+
+/// What is left alone at the begin of each of its files: the guest's own image and what the VMM told it lie there.
+const LOW: u64 = 8 << 20;
+
+/// Bytes written at a time.
+const BLOCK: usize = 1 << 20;
+
+/// One of its processes, killed if it is still there when this is dropped.
+struct Process {
+    child: Child,
+    api: PathBuf,
+    events: PathBuf,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Moves a guest like `guest`; returns what is to be known of it.
+///
+/// # Errors
+/// When the binary does not run, or the migration fails.
+pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> anyhow::Result<Value> {
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let kernel = folder.path().join("guest.elf");
+    fs::write(&kernel, ELF).context("cannot write the guest's image")?;
+    let mut source = Process::start(binary, folder.path(), "source", &options(guest, &kernel, populate))?;
+    let target = Process::start(binary, folder.path(), "target", &[])?;
+    thread::sleep(SETTLE);
+    fill(source.child.id(), guest)?;
+    let address = format!("tcp:127.0.0.1:{}", free_port()?);
+    let mut receiving = target.ask("vm.receive-migration", &json!({ "receiver_url": address }))?;
+    target.wait_event("migration-receive-ready")?;
+    let before = (source.used()?, target.used()?);
+    let request = json!({ "destination_url": address, "connections": connections });
+    let began = Instant::now();
+    let mut sending = source.ask("vm.send-migration", &request)?;
+    let mut built = None;
+    // What is known of a process that ends by itself is what it said last.
+    let mut source_used = before.0;
+    loop {
+        source_used = source.used().unwrap_or(source_used);
+        if populate && built.is_none() && target.resident() >= guest.memory {
+            built = Some(began.elapsed());
+        }
+        // Looked at before its events: what it says, it says before it ends.
+        let gone = source.child.try_wait()?.is_some();
+        if source.event("migration-finished")?.is_some() {
+            break;
+        }
+        if gone || source.event("migration-failed")?.is_some() {
+            bail!("the migration failed: {} {}", answer(&mut sending)?, answer(&mut receiving)?);
+        }
+        ensure!(began.elapsed() < PATIENCE, "the migration did not end within {PATIENCE:?}");
+        thread::sleep(STEP);
+    }
+    target.wait_event("resumed")?;
+    let target_used = target.used()?;
+    let at = |name| source.event(name)?.with_context(|| format!("it did not say when {name} was"));
+    let (started, paused, finished) = (at("migration-started")?, at("pausing")?, at("migration-finished")?);
+    let version = Command::new(binary).arg("--version").output().map(|it| it.stdout).unwrap_or_default();
+    Ok(json!({
+        "version": String::from_utf8_lossy(&version).trim(),
+        "mib": guest.memory >> 20,
+        "total_s": finished - started,
+        "blackout_s": finished - paused,
+        "build_s": built.map(|built| built.as_secs_f64()),
+        "cpu_source_s": source_used - before.0,
+        "cpu_target_s": target_used - before.1,
+    }))
+}
+
+/// Its options for a guest like ours.
+fn options(guest: &Guest, kernel: &Path, populate: bool) -> Vec<String> {
+    let workload = Workload {
+        vcpus: guest.vcpus,
+        working_set: guest.working_set,
+        rate: guest.rate,
+        hz: guest.timer_hz,
+        fill: 0,
+        content: vmm::guest::Content::Random,
+        journal: 0,
+    };
+    // The configuration travels: what is said of memory holds for the destination too.
+    let prefault = if populate { "on" } else { "off" };
+    let options = [
+        ("--kernel", kernel.display().to_string()),
+        ("--cmdline", workload.command_line()),
+        ("--cpus", format!("boot={}", guest.vcpus)),
+        ("--memory", format!("size={},shared=on,prefault={prefault}", guest.memory)),
+        ("--serial", "null".into()),
+        ("--console", "off".into()),
+    ];
+    options.into_iter().flat_map(|(name, value)| [name.into(), value]).collect()
+}
+
+impl Process {
+    fn start(binary: &Path, folder: &Path, name: &str, options: &[String]) -> anyhow::Result<Self> {
+        let (api, events) = (folder.join(format!("{name}.api")), folder.join(format!("{name}.events")));
+        let child = Command::new(binary)
+            .arg("--api-socket")
+            .arg(&api)
+            .arg("--event-monitor")
+            .arg(format!("path={}", events.display()))
+            .args(options)
+            // A trace of where an error came from takes system calls that its filter kills it for.
+            .env_remove("RUST_BACKTRACE")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot run {}", binary.display()))?;
+        let mut process = Process { child, api, events };
+        let deadline = Instant::now() + READY;
+        while UnixStream::connect(&process.api).is_err() {
+            ensure!(process.child.try_wait()?.is_none(), "the {name}'s Cloud Hypervisor ended at once");
+            ensure!(Instant::now() < deadline, "the {name}'s Cloud Hypervisor does not answer");
+            thread::sleep(STEP);
+        }
+        Ok(process)
+    }
+
+    /// Asks for something; the answer may come at once or when it is done.
+    fn ask(&self, what: &str, body: &Value) -> anyhow::Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.api).context("Cloud Hypervisor does not answer")?;
+        let body = body.to_string();
+        write!(
+            stream,
+            "PUT /api/v1/{what} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        Ok(stream)
+    }
+
+    /// When an event was the last time, in seconds on its clock; `None` if it has not been.
+    fn event(&self, name: &str) -> anyhow::Result<Option<f64>> {
+        Ok(event_in(&fs::read_to_string(&self.events).context("cannot read its events")?, name))
+    }
+
+    fn wait_event(&self, name: &str) -> anyhow::Result<()> {
+        let deadline = Instant::now() + READY;
+        while self.event(name)?.is_none() {
+            ensure!(Instant::now() < deadline, "Cloud Hypervisor has not said {name}");
+            thread::sleep(STEP);
+        }
+        Ok(())
+    }
+
+    /// Processor seconds until now of all its threads but those of the guest, as ours are counted.
+    fn used(&self) -> anyhow::Result<f64> {
+        let id = self.child.id();
+        let stat = fs::read_to_string(format!("/proc/{id}/stat")).context("Cloud Hypervisor is gone")?;
+        let mut used = usage::ticks(&stat).context("cannot read its processor time")?;
+        for thread in fs::read_dir(format!("/proc/{id}/task"))?.flatten() {
+            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            if stat.contains("(vcpu") {
+                used -= usage::ticks(&stat).unwrap_or(0.0);
+            }
+        }
+        Ok(used)
+    }
+
+    /// Bytes of shared memory that it has mapped and that exist.
+    fn resident(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssShmem:")?.split_whitespace().next()?.parse::<u64>().ok());
+        kib.unwrap_or(0) << 10
+    }
+}
+
+/// All that it answered, up to the end of what it has to say now.
+fn answer(stream: &mut UnixStream) -> anyhow::Result<String> {
+    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+    let mut text = [0; 4096];
+    let read = stream.read(&mut text).unwrap_or(0);
+    Ok(String::from_utf8_lossy(&text[..read]).trim().into())
+}
+
+/// The last event of this name in what the event monitor wrote, of which the end may be missing.
+fn event_in(text: &str, name: &str) -> Option<f64> {
+    let events = serde_json::Deserializer::from_str(text).into_iter::<Value>().map_while(Result::ok);
+    let event = events.filter(|event| event["event"] == name).last()?;
+    let stamp = &event["timestamp"];
+    Some(stamp["secs"].as_f64()? + stamp["nanos"].as_f64()? / 1e9)
+}
+
+/// Fills the guest's memory through the files of the process that has it.
+fn fill(process: u32, guest: &Guest) -> anyhow::Result<()> {
+    let mut block = vec![0u8; BLOCK];
+    let mut random = fastrand::Rng::with_seed(guest.memory);
+    if guest.content == Content::Untouched {
+        return Ok(());
+    }
+    let files = memory_files(process)?;
+    let all: u64 = files.iter().map(|(_, len)| len).sum();
+    ensure!(all == guest.memory, "{all} bytes of guest memory are in files instead of {}", guest.memory);
+    for (file, len) in files {
+        for at in (LOW..len).step_by(BLOCK) {
+            if guest.content == Content::Random {
+                random.fill(&mut block);
+            }
+            let part = BLOCK.min((len - at) as usize);
+            file.write_all_at(&block[..part], at).context("cannot fill the guest's memory")?;
+        }
+    }
+    Ok(())
+}
+
+/// The memfds of a process that are guest memory, each once, with their sizes.
+fn memory_files(process: u32) -> anyhow::Result<Vec<(File, u64)>> {
+    use std::os::unix::fs::MetadataExt;
+    let mut files: Vec<(File, u64)> = Vec::new();
+    let mut seen = Vec::new();
+    for link in fs::read_dir(format!("/proc/{process}/fd"))?.flatten() {
+        let name = fs::read_link(link.path()).unwrap_or_default();
+        if !name.to_string_lossy().starts_with("/memfd:") {
+            continue;
+        }
+        let file = OpenOptions::new().read(true).write(true).open(link.path())?;
+        let facts = file.metadata()?;
+        if facts.len() > LOW && !seen.contains(&facts.ino()) {
+            seen.push(facts.ino());
+            files.push((file, facts.len()));
+        }
+    }
+    Ok(files)
+}
+
+/// MiB a second over the time to move, without the time until a populated destination had its memory; the blackout by the
+/// source's clock; and CPU seconds of both sides for each GiB.
+pub fn figures(said: &Value) -> Figures {
+    let number = |name: &str| said[name].as_f64();
+    let moving = number("total_s").map(|total| total - number("build_s").unwrap_or(0.0)).filter(|s| *s > 0.0);
+    let mib = number("mib");
+    let per_gib = |name: &str| Some(number(name)? / (mib? / 1024.0));
+    figures::named([
+        ("migration_mib_s", mib.zip(moving).map(|(mib, s)| mib / s)),
+        ("moving_ms", moving.map(|s| s * 1e3)),
+        ("total_ms", number("total_s").map(|s| s * 1e3)),
+        ("blackout_ms", number("blackout_s").map(|s| s * 1e3)),
+        ("source_cpu_s_per_gib", per_gib("cpu_source_s")),
+        ("target_cpu_s_per_gib", per_gib("cpu_target_s")),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_its_events() {
+        let event = |name: &str, secs: u64, nanos: u64| {
+            json!({ "timestamp": { "secs": secs, "nanos": nanos }, "source": "vm", "event": name })
+                .to_string()
+        };
+        let text =
+            [event("pausing", 1, 0), event("pausing", 2, 500_000_000), event("paused", 3, 0)].join("\n\n");
+        assert_eq!(event_in(&text, "pausing"), Some(2.5));
+        assert_eq!(event_in(&text[..text.len() - 1], "paused"), None, "half an event");
+        assert_eq!(event_in("", "pausing"), None);
+    }
+
+    #[test]
+    fn making_memory_first_is_no_part_of_moving_it() {
+        let said =
+            json!({ "mib": 2048, "total_s": 3.0, "build_s": 1.0, "blackout_s": 0.1, "cpu_source_s": 1.0 });
+        let figures = figures(&said);
+        assert_eq!((figures["migration_mib_s"], figures["total_ms"]), (1024.0, 3000.0));
+        assert_eq!((figures["blackout_ms"], figures["source_cpu_s_per_gib"]), (100.0, 0.5));
+        let cold = json!({ "mib": 2048, "total_s": 4.0, "build_s": null });
+        assert_eq!(super::figures(&cold)["migration_mib_s"], 512.0);
+    }
+}
