@@ -24,8 +24,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vmm::guest::{ELF, Workload};
 
-/// How long a process may take to serve its API, and to end.
-const READY: Duration = Duration::from_secs(20);
+/// How long a process may take to serve its API, to make memory and to start a guest.
+const READY: Duration = Duration::from_secs(120);
 
 /// How long the guest runs before it is filled and moved: it starts within a few hundredths of a second.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -66,6 +66,8 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
     fs::write(&kernel, ELF).context("cannot write the guest's image")?;
     let mut source = Process::start(binary, folder.path(), "source", &options(guest, &kernel, populate))?;
     let target = Process::start(binary, folder.path(), "target", &[])?;
+    // Whatever makes memory exist beforehand is over then.
+    source.wait_event("booted")?;
     thread::sleep(SETTLE);
     fill(source.child.id(), guest)?;
     let address = format!("tcp:127.0.0.1:{}", free_port()?);
