@@ -137,7 +137,8 @@ fn what_was_saved_is_compared_and_drawn() {
 #[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn rdma_is_measured_in_every_way_beside_perftest() {
     let peer = std::env::var("LAB_PEER").expect("no LAB_PEER: this test runs in the lab, by `ci/rdma`");
-    fs::write("/proc/sys/vm/nr_hugepages", "40").expect("huge pages");
+    // For two sides of two sessions, since the last one's are given back in the background.
+    fs::write("/proc/sys/vm/nr_hugepages", "80").expect("huge pages");
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("runs.jsonl");
     let options = "transport --transport rdma -m 32M -P 2 -l 64K -t 0.3 --rounds 1 --perftest \
