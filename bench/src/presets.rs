@@ -21,6 +21,9 @@ const IPERF3_BYTES: u64 = 4 << 30;
 /// Messages up to this many bytes are also measured one by one.
 const LARGEST_LATENCY: u64 = 1 << 20;
 
+/// Seconds of a bandwidth that perftest measures: it counts whole messages, and not those under way at the end.
+const LEAST_PERFTEST: u64 = 2;
+
 /// A move of `guest` by the defaults, which are what an operator gets.
 fn usual(program: PathBuf, guest: Guest, settle: Duration) -> Move {
     Move {
@@ -302,7 +305,7 @@ fn perftest(
     size: u64,
     queue_pairs: u16,
 ) -> (Setup, Contender) {
-    let test = Perftest { tool, size, queue_pairs, seconds: args.time.ceil() as u64 };
+    let test = Perftest { tool, size, queue_pairs, seconds: (args.time.ceil() as u64).max(LEAST_PERFTEST) };
     let there_and_back = if tool == Tool::Latency { ", there and back" } else { "" };
     let who = format!("{}, {}{there_and_back}", test.name(), guest::size(size));
     (without_guest(group, who), Contender::Perftest { to: to.into(), test })

@@ -15,7 +15,7 @@ use crate::usage;
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -47,12 +47,28 @@ struct Process {
     child: Child,
     api: PathBuf,
     events: PathBuf,
+    log: PathBuf,
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Processor seconds of a process.
+#[derive(Clone, Copy)]
+struct Used {
+    all: f64,
+    /// Those of the threads that run the guest.
+    guest: f64,
+}
+
+impl Used {
+    /// What is counted of our processes, too.
+    fn own(self) -> f64 {
+        self.all - self.guest
     }
 }
 
@@ -71,17 +87,17 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
     thread::sleep(SETTLE);
     fill(source.child.id(), guest)?;
     let address = format!("tcp:127.0.0.1:{}", free_port()?);
-    let mut receiving = target.ask("vm.receive-migration", &json!({ "receiver_url": address }))?;
+    let _receiving = target.ask("vm.receive-migration", &json!({ "receiver_url": address }))?;
     target.wait_event("migration-receive-ready")?;
     let before = (source.used()?, target.used()?);
+    // A process that ends is seen for the last time without its threads, whose time is in the whole all the same.
+    let mut used = before.0;
     let request = json!({ "destination_url": address, "connections": connections });
     let began = Instant::now();
-    let mut sending = source.ask("vm.send-migration", &request)?;
+    let _sending = source.ask("vm.send-migration", &request)?;
     let mut built = None;
-    // What is known of a process that ends by itself is what it said last.
-    let mut source_used = before.0;
     loop {
-        source_used = source.used().unwrap_or(source_used);
+        used = source.used().map_or(used, |now| Used { all: now.all, guest: now.guest.max(used.guest) });
         if populate && built.is_none() && target.resident() >= guest.memory {
             built = Some(began.elapsed());
         }
@@ -91,13 +107,13 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
             break;
         }
         if gone || source.event("migration-failed")?.is_some() {
-            bail!("the migration failed: {} {}", answer(&mut sending)?, answer(&mut receiving)?);
+            bail!("the migration failed: {}{}", source.errors(), target.errors());
         }
         ensure!(began.elapsed() < PATIENCE, "the migration did not end within {PATIENCE:?}");
         thread::sleep(STEP);
     }
     target.wait_event("resumed")?;
-    let target_used = target.used()?;
+    let after = (used, target.used()?);
     let at = |name| source.event(name)?.with_context(|| format!("it did not say when {name} was"));
     let (started, paused, finished) = (at("migration-started")?, at("pausing")?, at("migration-finished")?);
     let version = Command::new(binary).arg("--version").output().map(|it| it.stdout).unwrap_or_default();
@@ -107,8 +123,8 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
         "total_s": finished - started,
         "blackout_s": finished - paused,
         "build_s": built.map(|built| built.as_secs_f64()),
-        "cpu_source_s": source_used - before.0,
-        "cpu_target_s": target_used - before.1,
+        "cpu_source_s": after.0.own() - before.0.own(),
+        "cpu_target_s": after.1.own() - before.1.own(),
     }))
 }
 
@@ -138,12 +154,14 @@ fn options(guest: &Guest, kernel: &Path, populate: bool) -> Vec<String> {
 
 impl Process {
     fn start(binary: &Path, folder: &Path, name: &str, options: &[String]) -> anyhow::Result<Self> {
-        let (api, events) = (folder.join(format!("{name}.api")), folder.join(format!("{name}.events")));
+        let [api, events, log] = ["api", "events", "log"].map(|it| folder.join(format!("{name}.{it}")));
         let child = Command::new(binary)
             .arg("--api-socket")
             .arg(&api)
             .arg("--event-monitor")
             .arg(format!("path={}", events.display()))
+            .arg("--log-file")
+            .arg(&log)
             // Its filter of system calls knows those of one C library, and kills it for another's.
             .args(["--seccomp", "false"])
             .args(options)
@@ -151,17 +169,28 @@ impl Process {
             .stdout(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot run {}", binary.display()))?;
-        let mut process = Process { child, api, events };
+        let mut process = Process { child, api, events, log };
         let deadline = Instant::now() + READY;
         while UnixStream::connect(&process.api).is_err() {
-            ensure!(process.child.try_wait()?.is_none(), "the {name}'s Cloud Hypervisor ended at once");
+            ensure!(
+                process.child.try_wait()?.is_none(),
+                "the {name}'s Cloud Hypervisor ended at once: {}",
+                process.errors()
+            );
             ensure!(Instant::now() < deadline, "the {name}'s Cloud Hypervisor does not answer");
             thread::sleep(STEP);
         }
         Ok(process)
     }
 
-    /// Asks for something; the answer may come at once or when it is done.
+    /// The errors in its log.
+    fn errors(&self) -> String {
+        let log = fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        log.lines().filter(|line| line.contains("ERROR")).map(|line| format!("{line}\n")).collect()
+    }
+
+    /// Asks for something. What comes of it is seen by its events, but whoever asks has to stay until it is over.
     fn ask(&self, what: &str, body: &Value) -> anyhow::Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.api).context("Cloud Hypervisor does not answer")?;
         let body = body.to_string();
@@ -188,18 +217,15 @@ impl Process {
         Ok(())
     }
 
-    /// Processor seconds until now of all its threads but those of the guest, as ours are counted.
-    fn used(&self) -> anyhow::Result<f64> {
+    /// Processor seconds until now.
+    fn used(&self) -> anyhow::Result<Used> {
         let id = self.child.id();
         let stat = fs::read_to_string(format!("/proc/{id}/stat")).context("Cloud Hypervisor is gone")?;
-        let mut used = usage::ticks(&stat).context("cannot read its processor time")?;
-        for thread in fs::read_dir(format!("/proc/{id}/task"))?.flatten() {
-            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-            if stat.contains("(vcpu") {
-                used -= usage::ticks(&stat).unwrap_or(0.0);
-            }
-        }
-        Ok(used)
+        let all = usage::ticks(&stat).context("cannot read its processor time")?;
+        let threads = fs::read_dir(format!("/proc/{id}/task"))?.flatten();
+        let stats = threads.filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok());
+        let guest = stats.filter(|stat| stat.contains("(vcpu")).filter_map(|stat| usage::ticks(&stat)).sum();
+        Ok(Used { all, guest })
     }
 
     /// Bytes of shared memory that it has mapped and that exist.
@@ -210,14 +236,6 @@ impl Process {
             .find_map(|line| line.strip_prefix("RssShmem:")?.split_whitespace().next()?.parse::<u64>().ok());
         kib.unwrap_or(0) << 10
     }
-}
-
-/// All that it answered, up to the end of what it has to say now.
-fn answer(stream: &mut UnixStream) -> anyhow::Result<String> {
-    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-    let mut text = [0; 4096];
-    let read = stream.read(&mut text).unwrap_or(0);
-    Ok(String::from_utf8_lossy(&text[..read]).trim().into())
 }
 
 /// The last event of this name in what the event monitor wrote, of which the end may be missing.

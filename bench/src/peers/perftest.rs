@@ -26,12 +26,13 @@ const STEP: Duration = Duration::from_millis(20);
 /// Most bytes of a message.
 const MOST_SIZE: u64 = 1 << 30;
 
-/// Bytes that bandwidth has under way on a queue pair, within these numbers of messages. By its own default these are
-/// 128, which it counts by hundreds: a slow device would not complete any in the time.
-const WINDOW: u64 = 32 << 20;
+/// Bytes that bandwidth has under way in all, within these numbers of messages on each queue pair. By its own default
+/// these are 128, of which it posts all before it looks for the first completion: a device whose driver does its work in
+/// the posting thread, as soft-RoCE does, would have completed nothing in the time. No link holds more than this.
+const WINDOW: u64 = 8 << 20;
 const DEPTHS: (u64, u64) = (2, 128);
 
-/// From this size on every message is counted by itself.
+/// From this size on every message is counted by itself, and not by the hundred.
 const COUNTED: u64 = 64 << 10;
 
 /// Bytes that a measurement of latency sends in all, within these numbers of messages.
@@ -90,7 +91,8 @@ impl Perftest {
         command.args(["-p", &port.to_string(), "-s", &self.size.to_string()]);
         match self.tool {
             Tool::Bandwidth => {
-                let depth = (WINDOW / self.size).clamp(DEPTHS.0, DEPTHS.1);
+                let depth =
+                    (WINDOW / self.size / u64::from(self.queue_pairs.max(1))).clamp(DEPTHS.0, DEPTHS.1);
                 if self.size >= COUNTED {
                     command.args(["-Q", "1"]);
                 }
@@ -146,7 +148,10 @@ impl Perftest {
             said.trim(),
             String::from_utf8_lossy(&stderr).trim()
         );
-        self.figures(&said).with_context(|| format!("{} printed no result: {said}", self.name()))
+        // Under a line of dashes.
+        let row =
+            || said.lines().rfind(|line| !line.is_empty() && !line.starts_with('-')).unwrap_or("nothing");
+        self.figures(&said).with_context(|| format!("{} printed no result but {}", self.name(), row().trim()))
     }
 
     /// Its result: the row that begins with the size of a message.
