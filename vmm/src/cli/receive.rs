@@ -60,7 +60,11 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         match taken {
             Ok(mut arrival) => {
                 let machine = arrival.machine.machine();
-                let _terminal = args.process.connect(&machine)?;
+                // The guest runs here by now: it goes on without a keyboard, if it must.
+                let terminal = args.process.connect(&machine);
+                if let Err(error) = &terminal {
+                    eprintln!("whimbrel: the guest's serial port has no input: {error:#}");
+                }
                 let instance = Instance::new(args.process.name.clone(), machine)?;
                 slot.put(Arc::clone(&instance));
                 args.process.tell(
