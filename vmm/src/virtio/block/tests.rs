@@ -135,6 +135,19 @@ fn request(bench: &mut Bench, queue: usize, kind: u32, sector: u64, data: &[Buff
     (bench.bytes(OUTCOME, 1)[0], written)
 }
 
+/// Makes a request of one page available, with descriptors, header, outcome and data of its own, by its place; does not
+/// ring the doorbell.
+fn offer_page(bench: &mut Bench, place: u16, kind: u32, sector: u64) {
+    let at = u64::from(place);
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    bench.guest_writes(HEADER + at * 16, &header);
+    let data = DATA + at * 4096;
+    let data = if kind == VIRTIO_BLK_T_IN { Buffer::In(data, 4096) } else { Buffer::Out(data, 4096) };
+    bench.offer(0, place * 3, &[Buffer::Out(HEADER + at * 16, 16), data, Buffer::In(OUTCOME + at, 1)]);
+}
+
 fn what_is_written_is_read_and_in_the_image(aio: Aio) {
     let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|config| config.queues = 3));

@@ -72,17 +72,10 @@ impl Drop for Mounted {
     }
 }
 
-/// Makes a request of one page available, with descriptors, header, outcome and data of its own.
+/// A request for the page of the image that has its number.
 fn offer(bench: &mut Bench, number: u16, kind: u32) {
-    let at = u64::from(number);
-    let mut header = [0; 16];
-    header[..4].copy_from_slice(&kind.to_le_bytes());
-    header[8..].copy_from_slice(&(at * 8).to_le_bytes());
-    bench.guest_writes(HEADER + at * 16, &header);
-    bench.guest_writes(OUTCOME + at, &[0x77]);
-    let data = DATA + at * 4096;
-    let data = if kind == VIRTIO_BLK_T_IN { Buffer::In(data, 4096) } else { Buffer::Out(data, 4096) };
-    bench.offer(0, number * 3, &[Buffer::Out(HEADER + at * 16, 16), data, Buffer::In(OUTCOME + at, 1)]);
+    bench.guest_writes(OUTCOME + u64::from(number), &[0x77]);
+    offer_page(bench, number, kind, u64::from(number) * 8);
     bench.notify(0);
 }
 

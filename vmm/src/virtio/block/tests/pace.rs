@@ -25,16 +25,7 @@ impl Driver {
     fn offer(&mut self, place: u16) {
         self.seed = self.seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         let sector = (self.seed >> 33) % (IMAGE / PAGE) * (PAGE / 512);
-        let at = u64::from(place);
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&self.kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.bench.guest_writes(HEADER + at * 16, &header);
-        let data = DATA + at * PAGE;
-        let data =
-            if self.kind == VIRTIO_BLK_T_IN { Buffer::In(data, 4096) } else { Buffer::Out(data, 4096) };
-        let buffers = [Buffer::Out(HEADER + at * 16, 16), data, Buffer::In(OUTCOME + at, 1)];
-        self.bench.offer(0, place * 3, &buffers);
+        offer_page(&mut self.bench, place, self.kind, sector);
         self.bench.notify_if_wanted(0);
     }
 
