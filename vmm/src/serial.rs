@@ -130,9 +130,9 @@ impl SerialPort {
         lock(&self.port).read(offset)
     }
 
-    /// Bytes of output that were dropped because whoever reads it did not keep up.
-    pub fn lost_output(&self) -> u64 {
-        self.output.lost()
+    /// Where its bytes go.
+    pub fn output(&self) -> &Output {
+        &self.output
     }
 
     /// Feeds `input`, without what `filter` leaves out of it, to the guest from a thread of its own, until the input

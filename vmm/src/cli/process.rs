@@ -97,9 +97,18 @@ pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How long whoever reads what the guest wrote may take to read the rest of it.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Waits until the machine's process has nothing left to do.
 pub fn stay(args: &ProcessArgs, instance: &Instance) -> Exit {
     let end = instance.wait();
+    let lost = instance.machine().drain_output(DRAIN_PATIENCE);
+    if lost > 0 {
+        let text =
+            format!("{lost} bytes of the guest's output were dropped: whoever reads it did not keep up");
+        args.tell("output-lost", &text, json!({ "bytes": lost }));
+    }
     match end {
         End::Guest(outcome) => {
             let exit = match outcome {

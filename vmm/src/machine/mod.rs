@@ -222,6 +222,20 @@ impl Machine {
         self.shared.control.stop();
     }
 
+    /// Waits until whoever reads the guest's serial port and consoles has all that it wrote, for at most `patience`
+    /// each. Returns how many bytes were dropped since the machine was built, as they did not keep up.
+    pub fn drain_output(&self, patience: Duration) -> u64 {
+        let devices = &self.shared.devices;
+        let consoles = devices.virtio().iter().filter_map(|function| function.device().output());
+        let outputs = consoles.chain([devices.serial().output().clone()]);
+        outputs
+            .map(|output| {
+                output.drain(patience);
+                output.lost()
+            })
+            .sum()
+    }
+
     /// Takes all disks, or none that was not ours before.
     ///
     /// # Errors

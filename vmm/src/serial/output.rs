@@ -1,17 +1,24 @@
-//! Output that never holds a vCPU up.
+//! Output that never holds a vCPU up, and loses nothing to a reader that is only slow.
 //!
-//! A vCPU that blocked in a write to a full pipe could not be paused, and the machine could not be
-//! moved, for as long as nobody reads the pipe. So every byte first asks whether it can be written;
-//! a reader that stays away costs one short wait, and after that its bytes.
+//! A vCPU that blocked in a write to a full pipe could not be paused, and the machine could not be moved, for as long
+//! as nobody reads the pipe. (Making the guest wait by its own means is no better: Linux's driver for virtio consoles
+//! spins with interrupts off until its bytes are taken.) So what cannot be written at once is kept here, and a thread
+//! that lives for as long as there is such a backlog writes it. Only what a backlog of [`BACKLOG`] bytes cannot take is
+//! lost.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
-/// How long a reader may keep the first byte waiting, in milliseconds.
-const PATIENCE_MS: libc::c_int = 20;
+/// Bytes kept for a reader at most.
+const BACKLOG: usize = 1 << 20;
+/// How often the thread looks whether anybody still wants it to go on, in milliseconds.
+const LOOK_AGAIN_MS: libc::c_int = 1000;
 
 /// A handle to the output; clones write to the same one.
 #[derive(Clone)]
@@ -19,9 +26,16 @@ pub struct Output(Arc<Inner>);
 
 struct Inner {
     file: Option<File>,
-    /// The last byte found no reader: do not wait again until one is back.
-    stalled: AtomicBool,
+    backlog: Mutex<Backlog>,
+    written: Condvar,
     lost: AtomicU64,
+}
+
+#[derive(Default)]
+struct Backlog {
+    bytes: VecDeque<u8>,
+    /// A thread is there to write them.
+    writer: bool,
 }
 
 impl Output {
@@ -36,7 +50,8 @@ impl Output {
     }
 
     fn new(file: Option<File>) -> Self {
-        Output(Arc::new(Inner { file, stalled: AtomicBool::new(false), lost: AtomicU64::new(0) }))
+        let (backlog, written, lost) = (Mutex::default(), Condvar::new(), AtomicU64::new(0));
+        Output(Arc::new(Inner { file, backlog, written, lost }))
     }
 
     /// Bytes dropped so far.
@@ -44,26 +59,84 @@ impl Output {
         self.0.lost.load(Ordering::Relaxed)
     }
 
-    fn ready(&self, file: &File) -> bool {
-        let patience = if self.0.stalled.load(Ordering::Relaxed) { 0 } else { PATIENCE_MS };
-        let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-        // SAFETY: one pollfd, which lives across the call. A signal that asks the vCPU to pause
-        // ends the wait early, which counts as not ready.
-        let result = unsafe { libc::poll(&mut poll, 1, patience) };
-        let ready = result == 1 && poll.revents & libc::POLLOUT != 0;
-        self.0.stalled.store(!ready, Ordering::Relaxed);
-        ready
+    /// Waits until all is written, for at most `patience`.
+    pub fn drain(&self, patience: Duration) {
+        let waited = self.0.written.wait_timeout_while(self.0.backlog(), patience, |backlog| backlog.writer);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
+
+    /// Keeps `bytes` for later, behind what is kept already.
+    fn keep(&self, backlog: &mut Backlog, bytes: &[u8]) {
+        if !backlog.writer {
+            let inner = Arc::clone(&self.0);
+            let writer = thread::Builder::new().name("output".into()).spawn(move || inner.write_backlog());
+            backlog.writer = writer.is_ok();
+        }
+        let room = if backlog.writer { BACKLOG - backlog.bytes.len() } else { 0 };
+        let kept = room.min(bytes.len());
+        backlog.bytes.extend(&bytes[..kept]);
+        self.0.lose(bytes.len() - kept);
+    }
+}
+
+impl Inner {
+    fn backlog(&self) -> MutexGuard<'_, Backlog> {
+        // Nothing that holds it can leave it half changed.
+        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lose(&self, bytes: usize) {
+        self.lost.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Writes the backlog until there is none, or nobody is left who has the output and it takes nothing.
+    fn write_backlog(self: Arc<Self>) {
+        let Some(mut file) = self.file.as_ref() else { return };
+        let mut piece = Vec::with_capacity(libc::PIPE_BUF);
+        loop {
+            if !ready(file, LOOK_AGAIN_MS) {
+                if Arc::strong_count(&self) == 1 {
+                    return;
+                }
+                continue;
+            }
+            // What is being written stays in the backlog, so that nothing overtakes it, and the lock is not held: a
+            // write to a terminal can block even though it was ready for a byte.
+            piece.clear();
+            piece.extend(self.backlog().bytes.iter().take(libc::PIPE_BUF));
+            if file.write_all(&piece).is_err() {
+                self.lose(piece.len());
+            }
+            let mut backlog = self.backlog();
+            backlog.bytes.drain(..piece.len());
+            if backlog.bytes.is_empty() {
+                backlog.writer = false;
+                self.written.notify_all();
+                return;
+            }
+        }
+    }
+}
+
+/// Whether a write to `file` is over at once, now or within `patience_ms`: it takes bytes, or refuses them because
+/// nobody is there to read them.
+fn ready(file: &File, patience_ms: libc::c_int) -> bool {
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one pollfd, which lives across the call. A signal that asks the vCPU to pause ends the wait early, which
+    // counts as not ready.
+    unsafe { libc::poll(&mut poll, 1, patience_ms) == 1 }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(mut file) = self.0.file.as_ref() else { return Ok(bytes.len()) };
-        // A pipe that polls ready has room for PIPE_BUF bytes, far more than the port ever writes.
-        if self.ready(file) && file.write_all(bytes).is_ok() {
-            return Ok(bytes.len());
+        let mut backlog = self.0.backlog();
+        // A pipe that polls ready has room for PIPE_BUF bytes, as much as is ever written here at once.
+        if backlog.writer || !ready(file, 0) {
+            self.keep(&mut backlog, bytes);
+        } else if file.write_all(bytes).is_err() {
+            self.0.lose(bytes.len());
         }
-        self.0.lost.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(bytes.len())
     }
 
@@ -76,20 +149,62 @@ impl Write for Output {
 mod tests {
     use super::*;
     use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    fn pipe() -> (io::PipeReader, Output) {
+        let (reader, writer) = io::pipe().unwrap();
+        (reader, Output::to(File::from(OwnedFd::from(writer))))
+    }
 
     #[test]
     fn a_reader_that_stays_away_loses_bytes_and_blocks_nobody() {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let mut output = Output::to(File::from(std::os::fd::OwnedFd::from(writer)));
-        let total = 200_000u64;
-        for _ in 0..total {
-            assert_eq!(output.write(b"x").unwrap(), 1);
+        let (mut reader, mut output) = pipe();
+        let total = 2 * BACKLOG;
+        for _ in 0..total / 16 {
+            assert_eq!(output.write(&[b'x'; 16]).unwrap(), 16);
         }
         let lost = output.lost();
         assert!(lost > 0);
         drop(output);
         let mut arrived = Vec::new();
         reader.read_to_end(&mut arrived).unwrap();
-        assert_eq!(arrived.len() as u64 + lost, total);
+        assert_eq!(arrived.len() + lost as usize, total);
+    }
+
+    #[test]
+    fn a_slow_reader_gets_everything_in_order() {
+        let (mut reader, mut output) = pipe();
+        let sent: Vec<u8> = (0..400_000u32).map(|n| (n % 251) as u8).collect();
+        let mut arrived = Vec::new();
+        // Now and then the reader takes something, while some is kept and more is written.
+        for (number, bytes) in sent.chunks(17).enumerate() {
+            output.write_all(bytes).unwrap();
+            if number > 10_000 && number % 64 == 0 {
+                let mut buffer = [0; 500];
+                let read = reader.read(&mut buffer).unwrap();
+                arrived.extend(&buffer[..read]);
+            }
+        }
+        assert!(output.0.backlog().writer, "the pipe took everything: this proves nothing");
+        let rest = thread::spawn(move || reader.read_to_end(&mut arrived).map(|_| arrived));
+        output.drain(Duration::from_secs(60));
+        assert_eq!(output.lost(), 0);
+        drop(output);
+        assert!(rest.join().unwrap().unwrap() == sent);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_reader_that_has_gone() {
+        let (reader, mut output) = pipe();
+        while !output.0.backlog().writer {
+            output.write_all(&[0; 4096]).unwrap();
+        }
+        let inner = Arc::downgrade(&output.0);
+        drop(reader);
+        output.drain(Duration::from_secs(60));
+        drop(output);
+        while inner.upgrade().is_some() {
+            thread::yield_now();
+        }
     }
 }

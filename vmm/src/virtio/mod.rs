@@ -32,6 +32,7 @@ pub use transport::VirtioFunction;
 
 use crate::announce::Announcing;
 use crate::error::Error;
+use crate::serial::Output;
 use crate::state::{self, Component};
 use queue::{Broken, Next, Serving};
 use serde::{Deserialize, Serialize};
@@ -174,6 +175,11 @@ pub trait VirtioDevice: Send + Sync {
     /// is to know. Only called while the guest runs here.
     fn announce(&self) -> bool {
         false
+    }
+
+    /// What the guest writes to and somebody reads, if there is such a thing.
+    fn output(&self) -> Option<Output> {
+        None
     }
 
     /// The kind of component that [`save`](Self::save) makes.

@@ -147,6 +147,10 @@ impl VirtioDevice for Console {
         (index == RECEIVE && !self.input_ended.load(Ordering::Relaxed)).then(|| input.as_fd())
     }
 
+    fn output(&self) -> Option<Output> {
+        Some(self.output.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+
     fn state_kind(&self) -> Kind {
         Kind::Console
     }

@@ -1,6 +1,6 @@
 //! virtio-console: one port, without the control queues that several would need.
 //!
-//! Output goes where the serial port's could, by the same rules: a reader that stays away loses
+//! Output goes where the serial port's could, by the same rules: a reader that stays away for long loses
 //! bytes and holds nobody up. Input is read only into buffers that the guest has made available,
 //! so that none is ever left here when the guest moves.
 
