@@ -173,7 +173,7 @@ pub struct ProcessArgs {
     pub console_input: Option<PathBuf>,
     /// How requests of disks are carried out: several of a queue at a time by io_uring, or one after the other by plain
     /// system calls; auto takes io_uring where it can be had, but for disks that use the page cache
-    #[arg(long, value_enum, default_value_t = DiskIo::Sync)]
+    #[arg(long, value_enum, default_value_t = DiskIo::Auto)]
     pub aio: DiskIo,
     /// How often the network is told where the guest is, once it has come here or back, and when, as
     /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]: the first wait between rounds, how much longer

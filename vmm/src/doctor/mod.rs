@@ -102,13 +102,11 @@ fn seccomp() -> Finding {
 
 fn io_uring() -> Finding {
     match block::io_uring() {
-        Ok(()) => good("io_uring", "disks can carry out several requests at a time (--aio auto)".into()),
+        Ok(()) => good("io_uring", "disks carry out several requests at a time".into()),
         Err(error) => Finding {
             what: "io_uring",
             level: Level::Limited,
-            found: format!(
-                "refused ({error}): disks carry out one request of a queue after the other, also with --aio auto"
-            ),
+            found: format!("refused ({error}): disks carry out one request of a queue after the other"),
             mend: Some(
                 "sysctl -w kernel.io_uring_disabled=0; in a container, allow it the three calls".into(),
             ),

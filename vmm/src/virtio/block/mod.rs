@@ -87,11 +87,11 @@ impl Images {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Aio {
     /// By io_uring; one after the other where that cannot be had, or where the page cache is used.
+    #[default]
     Auto,
     /// By io_uring, several at a time.
     IoUring,
     /// One after the other.
-    #[default]
     Sync,
 }
 
