@@ -29,6 +29,7 @@ def parser(usage, description, epilog):
     add("--cpus", type=int, default=2, metavar="N", help="vCPUs of a VM (2)")
     add("--memory", default="4G", metavar="SIZE", help="memory of a VM (4G)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="then the exit code is 124 (600)")
+    add("--attempts", type=int, default=1, metavar="N", help="run again when the lab failed, N times in all (1)")
     add("--mtu", type=int, default=9000, metavar="BYTES", help="of the link; 1500 gives RDMA MTU 1024 (9000)")
     add("--memlock", default="unlimited", metavar="SIZE", help="ulimit -l, felt by root too (unlimited)")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set or pass on a variable")
@@ -49,7 +50,7 @@ def parser(usage, description, epilog):
         action="store_const",
         const="linux",
         help="the same for nested guests that are Linux: they never run at the address of this VM's own VMRUN, nor "
-        "triple-fault",
+        "triple-fault, nor does VMRUN refuse them",
     )
     add("--logs", metavar="DIR", help="keep console.log (kernel messages) and qemu.log there")
     add("-v", "--verbose", action="store_true", help="say when the command starts")

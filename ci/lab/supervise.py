@@ -20,6 +20,10 @@ LAB_FAILED = 125
 GRACE_SECONDS = 20.0
 
 
+class VmDied(LabError):
+    """A VM ended before its command did; the message has the end of its console."""
+
+
 class OutOfTime(Exception):
     """The time limit passed; the message says how far the VMs came."""
 
@@ -109,7 +113,7 @@ class Run:
             key.fileobj.close()
             if name == "control" and vm.exit_code is None:
                 vm.process.wait()
-                raise LabError(vm.post_mortem())
+                raise VmDied(vm.post_mortem())
         elif name == "control":
             vm.control(data)
         else:
@@ -136,6 +140,22 @@ class Run:
             for stream in vm.streams.values():
                 if stream.fileno() >= 0:
                     self.selector.unregister(stream)
+
+
+def attempts(most, once):
+    """`once`'s exit code; called again while the lab fails and not the command, `most` times in all."""
+    for number in range(1, most + 1):
+        try:
+            code = once()
+        except VmDied as death:
+            if number == most:
+                raise
+            note(str(death))
+            code = LAB_FAILED
+        if code != LAB_FAILED or number == most:
+            break
+        note(f"the lab failed, attempt {number} of {most}")
+    return code
 
 
 def install_signal_handlers():

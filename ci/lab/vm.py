@@ -24,8 +24,6 @@ CONSOLE_TAIL_LINES = 40
 # All that QEMU can emulate, but for the two flags that tell a kernel to copy and clear by `rep movsb` and `rep stosb`:
 # emulated, they go byte by byte. Without them it takes eight bytes at a time, and memory and RDMA are twice as fast.
 CPU = "max,-erms,-fsrm"
-# But nested Linux guests without them meet the emulator's fault far more often (docs/lab.md).
-CPU_FOR_LINUX = "max"
 
 
 class LabError(Exception):
@@ -181,7 +179,7 @@ class Vm:
         arguments = ["qemu-system-x86_64", "-name", f"lab-{self.node.name}"]
         arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         arguments += ["-machine", "q35", "-accel", "tcg,thread=multi"]
-        arguments += ["-cpu", CPU_FOR_LINUX if settings.guests == "linux" else CPU]
+        arguments += ["-cpu", CPU]
         arguments += ["-smp", str(settings.cpus), "-m", settings.memory]
         arguments += ["-kernel", str(self.cache / "vmlinux")]
         arguments += ["-initrd", str(self.cache / "initramfs.cpio")]
