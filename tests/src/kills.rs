@@ -1,4 +1,4 @@
-//! Fifty schedules of `kill -9` during a migration.
+//! Schedules of `kill -9` during a migration.
 //!
 //! The two sides talk through a relay that is as slow as a long line, so that each phase lasts long enough to be
 //! hit, and that knows which messages were delivered. Each schedule aims at a phase, waits until the source
@@ -13,8 +13,6 @@ use std::collections::BTreeMap;
 use std::thread;
 use std::time::Duration;
 use vmm::node::Node;
-
-const KILLS: usize = 50;
 
 /// The line: each piece of control traffic takes a while.
 pub const LINE: Rules = Rules {
@@ -57,8 +55,8 @@ pub struct Schedule {
     pub delay: Duration,
 }
 
-/// Fifty of them.
-pub fn schedules(scenario: &str) -> Vec<Schedule> {
+/// So many of them.
+pub fn schedules(scenario: &str, count: usize) -> Vec<Schedule> {
     let seed = std::env::var("WHIMBREL_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
     say::figures(scenario, format_args!("WHIMBREL_SEED={seed} repeats this choice of schedules"));
@@ -68,7 +66,7 @@ pub fn schedules(scenario: &str) -> Vec<Schedule> {
         aim: AIMS[number / 2 % AIMS.len()],
         delay: Duration::from_micros(random.u64(0..LONGEST_DELAY.as_micros() as u64)),
     };
-    (0..KILLS).map(schedule).collect()
+    (0..count).map(schedule).collect()
 }
 
 impl Schedule {
@@ -141,13 +139,13 @@ impl Outcomes {
     /// Tells all of them.
     ///
     /// # Panics
-    /// When some are missing, or the second half of a migration was never hit.
-    pub fn tell(&self) {
+    /// When they are not so many, or the second half of a migration was never hit.
+    pub fn tell(&self, count: usize) {
         for (what, outcomes) in &self.0 {
             let outcomes: Vec<_> = outcomes.iter().map(|(outcome, n)| format!("{n} {outcome}")).collect();
             say::figures(&what.to_lowercase(), outcomes.join(", "));
         }
-        assert_eq!(self.0.values().flat_map(BTreeMap::values).sum::<usize>(), KILLS);
+        assert_eq!(self.0.values().flat_map(BTreeMap::values).sum::<usize>(), count);
         let reached = |text: &str| self.0.keys().any(|what| what.ends_with(text));
         assert!(reached("Switchover") && reached("Committed"), "the switchover was never hit: {self:?}");
     }

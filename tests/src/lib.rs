@@ -6,6 +6,7 @@
 //! | `chain` | guests of all sizes move ten times while they rewrite their memory, and nothing is wrong |
 //! | `kill` | either side is killed at any moment: one owner, or held and says so |
 //! | `disks` | the same with a disk: at most one ever touches it, and nothing on it is lost, torn or from another time |
+//! | `nfs` | the same on an NFS server, of which each host is a client (in the lab) |
 //! | `cuts` | the line is cut, or goes dead, at any byte |
 //! | `hostile` | peers of either side that are no Whimbrel, or do not keep to the protocol |
 //! | `hosts` | destinations that could not run the guest |
@@ -31,11 +32,13 @@ pub mod inspect;
 pub mod journal;
 pub mod kills;
 pub mod lab;
+pub mod nfs;
 pub mod observer;
 pub mod program;
 pub mod proxy;
 pub mod rogue;
 pub mod say;
+pub mod scene;
 pub mod sides;
 pub mod strace;
 pub mod tshark;

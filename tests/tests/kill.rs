@@ -14,7 +14,7 @@ use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, assert_stands_still, h
 #[test]
 fn fifty_kills() {
     let mut outcomes = Outcomes::default();
-    for schedule in schedules("kill -9") {
+    for schedule in schedules("kill -9", 50) {
         let folder = tempfile::tempdir().unwrap();
         let mut source = Guest::SMALL.start(folder.path(), "source");
         let (mut destination, address) = receiver(folder.path(), "destination");
@@ -27,7 +27,7 @@ fn fifty_kills() {
         };
         outcomes.add(schedule.victim, phase, outcome);
     }
-    outcomes.tell();
+    outcomes.tell(50);
 }
 
 #[derive(Debug)]

@@ -17,6 +17,17 @@ pub enum Lock {
     None,
 }
 
+/// A lock of this kind from the start (0) to wherever the end is (0). It names no process (0).
+fn whole(kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
 /// Changes the lock over all of `file`; false if somebody else's is in the way.
 ///
 /// # Errors
@@ -27,14 +38,7 @@ pub fn set(file: &File, lock: Lock) -> io::Result<bool> {
         Lock::Exclusive => libc::F_WRLCK,
         Lock::None => libc::F_UNLCK,
     };
-    // From the start (0) to wherever the end is (0); a lock of this kind names no process (0).
-    let range = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
+    let range = whole(kind);
     // SAFETY: the command reads one flock, which lives across the call.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) } == 0 {
         return Ok(true);
@@ -63,11 +67,18 @@ pub fn decides(file: &File) -> bool {
 /// Who holds a lock on `file`, for a person to read. Locks of open files name no process; this
 /// host's processes tell what each of their open files has locked to whoever may look at them.
 pub fn holder(file: &File) -> String {
-    let unknown = "a process of another host, or one that this user may not look at";
-    let Ok(inode) = file.metadata().map(|m| m.ino()) else { return unknown.into() };
+    let Ok(inode) = file.metadata().map(|m| m.ino()) else { return "a process".into() };
+    let named = named(file);
+    // Here, a file of the same number on another file system would be mistaken for it.
+    if named == Some(0) {
+        return "a process of another host".into();
+    }
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let mut holders: Vec<_> = pids.filter(|pid| holds(*pid, file, inode)).collect();
+    if holders.is_empty() {
+        holders.extend(named.and_then(|pid| u32::try_from(pid).ok()));
+    }
     holders.sort_unstable();
     let names: Vec<_> = holders
         .iter()
@@ -76,7 +87,16 @@ pub fn holder(file: &File) -> String {
             format!("process {pid} ({})", name.trim())
         })
         .collect();
-    if names.is_empty() { unknown.into() } else { names.join(", ") }
+    if names.is_empty() { "a process that this user may not look at".into() } else { names.join(", ") }
+}
+
+/// Which process the kernel names as holder of a lock on `file`: 0 for any of another host, that it knows from the file's
+/// server; -1 for an open file of this one. Only this older command tells these apart.
+fn named(file: &File) -> Option<libc::pid_t> {
+    let mut found = whole(libc::F_WRLCK);
+    // SAFETY: the command reads and writes one flock, which lives across the call.
+    let known = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &mut found) } == 0;
+    (known && found.l_type != libc::F_UNLCK as libc::c_short).then_some(found.l_pid)
 }
 
 /// Whether process `pid` has a lock on the file with this inode number through another open file.
