@@ -94,8 +94,23 @@ impl Nfs {
         self.path("shared")
     }
 
+    /// The server carries out no write until this is dropped.
+    pub fn freeze(&self) -> Frozen<'_> {
+        must(&format!("fsfreeze --freeze {}", self.folder().display()));
+        Frozen(self)
+    }
+
     /// The `whimbrel` of each host.
     pub fn programs(&self) -> [PathBuf; 2] {
         HOSTS.map(|host| self.program(host))
+    }
+}
+
+/// A server whose storage is frozen.
+pub struct Frozen<'a>(&'a Nfs);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        must(&format!("fsfreeze --unfreeze {}", self.0.folder().display()));
     }
 }

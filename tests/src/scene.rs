@@ -136,7 +136,7 @@ impl Scene {
 }
 
 /// How many entries a guest has written for certain.
-fn confirmed(node: &Node) -> u64 {
+pub fn confirmed(node: &Node) -> u64 {
     node.status().ok().and_then(|vm| vm.guest).map_or(0, |guest| guest.journal)
 }
 

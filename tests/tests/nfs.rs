@@ -1,12 +1,20 @@
 //! Disks on an NFS server, of which each host is a client of its own: what `disks` shows of a local one holds there too.
 //! In the lab.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 use whimbrel_tests::command::run_command;
 use whimbrel_tests::inspect::settle;
+use whimbrel_tests::nfs::Nfs;
 use whimbrel_tests::say;
-use whimbrel_tests::scene::{Host, Scene, kills, older_than_its_disk};
-use whimbrel_tests::sides::{Guest, hop};
+use whimbrel_tests::scene::{Host, Scene, confirmed, kills, older_than_its_disk};
+use whimbrel_tests::sides::{Guest, hop, wait_until};
+
+/// How long something that must not happen is waited for.
+const WHILE: Duration = Duration::from_secs(1);
 
 /// What is said of a disk that the other host has.
 const ELSEWHERE: &str = "a process of another host";
@@ -37,14 +45,50 @@ fn a_guest_moves_to_and_fro() {
 fn a_second_machine_is_refused() {
     let scene = Scene::on_nfs();
     let first = scene.guest(Host::A, "first");
-    let second = |host, holder: &str| {
-        let mut command = Command::new(scene.program(host));
-        command.args(["run", "--serial", "none"]).args(scene.disk.of_the_guest());
-        run_command(&mut command).refused(1, &format!("is in use by {holder}; stop that first"));
-    };
-    second(Host::B, ELSEWHERE);
-    second(Host::A, &format!("process {} (whimbrel)", first.pid()));
+    refused(&scene, Host::B, &format!("is in use by {ELSEWHERE}; stop that first"));
+    refused(&scene, Host::A, &format!("is in use by process {} (whimbrel); stop that first", first.pid()));
     scene.assert_writes(&first);
+}
+
+/// A second machine with the same disk.
+fn refused(scene: &Scene, host: Host, why: &str) {
+    let mut command = Command::new(scene.program(host));
+    run_command(command.args(["run", "--serial", "none"]).args(scene.disk.of_the_guest())).refused(1, why);
+}
+
+/// What a killed process has asked of the server goes on there. Its lock must not be gone before.
+#[test]
+#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+fn a_killed_machine_keeps_its_lock_until_its_last_write_is_done() {
+    let scene = Scene::on_nfs();
+    let mut first = scene.guest(Host::A, "first");
+    let frozen = Nfs::get().freeze();
+    let mut known = 0;
+    wait_until("the guest's wait for a write", || {
+        let before = std::mem::replace(&mut known, confirmed(&first));
+        thread::sleep(WHILE);
+        known == before
+    });
+    first.kill().unwrap();
+    let begin = Instant::now();
+    while begin.elapsed() < WHILE {
+        refused(&scene, Host::B, &format!("is in use by {ELSEWHERE}"));
+    }
+    drop(frozen);
+    // Of all clients' locks the server knows.
+    let place = format!(":{} ", fs::metadata(scene.disk.path()).unwrap().ino());
+    wait_until("the end of the last write", || !fs::read_to_string("/proc/locks").unwrap().contains(&place));
+    scene.finish_anew(known, None);
+}
+
+/// By system calls that would not be so.
+#[test]
+#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+fn writing_takes_io_uring() {
+    let scene = Scene::on_nfs();
+    let mut command = Command::new(scene.program(Host::A));
+    command.args(["run", "--serial", "none", "--aio", "sync"]).args(scene.disk.of_the_guest());
+    run_command(&mut command).refused(1, "is on NFS, where writing takes io_uring");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! A buffer of our own, for what direct I/O does not take from a guest as it is, and for zeros.
+//! A buffer of our own, for what direct I/O does not take from a guest as it is.
 
 use super::image::Image;
 use super::request::Part;
@@ -89,19 +89,6 @@ impl Image {
                 self.file().write_all_at(buffer, offset + done as u64)?;
             }
             done += piece;
-        }
-        Ok(())
-    }
-
-    /// Writes zeros, where the file system has no shorter way.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut zeros = Bounce::new(BOUNCE.min(len as usize))?;
-        for at in (0..len).step_by(BOUNCE) {
-            let piece = BOUNCE.min((len - at) as usize);
-            self.file().write_all_at(&zeros.bytes()[..piece], offset + at)?;
         }
         Ok(())
     }

@@ -19,6 +19,7 @@ pub struct Image {
     file: File,
     readonly: bool,
     geometry: Geometry,
+    on_nfs: bool,
     /// Alignment that buffers must have, in memory; 1 without direct I/O.
     alignment: usize,
     /// Whether the lock is held: without it nothing is read or written.
@@ -51,8 +52,10 @@ impl Image {
         // SAFETY: seeking needs nothing but a descriptor; this file's position is not used.
         let len = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
         let len = u64::try_from(len).map_err(|_| failed(io::Error::last_os_error()))?;
+        let on_nfs = lock::is_on_nfs(&file);
+        // Direct I/O to a server takes any buffers.
         let (alignment, unit) =
-            if config.cached { (1, 512) } else { direct_io(&file, kind.is_block_device()) };
+            if config.cached || on_nfs { (1, 512) } else { direct_io(&file, kind.is_block_device()) };
         if len == 0 || !len.is_multiple_of(u64::from(unit)) {
             return Err(Error::Size { path, len, unit });
         }
@@ -64,12 +67,19 @@ impl Image {
         }
         let held = AtomicBool::new(false);
         let given_up = Mutex::default();
-        Ok(Image { path, file, readonly: config.readonly, geometry, alignment, held, given_up })
+        Ok(Image { path, file, readonly: config.readonly, geometry, on_nfs, alignment, held, given_up })
     }
 
     /// Its size and unit.
     pub fn geometry(&self) -> Geometry {
         self.geometry
+    }
+
+    /// Whether it is on an NFS server. There, a process that is killed waits for no system call of its own: its lock goes
+    /// while the server may still be at its last write. What io_uring reads and writes by direct I/O keeps the file open,
+    /// and the lock held, until it is done; `fallocate` does not, by whatever way.
+    pub fn is_on_nfs(&self) -> bool {
+        self.on_nfs
     }
 
     /// Whether its lock can decide which of two hosts owns the guest.

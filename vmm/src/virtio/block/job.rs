@@ -16,6 +16,12 @@ const UNSUPPORTED: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 /// Most vectors that one system call takes.
 const MOST_VECTORS: usize = libc::UIO_MAXIOV as usize;
 
+/// What is written where a file system has no shorter way to zero a range, as direct I/O takes it.
+static ZEROS: Zeros = Zeros([0; 64 << 10]);
+
+#[repr(align(4096))]
+struct Zeros([u8; 64 << 10]);
+
 /// What the step under way is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Stage {
@@ -23,6 +29,8 @@ enum Stage {
     Transfer(Direction),
     /// The range at this offset, of this length, to be given back or zeroed.
     Range(u64, u64),
+    /// The same, by writing zeros.
+    Zeros(u64, u64),
     /// Making durable what was written.
     Sync,
     /// None: there is an outcome.
@@ -50,8 +58,8 @@ pub struct Job {
     written: u32,
 }
 
-// SAFETY: the vectors' addresses, which alone keep it from being so by itself, are of guest RAM, which belongs to no
-// thread.
+// SAFETY: the vectors' addresses, which alone keep it from being so by itself, are of guest RAM or of constant zeros,
+// which belong to no thread.
 unsafe impl Send for Job {}
 
 impl Job {
@@ -100,15 +108,21 @@ impl Job {
             (Stage::Range(..), Ok(_)) => self.next_range(disk, memory),
             (Stage::Range(offset, len), Err(error)) if is_unsupported(&error) => {
                 // To give storage back is not a must.
-                if self.operation == Operation::WriteZeroes && disk.image.write_zeros(offset, len).is_err() {
-                    return self.end(FAILED);
+                if self.operation == Operation::WriteZeroes {
+                    self.zeros_step(offset, len)
+                } else {
+                    self.next_range(disk, memory)
                 }
-                self.next_range(disk, memory)
             }
             (Stage::Range(offset, len), Err(error)) if is_transient(&error) => self.range_step(offset, len),
+            (Stage::Zeros(offset, len), Ok(written @ 1..)) => match len.saturating_sub(written as u64) {
+                0 => self.next_range(disk, memory),
+                rest => self.zeros_step(offset + len - rest, rest),
+            },
+            (Stage::Zeros(offset, len), Err(error)) if is_transient(&error) => self.zeros_step(offset, len),
             (Stage::Sync, Ok(_)) => self.end(OK),
             (Stage::Sync, Err(error)) if is_transient(&error) => Some(Step::Sync),
-            (Stage::Range(..) | Stage::Sync, Err(_)) => self.end(FAILED),
+            (Stage::Zeros(..), _) | (Stage::Range(..) | Stage::Sync, Err(_)) => self.end(FAILED),
             (Stage::Over, _) => None,
         }
     }
@@ -243,10 +257,15 @@ impl Job {
             let len = u64::from(range.sectors) * 512;
             let offset = disk.image.check(range.sector, len, true);
             let (Ok(offset), true) = (offset, range.sectors <= MOST_SECTORS) else { return self.end(FAILED) };
-            if len > 0 {
-                self.deallocate = discard || range.unmap;
-                return self.range_step(offset, len);
+            if len == 0 || discard && disk.image.is_on_nfs() {
+                continue;
             }
+            self.deallocate = discard || range.unmap;
+            return if disk.image.is_on_nfs() {
+                self.zeros_step(offset, len)
+            } else {
+                self.range_step(offset, len)
+            };
         }
         // More ranges than were promised, or a part of one.
         if self.request.outgoing().is_empty() { self.written(disk) } else { self.end(FAILED) }
@@ -256,6 +275,20 @@ impl Job {
         self.stage = Stage::Range(offset, len);
         let mode = if self.deallocate { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
         Some(Step::Allocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len })
+    }
+
+    fn zeros_step(&mut self, offset: u64, len: u64) -> Option<Step> {
+        self.stage = Stage::Zeros(offset, len);
+        self.vectors.clear();
+        let mut rest = len;
+        while rest > 0 && self.vectors.len() < MOST_VECTORS {
+            let piece = rest.min(ZEROS.0.len() as u64);
+            self.vectors
+                .push(libc::iovec { iov_base: ZEROS.0.as_ptr().cast_mut().cast(), iov_len: piece as usize });
+            rest -= piece;
+        }
+        let count = self.vectors.len() as u32;
+        Some(Step::Transfer { direction: Direction::Write, vectors: self.vectors.as_ptr(), count, offset })
     }
 
     fn identify(&mut self, disk: &Disk, memory: &GuestMemory) -> Option<Step> {

@@ -57,11 +57,21 @@ pub fn decides(file: &File) -> bool {
     // libc lacks this one.
     const NINE_P: libc::c_long = 0x0102_1997;
     const NOT: [libc::c_long; 2] = [NINE_P, libc::FUSE_SUPER_MAGIC];
+    file_system(file).is_some_and(|kind| !NOT.contains(&kind)) && file.metadata().is_ok_and(|m| m.is_file())
+}
+
+/// Whether `file` is on an NFS server.
+pub fn is_on_nfs(file: &File) -> bool {
+    file_system(file) == Some(libc::NFS_SUPER_MAGIC)
+}
+
+/// The number of `file`'s kind of file system.
+fn file_system(file: &File) -> Option<libc::c_long> {
     // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the structure lives across the call.
     let known = unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) } == 0;
-    known && !NOT.contains(&stat.f_type) && file.metadata().is_ok_and(|m| m.is_file())
+    known.then_some(stat.f_type)
 }
 
 /// Who holds a lock on `file`, for a person to read. Locks of open files name no process; this
@@ -87,7 +97,11 @@ pub fn holder(file: &File) -> String {
             format!("process {pid} ({})", name.trim())
         })
         .collect();
-    if names.is_empty() { "a process that this user may not look at".into() } else { names.join(", ") }
+    if names.is_empty() {
+        "a process that this user may not look at, or one that has ended before its last write".into()
+    } else {
+        names.join(", ")
+    }
 }
 
 /// Which process the kernel names as holder of a lock on `file`: 0 for any of another host, that it knows from the file's

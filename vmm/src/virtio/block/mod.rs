@@ -183,6 +183,16 @@ pub enum Error {
     /// There is to be an io_uring, and cannot be.
     #[error("disks cannot have an io_uring here: {0}; start with --aio auto to do without")]
     NoRing(io::Error),
+    /// It is on NFS and to be written to, and there is no io_uring, or is to be none.
+    #[error(
+        "the disk image {} is on NFS, where writing takes io_uring: without, a killed machine's lock is gone before its \
+         last write is done; start without --aio sync where io_uring is not switched off",
+        path.display()
+    )]
+    NeedsRing {
+        /// The image.
+        path: PathBuf,
+    },
     /// A number of queues that no disk has.
     #[error("a disk with {0} queues: use 1 to {MOST_QUEUES}")]
     Queues(u16),

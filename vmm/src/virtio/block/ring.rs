@@ -131,7 +131,7 @@ impl Ring {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
         };
-        // SAFETY: a job's vectors, and guest RAM, which they point to, stay until its step has been reaped: the job is
+        // SAFETY: a job's vectors, and guest RAM or constants, which they point to, stay until its step has been reaped: the job is
         // not used before, and nobody leaves `serve` while a step is in flight. The image is open as long as its disk.
         let pushed = unsafe { self.uring.submission().push(&entry.user_data(u64::from(place))) };
         debug_assert!(pushed.is_ok(), "each request has one step in flight, and the ring room for all");

@@ -51,8 +51,9 @@ impl Image {
             let result = match step {
                 Step::Transfer { direction, vectors, count, offset } => {
                     let (count, offset) = (count as libc::c_int, offset as i64);
-                    // SAFETY: `count` vectors are there, each a part of guest RAM, as the step's maker promises; no
-                    // reference into guest RAM exists that the kernel's writes could contradict.
+                    // SAFETY: `count` vectors are there, each a part of guest RAM, or of constant zeros that are only
+                    // written to the image, as the step's maker promises; no reference into guest RAM exists that the
+                    // kernel's writes could contradict.
                     unsafe {
                         match direction {
                             Direction::Read => libc::preadv(fd, vectors, count, offset),
