@@ -7,6 +7,7 @@
 use crate::command::must;
 use crate::lab;
 use crate::program::whimbrel;
+use crate::sides::wait_until;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use std::sync::OnceLock;
 const HOSTS: [&str; 2] = ["host-a", "host-b"];
 const STORAGE: u64 = 256 << 20;
 /// How long the server keeps the locks of a client that says nothing: the least that it can be told.
-pub const LEASE_S: u64 = 10;
+const LEASE_S: u32 = 10;
 
 /// The folder.
 pub struct Nfs {
@@ -100,6 +101,22 @@ impl Nfs {
         Frozen(self)
     }
 
+    /// Waits until the server would give a silent client's locks to the next who asks.
+    pub fn wait_lease(&self) {
+        let courtesy = || {
+            let clients = fs::read_dir("/proc/fs/nfsd/clients").into_iter().flatten().flatten();
+            let infos = clients.filter_map(|client| fs::read_to_string(client.path().join("info")).ok());
+            infos.into_iter().any(|info| info.contains("status: courtesy"))
+        };
+        wait_until("the lease's end", courtesy);
+    }
+
+    /// The host that guests come from cannot reach the server until this is dropped.
+    pub fn cut(&self) -> Cut {
+        must(&format!("ip link set to-{} down", HOSTS[0]));
+        Cut(())
+    }
+
     /// The `whimbrel` of each host.
     pub fn programs(&self) -> [PathBuf; 2] {
         HOSTS.map(|host| self.program(host))
@@ -112,5 +129,14 @@ pub struct Frozen<'a>(&'a Nfs);
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         must(&format!("fsfreeze --unfreeze {}", self.0.folder().display()));
+    }
+}
+
+/// A cut line between a host and the server.
+pub struct Cut(());
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        must(&format!("ip link set to-{} up", HOSTS[0]));
     }
 }

@@ -6,12 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
-use whimbrel_tests::command::run_command;
+use vmm::node::Node;
+use whimbrel_tests::command::{run, run_command};
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::nfs::Nfs;
 use whimbrel_tests::say;
 use whimbrel_tests::scene::{Host, Scene, confirmed, kills, older_than_its_disk};
-use whimbrel_tests::sides::{Guest, hop, wait_until};
+use whimbrel_tests::sides::{Guest, PATIENCE, hop, wait_until};
 
 /// How long something that must not happen is waited for.
 const WHILE: Duration = Duration::from_secs(1);
@@ -56,6 +57,17 @@ fn refused(scene: &Scene, host: Host, why: &str) {
     run_command(command.args(["run", "--serial", "none"]).args(scene.disk.of_the_guest())).refused(1, why);
 }
 
+/// Waits until the guest waits for the server; how many entries it has written.
+fn wait_stuck(node: &Node) -> u64 {
+    let mut known = 0;
+    wait_until("the guest's wait for a write", || {
+        let before = std::mem::replace(&mut known, confirmed(node));
+        thread::sleep(WHILE);
+        known == before
+    });
+    known
+}
+
 /// What a killed process has asked of the server goes on there. Its lock must not be gone before.
 #[test]
 #[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
@@ -63,12 +75,7 @@ fn a_killed_machine_keeps_its_lock_until_its_last_write_is_done() {
     let scene = Scene::on_nfs();
     let mut first = scene.guest(Host::A, "first");
     let frozen = Nfs::get().freeze();
-    let mut known = 0;
-    wait_until("the guest's wait for a write", || {
-        let before = std::mem::replace(&mut known, confirmed(&first));
-        thread::sleep(WHILE);
-        known == before
-    });
+    let known = wait_stuck(&first);
     first.kill().unwrap();
     let begin = Instant::now();
     while begin.elapsed() < WHILE {
@@ -102,4 +109,32 @@ fn either_side_is_killed() {
 #[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
 fn a_guest_that_is_older_than_its_disk_never_runs() {
     older_than_its_disk(Scene::on_nfs, |_| ELSEWHERE.into());
+}
+
+/// The server gives its lock to the next who asks, once the lease has run out. What the host still had to write when it was
+/// cut off comes too late.
+#[test]
+#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+fn a_host_that_is_cut_off_loses_its_disk() {
+    let scene = Scene::on_nfs();
+    let first = scene.guest(Host::A, "first");
+    let cut = Nfs::get().cut();
+    let known = wait_stuck(&first);
+    refused(&scene, Host::B, &format!("is in use by {ELSEWHERE}"));
+    Nfs::get().wait_lease();
+    let second = scene.guest(Host::B, "second");
+    drop(cut);
+    let lost = first.wait_guest("the loss", PATIENCE, |guest| !guest.clean).unwrap();
+    assert!(lost.problems[0].contains("requests to the disk failed"), "{:?}", lost.problems);
+    // The word that an entry is written may have been on its way.
+    assert!(lost.journal <= known + 1, "{} entries of {known}", lost.journal);
+    scene.finish_at(&second);
+    // Nobody has the lock now. The first one's guest is older than its disk, and must not have it again.
+    let entries = scene.disk.entries().unwrap();
+    let api = first.api_path().to_str().unwrap();
+    for change in ["pause", "resume"] {
+        assert_eq!(run([change, "--api", api]).code, Some(0));
+    }
+    thread::sleep(WHILE);
+    assert_eq!(scene.disk.entries(), Ok(entries));
 }

@@ -93,6 +93,12 @@ impl Image {
     /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was given up before and
     /// somebody else has had it since, or nobody can tell.
     pub fn take(&self) -> Result<(), Error> {
+        // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not heard of this
+        // host for too long, would give it anew, and the guest go on with a disk that is newer than its memory. As it is,
+        // the host's kernel fails all that is written.
+        if self.is_held() {
+            return Ok(());
+        }
         let lock = if self.readonly { Lock::Shared } else { Lock::Exclusive };
         match lock::set(&self.file, lock) {
             Ok(true) => {
