@@ -21,7 +21,7 @@ const WHILE: Duration = Duration::from_secs(1);
 const ELSEWHERE: &str = "a process of another host";
 
 #[test]
-#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+#[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn a_guest_moves_to_and_fro() {
     const MOVES: u32 = 4;
     let scene = Scene::on_nfs();
@@ -42,7 +42,7 @@ fn a_guest_moves_to_and_fro() {
 }
 
 #[test]
-#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+#[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn a_second_machine_is_refused() {
     let scene = Scene::on_nfs();
     let first = scene.guest(Host::A, "first");
@@ -70,7 +70,7 @@ fn wait_stuck(node: &Node) -> u64 {
 
 /// What a killed process has asked of the server goes on there. Its lock must not be gone before.
 #[test]
-#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+#[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn a_killed_machine_keeps_its_lock_until_its_last_write_is_done() {
     let scene = Scene::on_nfs();
     let mut first = scene.guest(Host::A, "first");
@@ -90,7 +90,7 @@ fn a_killed_machine_keeps_its_lock_until_its_last_write_is_done() {
 
 /// By system calls that would not be so.
 #[test]
-#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+#[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn writing_takes_io_uring() {
     let scene = Scene::on_nfs();
     let mut command = Command::new(scene.program(Host::A));
@@ -99,14 +99,14 @@ fn writing_takes_io_uring() {
 }
 
 #[test]
-#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+#[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn either_side_is_killed() {
     // Each side as it prepares, switches over and commits; `disks` has all the rest.
     kills("kill -9 with a disk on NFS", 6, Scene::on_nfs);
 }
 
 #[test]
-#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+#[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn a_guest_that_is_older_than_its_disk_never_runs() {
     older_than_its_disk(Scene::on_nfs, |_| ELSEWHERE.into());
 }
@@ -114,7 +114,7 @@ fn a_guest_that_is_older_than_its_disk_never_runs() {
 /// The server gives its lock to the next who asks, once the lease has run out. What the host still had to write when it was
 /// cut off comes too late.
 #[test]
-#[ignore = "needs an NFS server: ci/rdma runs it in the lab"]
+#[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn a_host_that_is_cut_off_loses_its_disk() {
     let scene = Scene::on_nfs();
     let first = scene.guest(Host::A, "first");
