@@ -261,7 +261,9 @@ class Vm:
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nowatchdog nokaslr audit=0 "
     "tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests net.ifnames=0 "
-    "transparent_hugepage=madvise"
+    "transparent_hugepage=madvise "
+    # A kernel that hangs ends, as one that oopses does: the emulator's fault (docs/lab.md) does either to it.
+    "rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 )
 
 
