@@ -41,8 +41,9 @@ def parser(usage, description, epilog):
         action="store_const",
         const="low",
         default="",
-        help="nested guests stay in the lower half of the address space, as Linux does not, and never triple-fault: "
-        "if the command fails and one did either, the emulator mixed it up, and the exit code is 125",
+        help="nested guests stay in the lower half of the address space, as Linux does not, never triple-fault, "
+        "and VMRUN never refuses them: if the command fails and any of it was seen, the emulator mixed it up, and the exit "
+        "code is 125",
     )
     add(
         "--linux-guests",

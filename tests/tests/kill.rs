@@ -11,10 +11,12 @@ use whimbrel_tests::kills::{LINE, Outcomes, Schedule, Side, schedules};
 use whimbrel_tests::proxy::{Proxy, Way};
 use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, assert_stands_still, hop, receiver, request};
 
+const KILLS: usize = 50;
+
 #[test]
 fn fifty_kills() {
     let mut outcomes = Outcomes::default();
-    for schedule in schedules("kill -9", 50) {
+    for schedule in schedules("kill -9", KILLS) {
         let folder = tempfile::tempdir().unwrap();
         let mut source = Guest::SMALL.start(folder.path(), "source");
         let (mut destination, address) = receiver(folder.path(), "destination");
@@ -27,7 +29,7 @@ fn fifty_kills() {
         };
         outcomes.add(schedule.victim, phase, outcome);
     }
-    outcomes.tell(50);
+    outcomes.tell(KILLS);
 }
 
 #[derive(Debug)]

@@ -279,6 +279,7 @@ impl Job {
 
     fn zeros_step(&mut self, offset: u64, len: u64) -> Option<Step> {
         self.stage = Stage::Zeros(offset, len);
+        (self.next, self.offset) = (0, offset);
         self.vectors.clear();
         let mut rest = len;
         while rest > 0 && self.vectors.len() < MOST_VECTORS {
@@ -287,8 +288,7 @@ impl Job {
                 .push(libc::iovec { iov_base: ZEROS.0.as_ptr().cast_mut().cast(), iov_len: piece as usize });
             rest -= piece;
         }
-        let count = self.vectors.len() as u32;
-        Some(Step::Transfer { direction: Direction::Write, vectors: self.vectors.as_ptr(), count, offset })
+        self.transfer_step(Direction::Write)
     }
 
     fn identify(&mut self, disk: &Disk, memory: &GuestMemory) -> Option<Step> {

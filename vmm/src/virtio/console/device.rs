@@ -13,7 +13,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::Bytes;
 
@@ -27,7 +26,7 @@ const PIECE: usize = 4096;
 
 /// A console.
 pub struct Console {
-    output: Mutex<Output>,
+    output: Output,
     input: Option<File>,
     input_ended: AtomicBool,
 }
@@ -42,12 +41,12 @@ impl Console {
         let output = output.map_err(|source| Error::Console { path, source })?;
         let open = |path| open_input(path).map_err(|source| Error::Console { path: name(path), source });
         let input = config.input.as_deref().map(open).transpose()?;
-        Ok(Console { output: Mutex::new(output), input, input_ended: AtomicBool::new(false) })
+        Ok(Console { output, input, input_ended: AtomicBool::new(false) })
     }
 
     /// Copies what the guest wrote to the output.
     fn transmit(&self, queue: &mut Serving<'_>) -> Result<Next, Broken> {
-        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut output = self.output.clone();
         let mut bytes = [0; PIECE];
         while let Some(mut chain) = queue.take()? {
             for buffer in chain.by_ref().filter(|descriptor| !descriptor.is_write_only()) {
@@ -148,7 +147,7 @@ impl VirtioDevice for Console {
     }
 
     fn output(&self) -> Option<Output> {
-        Some(self.output.lock().unwrap_or_else(PoisonError::into_inner).clone())
+        Some(self.output.clone())
     }
 
     fn state_kind(&self) -> Kind {
