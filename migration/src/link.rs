@@ -1,6 +1,7 @@
 //! The control link: one ordered, reliable stream of frames between the two engines.
 
 use crate::failure::{Code, Failure};
+use crate::transport::Token;
 use std::time::Duration;
 
 /// Why a link can carry no more.
@@ -29,6 +30,10 @@ impl From<LinkError> for Failure {
 
 /// A control link, used by one thread.
 pub trait ControlLink: Send {
+    /// The session's token. Both ends of a link have the same one: the source made it, and its end of the
+    /// link told the destination's.
+    fn token(&self) -> Token;
+
     /// Sends one frame, waiting at most the link's own send time-out.
     ///
     /// # Errors

@@ -143,8 +143,12 @@ pub trait SourcePlane: Send {
     /// The transport's name.
     fn name(&self) -> &'static str;
 
-    /// The lanes, never none, each to be driven by one thread at a time.
-    fn lanes(&mut self) -> &mut [Box<dyn Lane>];
+    /// The lanes, each to be driven by one thread at a time. The engine wants at least one.
+    ///
+    /// A caller may wrap them, for instance to count bytes or to cap a rate: it takes the lanes with
+    /// [`std::mem::take`], and puts one wrapper around each back. The plane drops whatever it has here when it is
+    /// dropped itself. Lanes that are kept elsewhere have to be dropped before their plane.
+    fn lanes(&mut self) -> &mut Vec<Box<dyn Lane>>;
 
     /// A handle that stops all lanes.
     fn interrupter(&self) -> Arc<dyn Interrupt>;

@@ -6,6 +6,7 @@
 
 use crate::sides::{Guest, PATIENCE, request};
 use migration::destination::{self, Timeouts};
+use migration::link::ControlLink;
 use migration::report::Verdict;
 use migration::transport::DestinationTransport;
 use std::sync::Arc;

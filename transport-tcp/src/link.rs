@@ -14,6 +14,7 @@ const STEP: usize = 64 << 10;
 
 /// A control link over TCP.
 pub struct Connection {
+    token: Token,
     stream: TcpStream,
     peer: SocketAddr,
     arrived: Vec<u8>,
@@ -30,7 +31,7 @@ pub fn connect_control(to: &str, token: Token, patience: Duration) -> Result<Con
     let mut last = resolve("it has no address".into());
     for address in addresses {
         match socket::connect(address, Preamble::control(token), patience) {
-            Ok(stream) => return Ok(Connection::new(stream, address)),
+            Ok(stream) => return Ok(Connection::new(token, stream, address)),
             Err(error @ Error::Connect { .. }) => last = error,
             Err(error) => return Err(error),
         }
@@ -39,8 +40,8 @@ pub fn connect_control(to: &str, token: Token, patience: Duration) -> Result<Con
 }
 
 impl Connection {
-    pub(crate) fn new(stream: TcpStream, peer: SocketAddr) -> Self {
-        Connection { stream, peer, arrived: Vec::new() }
+    pub(crate) fn new(token: Token, stream: TcpStream, peer: SocketAddr) -> Self {
+        Connection { token, stream, peer, arrived: Vec::new() }
     }
 
     /// The other end's address.
@@ -73,6 +74,10 @@ impl Connection {
 }
 
 impl ControlLink for Connection {
+    fn token(&self) -> Token {
+        self.token
+    }
+
     fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {
         // One write, so that the length does not travel alone.
         let mut bytes = Vec::with_capacity(4 + frame.len());

@@ -53,16 +53,10 @@ pub(crate) struct Shared {
 /// A session's control link, accepted. Dropping it lets the next caller in.
 pub struct Call {
     connection: Connection,
-    token: Token,
     shared: Arc<Shared>,
 }
 
 impl Call {
-    /// The session's token.
-    pub fn token(&self) -> Token {
-        self.token
-    }
-
     /// Who called.
     pub fn peer(&self) -> SocketAddr {
         self.connection.peer()
@@ -78,6 +72,10 @@ impl Call {
 }
 
 impl ControlLink for Call {
+    fn token(&self) -> Token {
+        self.connection.token()
+    }
+
     fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {
         self.connection.send(frame)
     }
@@ -226,9 +224,9 @@ impl Shared {
                 if status == Status::Busy {
                     return answered;
                 }
-                let connection = Connection::new(stream, peer);
+                let connection = Connection::new(preamble.token, stream, peer);
                 // If the answer failed, dropping the call lets the next caller in.
-                let call = Call { connection, token: preamble.token, shared: Arc::clone(self) };
+                let call = Call { connection, shared: Arc::clone(self) };
                 answered?;
                 self.lock().waiting = Some(call);
                 self.changed.notify_all();

@@ -47,7 +47,7 @@ impl SourceTransport for TcpSource {
 
     fn connect(&mut self, session: &Session, _offer: &[u8]) -> Result<Box<dyn SourcePlane>, PlaneError> {
         let broken = |source| PlaneError::Io { what: "preparing a data connection", source };
-        let interrupt = Arc::new(Interrupter::default());
+        let interrupted = Arc::new(AtomicBool::new(false));
         let mut lanes: Vec<Box<dyn Lane>> = Vec::new();
         let mut handles = Vec::new();
         for lane in 0..self.streams {
@@ -66,27 +66,23 @@ impl SourceTransport for TcpSource {
                 timeout: session.timeout,
                 head: Vec::with_capacity(UNIT * (MAX_EXTENTS + 1)),
                 stats: LaneStats::default(),
-                interrupt: Arc::clone(&interrupt),
+                interrupted: Arc::clone(&interrupted),
             }));
         }
-        let interrupter = Arc::new(Interrupting { shared: interrupt, streams: handles });
+        let interrupter = Arc::new(Interrupter { interrupted, streams: handles });
         Ok(Box::new(TcpPlane { lanes, interrupter }))
     }
 }
 
-#[derive(Default)]
+/// Stops all lanes of a plane.
 struct Interrupter {
-    interrupted: AtomicBool,
-}
-
-struct Interrupting {
-    shared: Arc<Interrupter>,
+    interrupted: Arc<AtomicBool>,
     streams: Vec<TcpStream>,
 }
 
-impl Interrupt for Interrupting {
+impl Interrupt for Interrupter {
     fn interrupt(&self) {
-        self.shared.interrupted.store(true, Ordering::Release);
+        self.interrupted.store(true, Ordering::Release);
         for stream in &self.streams {
             // Fails only for a connection that is down already.
             let _ = stream.shutdown(Shutdown::Both);
@@ -96,7 +92,7 @@ impl Interrupt for Interrupting {
 
 struct TcpPlane {
     lanes: Vec<Box<dyn Lane>>,
-    interrupter: Arc<Interrupting>,
+    interrupter: Arc<Interrupter>,
 }
 
 impl SourcePlane for TcpPlane {
@@ -104,7 +100,7 @@ impl SourcePlane for TcpPlane {
         crate::NAME
     }
 
-    fn lanes(&mut self) -> &mut [Box<dyn Lane>] {
+    fn lanes(&mut self) -> &mut Vec<Box<dyn Lane>> {
         &mut self.lanes
     }
 
@@ -125,12 +121,13 @@ struct TcpLane {
     /// Header and table of the frame that is being sent.
     head: Vec<u8>,
     stats: LaneStats,
-    interrupt: Arc<Interrupter>,
+    /// Set by the plane's [`Interrupter`].
+    interrupted: Arc<AtomicBool>,
 }
 
 impl TcpLane {
     fn error(&self, what: &'static str, source: io::Error) -> PlaneError {
-        if self.interrupt.interrupted.load(Ordering::Acquire) {
+        if self.interrupted.load(Ordering::Acquire) {
             return PlaneError::Interrupted;
         }
         match source.kind() {
@@ -378,7 +375,7 @@ mod tests {
             timeout: PATIENCE,
             head: Vec::new(),
             stats: LaneStats::default(),
-            interrupt: Arc::default(),
+            interrupted: Arc::default(),
         };
         (lane, peer)
     }

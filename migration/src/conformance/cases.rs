@@ -4,7 +4,7 @@ use super::Fixture;
 use super::bed::{Bed, PATIENCE, REGION_PAGES, extent, ram, read, resident, scramble, write};
 use crate::dirty::{DirtySet, runs};
 use crate::memory::{Extent, PAGE_SIZE, Ram};
-use crate::transport::{PlaneError, Session, Token};
+use crate::transport::{Lane, LaneStats, PlaneError, Session, Token};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -400,4 +400,56 @@ pub fn lanes_count_what_they_carry(fixture: &dyn Fixture) {
     assert_eq!(stats.zero_bytes, 10 * PAGE_SIZE);
     assert!(stats.requests > 0);
     assert_eq!(bed.plane.lanes()[1].stats().bytes, 0);
+}
+
+/// A lane in a wrapper, as somebody has it who counts bytes or caps a rate.
+struct Wrapped {
+    inner: Box<dyn Lane>,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Lane for Wrapped {
+    fn write(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
+        self.inner.write(extents)?;
+        self.bytes.fetch_add(extents.iter().map(|extent| extent.len).sum(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn zero(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
+        self.inner.zero(extents)
+    }
+
+    fn post_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
+        self.inner.post_barrier(round)
+    }
+
+    fn wait_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
+        self.inner.wait_barrier(round)
+    }
+
+    fn stats(&self) -> LaneStats {
+        self.inner.stats()
+    }
+}
+
+/// Lanes may be taken out, wrapped and put back; they carry what they carried, and an interrupt still ends
+/// their waits.
+pub fn lanes_may_be_wrapped(fixture: &dyn Fixture) {
+    let mut bed = Bed::new(fixture, 2);
+    let bytes = Arc::new(AtomicU64::new(0));
+    let wrap = |inner| Box::new(Wrapped { inner, bytes: Arc::clone(&bytes) }) as Box<dyn Lane>;
+    let lanes = std::mem::take(bed.plane.lanes());
+    *bed.plane.lanes() = lanes.into_iter().map(wrap).collect();
+    let extents = [extent(0, 0, 100), extent(1, 0, 7)];
+    extents.iter().for_each(|e| scramble(&bed.source.ram, e, &mut fastrand::Rng::with_seed(13)));
+    bed.plane.lanes()[0].write(&extents[..1]).unwrap();
+    bed.plane.lanes()[1].write(&extents[1..]).unwrap();
+    bed.barrier(0);
+    assert_eq!(bed.differences(), []);
+    assert_eq!(bytes.load(Ordering::Relaxed), 107 * PAGE_SIZE);
+    bed.plane.interrupter().interrupt();
+    assert!(matches!(bed.plane.lanes()[1].wait_barrier(1), Err(PlaneError::Interrupted)));
+    let began = Instant::now();
+    drop(bed);
+    assert!(began.elapsed() < SOON, "a plane with wrapped lanes is slow to end");
 }

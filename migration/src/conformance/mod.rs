@@ -54,6 +54,7 @@ macro_rules! conformance_suite {
             a_source_that_goes_away_leaves_the_destination_fenceable
             nonsense_offers_are_refused
             lanes_count_what_they_carry
+            lanes_may_be_wrapped
         }
     };
 }

@@ -110,8 +110,8 @@ impl<'a> Precopy<'a> {
 
     /// Counters of the lanes in use.
     pub(super) fn lanes(&mut self) -> Vec<LaneStats> {
-        let lanes = self.path.plane().map_or(&mut [][..], |plane| plane.lanes());
-        lanes.iter().map(|lane| lane.stats()).collect()
+        let Some(plane) = self.path.plane() else { return Vec::new() };
+        plane.lanes().iter().map(|lane| lane.stats()).collect()
     }
 
     /// CPU time that was used for memory by other threads than the one that asks for rounds.

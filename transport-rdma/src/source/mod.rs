@@ -60,7 +60,7 @@ impl SourcePlane for RdmaPlane {
         crate::NAME
     }
 
-    fn lanes(&mut self) -> &mut [Box<dyn Lane>] {
+    fn lanes(&mut self) -> &mut Vec<Box<dyn Lane>> {
         &mut self.lanes
     }
 

@@ -4,6 +4,7 @@ use super::Exit;
 use super::args::ReceiveArgs;
 use super::process::{quit_on_signals, stay};
 use migration::destination::{self, Timeouts};
+use migration::link::ControlLink;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
