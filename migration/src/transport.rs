@@ -146,16 +146,16 @@ pub trait SourcePlane: Send {
     /// The lanes, each to be driven by one thread at a time. The engine wants at least one.
     ///
     /// A caller may wrap them, for instance to count bytes or to cap a rate: it takes the lanes with
-    /// [`std::mem::take`], and puts one wrapper around each back. The plane drops whatever it has here when it is
-    /// dropped itself. Lanes that are kept elsewhere have to be dropped before their plane.
+    /// [`std::mem::take`], and puts one wrapper around each back. The plane drops whatever it has here when
+    /// it is dropped itself. Lanes that are kept elsewhere have to be dropped before their plane.
     fn lanes(&mut self) -> &mut Vec<Box<dyn Lane>>;
 
     /// A handle that stops all lanes.
     fn interrupter(&self) -> Arc<dyn Interrupt>;
 
     /// Whether its lanes get on better in different parts of a region (see
-    /// [`RamRegion`](crate::memory::RamRegion)) than close to each other, as they do where memory is gone through
-    /// in order.
+    /// [`RamRegion`](crate::memory::RamRegion)) than close to each other, as they do where memory is gone
+    /// through in order.
     fn spreads(&self) -> bool {
         false
     }

@@ -16,7 +16,7 @@ use migration::memory::{Extent, PAGE_SIZE};
 pub const UNIT: usize = 16;
 
 /// Most extents in one frame; bounds what a peer can make us allocate.
-pub const MAX_EXTENTS: usize = 4096;
+pub const MAX_FRAME_EXTENTS: usize = 4096;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Header {
         if field(12) != 0 {
             return Err(FrameError::Header);
         }
-        if (kind == Kind::Barrier) != (extents == 0) || extents as usize > MAX_EXTENTS {
+        if (kind == Kind::Barrier) != (extents == 0) || extents as usize > MAX_FRAME_EXTENTS {
             return Err(FrameError::Extents(extents));
         }
         Ok(Header { kind, extents, round })

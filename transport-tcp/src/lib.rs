@@ -2,20 +2,29 @@
 //!
 //! One port of the destination takes all connections; their preambles tell them apart
 //! ([`listener`]). What travels in a data stream is told in [`frame`].
+//!
+//! A program that makes its connections by itself hands them over: the control link's to [`StreamLink`], the
+//! lanes' to [`TcpSource::from_streams`], [`TcpDestination::from_streams`] or a [`LaneAcceptor`]. They may be
+//! stream sockets of any family.
 
+mod acceptor;
 mod destination;
 pub mod frame;
+mod iovec;
 mod link;
 pub mod listener;
 mod pacing;
 mod place;
-mod socket;
+mod plane;
 mod source;
+mod stream;
 
+pub use acceptor::LaneAcceptor;
 pub use destination::TcpDestination;
-pub use link::{Connection, connect_control};
+pub use link::{Connection, StreamLink, connect_control};
 pub use listener::{Call, Listener};
 pub use source::{DEFAULT_STREAMS, TcpSource};
+pub use stream::Stream;
 
 /// The name of this transport in offers and reports.
 pub const NAME: &str = "tcp";
@@ -25,9 +34,11 @@ use migration::{Code, Failure};
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
+use stream::PEER;
 
 /// Why a connection or a listening port could not be had.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}{}", hint(source))]
@@ -48,45 +59,51 @@ pub enum Error {
     /// The destination cannot be reached.
     #[error("cannot connect to {to}: {source}; is `whimbrel receive` running there, and the port open?")]
     Connect {
-        /// The address.
-        to: SocketAddr,
+        /// Its address, or what it is called.
+        to: String,
         /// What the system said.
         source: io::Error,
     },
     /// It accepted and then said nothing.
     #[error("{to} accepted the connection but says nothing for {waited:?}; is it a Whimbrel receiver?")]
     Silent {
-        /// The address.
-        to: SocketAddr,
+        /// Its address, or what it is called.
+        to: String,
         /// How long it was silent.
         waited: Duration,
     },
     /// It hung up, or said something that is not ours.
     #[error("{to}: {why}")]
     Preamble {
-        /// The address.
-        to: SocketAddr,
+        /// Its address, or what it is called.
+        to: String,
         /// What it said.
         why: PreambleError,
     },
     /// It hung up before it answered.
     #[error("{to} closed the connection without an answer; is it a Whimbrel receiver?")]
     HungUp {
-        /// The address.
-        to: SocketAddr,
+        /// Its address, or what it is called.
+        to: String,
     },
     /// It takes in another guest.
     #[error("{to} is busy taking in another guest; wait, or use another receiver")]
     Busy {
-        /// The address.
-        to: SocketAddr,
+        /// Its address, or what it is called.
+        to: String,
     },
     /// It knows no such session.
     #[error("{to} does not know this migration")]
     Session {
-        /// The address.
-        to: SocketAddr,
+        /// Its address, or what it is called.
+        to: String,
     },
+    /// A stream that was accepted did not begin as it should.
+    #[error("{PEER} has sent no preamble: {0}; is it a Whimbrel source?")]
+    NoPreamble(#[source] io::Error),
+    /// A descriptor that is no connected stream socket.
+    #[error("a lane needs a stream socket: {0}")]
+    Descriptor(#[source] io::Error),
     /// The listener can take no more connections.
     #[error("the listener has stopped: {0}")]
     Stopped(io::Error),
@@ -105,12 +122,16 @@ impl Error {
     fn code(&self) -> Code {
         match self {
             Error::Preamble { why: PreambleError::Version { .. }, .. } => Code::VERSION,
-            Error::Preamble { .. } | Error::HungUp { .. } | Error::Session { .. } => Code::PROTOCOL,
+            Error::Preamble { .. } | Error::HungUp { .. } | Error::Session { .. } | Error::NoPreamble(_) => {
+                Code::PROTOCOL
+            }
             Error::Busy { .. } => Code::BUSY,
             Error::Silent { .. } => Code::TIMEOUT,
-            Error::Bind { .. } | Error::Resolve { .. } | Error::Connect { .. } | Error::Stopped(_) => {
-                Code::LINK
-            }
+            Error::Bind { .. }
+            | Error::Resolve { .. }
+            | Error::Connect { .. }
+            | Error::Descriptor(_)
+            | Error::Stopped(_) => Code::LINK,
         }
     }
 }

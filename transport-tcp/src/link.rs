@@ -1,60 +1,59 @@
 //! The control link: frames of a four-byte length and that many bytes.
 
-use crate::{Error, socket};
+use crate::Error;
+use crate::stream::{self, MAX_PREAMBLE_WAIT, PEER, Stream};
 use migration::link::{ControlLink, LinkError};
 use migration::message::MAX_FRAME;
-use migration::preamble::Preamble;
+use migration::preamble::{Kind, Preamble, PreambleError, Status};
 use migration::transport::Token;
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 /// Bytes read at a time. The buffer grows with what arrives, not with what is announced.
-const STEP: usize = 64 << 10;
+const READ_BYTES: usize = 64 << 10;
 
-/// A control link over TCP.
-pub struct Connection {
+/// A control link over any [`Stream`].
+pub struct StreamLink<S> {
     token: Token,
-    stream: TcpStream,
-    peer: SocketAddr,
+    stream: S,
     arrived: Vec<u8>,
 }
 
-/// Connects to the receiver at `to` (`host:port`); each step may take `patience`. A name with several
-/// addresses is tried at each in turn.
-///
-/// # Errors
-/// [`Error`] says whether the name, the network or the program there is at fault.
-pub fn connect_control(to: &str, token: Token, patience: Duration) -> Result<Connection, Error> {
-    let resolve = |why: String| Error::Resolve { to: to.into(), why };
-    let addresses = to.to_socket_addrs().map_err(|e| resolve(e.to_string()))?;
-    let mut last = resolve("it has no address".into());
-    for address in addresses {
-        match socket::connect(address, Preamble::control(token), patience) {
-            Ok(stream) => return Ok(Connection::new(token, stream, address)),
-            Err(error @ Error::Connect { .. }) => last = error,
-            Err(error) => return Err(error),
-        }
-    }
-    Err(last)
-}
-
-impl Connection {
-    pub(crate) fn new(token: Token, stream: TcpStream, peer: SocketAddr) -> Self {
-        Connection { token, stream, peer, arrived: Vec::new() }
-    }
-
-    /// The other end's address.
-    pub fn peer(&self) -> SocketAddr {
-        self.peer
-    }
-
-    /// This end's address: the one at which the other end reaches this host.
+impl<S: Stream> StreamLink<S> {
+    /// The source's end of a stream that is connected already: sends the session's preamble and has it
+    /// answered, each within `patience`. Afterwards a write waits at most `patience`, too.
     ///
     /// # Errors
-    /// When the connection has been reset.
-    pub fn local(&self) -> io::Result<SocketAddr> {
-        self.stream.local_addr()
+    /// [`Error`] says what the other end did instead.
+    pub fn connect(mut stream: S, token: Token, patience: Duration) -> Result<Self, Error> {
+        let failed = |source| Error::Connect { to: PEER.into(), source };
+        stream.set_write_timeout(Some(patience)).map_err(failed)?;
+        stream::call(&mut stream, PEER, Preamble::control(token), patience)?;
+        Ok(StreamLink::new(stream, token))
+    }
+
+    /// The destination's end: waits for the preamble and answers it. The source has five seconds for it;
+    /// afterwards a write waits at most `patience`.
+    ///
+    /// # Errors
+    /// [`Error`] says what the other end sent instead.
+    pub fn accept(mut stream: S, patience: Duration) -> Result<Self, Error> {
+        let failed = |source| Error::Connect { to: PEER.into(), source };
+        stream.set_write_timeout(Some(patience)).map_err(failed)?;
+        let preamble = stream::hear(&mut stream, Some(MAX_PREAMBLE_WAIT))?;
+        if preamble.kind != Kind::Control {
+            return Err(Error::Preamble { to: PEER.into(), why: PreambleError::Malformed });
+        }
+        stream.write_all(&preamble.answer(Status::Ok).encode()).map_err(failed)?;
+        Ok(StreamLink::new(stream, preamble.token))
+    }
+
+    /// A link over a stream on which `token`'s preamble has been sent and answered before, by whoever
+    /// hands it over. The stream's write time-out stays as it is.
+    pub fn new(stream: S, token: Token) -> Self {
+        StreamLink { token, stream, arrived: Vec::new() }
     }
 
     /// A whole frame, if one has arrived.
@@ -73,7 +72,7 @@ impl Connection {
     }
 }
 
-impl ControlLink for Connection {
+impl<S: Stream> ControlLink for StreamLink<S> {
     fn token(&self) -> Token {
         self.token
     }
@@ -99,7 +98,7 @@ impl ControlLink for Connection {
             // A time-out of zero would mean none at all.
             self.stream.set_read_timeout(Some(left.max(Duration::from_micros(1))))?;
             let filled = self.arrived.len();
-            self.arrived.resize(filled + STEP, 0);
+            self.arrived.resize(filled + READ_BYTES, 0);
             let read = self.stream.read(&mut self.arrived[filled..]);
             self.arrived.truncate(filled + read.as_ref().copied().unwrap_or(0));
             match read {
@@ -110,5 +109,63 @@ impl ControlLink for Connection {
                 Err(e) => return Err(e.into()),
             }
         }
+    }
+}
+
+/// A control link over TCP.
+pub struct Connection {
+    link: StreamLink<TcpStream>,
+    peer: SocketAddr,
+}
+
+/// Connects to the receiver at `to` (`host:port`); each step may take `patience`. A name with several
+/// addresses is tried at each in turn.
+///
+/// # Errors
+/// [`Error`] says whether the name, the network or the program there is at fault.
+pub fn connect_control(to: &str, token: Token, patience: Duration) -> Result<Connection, Error> {
+    let resolve = |why: String| Error::Resolve { to: to.into(), why };
+    let addresses = to.to_socket_addrs().map_err(|e| resolve(e.to_string()))?;
+    let mut last = resolve("it has no address".into());
+    for address in addresses {
+        match stream::connect(address, Preamble::control(token), patience) {
+            Ok(socket) => return Ok(Connection::new(OwnedFd::from(socket).into(), token, address)),
+            Err(error @ Error::Connect { .. }) => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
+}
+
+impl Connection {
+    pub(crate) fn new(stream: TcpStream, token: Token, peer: SocketAddr) -> Self {
+        Connection { link: StreamLink::new(stream, token), peer }
+    }
+
+    /// The other end's address.
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// This end's address: the one at which the other end reaches this host.
+    ///
+    /// # Errors
+    /// When the connection has been reset.
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        self.link.stream.local_addr()
+    }
+}
+
+impl ControlLink for Connection {
+    fn token(&self) -> Token {
+        self.link.token()
+    }
+
+    fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {
+        self.link.send(frame)
+    }
+
+    fn receive(&mut self, wait: Duration) -> Result<Option<Vec<u8>>, LinkError> {
+        self.link.receive(wait)
     }
 }

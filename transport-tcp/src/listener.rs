@@ -2,30 +2,27 @@
 //!
 //! Each accepted connection gets a short-lived thread that reads its preamble, so that a caller who
 //! says nothing delays nobody else; their number and their patience are bounded. A control connection
-//! becomes the session, if there is none; a data connection goes to the plane of its token.
+//! becomes a session, if there is room for one more; a data connection goes to the session of its token.
 
-use crate::destination::Plane;
+use crate::Error;
+use crate::acceptor::LaneAcceptor;
 use crate::link::Connection;
-use crate::{Error, socket};
+use crate::stream::{self, MAX_PREAMBLE_WAIT, MAX_SILENCE};
 use migration::link::{ControlLink, LinkError};
-use migration::preamble::{Kind, LEN, Preamble, PreambleError, Status};
+use migration::preamble::{Kind, Status};
 use migration::transport::Token;
-use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use socket2::Socket;
+use std::collections::{HashSet, VecDeque};
+use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// Most connections whose preamble is awaited at once; more are closed.
-const MAX_PENDING: usize = 64;
-
-/// How long a caller may take for its preamble.
-const PREAMBLE_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long a peer's network may be gone before its connections count as lost.
-const SILENCE: Duration = Duration::from_secs(20);
+const MAX_PENDING_CONNECTIONS: usize = 64;
 
 /// A listening port.
 pub struct Listener {
@@ -36,24 +33,39 @@ pub struct Listener {
 
 #[derive(Default)]
 struct State {
-    /// A session is under way, or waits to be taken.
-    busy: bool,
-    waiting: Option<Call>,
-    planes: HashMap<Token, Arc<Plane>>,
+    /// Those that are under way and those that wait to be taken.
+    sessions: HashSet<Token>,
+    waiting: VecDeque<Call>,
     failed: Option<io::Error>,
 }
 
-pub(crate) struct Shared {
+struct Shared {
+    /// How many may be under way at once.
+    max_sessions: usize,
+    lanes: LaneAcceptor,
     state: Mutex<State>,
     changed: Condvar,
     pending: AtomicUsize,
     closed: AtomicBool,
 }
 
+/// One of the listener's sessions, for as long as its call lives.
+struct Slot {
+    token: Token,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.shared.lock().sessions.remove(&self.token);
+    }
+}
+
 /// A session's control link, accepted. Dropping it lets the next caller in.
 pub struct Call {
+    /// Given back before the connection is closed: who sees it closed can call again.
+    _slot: Slot,
     connection: Connection,
-    shared: Arc<Shared>,
 }
 
 impl Call {
@@ -85,22 +97,27 @@ impl ControlLink for Call {
     }
 }
 
-impl Drop for Call {
-    fn drop(&mut self) {
-        self.shared.lock().busy = false;
-    }
-}
-
 impl Listener {
-    /// Listens on `address`; port 0 chooses a free one.
+    /// Listens on `address` for one session at a time; port 0 chooses a free one.
     ///
     /// # Errors
     /// [`Error::Bind`].
     pub fn bind(address: SocketAddr) -> Result<Self, Error> {
+        Listener::bind_for(1, address)
+    }
+
+    /// Listens on `address` for up to `sessions` at once. One that calls when there are as many is told that
+    /// this side is busy, as is one whose token a session already has.
+    ///
+    /// # Errors
+    /// [`Error::Bind`].
+    pub fn bind_for(sessions: usize, address: SocketAddr) -> Result<Self, Error> {
         let failed = |source| Error::Bind { address, source };
         let listener = TcpListener::bind(address).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let shared = Arc::new(Shared {
+            max_sessions: sessions,
+            lanes: LaneAcceptor::new(),
             state: Mutex::default(),
             changed: Condvar::new(),
             pending: AtomicUsize::new(0),
@@ -124,17 +141,18 @@ impl Listener {
     /// # Errors
     /// [`Error::Stopped`] when no more connections can be accepted.
     pub fn next_control(&self, wait: Duration) -> Result<Option<Call>, Error> {
-        let idle = |state: &mut State| state.waiting.is_none() && state.failed.is_none();
+        let idle = |state: &mut State| state.waiting.is_empty() && state.failed.is_none();
         let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), wait, idle);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         match state.failed.take() {
             Some(error) => Err(Error::Stopped(error)),
-            None => Ok(state.waiting.take()),
+            None => Ok(state.waiting.pop_front()),
         }
     }
 
-    pub(crate) fn shared(&self) -> &Arc<Shared> {
-        &self.shared
+    /// Where data connections go. Lanes that were accepted elsewhere can be given to it as well.
+    pub fn lanes(&self) -> &LaneAcceptor {
+        &self.shared.lanes
     }
 }
 
@@ -151,8 +169,8 @@ impl Drop for Listener {
         if let (Ok(_), Some(thread)) = (woken, self.thread.take()) {
             let _ = thread.join();
         }
-        // A call takes the lock when it is dropped: it must leave the lock's reach first.
-        let waiting = self.shared.lock().waiting.take();
+        // A call takes the lock when it is dropped, so none may be dropped under it.
+        let waiting = std::mem::take(&mut self.shared.lock().waiting);
         drop(waiting);
     }
 }
@@ -191,7 +209,7 @@ impl Shared {
 
     fn welcome(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr) {
         let pending = Pending(Arc::clone(self));
-        if self.pending.fetch_add(1, Ordering::Relaxed) >= MAX_PENDING {
+        if self.pending.fetch_add(1, Ordering::Relaxed) >= MAX_PENDING_CONNECTIONS {
             return;
         }
         let shared = Arc::clone(self);
@@ -204,70 +222,32 @@ impl Shared {
     }
 
     /// Reads a connection's preamble and gives it to whom it is for.
-    fn admit(self: &Arc<Self>, mut stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
-        socket::prepare(&stream, SILENCE)?;
-        let Some(bytes) = read_preamble(&mut stream)? else { return Ok(()) };
-        let preamble = match Preamble::decode(&bytes) {
-            Ok(preamble) => preamble,
-            Err(PreambleError::Version { .. }) => {
-                return stream.write_all(&Preamble::version_mismatch().encode());
-            }
-            Err(PreambleError::Magic | PreambleError::Malformed) => return Ok(()),
-        };
+    fn admit(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr) -> Result<(), Error> {
+        let broken = |source| Error::Connect { to: peer.to_string(), source };
+        let mut socket = Socket::from(stream);
+        stream::prepare(&socket, MAX_SILENCE).map_err(broken)?;
+        let preamble = stream::hear(&mut socket, Some(MAX_PREAMBLE_WAIT))?;
         match preamble.kind {
+            Kind::Data => self.lanes.give(socket, preamble).map_err(broken),
             Kind::Control => {
-                let mut state = self.lock();
-                let status = if state.busy { Status::Busy } else { Status::Ok };
-                state.busy = true;
-                drop(state);
-                let answered = stream.write_all(&preamble.answer(status).encode());
-                if status == Status::Busy {
-                    return answered;
+                let slot = self.slot(preamble.token);
+                let status = if slot.is_some() { Status::Ok } else { Status::Busy };
+                // If the answer fails, the slot is given back.
+                socket.write_all(&preamble.answer(status).encode()).map_err(broken)?;
+                if let Some(slot) = slot {
+                    let connection = Connection::new(OwnedFd::from(socket).into(), preamble.token, peer);
+                    self.lock().waiting.push_back(Call { _slot: slot, connection });
+                    self.changed.notify_all();
                 }
-                let connection = Connection::new(preamble.token, stream, peer);
-                // If the answer failed, dropping the call lets the next caller in.
-                let call = Call { connection, shared: Arc::clone(self) };
-                answered?;
-                self.lock().waiting = Some(call);
-                self.changed.notify_all();
                 Ok(())
             }
-            Kind::Data => {
-                let plane = self.lock().planes.get(&preamble.token).cloned();
-                match plane {
-                    Some(plane) => plane.join(stream, preamble),
-                    None => stream.write_all(&preamble.answer(Status::Session).encode()),
-                }
-            }
         }
     }
 
-    pub(crate) fn register(&self, token: Token, plane: Arc<Plane>) -> bool {
-        self.lock().planes.insert(token, plane).is_none()
+    /// A place for one more session, if there is one.
+    fn slot(self: &Arc<Self>, token: Token) -> Option<Slot> {
+        let mut state = self.lock();
+        let room = state.sessions.len() < self.max_sessions && state.sessions.insert(token);
+        room.then(|| Slot { token, shared: Arc::clone(self) })
     }
-
-    pub(crate) fn unregister(&self, token: Token) {
-        self.lock().planes.remove(&token);
-    }
-}
-
-/// The preamble, or `None` if the caller did not manage to send one in time.
-fn read_preamble(stream: &mut TcpStream) -> io::Result<Option<[u8; LEN]>> {
-    let deadline = std::time::Instant::now() + PREAMBLE_PATIENCE;
-    let mut bytes = [0; LEN];
-    let mut filled = 0;
-    while filled < LEN {
-        let left = deadline.saturating_duration_since(std::time::Instant::now());
-        if left.is_zero() {
-            return Ok(None);
-        }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut bytes[filled..]) {
-            Ok(0) => return Ok(None),
-            Ok(n) => filled += n,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(Some(bytes))
 }

@@ -1,14 +1,14 @@
 //! No pacing where nothing is gained by it.
 //!
-//! BBR sends by a clock: the kernel arms a timer for every few packets, so that a long line's queues stay short. On a
-//! line that is short anyway the timers are all there is to it, and they are not cheap. Over loopback in a virtual
-//! machine, where arming one leaves the machine, they took half of what a migration can carry; see
-//! `docs/measurements.md`. So data streams of a host whose default is BBR take another algorithm if their peer is
-//! near. Every other default stays, as a network may depend on it (DCTCP), and so does BBR on long lines.
+//! BBR sends by a clock: the kernel arms a timer for every few packets, so that a long line's queues stay
+//! short. On a line that is short anyway the timers are all there is to it, and they are not cheap. Over
+//! loopback in a virtual machine, where arming one leaves the machine, they took half of what a migration can
+//! carry; see `docs/measurements.md`. So data streams of a host whose default is BBR take another algorithm
+//! if their peer is near. Every other default stays, as a network may depend on it (DCTCP), and so does BBR
+//! on long lines.
 
-use socket2::SockRef;
+use socket2::Socket;
 use std::io;
-use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -20,25 +20,25 @@ const UNPACED: [&[u8]; 2] = [b"cubic", b"reno"];
 
 /// Stops pacing on a connection that has had its first exchange, if it paces for nothing. What cannot be
 /// found out or changed stays as it is: that is slower, and works.
-pub fn stop_if_near(stream: &TcpStream) {
-    let socket = SockRef::from(stream);
+pub fn stop_if_near(socket: &Socket) {
     let paces = socket.tcp_congestion().is_ok_and(|name| name.starts_with(b"bbr"));
-    if paces && least_round_trip(stream).is_ok_and(|time| time <= NEAR) {
+    if paces && least_round_trip(socket).is_ok_and(|time| time <= NEAR) {
         UNPACED.iter().any(|name| socket.set_tcp_congestion(name).is_ok());
     }
 }
 
 /// The shortest round trip that the kernel has seen on this connection.
-fn least_round_trip(stream: &TcpStream) -> io::Result<Duration> {
+fn least_round_trip(socket: &Socket) -> io::Result<Duration> {
     // SAFETY: the structure is of integers only, for which zero is a valid value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     // A kernel that does not know the figure leaves it as it is.
     info.tcpi_min_rtt = u32::MAX;
     let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes, which is the size of the structure that the pointer is to.
+    // SAFETY: the kernel writes at most `len` bytes, which is the size of the structure that the pointer is
+    // to.
     let result = unsafe {
         libc::getsockopt(
-            stream.as_raw_fd(),
+            socket.as_raw_fd(),
             libc::IPPROTO_TCP,
             libc::TCP_INFO,
             std::ptr::from_mut(&mut info).cast(),
@@ -55,18 +55,18 @@ fn least_round_trip(stream: &TcpStream) -> io::Result<Duration> {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
-    fn algorithm(stream: &TcpStream) -> String {
-        let name = SockRef::from(stream).tcp_congestion().unwrap();
+    fn algorithm(stream: &Socket) -> String {
+        let name = stream.tcp_congestion().unwrap();
         String::from_utf8(name).unwrap().trim_end_matches('\0').into()
     }
 
     /// A connection over loopback after one exchange, which began with `first`.
-    fn near(first: &str) -> io::Result<TcpStream> {
+    fn near(first: &str) -> io::Result<Socket> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let mut stream = TcpStream::connect(listener.local_addr()?)?;
-        SockRef::from(&stream).set_tcp_congestion(first.as_bytes())?;
+        let mut stream = Socket::from(TcpStream::connect(listener.local_addr()?)?);
+        stream.set_tcp_congestion(first.as_bytes())?;
         let (mut peer, _) = listener.accept()?;
         stream.write_all(b"?")?;
         peer.read_exact(&mut [0])?;

@@ -8,31 +8,30 @@
 //! through a pipe: the kernel then allocates a page knowing that all of it will be written. It is the same
 //! single copy, without the fault and without the clearing.
 //!
-//! The kernel lets one thread at a time write to a file, and lets the others spin for their turn. So guest RAM is
-//! in several files, and the source sends from each in turn; and a stream that finds another one at its file does
-//! not wait: it has the extent's pages made in one go (`MADV_POPULATE_WRITE`,
-//! which spares the single faults and needs no such lock) and receives into them through the mapping. That is
-//! more work than writing the file, and less than an idle processor.
+//! The kernel lets one thread at a time write to a file, and lets the others spin for their turn. So guest
+//! RAM is in several files, and the source sends from each in turn; and a stream that finds another one at
+//! its file does not wait: it has the extent's pages made in one go (`MADV_POPULATE_WRITE`, which spares the
+//! single faults and needs no such lock) and receives into them through the mapping. That is more work than
+//! writing the file, and less than an idle processor.
 //!
 //! **Low water.** A receiver that is woken for each 64 KiB spends as much on waking up as on copying. So in
-//! the middle of a large frame it asks to be woken for [`BATCH`] bytes or more. It may ask so only while at
-//! least that many bytes of the frame are still to come, or it would sleep for ever over the frame's end.
+//! the middle of a large frame it asks to be woken for [`BATCH_BYTES`] bytes or more. It may ask so only
+//! while at least that many bytes of the frame are still to come, or it would sleep for ever over the frame's
+//! end.
 
+use crate::iovec::{self, MAX_IOVECS};
 use migration::memory::{Extent, PAGE_SIZE, Piece, Ram, RamRegion};
 use migration::scan;
+use socket2::Socket;
 use std::io;
-use std::net::TcpStream;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::{Mutex, TryLockError};
-
-/// Most buffers in one `recvmsg`.
-const MAX_IOVECS: usize = 512;
+use std::sync::{Mutex, MutexGuard, TryLockError};
 
 /// Bytes to be woken for in the middle of a frame.
-const BATCH: u64 = 512 << 10;
+const BATCH_BYTES: u64 = 512 << 10;
 
 /// From this length on it is worth asking whether an extent exists.
-const SPLICE_FROM: u64 = 64 << 10;
+const MIN_SPLICE_BYTES: u64 = 64 << 10;
 
 /// Whose turn it is to write to each part of each region; shared by all streams of a session.
 pub(crate) struct Turns(Vec<Vec<Mutex<()>>>);
@@ -41,6 +40,16 @@ impl Turns {
     pub(crate) fn new(ram: &Ram) -> Self {
         let parts = |region: &RamRegion| (0..region.parts()).map(|_| Mutex::new(())).collect();
         Turns(ram.regions().iter().map(parts).collect())
+    }
+
+    /// The turn at the file of a region's part, until it is dropped; `None` when another stream has it.
+    fn try_take(&self, region: u32, part: usize) -> Option<MutexGuard<'_, ()>> {
+        match self.0[region as usize][part].try_lock() {
+            Ok(turn) => Some(turn),
+            // Whoever panicked with it writes no more.
+            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 
@@ -62,30 +71,29 @@ impl Placer {
     /// Receives the content of checked extents.
     pub(crate) fn place(
         &mut self,
-        stream: &TcpStream,
+        stream: &Socket,
         ram: &Ram,
         turns: &Turns,
         extents: &[Extent],
     ) -> io::Result<()> {
         self.left = extents.iter().map(|extent| extent.len).sum();
-        let mut iovecs = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_IOVECS];
+        let mut iovecs = [iovec::EMPTY; MAX_IOVECS];
         let mut filled = 0;
         for extent in extents {
             let region = ram.check(extent).map_err(io::Error::other)?;
             let mut at = extent.offset;
             for piece in region.pieces(extent.offset, extent.len) {
                 let address = region.address().wrapping_add(at as usize);
-                if piece.len >= SPLICE_FROM && self.is_new(region, at) {
-                    match turns.0[extent.region as usize][piece.part].try_lock() {
-                        Err(TryLockError::WouldBlock) => populate(address, piece.len),
-                        _turn => {
-                            self.receive(stream, &mut iovecs[..filled])?;
-                            filled = 0;
-                            self.splice(stream, &piece)?;
-                            at += piece.len;
-                            continue;
-                        }
+                if piece.len >= MIN_SPLICE_BYTES && self.is_new(region, at) {
+                    if let Some(turn) = turns.try_take(extent.region, piece.part) {
+                        self.receive(stream, &mut iovecs[..filled])?;
+                        filled = 0;
+                        self.splice(stream, &piece)?;
+                        drop(turn);
+                        at += piece.len;
+                        continue;
                     }
+                    populate(address, piece.len);
                 }
                 at += piece.len;
                 iovecs[filled] = libc::iovec { iov_base: address.cast(), iov_len: piece.len as usize };
@@ -101,8 +109,8 @@ impl Placer {
         self.wake_at(stream, 1)
     }
 
-    /// Whether the page at `offset` does not exist, and what begins there can be written as a file. Either way
-    /// of placing is right for any memory; this only chooses the cheaper one.
+    /// Whether the page at `offset` does not exist, and what begins there can be written as a file. Either
+    /// way of placing is right for any memory; this only chooses the cheaper one.
     fn is_new(&mut self, region: &RamRegion, offset: u64) -> bool {
         if region.backing_page() > PAGE_SIZE || self.no_pipe {
             return false;
@@ -116,7 +124,7 @@ impl Placer {
         new && self.pipe.is_some()
     }
 
-    fn wake_at(&mut self, stream: &TcpStream, bytes: u64) -> io::Result<()> {
+    fn wake_at(&mut self, stream: &Socket, bytes: u64) -> io::Result<()> {
         if self.low_water != bytes {
             set_low_water(stream, bytes)?;
             self.low_water = bytes;
@@ -126,11 +134,11 @@ impl Placer {
 
     /// Before something is waited for: how many bytes may be received under the low-water mark that is
     /// now set.
-    fn allowance(&mut self, stream: &TcpStream) -> io::Result<u64> {
-        if self.left > BATCH {
-            // Whenever the receiver sleeps before these have come, at least BATCH more are to come.
-            self.wake_at(stream, BATCH)?;
-            Ok(self.left - BATCH)
+    fn allowance(&mut self, stream: &Socket) -> io::Result<u64> {
+        if self.left > BATCH_BYTES {
+            // Whenever the receiver sleeps before these have come, at least BATCH_BYTES more are to come.
+            self.wake_at(stream, BATCH_BYTES)?;
+            Ok(self.left - BATCH_BYTES)
         } else {
             self.wake_at(stream, 1)?;
             Ok(self.left)
@@ -138,7 +146,7 @@ impl Placer {
     }
 
     /// Fills buffers of guest memory.
-    fn receive(&mut self, stream: &TcpStream, iovecs: &mut [libc::iovec]) -> io::Result<()> {
+    fn receive(&mut self, stream: &Socket, iovecs: &mut [libc::iovec]) -> io::Result<()> {
         let (mut first, end) = (0, iovecs.len());
         while first < end {
             let allowed = self.allowance(stream)? as usize;
@@ -155,20 +163,20 @@ impl Placer {
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
             message.msg_iov = iovecs[first..].as_mut_ptr();
             message.msg_iovlen = count;
-            // SAFETY: the iovecs describe writable guest memory: pieces of extents that `Ram::check` has passed,
-            // whose mapping `ram` keeps alive, and the last was only made shorter.
-            // No reference to guest memory exists in this process while the kernel writes.
+            // SAFETY: the iovecs describe writable guest memory: pieces of extents that `Ram::check` has
+            // passed, whose mapping `ram` keeps alive, and the last was only made shorter. No reference to
+            // guest memory exists in this process while the kernel writes.
             let got = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_WAITALL) };
             iovecs[last].iov_len += surplus;
             let got = received(got)?;
             self.left -= got;
-            first = crate::source::advance(iovecs, first, end, got as usize);
+            first = iovec::advance(iovecs, first, end, got as usize);
         }
         Ok(())
     }
 
     /// Writes a piece to its file. The caller has the turn.
-    fn splice(&mut self, stream: &TcpStream, piece: &Piece<'_>) -> io::Result<()> {
+    fn splice(&mut self, stream: &Socket, piece: &Piece<'_>) -> io::Result<()> {
         let mut offset = piece.offset as libc::loff_t;
         let mut wanted = piece.len;
         while wanted > 0 {
@@ -201,7 +209,7 @@ struct Pipe {
     write: OwnedFd,
 }
 
-/// Bytes that a pipe holds: [`BATCH`] in pages, when each arrives in a buffer of its own. The kernel's
+/// Bytes that a pipe holds: [`BATCH_BYTES`] in pages, when each arrives in a buffer of its own. The kernel's
 /// limit for unprivileged users is 1 MiB.
 const PIPE_BYTES: libc::c_int = 1 << 20;
 
@@ -221,7 +229,7 @@ impl Pipe {
     }
 
     /// Moves up to `most` bytes from the socket into the empty pipe; waits for the first.
-    fn fill(&self, stream: &TcpStream, most: u64) -> io::Result<u64> {
+    fn fill(&self, stream: &Socket, most: u64) -> io::Result<u64> {
         loop {
             // SAFETY: no offsets are given, so no memory is involved; both descriptors are open.
             let got = unsafe {
@@ -270,7 +278,7 @@ fn received(result: libc::ssize_t) -> io::Result<u64> {
     }
 }
 
-fn set_low_water(stream: &TcpStream, bytes: u64) -> io::Result<()> {
+fn set_low_water(stream: &Socket, bytes: u64) -> io::Result<()> {
     let value = bytes as libc::c_int;
     // SAFETY: the option's value is an int, and its length is given.
     let result = unsafe {
@@ -290,7 +298,7 @@ mod tests {
     use super::*;
     use migration::conformance::bed::ram_of;
     use std::io::Write;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
     use std::thread;
 
     fn extent(first_page: u64, pages: u64) -> Extent {
@@ -309,7 +317,7 @@ mod tests {
         let turns = Turns::new(&ram);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (receiver, _) = listener.accept().unwrap();
+        let receiver = Socket::from(listener.accept().unwrap().0);
         let mut placer = Placer::new();
         let mut random = fastrand::Rng::with_seed(7);
         for extents in frames {
@@ -344,7 +352,7 @@ mod tests {
 
     #[test]
     fn frames_of_any_length_end() {
-        let batch = BATCH / PAGE_SIZE;
+        let batch = BATCH_BYTES / PAGE_SIZE;
         for pages in [1, 15, 16, 17, batch - 1, batch, batch + 1, 2 * batch - 1, 2 * batch, 2 * batch + 1] {
             frames_arrive(&[&[extent(5, pages)], &[extent(5, pages)], &[extent(5, 1)]], &[]);
         }
@@ -366,7 +374,7 @@ mod tests {
             }
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let (receiver, _) = listener.accept().unwrap();
+            let receiver = Socket::from(listener.accept().unwrap().0);
             sender.write_all(&vec![1; sent]).unwrap();
             drop(sender);
             let error =

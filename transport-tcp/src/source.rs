@@ -5,38 +5,74 @@
 //! leaves is within the contract. Small extents, and memory whose file cannot be sent (hugetlbfs), go
 //! by `sendmsg` from the mapping, many at a time.
 
-use crate::frame::{self, Header, Kind, MAX_EXTENTS, UNIT};
-use crate::{Error, pacing, socket};
+use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
+use crate::iovec::{self, MAX_IOVECS};
+use crate::stream::{self, PEER};
+use crate::{Error, pacing};
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::Preamble;
 use migration::transport::{Interrupt, Lane, LaneStats, PlaneError, Session, SourcePlane, SourceTransport};
+use socket2::Socket;
 use std::io::{self, Read};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Streams that a source opens by default. Over loopback on two cores four carry 1.06 (1.01 to 1.23) of what two
-/// do to memory that is populated, and up to 1.6 of it to memory that is not; see `docs/measurements.md`.
+/// Streams that a source opens by default. Over loopback on two cores four carry 1.06 (1.01 to 1.23) of what
+/// two do to memory that is populated, and up to 1.6 of it to memory that is not; see `docs/measurements.md`.
 pub const DEFAULT_STREAMS: u16 = 4;
 
 /// From this length on an extent goes by `sendfile`; below, the call costs more than the copy.
-const SENDFILE_FROM: u64 = 32 << 10;
+const MIN_SENDFILE_BYTES: u64 = 32 << 10;
 
-/// Most buffers in one `sendmsg`.
-const MAX_IOVECS: usize = 512;
+/// Streams to the destination.
+pub struct TcpSource(Streams);
 
-/// TCP to the address to which the control link goes.
-pub struct TcpSource {
-    to: SocketAddr,
-    streams: u16,
+/// Where a source's streams come from.
+enum Streams {
+    /// So many connections to an address.
+    Connect(SocketAddr, u16),
+    /// Connected elsewhere.
+    Given(Vec<Socket>),
 }
 
 impl TcpSource {
-    /// `streams` connections to `to`; 0 for [`DEFAULT_STREAMS`].
+    /// `streams` connections to `to`, the address to which the control link goes; 0 for [`DEFAULT_STREAMS`].
     pub fn new(to: SocketAddr, streams: u16) -> Self {
-        TcpSource { to, streams: if streams == 0 { DEFAULT_STREAMS } else { streams } }
+        TcpSource(Streams::Connect(to, if streams == 0 { DEFAULT_STREAMS } else { streams }))
+    }
+
+    /// Streams that are connected already: stream sockets of any family, one for each lane. What is at their
+    /// other ends is a [`TcpDestination::from_streams`](crate::TcpDestination::from_streams), or gives them
+    /// to a [`LaneAcceptor`](crate::LaneAcceptor). They are good for one session.
+    ///
+    /// # Errors
+    /// [`Error::Descriptor`] for what is no stream socket.
+    pub fn from_streams(streams: impl IntoIterator<Item = impl Into<OwnedFd>>) -> Result<Self, Error> {
+        Ok(TcpSource(Streams::Given(streams.into_iter().map(stream::lane).collect::<Result<_, _>>()?)))
+    }
+}
+
+impl Streams {
+    /// A session's streams, whose preambles have been answered.
+    fn open(&mut self, session: &Session) -> Result<Vec<Socket>, Error> {
+        let Session { token, timeout, .. } = *session;
+        match self {
+            Streams::Connect(to, count) => (0..*count)
+                .map(|lane| stream::connect(*to, Preamble::data(token, lane, *count), timeout))
+                .collect(),
+            Streams::Given(sockets) => {
+                let mut sockets = std::mem::take(sockets);
+                let count = sockets.len() as u16;
+                for (lane, socket) in (0..count).zip(&mut sockets) {
+                    stream::prepare(socket, timeout).map_err(Error::Descriptor)?;
+                    stream::call(socket, PEER, Preamble::data(token, lane, count), timeout)?;
+                }
+                Ok(sockets)
+            }
+        }
     }
 }
 
@@ -47,16 +83,17 @@ impl SourceTransport for TcpSource {
 
     fn connect(&mut self, session: &Session, _offer: &[u8]) -> Result<Box<dyn SourcePlane>, PlaneError> {
         let broken = |source| PlaneError::Io { what: "preparing a data connection", source };
+        let streams = self.0.open(session).map_err(|error| match error {
+            Error::Silent { waited, .. } => PlaneError::Timeout(waited),
+            error => PlaneError::Unavailable(error.to_string()),
+        })?;
+        if streams.is_empty() {
+            return Err(PlaneError::Unavailable("no streams are left: they serve one session".into()));
+        }
         let interrupted = Arc::new(AtomicBool::new(false));
         let mut lanes: Vec<Box<dyn Lane>> = Vec::new();
         let mut handles = Vec::new();
-        for lane in 0..self.streams {
-            let preamble = Preamble::data(session.token, lane, self.streams);
-            let stream =
-                socket::connect(self.to, preamble, session.timeout).map_err(|error| match error {
-                    Error::Silent { waited, .. } => PlaneError::Timeout(waited),
-                    error => PlaneError::Unavailable(error.to_string()),
-                })?;
+        for stream in streams {
             pacing::stop_if_near(&stream);
             handles.push(stream.try_clone().map_err(broken)?);
             stream.set_read_timeout(Some(session.timeout)).map_err(broken)?;
@@ -64,7 +101,7 @@ impl SourceTransport for TcpSource {
                 stream,
                 ram: Arc::clone(&session.ram),
                 timeout: session.timeout,
-                head: Vec::with_capacity(UNIT * (MAX_EXTENTS + 1)),
+                head: Vec::with_capacity(UNIT * (MAX_FRAME_EXTENTS + 1)),
                 stats: LaneStats::default(),
                 interrupted: Arc::clone(&interrupted),
             }));
@@ -77,7 +114,7 @@ impl SourceTransport for TcpSource {
 /// Stops all lanes of a plane.
 struct Interrupter {
     interrupted: Arc<AtomicBool>,
-    streams: Vec<TcpStream>,
+    streams: Vec<Socket>,
 }
 
 impl Interrupt for Interrupter {
@@ -115,7 +152,7 @@ impl SourcePlane for TcpPlane {
 }
 
 struct TcpLane {
-    stream: TcpStream,
+    stream: Socket,
     ram: Arc<Ram>,
     timeout: Duration,
     /// Header and table of the frame that is being sent.
@@ -136,9 +173,9 @@ impl TcpLane {
         }
     }
 
-    /// Reads what the destination says once it has all that was sent before. The socket may hold megabytes of that, so on
-    /// a slow line the answer may be long in coming: only a peer that takes nothing for the time that the stream waits
-    /// is silent.
+    /// Reads what the destination says once it has all that was sent before. The socket may hold megabytes of
+    /// that, so on a slow line the answer may be long in coming: only a peer that takes nothing for the time
+    /// that the stream waits is silent.
     fn read_patiently(&mut self, bytes: &mut [u8]) -> io::Result<()> {
         let mut unconfirmed = self.unconfirmed()?;
         let mut read = 0;
@@ -194,7 +231,7 @@ impl TcpLane {
             // `check` has passed all extents.
             let Ok(region) = self.ram.check(extent) else { continue };
             let address = region.address().wrapping_add(extent.offset as usize);
-            if extent.len < SENDFILE_FROM || region.backing_page() > PAGE_SIZE {
+            if extent.len < MIN_SENDFILE_BYTES || region.backing_page() > PAGE_SIZE {
                 batch.add(address, extent.len as usize, more)?;
             } else {
                 batch.flush(true)?;
@@ -210,7 +247,7 @@ impl TcpLane {
 impl Lane for TcpLane {
     fn write(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
         self.check(extents)?;
-        for some in extents.chunks(MAX_EXTENTS) {
+        for some in extents.chunks(MAX_FRAME_EXTENTS) {
             self.fill_head(Kind::Write, some, 0);
             self.send_payload(some).map_err(|e| self.error("sending memory", e))?;
             self.stats.bytes += some.iter().map(|e| e.len).sum::<u64>();
@@ -220,7 +257,7 @@ impl Lane for TcpLane {
 
     fn zero(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
         self.check(extents)?;
-        for some in extents.chunks(MAX_EXTENTS) {
+        for some in extents.chunks(MAX_FRAME_EXTENTS) {
             self.fill_head(Kind::Zero, some, 0);
             self.send_payload(&[]).map_err(|e| self.error("naming zero pages", e))?;
             self.stats.zero_bytes += some.iter().map(|e| e.len).sum::<u64>();
@@ -250,15 +287,14 @@ impl Lane for TcpLane {
 
 /// Collects buffers for one `sendmsg`.
 struct Batch<'a> {
-    stream: &'a TcpStream,
+    stream: &'a Socket,
     iovecs: [libc::iovec; MAX_IOVECS],
     filled: usize,
 }
 
 impl<'a> Batch<'a> {
-    fn new(stream: &'a TcpStream) -> Self {
-        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        Batch { stream, iovecs: [none; MAX_IOVECS], filled: 0 }
+    fn new(stream: &'a Socket) -> Self {
+        Batch { stream, iovecs: [iovec::EMPTY; MAX_IOVECS], filled: 0 }
     }
 
     /// Adds a buffer, which must stay readable until the next flush; `more`: others follow.
@@ -288,29 +324,14 @@ impl<'a> Batch<'a> {
                 }
                 return Err(error);
             }
-            first = advance(&mut self.iovecs, first, self.filled, sent as usize);
+            first = iovec::advance(&mut self.iovecs, first, self.filled, sent as usize);
         }
         self.filled = 0;
         Ok(())
     }
 }
 
-/// Takes `done` bytes off the iovecs from `first`; returns the first that is not used up.
-pub(crate) fn advance(iovecs: &mut [libc::iovec], mut first: usize, end: usize, mut done: usize) -> usize {
-    while first < end {
-        let iovec = &mut iovecs[first];
-        if done < iovec.iov_len {
-            iovec.iov_base = iovec.iov_base.wrapping_byte_add(done);
-            iovec.iov_len -= done;
-            break;
-        }
-        done -= iovec.iov_len;
-        first += 1;
-    }
-    first
-}
-
-fn send_file(stream: &TcpStream, file: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+fn send_file(stream: &Socket, file: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
     let mut at = offset as libc::off_t;
     let end = at + len as libc::off_t;
     while at < end {
@@ -336,7 +357,7 @@ mod tests {
     use migration::conformance::bed::ram_of;
     use socket2::SockRef;
     use std::io::Write;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
     use std::thread;
 
     const PATIENCE: Duration = Duration::from_secs(1);
@@ -349,8 +370,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         // What the peer's kernel takes for it is little, too.
         SockRef::from(&listener).set_recv_buffer_size(64 << 10).unwrap();
-        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        SockRef::from(&stream).set_send_buffer_size(4 * BYTES).unwrap();
+        let stream = Socket::from(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        stream.set_send_buffer_size(4 * BYTES).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let (mut peer, _) = listener.accept().unwrap();
         let peer = thread::spawn(move || {

@@ -146,8 +146,8 @@ fn region(layout: RegionLayout) -> io::Result<RamRegion> {
         }
         files.push(file.into());
     }
-    // SAFETY: the mappings made above are shared, readable and writable, cover the files from their starts, follow
-    // each other without a gap for `len` bytes, and are unmapped when their owner is dropped.
+    // SAFETY: the mappings made above are shared, readable and writable, cover the files from their starts,
+    // follow each other without a gap for `len` bytes, and are unmapped when their owner is dropped.
     Ok(unsafe { RamRegion::new(layout, address, PAGE_SIZE, files, part_len, owner) })
 }
 

@@ -1,0 +1,229 @@
+//! A session's receiving end: one thread for each stream, which places what arrives straight into guest RAM.
+
+use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
+use crate::place::{Placer, Turns};
+use crate::stream;
+use migration::memory::{Extent, PAGE_SIZE, Ram};
+use migration::preamble::{self, Preamble, Status};
+use migration::report::thread_cpu;
+use migration::scan;
+use migration::transport::{MAX_LANES, PlaneError, Session, Token};
+use socket2::Socket;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+/// What the streams of one session write to.
+pub(crate) struct Plane {
+    session: Session,
+    turns: Turns,
+    streams: Mutex<Streams>,
+    placed: AtomicU64,
+    cpu_us: AtomicU64,
+    error: Mutex<Option<String>>,
+}
+
+#[derive(Default)]
+struct Streams {
+    fenced: bool,
+    /// Numbers of the lanes that have been let in.
+    lanes: Vec<u16>,
+    /// Of all streams, also those that have not said yet which lane they are.
+    handles: Vec<Socket>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Streams {
+    /// Whether the stream that began with `preamble` is a lane of session `token` that is still missing.
+    fn admit(&mut self, token: Token, preamble: &Preamble) -> bool {
+        let Preamble { kind, lane, lanes, .. } = *preamble;
+        let ours = kind == preamble::Kind::Data && preamble.token == token && lane < lanes;
+        if self.fenced || !ours || self.lanes.contains(&lane) || self.lanes.len() >= MAX_LANES {
+            return false;
+        }
+        self.lanes.push(lane);
+        true
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Plane {
+    pub(crate) fn new(session: &Session) -> Self {
+        Plane {
+            session: session.clone(),
+            turns: Turns::new(&session.ram),
+            streams: Mutex::default(),
+            placed: AtomicU64::new(0),
+            cpu_us: AtomicU64::new(0),
+            error: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn token(&self) -> Token {
+        self.session.token
+    }
+
+    /// Takes a stream that has presented this session's token.
+    pub(crate) fn join(self: &Arc<Self>, mut stream: Socket, preamble: Preamble) -> io::Result<()> {
+        let mut streams = lock(&self.streams);
+        if !streams.admit(self.session.token, &preamble) {
+            drop(streams);
+            return stream.write_all(&preamble.answer(Status::Session).encode());
+        }
+        stream.set_read_timeout(None)?;
+        stream.write_all(&preamble.answer(Status::Ok).encode())?;
+        self.start(&mut streams, format!("receive-{}", preamble.lane), stream, Plane::serve)
+    }
+
+    /// Takes a stream whose preamble is still to come. It is waited for until the fence.
+    pub(crate) fn expect(self: &Arc<Self>, stream: Socket) -> io::Result<()> {
+        self.start(&mut lock(&self.streams), "receive".into(), stream, |plane, mut stream| {
+            // A peer that goes away before it has begun is no failure of this side.
+            let Ok(preamble) = stream::hear(&mut stream, None) else { return };
+            let admitted = lock(&plane.streams).admit(plane.session.token, &preamble);
+            let status = if admitted { Status::Ok } else { Status::Session };
+            let answered = stream.write_all(&preamble.answer(status).encode());
+            if admitted && answered.is_ok() {
+                plane.serve(stream);
+            } else {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        })
+    }
+
+    /// Has a thread of its own do `work` with a stream.
+    fn start(
+        self: &Arc<Self>,
+        streams: &mut Streams,
+        name: String,
+        stream: Socket,
+        work: impl FnOnce(&Plane, Socket) + Send + 'static,
+    ) -> io::Result<()> {
+        let handle = stream.try_clone()?;
+        let plane = Arc::clone(self);
+        let thread = thread::Builder::new().name(name).spawn(move || work(&plane, stream))?;
+        streams.handles.push(handle);
+        streams.threads.push(thread);
+        Ok(())
+    }
+
+    fn serve(&self, stream: Socket) {
+        let mut receiver =
+            Receiver { plane: self, stream, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
+        let result = receiver.run();
+        self.cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
+        let fenced = lock(&self.streams).fenced;
+        if let Err(error) = result
+            && !fenced
+        {
+            // The source must not go on writing to a lane that nobody reads.
+            let _ = receiver.stream.shutdown(Shutdown::Both);
+            lock(&self.error).get_or_insert(error.to_string());
+        }
+    }
+
+    /// Lets no stream in any more, shuts down those that there are, and waits for their threads: whoever was
+    /// placing bytes has then ended.
+    pub(crate) fn fence(&self) -> Result<(), PlaneError> {
+        let threads = {
+            let mut streams = lock(&self.streams);
+            streams.fenced = true;
+            for stream in streams.handles.drain(..) {
+                // Fails only for a connection that is down already.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+            std::mem::take(&mut streams.threads)
+        };
+        for thread in threads {
+            if thread.join().is_err() {
+                return Err(PlaneError::Protocol("a receiving thread panicked".into()));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn bytes_placed(&self) -> u64 {
+        self.placed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn cpu_us(&self) -> u64 {
+        self.cpu_us.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn error(&self) -> Option<String> {
+        lock(&self.error).clone()
+    }
+}
+
+/// One stream's receiving thread.
+struct Receiver<'a> {
+    plane: &'a Plane,
+    stream: Socket,
+    table: Vec<u8>,
+    extents: Vec<Extent>,
+    placer: Placer,
+}
+
+impl Receiver<'_> {
+    /// Serves frames until the stream ends.
+    fn run(&mut self) -> Result<(), PlaneError> {
+        let broken = |source| PlaneError::Io { what: "receiving memory", source };
+        loop {
+            let mut head = [0; UNIT];
+            match self.stream.read_exact(&mut head) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                Err(e) => return Err(broken(e)),
+            }
+            let header = Header::decode(&head).map_err(|e| PlaneError::Protocol(e.to_string()))?;
+            self.read_table(header.extents as usize)?;
+            match header.kind {
+                Kind::Write => {
+                    let Plane { session, turns, .. } = self.plane;
+                    self.placer.place(&self.stream, &session.ram, turns, &self.extents).map_err(broken)?;
+                    let bytes = self.extents.iter().map(|e| e.len).sum();
+                    self.plane.placed.fetch_add(bytes, Ordering::Relaxed);
+                }
+                Kind::Zero => {
+                    self.extents.iter().for_each(|extent| clear(&self.plane.session.ram, extent));
+                    // Named pages are a sign of life as much as sent ones.
+                    self.plane.placed.fetch_add(self.extents.len() as u64, Ordering::Relaxed);
+                }
+                Kind::Barrier => self.stream.write_all(&header.encode()).map_err(broken)?,
+            }
+        }
+    }
+
+    /// Reads a table of extents and checks each before anything is touched.
+    fn read_table(&mut self, extents: usize) -> Result<(), PlaneError> {
+        debug_assert!(extents <= MAX_FRAME_EXTENTS, "the header's bound");
+        self.table.resize(extents * UNIT, 0);
+        self.stream
+            .read_exact(&mut self.table)
+            .map_err(|source| PlaneError::Io { what: "receiving a table of extents", source })?;
+        self.extents.clear();
+        let (entries, _) = self.table.as_chunks::<UNIT>();
+        for entry in entries {
+            let extent = frame::get_extent(entry);
+            self.plane.session.ram.check(&extent)?;
+            self.extents.push(extent);
+        }
+        Ok(())
+    }
+}
+
+/// Makes a checked extent read as zeros. Pages that do not exist already do, and are not made to exist.
+fn clear(ram: &Ram, extent: &Extent) {
+    let Ok(region) = ram.check(extent) else { return };
+    scan::existing(region, extent.offset / PAGE_SIZE, extent.len / PAGE_SIZE, |first, pages| {
+        let address = region.address().wrapping_add((first * PAGE_SIZE) as usize);
+        // SAFETY: `existing` reports only pages of the extent, which lies inside the region's
+        // mapping; the guest does not run here yet, and no reference to its memory exists.
+        unsafe { std::ptr::write_bytes(address, 0, (pages * PAGE_SIZE) as usize) };
+    });
+}

@@ -1,0 +1,142 @@
+//! Streams as every connection here wants them, and the preambles that are exchanged on them.
+
+use crate::Error;
+use migration::preamble::{LEN, Preamble, PreambleError, Status};
+use socket2::{Protocol, Socket, TcpKeepalive, Type};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// How long a caller may take for its preamble.
+pub const MAX_PREAMBLE_WAIT: Duration = Duration::from_secs(5);
+
+/// How long the network of whoever has called may be gone before the connection counts as lost.
+pub const MAX_SILENCE: Duration = Duration::from_secs(20);
+
+/// What the other end is called where it has no address.
+pub const PEER: &str = "the other end of the stream";
+
+/// A stream of bytes that can carry a control link: ordered, reliable, in both directions.
+pub trait Stream: Read + Write + Send {
+    /// How long a read may wait, after which it returns [`io::ErrorKind::WouldBlock`] or
+    /// [`io::ErrorKind::TimedOut`]; `None` for ever, and never zero.
+    ///
+    /// # Errors
+    /// When the stream has no such thing.
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// The same for a write.
+    ///
+    /// # Errors
+    /// When the stream has no such thing.
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+}
+
+macro_rules! impl_stream {
+    ($($stream:ty)*) => {$(
+        impl Stream for $stream {
+            fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                <$stream>::set_read_timeout(self, timeout)
+            }
+
+            fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                <$stream>::set_write_timeout(self, timeout)
+            }
+        }
+    )*};
+}
+
+impl_stream! { TcpStream UnixStream Socket }
+
+/// Prepares a socket. A write waits at most `silence`. Over TCP also: no Nagle, because a message that waits
+/// for another's acknowledgement costs 40 ms of blackout; keep-alive and user time-out, so that a peer whose
+/// network went away is noticed after `silence`, not after hours.
+pub fn prepare(socket: &Socket, silence: Duration) -> io::Result<()> {
+    if socket.protocol()? == Some(Protocol::TCP) {
+        socket.set_tcp_nodelay(true)?;
+        let interval = (silence / 3).max(Duration::from_secs(1));
+        let keepalive = TcpKeepalive::new().with_time(interval).with_interval(interval).with_retries(3);
+        socket.set_tcp_keepalive(&keepalive)?;
+        socket.set_tcp_user_timeout(Some(silence))?;
+    }
+    socket.set_write_timeout(Some(silence))
+}
+
+/// A lane's socket, from a descriptor that came from elsewhere.
+pub fn lane(descriptor: impl Into<OwnedFd>) -> Result<Socket, Error> {
+    let socket = Socket::from(descriptor.into());
+    let checked = socket.r#type().and_then(|kind| match kind {
+        Type::STREAM => Ok(()),
+        other => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is of type {other:?}"))),
+    });
+    checked
+        .and_then(|()| socket.set_nonblocking(false))
+        .and_then(|()| prepare(&socket, MAX_SILENCE))
+        .map_err(Error::Descriptor)?;
+    Ok(socket)
+}
+
+/// Connects, sends `preamble` and has it answered, each within `patience`.
+pub fn connect(to: SocketAddr, preamble: Preamble, patience: Duration) -> Result<Socket, Error> {
+    let failed = |source| Error::Connect { to: to.to_string(), source };
+    let mut socket = Socket::from(TcpStream::connect_timeout(&to, patience).map_err(failed)?);
+    prepare(&socket, patience).map_err(failed)?;
+    call(&mut socket, &to.to_string(), preamble, patience)?;
+    Ok(socket)
+}
+
+/// Sends `preamble` to `to` and has it answered within `patience`.
+pub fn call(stream: &mut impl Stream, to: &str, preamble: Preamble, patience: Duration) -> Result<(), Error> {
+    let to = || to.to_owned();
+    let sent = stream.write_all(&preamble.encode()).and_then(|()| read_preamble(stream, Some(patience)));
+    let answer = sent.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::Silent { to: to(), waited: patience },
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Error::HungUp { to: to() },
+        _ => Error::Connect { to: to(), source: error },
+    })?;
+    match Preamble::decode(&answer).map_err(|why| Error::Preamble { to: to(), why })?.status {
+        Status::Ok => Ok(()),
+        Status::Busy => Err(Error::Busy { to: to() }),
+        Status::Session => Err(Error::Session { to: to() }),
+        // Its version is ours, or decoding would have failed: it misread us.
+        Status::Version => Err(Error::Preamble { to: to(), why: PreambleError::Malformed }),
+    }
+}
+
+/// The preamble that the connecting end sends within `patience`; `None`: whenever it does. One of another
+/// version is told so.
+pub fn hear(stream: &mut impl Stream, patience: Option<Duration>) -> Result<Preamble, Error> {
+    let bytes = read_preamble(stream, patience).map_err(Error::NoPreamble)?;
+    Preamble::decode(&bytes).map_err(|why| {
+        if matches!(why, PreambleError::Version { .. }) {
+            // If it does not listen to the answer, it need not be told.
+            let _ = stream.write_all(&Preamble::version_mismatch().encode());
+        }
+        Error::Preamble { to: PEER.into(), why }
+    })
+}
+
+/// Reads 32 bytes, all of them within `patience`.
+fn read_preamble(stream: &mut impl Stream, patience: Option<Duration>) -> io::Result<[u8; LEN]> {
+    let deadline = patience.map(|patience| Instant::now() + patience);
+    let mut bytes = [0; LEN];
+    let mut filled = 0;
+    while filled < LEN {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(left)?;
+        match stream.read(&mut bytes[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            // The deadline decides.
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,98 @@
+//! Several sessions on one port.
+
+mod common;
+
+use common::{Memory, receive, send};
+use migration::link::ControlLink;
+use migration::report::Verdict;
+use migration::transport::Token;
+use std::net::Ipv4Addr;
+use std::sync::Barrier;
+use std::thread;
+use std::time::Duration;
+use transport_tcp::{Call, Error, Listener, TcpDestination, TcpSource, connect_control};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn listener(sessions: usize) -> Listener {
+    Listener::bind_for(sessions, (Ipv4Addr::LOCALHOST, 0).into()).unwrap()
+}
+
+fn call(listener: &Listener, token: u8) -> Result<transport_tcp::Connection, Error> {
+    connect_control(&listener.local_addr().to_string(), Token([token; 16]), PATIENCE)
+}
+
+fn next(listener: &Listener) -> Call {
+    listener.next_control(PATIENCE).unwrap().expect("a call")
+}
+
+#[test]
+fn machines_arrive_side_by_side() {
+    const MACHINES: usize = 3;
+    let listener = listener(MACHINES);
+    let to = listener.local_addr();
+    let machines: Vec<Memory> = (0..MACHINES as u64).map(Memory::new).collect();
+    // Nobody begins before everybody has a session.
+    let (all_called, all_answered) = (Barrier::new(MACHINES), Barrier::new(MACHINES));
+    let arrivals: Vec<_> = thread::scope(|scope| {
+        for (number, machine) in machines.iter().enumerate() {
+            let (listener, all_called) = (&listener, &all_called);
+            scope.spawn(move || {
+                let mut link = call(listener, number as u8).unwrap();
+                all_called.wait();
+                let report = send(machine, &mut link, TcpSource::new(to, 2));
+                assert_eq!((report.verdict, report.failure), (Verdict::Moved, None));
+            });
+        }
+        let receiving: Vec<_> = (0..MACHINES)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut call = next(&listener);
+                    all_answered.wait();
+                    let number = usize::from(call.token().0[0]);
+                    (number, receive(&mut call, TcpDestination::new(&listener)).unwrap())
+                })
+            })
+            .collect();
+        receiving.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (number, arrival) in arrivals {
+        assert!(machines[number].changes() > 0, "memory did not change while it moved");
+        assert!(arrival.machine.runs && machines[number].equals(&arrival.machine.ram), "machine {number}");
+    }
+}
+
+#[test]
+fn one_too_many_is_told_that_the_listener_is_busy() {
+    for sessions in [1, 2] {
+        let listener = listener(sessions);
+        let taken: Vec<_> = (0..sessions as u8).map(|token| call(&listener, token).unwrap()).collect();
+        let mut calls: Vec<Call> = taken.iter().map(|_| next(&listener)).collect();
+        assert!(matches!(call(&listener, 9), Err(Error::Busy { .. })), "{sessions}");
+        // The end of any of them makes room for one more, and for no more than that.
+        drop(calls.remove(0));
+        let _ninth = call(&listener, 9).unwrap();
+        assert!(matches!(call(&listener, 10), Err(Error::Busy { .. })), "{sessions}");
+        assert_eq!(next(&listener).token(), Token([9; 16]));
+    }
+}
+
+#[test]
+fn a_token_names_one_session() {
+    let listener = listener(2);
+    let _first = call(&listener, 1).unwrap();
+    assert!(matches!(call(&listener, 1), Err(Error::Busy { .. })));
+    // The refused one has taken no session away, and has not ended the first one's either.
+    let _second = call(&listener, 2).unwrap();
+    let mut calls = [next(&listener), next(&listener)];
+    calls.sort_by_key(|call| call.token().0);
+    assert_eq!(calls.each_ref().map(|call| call.token()), [Token([1; 16]), Token([2; 16])]);
+    assert!(matches!(call(&listener, 3), Err(Error::Busy { .. })));
+}
+
+#[test]
+fn a_listener_takes_one_session_unless_told_otherwise() {
+    let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let _first = call(&listener, 1).unwrap();
+    assert!(matches!(call(&listener, 2), Err(Error::Busy { .. })));
+}

@@ -1,0 +1,128 @@
+//! Moves through streams that were connected elsewhere.
+
+mod common;
+
+use common::{Memory, receive, send};
+use migration::link::ControlLink;
+use migration::report::Verdict;
+use migration::transport::Token;
+use migration::{Code, Failure};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::thread;
+use std::time::Duration;
+use transport_tcp::{LaneAcceptor, Stream, StreamLink, TcpDestination, TcpSource};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Two ends of a TCP connection.
+fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (ours, listener.accept().unwrap().0)
+}
+
+/// Moves a machine through one stream for control and three for memory, all of which the destination has from
+/// the beginning.
+fn moves<S: Stream + Into<OwnedFd> + 'static>(pair: impl Fn() -> (S, S)) {
+    let (control, their_control) = pair();
+    let (lanes, their_lanes): (Vec<S>, Vec<S>) = (0..3).map(|_| pair()).unzip();
+    let machine = Memory::new(1);
+    let token = Token([7; 16]);
+    let arrival = thread::scope(|scope| {
+        let destination = scope.spawn(|| {
+            let mut link = StreamLink::accept(their_control, PATIENCE).unwrap();
+            assert_eq!(link.token(), token, "the source has told its token");
+            receive(&mut link, TcpDestination::from_streams(their_lanes).unwrap())
+        });
+        let mut link = StreamLink::connect(control, token, PATIENCE).unwrap();
+        let report = send(&machine, &mut link, TcpSource::from_streams(lanes).unwrap());
+        assert_eq!((report.verdict, report.failure), (Verdict::Moved, None));
+        assert_eq!(report.lanes.len(), 3);
+        destination.join().unwrap().unwrap()
+    });
+    assert!(machine.changes() > 0, "memory did not change while it moved");
+    assert!(arrival.machine.runs && machine.equals(&arrival.machine.ram));
+}
+
+#[test]
+fn a_machine_moves_through_unix_sockets() {
+    moves(|| UnixStream::pair().unwrap());
+}
+
+#[test]
+fn a_machine_moves_through_tcp_streams_from_elsewhere() {
+    moves(tcp_pair);
+}
+
+/// As where one process accepts connections and another has the machine.
+#[test]
+fn lanes_are_handed_over_when_they_come() {
+    let (control, their_control) = UnixStream::pair().unwrap();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let machine = Memory::new(2);
+    let token = Token([8; 16]);
+    let acceptor = LaneAcceptor::new();
+    let destination = TcpDestination::from_acceptor(&acceptor);
+    let arrival = thread::scope(|scope| {
+        let to = listener.local_addr().unwrap();
+        scope.spawn(move || {
+            for stream in listener.incoming().take(2) {
+                // As from an asynchronous runtime, which does not wait in its calls.
+                let stream = stream.unwrap();
+                stream.set_nonblocking(true).unwrap();
+                acceptor.accept(stream).unwrap();
+            }
+        });
+        let arrival = scope.spawn(|| receive(&mut StreamLink::new(their_control, token), destination));
+        let report = send(&machine, &mut StreamLink::new(control, token), TcpSource::new(to, 2));
+        assert_eq!((report.verdict, report.failure), (Verdict::Moved, None));
+        arrival.join().unwrap().unwrap()
+    });
+    assert!(arrival.machine.runs && machine.equals(&arrival.machine.ram));
+}
+
+#[test]
+fn what_is_no_stream_is_refused() {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    assert!(TcpSource::from_streams([ours]).is_err());
+    assert!(LaneAcceptor::new().accept(theirs).is_err());
+    let file = std::fs::File::open("/proc/self/status").unwrap();
+    assert!(TcpDestination::from_streams([file]).is_err());
+}
+
+#[test]
+fn a_stream_that_begins_with_something_else_is_refused() {
+    let refused = |first: &'static [u8]| -> Code {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            ours.write_all(first).unwrap();
+            // An end in the middle of a preamble is one as well.
+            ours.shutdown(std::net::Shutdown::Write).unwrap();
+            ours.read_to_end(&mut Vec::new())
+        });
+        Failure::from(StreamLink::accept(theirs, PATIENCE).err().expect("refused")).code
+    };
+    assert_eq!(refused(b""), Code::PROTOCOL);
+    assert_eq!(refused(b"WHIMB"), Code::PROTOCOL);
+    assert_eq!(refused(b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"), Code::PROTOCOL);
+    assert_eq!(refused(b"WHIMBREL\xff\xff\x01\0\0\0\0\0aaaaaaaaaaaaaaaa"), Code::VERSION);
+}
+
+#[test]
+fn streams_serve_one_session() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut source = TcpSource::from_streams([ours]).unwrap();
+    let session = migration::transport::Session {
+        token: Token([1; 16]),
+        ram: migration::conformance::bed::ram(),
+        timeout: Duration::from_millis(200),
+    };
+    use migration::transport::{PlaneError, SourceTransport};
+    // Nobody answers at the other end.
+    assert!(matches!(source.connect(&session, &[]), Err(PlaneError::Timeout(_))));
+    let Err(PlaneError::Unavailable(why)) = source.connect(&session, &[]) else { panic!("connected") };
+    assert!(why.contains("one session"), "{why}");
+}
