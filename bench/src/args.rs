@@ -8,8 +8,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use vmm::api::model::TransportChoice;
 use vmm::memory::PageSize;
+use whimbrel::api::model::TransportChoice;
 
 /// Measures migrations between real processes on this machine.
 #[derive(Debug, Parser)]

@@ -10,9 +10,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::api::model::{MigrationRequest, TransportChoice};
 use vmm::guest::Testimony;
-use vmm::node::Node;
+use whimbrel::api::model::{MigrationRequest, TransportChoice};
+use whimbrel::node::Node;
 
 /// How long a guest may take to come up: emulated hosts are slow, and filling gibibytes takes time too.
 const READY: Duration = Duration::from_secs(300);

@@ -13,7 +13,7 @@ use anyhow::ensure;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
-use vmm::api::model::TransportChoice;
+use whimbrel::api::model::TransportChoice;
 
 /// Bytes that iperf3 sends: some seconds' worth.
 const IPERF3_BYTES: u64 = 4 << 30;

@@ -98,7 +98,7 @@ impl fmt::Debug for Code {
 }
 
 /// Why a migration, or a step of one, failed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
     /// What kind of failure this is.

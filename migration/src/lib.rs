@@ -24,6 +24,8 @@ pub mod source;
 pub mod transport;
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod simulation;
 
 pub use failure::{Code, Failure};

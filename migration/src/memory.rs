@@ -28,7 +28,7 @@ pub struct Extent {
 }
 
 /// What both sides must agree on about one region before a byte moves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RegionLayout {
     /// Guest-physical address of the first byte.
     pub guest_address: u64,

@@ -28,7 +28,7 @@ pub const MAX_NAME: usize = 32;
 pub const MAX_OFFERS: usize = 8;
 
 /// Everything that crosses the control link. The order of variants is part of the protocol.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Message {
     /// Source: who is calling.
     Hello(Hello),
@@ -65,7 +65,7 @@ pub enum Message {
 pub const FEATURES: u64 = 0;
 
 /// Greeting of either side.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Hello {
     /// Program name and version, for logs and reports.
     pub software: String,
@@ -74,7 +74,7 @@ pub struct Hello {
 }
 
 /// What the destination must build.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Prepare {
     /// The VMM's own description of its machine.
     pub description: Vec<u8>,
@@ -85,7 +85,7 @@ pub struct Prepare {
 }
 
 /// One transport the destination has, or why it has it not.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Offer {
     /// The transport's name.
     pub transport: String,
@@ -94,7 +94,7 @@ pub struct Offer {
 }
 
 /// The destination's answer to [`Prepare`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Prepared {
     /// One entry for each transport that was asked for.
     pub offers: Vec<Offer>,
@@ -103,7 +103,7 @@ pub struct Prepared {
 }
 
 /// The paused machine.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct State {
     /// What the VMM saved, in its own encoding.
     pub state: Vec<u8>,
@@ -112,7 +112,7 @@ pub struct State {
 }
 
 /// A named part of the blackout on one side.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Span {
     /// What was being done.
     pub name: String,
@@ -121,21 +121,21 @@ pub struct Span {
 }
 
 /// The destination could run the guest now.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Ready {
     /// What it did since the state arrived.
     pub spans: Vec<Span>,
 }
 
 /// The guest runs at the destination.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Running {
     /// What it did since `Commit` arrived.
     pub spans: Vec<Span>,
 }
 
 /// Known only some time after the switchover.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Epilogue {
     /// The guest's own words, as JSON.
     pub testimony: Option<String>,

@@ -15,8 +15,8 @@ use std::time::Duration;
 use transport_tcp::{Listener, TcpDestination};
 use vmm::guest::{self, Request, Testimony};
 use vmm::incoming::{IncomingHost, IncomingOptions};
-use vmm::node::Node;
 use vmm::{Machine, Outcome, SerialOutput};
+use whimbrel::node::Node;
 
 /// Moves the guest of `node` here, with all memory compared on the way, has it verify everything and power
 /// off; nothing may be wrong.

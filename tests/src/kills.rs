@@ -12,7 +12,7 @@ use migration::monitor::Phase;
 use std::collections::BTreeMap;
 use std::thread;
 use std::time::Duration;
-use vmm::node::Node;
+use whimbrel::node::Node;
 
 /// The line: each piece of control traffic takes a while.
 pub const LINE: Rules = Rules {

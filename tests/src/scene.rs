@@ -13,8 +13,8 @@ use migration::report::Verdict;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use vmm::api::model::VmState;
-use vmm::node::Node;
+use whimbrel::api::model::VmState;
+use whimbrel::node::Node;
 
 /// A disk, and who touches it.
 pub struct Scene {

@@ -8,9 +8,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::api::model::{MigrationRequest, VmState};
 use vmm::guest::Testimony;
-use vmm::node::Node;
+use whimbrel::api::model::{MigrationRequest, VmState};
+use whimbrel::node::Node;
 
 /// How long anything may take that is sure to happen.
 pub const PATIENCE: Duration = Duration::from_secs(120);

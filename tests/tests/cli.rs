@@ -3,7 +3,7 @@
 use migration::monitor::Phase;
 use std::process::Command;
 use std::time::Duration;
-use vmm::node::Node;
+use whimbrel::node::Node;
 use whimbrel_tests::command::{run, run_command};
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::program::whimbrel;

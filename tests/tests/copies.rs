@@ -3,8 +3,8 @@
 
 use migration::report::Report;
 use std::collections::BTreeMap;
-use vmm::api::model::{MigrationRequest, TransportChoice};
-use vmm::node::Node;
+use whimbrel::api::model::{MigrationRequest, TransportChoice};
+use whimbrel::node::Node;
 use whimbrel_tests::lab;
 use whimbrel_tests::say;
 use whimbrel_tests::sides::{Guest, assert_runs, hop_as, request};

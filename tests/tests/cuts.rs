@@ -3,8 +3,8 @@
 
 use migration::report::Verdict;
 use migration::{Code, preamble};
-use vmm::api::model::VmState;
-use vmm::node::Node;
+use whimbrel::api::model::VmState;
+use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::proxy::{Break, Cut, Plane, Proxy, Rules, Way};
 use whimbrel_tests::say;

@@ -5,8 +5,8 @@
 use migration::report::{Report, Verdict};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use vmm::api::model::VmState;
-use vmm::node::Node;
+use whimbrel::api::model::VmState;
+use whimbrel::node::Node;
 use whimbrel_tests::command::run_command;
 use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::say;

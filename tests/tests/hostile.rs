@@ -8,7 +8,7 @@ use migration::transport::Token;
 use std::net::SocketAddr;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-use vmm::node::Node;
+use whimbrel::node::Node;
 use whimbrel_tests::command::run;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::rogue::{Rogue, honest_machine, honest_prepare, pretend, pretend_receiver};

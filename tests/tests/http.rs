@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
-use vmm::node::Node;
+use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::proxy::{Proxy, Rules};
 use whimbrel_tests::say;

@@ -1,8 +1,8 @@
 //! Guests in huge pages. The lab's VM has none until it is told to; the test does that, and only there.
 
 use std::fs;
-use vmm::api::model::{MigrationRequest, TransportChoice};
-use vmm::node::Node;
+use whimbrel::api::model::{MigrationRequest, TransportChoice};
+use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::lab;
 use whimbrel_tests::program::whimbrel;

@@ -4,8 +4,8 @@
 use migration::report::Verdict;
 use std::net::SocketAddr;
 use std::path::Path;
-use vmm::api::model::VmState;
-use vmm::node::Node;
+use whimbrel::api::model::VmState;
+use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::kills::{LINE, Outcomes, Schedule, Side, schedules};
 use whimbrel_tests::proxy::{Proxy, Way};

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use vmm::node::Node;
+use whimbrel::node::Node;
 use whimbrel_tests::command::{must, run_command};
 use whimbrel_tests::kills::{LINE, Schedule, Side};
 use whimbrel_tests::program::whimbrel;

@@ -1,7 +1,7 @@
 //! Hosts that let a process pin next to nothing.
 
 use migration::report::Verdict;
-use vmm::api::model::{MigrationRequest, TransportChoice};
+use whimbrel::api::model::{MigrationRequest, TransportChoice};
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::lab;
 use whimbrel_tests::say;

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::node::Node;
+use whimbrel::node::Node;
 use whimbrel_tests::command::{run, run_command};
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::nfs::Nfs;

@@ -4,8 +4,8 @@
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::api::model::{MigrationRequest, TransportChoice};
-use vmm::node::Node;
+use whimbrel::api::model::{MigrationRequest, TransportChoice};
+use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::lab;
 use whimbrel_tests::say;

@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
-use vmm::api::model::TransportChoice;
-use vmm::node::Node;
+use whimbrel::api::model::TransportChoice;
+use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::lab::{self, CableCut, DeviceGone};
 use whimbrel_tests::proxy::{Proxy, Rules};
@@ -24,8 +24,8 @@ fn far_receiver(folder: &Path, name: &str) -> (Node, SocketAddr) {
     receiver_on(folder, name, (lab::peer(), 0).into())
 }
 
-fn choice(to: SocketAddr, transport: TransportChoice) -> vmm::api::model::MigrationRequest {
-    vmm::api::model::MigrationRequest { transport, ..request(to) }
+fn choice(to: SocketAddr, transport: TransportChoice) -> whimbrel::api::model::MigrationRequest {
+    whimbrel::api::model::MigrationRequest { transport, ..request(to) }
 }
 
 fn declined(report: &Report) -> String {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use vmm::node::Node;
+use whimbrel::node::Node;
 use whimbrel_tests::inject::{Outcome, system_call, thread};
 use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::say;

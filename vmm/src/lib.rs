@@ -6,30 +6,25 @@
 
 pub mod acpi;
 pub mod announce;
-pub mod api;
 pub mod boot_disk;
 pub mod cpuid;
 mod description;
 pub mod devices;
 mod dirty;
-pub mod doctor;
 mod error;
 pub mod guest;
 pub mod host;
 pub mod incoming;
-pub mod instance;
 mod ioctl;
 pub mod loader;
 pub mod machine;
 pub mod memory;
-pub mod node;
 mod outgoing;
 pub mod pci;
 pub mod power;
 pub mod sandbox;
 pub mod serial;
 pub mod state;
-pub mod transports;
 mod vcpu;
 pub mod virtio;
 

@@ -15,8 +15,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use transport_rdma::RdmaSource;
 use transport_tcp::{Connection, Error, TcpSource, connect_control};
-use vmm::api::model::TransportChoice;
 use vmm::memory::GuestRam;
+use whimbrel::api::model::TransportChoice;
 
 const MIB: f64 = (1 << 20) as f64;
 const GIB: f64 = (1 << 30) as f64;

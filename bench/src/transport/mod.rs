@@ -15,8 +15,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use transport_rdma::Waiting;
-use vmm::api::model::TransportChoice;
 use vmm::memory::PageSize;
+use whimbrel::api::model::TransportChoice;
 
 /// Most memory of a session in bytes: it lies in one region below the hole that a machine's memory has.
 pub const MOST_MEMORY: u64 = 2 << 30;

@@ -12,8 +12,8 @@ use std::thread;
 use std::time::Duration;
 use transport_rdma::RdmaDestination;
 use transport_tcp::{Call, Listener, TcpDestination};
-use vmm::api::model::TransportChoice;
 use vmm::memory::GuestRam;
+use whimbrel::api::model::TransportChoice;
 
 /// Between two looks whether anybody has called or said anything.
 const LOOK: Duration = Duration::from_secs(1);

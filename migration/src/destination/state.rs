@@ -21,7 +21,7 @@ use crate::failure::{Code, Failure};
 use crate::message::{self, Hello, Message, Prepare, Prepared, Ready, Running};
 
 /// What the driver is to do. Each command is answered by exactly one event.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
     /// Wait for a message. → `Received`, `LinkLost` or `Deadline`
     Wait(Waiting),
@@ -46,7 +46,7 @@ pub enum Command {
 }
 
 /// What the destination waits for; decides how long.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Waiting {
     /// The greeting.
     Hello,
@@ -59,7 +59,7 @@ pub enum Waiting {
 }
 
 /// What happened.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// Begin.
     Start,
@@ -82,7 +82,7 @@ pub enum Event {
 }
 
 /// How it ended.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The guest runs here.
     Running,
@@ -90,7 +90,7 @@ pub enum Outcome {
     Discarded(Failure),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Step {
     Idle,
     AwaitHello,
@@ -115,7 +115,7 @@ enum Step {
 
 /// Deliberate violations, compiled into this crate's own tests only.
 #[cfg(test)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Sabotage {
     /// Take the guest over when the source falls silent before `Commit`.
     RunWithoutCommit,
@@ -124,7 +124,7 @@ pub(crate) enum Sabotage {
 }
 
 /// The state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     step: Step,
     hello: Hello,

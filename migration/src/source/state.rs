@@ -31,7 +31,7 @@ use crate::failure::{Code, Failure};
 use crate::message::{self, Hello, Message, Offer, Prepare};
 
 /// What the driver is to do. Each command is answered by exactly one event.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
     /// Describe the machine. → `Described` or `Failed`
     Describe,
@@ -60,7 +60,7 @@ pub enum Command {
 }
 
 /// What the source waits for; decides how long.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Waiting {
     /// The greeting's answer.
     Welcome,
@@ -73,7 +73,7 @@ pub enum Waiting {
 }
 
 /// What happened.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// Begin.
     Start,
@@ -96,7 +96,7 @@ pub enum Event {
 }
 
 /// How it ended.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The guest runs at the destination.
     Moved,
@@ -107,7 +107,7 @@ pub enum Outcome {
 }
 
 /// The command that is being carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Step {
     Idle,
     Describe,
@@ -133,14 +133,14 @@ enum Step {
 
 /// Deliberate violations, compiled into this crate's own tests only.
 #[cfg(test)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Sabotage {
     /// Run the guest on its own word when the line is cut after `Commit`.
     ResumeAfterCommit,
 }
 
 /// The state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     step: Step,
     hello: Hello,

@@ -10,12 +10,12 @@ use std::io::Write;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::api::server::Slot;
-use vmm::instance::{End, Instance};
 use vmm::machine::{Machine, Outcome};
 use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
+use whimbrel::api::server::Slot;
+use whimbrel::instance::{End, Instance};
 
 /// How long the process of a guest that has moved away stays for somebody to fetch its report.
 const LINGER: Duration = Duration::from_secs(15);

@@ -8,7 +8,7 @@ use anyhow::Context;
 use serde_json::json;
 use std::thread;
 use std::time::Duration;
-use vmm::node::Node;
+use whimbrel::node::Node;
 
 /// How long the guest may take to fill its working set: emulated hosts are slow.
 const READY: Duration = Duration::from_secs(120);

@@ -3,12 +3,12 @@
 mod cgroup;
 mod rdma;
 
-use crate::host::Host;
-use crate::memory::host::available;
-use crate::sandbox;
-use crate::virtio::block;
 use serde::Serialize;
 use std::fs;
+use vmm::host::Host;
+use vmm::memory::host::available;
+use vmm::sandbox;
+use vmm::virtio::block;
 
 /// How a finding matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -18,8 +18,8 @@ use hyper::Method;
 use serde_json::Value;
 use std::io::Write;
 use std::process::ExitCode;
-use vmm::api::client::Client;
-use vmm::api::model::{Migration, Vm};
+use whimbrel::api::client::Client;
+use whimbrel::api::model::{Migration, Vm};
 
 /// How a command ends, if it does not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +109,7 @@ fn status(target: &Target) -> anyhow::Result<Exit> {
     let vm: Vm = client.get("/v1/vm")?;
     let migration: Option<Migration> = match client.get("/v1/migration") {
         Ok(migration) => Some(migration),
-        Err(vmm::api::Error::Refused(_)) => None,
+        Err(whimbrel::api::Error::Refused(_)) => None,
         Err(error) => return Err(error.into()),
     };
     if target.json {

@@ -11,8 +11,8 @@ use migration::report::{Report, Verdict};
 use std::io::IsTerminal;
 use std::thread;
 use std::time::Duration;
-use vmm::api::client::Client;
-use vmm::api::model::{Migration, MigrationRequest, TransportChoice};
+use whimbrel::api::client::Client;
+use whimbrel::api::model::{Migration, MigrationRequest, TransportChoice};
 
 /// How often a migration is looked at.
 const POLL: Duration = Duration::from_millis(50);

@@ -4,8 +4,8 @@ use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use migration::report::{Report, Verdict};
 use serde_json::Value;
 use std::fmt::Write;
-use vmm::api::model::{Migration, Vm};
 use vmm::guest::Testimony;
+use whimbrel::api::model::{Migration, Vm};
 
 /// A number of bytes in the largest binary unit that it fills.
 pub fn size(bytes: u64) -> String {

@@ -3,7 +3,6 @@
 
 use crate::api::client::Client;
 use crate::api::model::{Migration, MigrationRequest, Vm};
-use crate::guest::Testimony;
 use hyper::Method;
 use serde_json::Value;
 use std::ffi::OsStr;
@@ -14,6 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
+use vmm::guest::Testimony;
 
 /// How long an event is waited for: longer than any step of a migration may take on a slow host.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -4,10 +4,10 @@ use super::Exit;
 use super::args::DoctorArgs;
 use super::{render, say};
 use comfy_table::{ContentArrangement, Table};
-use vmm::doctor::{Finding, Level};
+use whimbrel::doctor::{Finding, Level};
 
 pub fn doctor(args: &DoctorArgs) -> anyhow::Result<Exit> {
-    let findings = vmm::doctor::examine(args.memory);
+    let findings = whimbrel::doctor::examine(args.memory);
     let healthy = findings.iter().all(|f| f.level != Level::Broken);
     if args.json {
         say(serde_json::json!({ "healthy": healthy, "findings": findings }))?;

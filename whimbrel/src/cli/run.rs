@@ -6,16 +6,16 @@ use super::process::{quit_on_signals, stay};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
-use vmm::api::server::{self, Slot};
 use vmm::boot_disk;
 use vmm::guest::Workload;
 use vmm::host::Host;
-use vmm::instance::Instance;
 use vmm::loader::{Boot, Image};
 use vmm::machine::{Machine, MachineConfig};
 use vmm::sandbox;
 use vmm::virtio::net::{Mac, NetConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
+use whimbrel::api::server::{self, Slot};
+use whimbrel::instance::Instance;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     sandbox::enter(args.process.seccomp.into())?;

@@ -1,12 +1,12 @@
 //! What the HTTP API takes and gives, as JSON. `docs/api.md` tells the same for people.
 
-use crate::guest::Testimony;
 use migration::Failure;
 use migration::monitor::Progress;
 use migration::policy::{OnStall, Policy};
 use migration::report::Report;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+use vmm::guest::Testimony;
 
 /// What a virtual machine is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,8 +1,6 @@
 //! One running virtual machine as its operators see it: its state, and at most one migration.
 
 use crate::api::model::{Migration, MigrationRequest, Vm, VmState};
-use crate::guest;
-use crate::machine::{Machine, Outcome};
 use crate::transports;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use migration::monitor::{Monitor, Phase};
@@ -14,6 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+use vmm::guest;
+use vmm::machine::{Machine, Outcome};
 
 /// Name and version, as told to peers.
 pub const SOFTWARE: &str = concat!("whimbrel ", env!("CARGO_PKG_VERSION"));

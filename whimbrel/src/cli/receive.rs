@@ -9,13 +9,13 @@ use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 use transport_tcp::Listener;
-use vmm::api::server::{self, Slot};
 use vmm::incoming::{IncomingHost, IncomingOptions};
-use vmm::instance::{Instance, SOFTWARE};
 use vmm::sandbox;
-use vmm::transports;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::block::Images;
+use whimbrel::api::server::{self, Slot};
+use whimbrel::instance::{Instance, SOFTWARE};
+use whimbrel::transports;
 
 /// How long one wait for a caller lasts; there is no limit to how many there are.
 const PATIENCE: Duration = Duration::from_secs(3600);
