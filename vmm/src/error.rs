@@ -1,5 +1,6 @@
 //! What can go wrong with a machine.
 
+use crate::ioctl::KvmError;
 use crate::{cpuid, loader, machine::Outcome, memory, state, virtio};
 use migration::{Code, Failure};
 use std::io;
@@ -40,13 +41,8 @@ pub enum Error {
     #[error(transparent)]
     Cpu(#[from] cpuid::Incompatible),
     /// KVM refused a call.
-    #[error("KVM refused {what}: {source}")]
-    Kvm {
-        /// The call.
-        what: &'static str,
-        /// What it said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
     /// The serial port's output or input.
     #[error("cannot use {path} for the serial port: {source}")]
     Serial {
@@ -99,7 +95,7 @@ impl Error {
             Error::VcpuCount { .. } | Error::Cpu(_) => Code::CPU,
             Error::Memory(_) => Code::MEMORY,
             Error::Loader(_) | Error::NotPaused => Code::OTHER,
-            Error::State(_) | Error::Kvm { .. } => Code::STATE,
+            Error::State(_) | Error::Kvm(_) => Code::STATE,
             Error::Disk(
                 virtio::block::Error::Held { .. }
                 | virtio::block::Error::UsedElsewhere { .. }
@@ -120,23 +116,5 @@ impl Error {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Failure::new(error.code(), error)
-    }
-}
-
-/// Names the KVM call that failed.
-pub(crate) trait What<T> {
-    /// Turns the error into [`Error::Kvm`] for the call `what`.
-    fn what(self, what: &'static str) -> Result<T, Error>;
-}
-
-impl<T> What<T> for Result<T, kvm_ioctls::Error> {
-    fn what(self, what: &'static str) -> Result<T, Error> {
-        self.map_err(|error| Error::Kvm { what, source: io::Error::from_raw_os_error(error.errno()) })
-    }
-}
-
-impl<T> What<T> for io::Result<T> {
-    fn what(self, what: &'static str) -> Result<T, Error> {
-        self.map_err(|source| Error::Kvm { what, source })
     }
 }

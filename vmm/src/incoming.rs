@@ -46,7 +46,8 @@ impl IncomingHost {
 
     fn shadow(&self, description: &[u8], layout: &[RegionLayout]) -> Result<Machine, Failure> {
         let description = Description::decode(description)?;
-        let missing = cpuid::missing_features(description.cpuid(), &cpuid::baseline(self.host.kvm())?);
+        let ours = cpuid::baseline(self.host.kvm()).map_err(Error::from)?;
+        let missing = cpuid::missing_features(description.cpuid(), &ours);
         if !missing.is_empty() {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }

@@ -30,6 +30,7 @@ pub mod virtio;
 
 pub use error::Error;
 pub use host::Host;
+pub use ioctl::KvmError;
 pub use loader::{Boot, Image};
 pub use machine::{Crash, Machine, MachineConfig, Outcome};
 pub use memory::PageSize;

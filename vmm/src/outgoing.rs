@@ -34,19 +34,19 @@ impl SourceMachine for Machine {
     }
 
     fn start_tracking(&self) -> Result<(), Failure> {
-        Ok(self.tracking.start(self.memory())?)
+        Ok(self.tracking.start(self.memory()).map_err(Error::from)?)
     }
 
     fn stop_tracking(&self) -> Result<(), Failure> {
-        Ok(self.tracking.stop(self.memory())?)
+        Ok(self.tracking.stop(self.memory()).map_err(Error::from)?)
     }
 
     fn collect_dirty(&self, set: &mut DirtySet) -> Result<(), Failure> {
-        Ok(self.tracking.collect(self.memory(), set)?)
+        Ok(self.tracking.collect(self.memory(), set).map_err(Error::from)?)
     }
 
     fn clear_dirty(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), Failure> {
-        Ok(self.tracking.clear(self.memory(), region, first_page, words)?)
+        Ok(self.tracking.clear(self.memory(), region, first_page, words).map_err(Error::from)?)
     }
 
     fn pause(&self) -> Result<(), Failure> {

@@ -1,7 +1,7 @@
 //! One vCPU: creating it, and running it until it is told to park.
 
 use crate::devices::{Devices, Request};
-use crate::error::{Error, What};
+use crate::ioctl::{self, KvmContext, KvmError};
 use crate::machine::control::Control;
 use crate::machine::{Crash, Outcome};
 use crate::state::msr::MsrTable;
@@ -30,18 +30,18 @@ impl Vcpu {
         cpuid: &CpuId,
         tsc_khz: Option<u32>,
         msrs: &[u32],
-    ) -> Result<Self, Error> {
-        let fd = vm.create_vcpu(u64::from(index)).what("KVM_CREATE_VCPU")?;
+    ) -> Result<Self, KvmError> {
+        let fd = vm.create_vcpu(u64::from(index)).context("KVM_CREATE_VCPU")?;
         // Before anything that the clock derives from.
         if let Some(khz) = tsc_khz
-            && fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")? != khz
+            && fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")? != khz
         {
-            fd.set_tsc_khz(khz).what("KVM_SET_TSC_KHZ (this host cannot scale the TSC to the guest's)")?;
+            fd.set_tsc_khz(khz).context("KVM_SET_TSC_KHZ (this host cannot scale the TSC to the guest's)")?;
         }
-        fd.set_cpuid2(cpuid).what("KVM_SET_CPUID2")?;
+        fd.set_cpuid2(cpuid).context("KVM_SET_CPUID2")?;
         let msrs = MsrTable::probe(&fd, msrs)?;
         let reported = vm.check_extension_int(Cap::Xsave2);
-        let tsc_offset = crate::ioctl::get_tsc_offset(&fd).is_ok();
+        let tsc_offset = ioctl::get_tsc_offset(&fd).is_ok();
         Ok(Vcpu { fd, index, msrs, xsave_len: usize::try_from(reported).unwrap_or(0), tsc_offset })
     }
 

@@ -16,8 +16,9 @@ use crate::announce;
 use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
-use crate::error::{Error, What};
+use crate::error::Error;
 use crate::host::Host;
+use crate::ioctl::{KvmContext, KvmError};
 use crate::loader::{self, Boot};
 use crate::memory::{self, GuestRam};
 use crate::pci::{KvmPlatform, Platform};
@@ -108,10 +109,10 @@ impl Machine {
                 let cpuid = cpuid::for_vcpu(&config.cpuid, index, vcpus)?;
                 Vcpu::new(&vm, index, &cpuid, config.tsc_khz, &msrs).map(Mutex::new)
             })
-            .collect::<Result<Vec<_>, Error>>()?;
+            .collect::<Result<Vec<_>, KvmError>>()?;
         let (tsc_khz, saved_msrs) = {
             let boot_vcpu = lock(&vcpus[0]);
-            (boot_vcpu.fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
+            (boot_vcpu.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
         };
         let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
         let mut machine = Machine {
@@ -139,7 +140,7 @@ impl Machine {
         loader::mptable::write(self.ram.memory(), vcpus)?;
         acpi::write(self.ram.memory(), vcpus).map_err(loader::Error::from)?;
         let boot_vcpu = lock(&self.shared.vcpus[0]);
-        entry.apply(&boot_vcpu.fd, self.ram.memory())
+        Ok(entry.apply(&boot_vcpu.fd, self.ram.memory())?)
     }
 
     /// Presses the guest's power button. False if it does not listen to it.
@@ -271,7 +272,7 @@ impl Machine {
     /// [`Error::NotPaused`], or what KVM refused.
     pub fn save(&self) -> Result<Vec<u8>, Error> {
         let _guard = self.guard_paused()?;
-        state::save(&self.shared)
+        Ok(state::save(&self.shared)?)
     }
 
     /// Restores what [`save`](Self::save) saved. RAM must be in place. Whole for a machine that has
@@ -365,18 +366,18 @@ fn run_vcpu(shared: &Shared, index: usize) {
 }
 
 fn create_vm(host: &Host) -> Result<VmFd, Error> {
-    let vm = host.kvm().create_vm().what("KVM_CREATE_VM")?;
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).what("KVM_SET_IDENTITY_MAP_ADDR")?;
-    vm.set_tss_address(TSS_ADDRESS).what("KVM_SET_TSS_ADDR")?;
-    vm.create_irq_chip().what("KVM_CREATE_IRQCHIP")?;
+    let vm = host.kvm().create_vm().context("KVM_CREATE_VM")?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
+    vm.set_tss_address(TSS_ADDRESS).context("KVM_SET_TSS_ADDR")?;
+    vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
     // With the dummy, KVM answers port 0x61 as well, by which guests calibrate against the PIT.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).what("KVM_CREATE_PIT2")?;
+    vm.create_pit2(pit).context("KVM_CREATE_PIT2")?;
     Ok(vm)
 }
 
 /// The memory slot of region number `region`, with or without dirty logging.
-pub(crate) fn set_memory_slot(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Result<(), Error> {
+pub(crate) fn set_memory_slot(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Result<(), KvmError> {
     let region_info = &ram.ram().regions()[region];
     let slot = kvm_userspace_memory_region {
         slot: region as u32,
@@ -387,9 +388,9 @@ pub(crate) fn set_memory_slot(vm: &VmFd, ram: &GuestRam, region: usize, flags: u
     };
     // SAFETY: the range is a whole mapping of guest RAM, which the machine keeps for longer than
     // any vCPU can run; nobody holds references into it.
-    unsafe { vm.set_user_memory_region(slot) }.what("KVM_SET_USER_MEMORY_REGION")
+    unsafe { vm.set_user_memory_region(slot) }.context("KVM_SET_USER_MEMORY_REGION")
 }
 
-fn add_memory_slots(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+fn add_memory_slots(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
     (0..ram.ram().regions().len()).try_for_each(|region| set_memory_slot(vm, ram, region, 0))
 }

@@ -1,5 +1,6 @@
 //! The envelope of saved state: kinds, versions and payloads.
 
+use crate::ioctl::KvmError;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -76,6 +77,9 @@ pub enum Error {
     /// The state could not be encoded.
     #[error("the machine state cannot be encoded: {0}")]
     Encode(#[from] postcard::Error),
+    /// KVM refused a call.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
 }
 
 macro_rules! kinds {

@@ -24,7 +24,6 @@ pub mod vcpu;
 pub use component::{Component, Error, Kind};
 pub(crate) use component::{payload, strict};
 
-use crate::error::Error as MachineError;
 use crate::machine::{Shared, lock};
 use crate::pci::BusState;
 use crate::power::PowerState;
@@ -35,7 +34,7 @@ use irqchip::{IrqchipState, PitState};
 use vcpu::VcpuState;
 
 /// Saves the state of a machine whose vCPUs are all parked.
-pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
+pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, Error> {
     let mut components = Vec::with_capacity(shared.vcpus.len() + 4);
     for vcpu in &shared.vcpus {
         let mut vcpu = lock(vcpu);
@@ -53,11 +52,11 @@ pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
     }
     let boot_vcpu = lock(&shared.vcpus[0]);
     components.push(Component::new(Kind::Clock, 0, &ClockState::save(&shared.vm, &boot_vcpu)?)?);
-    Ok(encode(&components)?)
+    encode(&components)
 }
 
 /// Loads a state into a machine whose vCPUs are all parked.
-pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
+pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), Error> {
     // Everything but the devices' own is decoded before anything is set.
     let components = decode(bytes)?;
     check(&components, &places(shared))?;
@@ -91,7 +90,7 @@ pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
     for (target, state) in targets.iter_mut().zip(&vcpus) {
         state.load_deadline(target)?;
     }
-    clock.load(&shared.vm)
+    Ok(clock.load(&shared.vm)?)
 }
 
 /// The components that a machine has.

@@ -10,8 +10,8 @@
 //! register that KVM refuses to set fails the load, with two exceptions: it already has the value
 //! that it should get, or it is in [`TOLERATED`].
 
-use super::component;
-use crate::error::{Error, What};
+use super::component::Error;
+use crate::ioctl::{KvmContext, KvmError};
 use crate::vcpu::Vcpu;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -47,8 +47,8 @@ fn hidden(msr: u32) -> bool {
 }
 
 /// All registers to be saved on this host.
-pub fn savable(kvm: &Kvm) -> Result<Vec<u32>, Error> {
-    let list = kvm.get_msr_index_list().what("KVM_GET_MSR_INDEX_LIST")?;
+pub fn savable(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
+    let list = kvm.get_msr_index_list().context("KVM_GET_MSR_INDEX_LIST")?;
     let mut msrs = list.as_slice().to_vec();
     msrs.extend(MTRR_FIXED);
     msrs.extend(MTRR_VARIABLE);
@@ -59,10 +59,10 @@ pub fn savable(kvm: &Kvm) -> Result<Vec<u32>, Error> {
     Ok(msrs)
 }
 
-fn table(entries: &[kvm_msr_entry]) -> Result<Msrs, Error> {
+fn table(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
     Msrs::from_entries(entries)
         .map_err(|_| std::io::Error::from_raw_os_error(libc::E2BIG))
-        .what("a list of MSRs, which is too long")
+        .context("a list of MSRs, which is too long")
 }
 
 fn entry(index: u32, data: u64) -> kvm_msr_entry {
@@ -70,10 +70,10 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
 }
 
 /// One register.
-pub fn read(vcpu: &VcpuFd, msr: u32) -> Result<u64, Error> {
+pub fn read(vcpu: &VcpuFd, msr: u32) -> Result<u64, KvmError> {
     let mut msrs = table(&[entry(msr, 0)])?;
-    match vcpu.get_msrs(&mut msrs).what("KVM_GET_MSRS")? {
-        0 => Err(std::io::Error::from_raw_os_error(libc::EINVAL)).what("KVM_GET_MSRS"),
+    match vcpu.get_msrs(&mut msrs).context("KVM_GET_MSRS")? {
+        0 => Err(std::io::Error::from_raw_os_error(libc::EINVAL)).context("KVM_GET_MSRS"),
         _ => Ok(msrs.as_slice()[0].data),
     }
 }
@@ -88,13 +88,13 @@ pub struct MsrTable(Msrs);
 
 impl MsrTable {
     /// Finds out which of `wanted` can be read.
-    pub fn probe(vcpu: &VcpuFd, wanted: &[u32]) -> Result<Self, Error> {
+    pub fn probe(vcpu: &VcpuFd, wanted: &[u32]) -> Result<Self, KvmError> {
         let mut left: Vec<_> = wanted.iter().map(|msr| entry(*msr, 0)).collect();
         let mut readable = Vec::with_capacity(left.len());
         while !left.is_empty() {
             // KVM stops at the first register that it refuses, and says how many came before.
             let mut msrs = table(&left)?;
-            let read = vcpu.get_msrs(&mut msrs).what("KVM_GET_MSRS")?.min(left.len());
+            let read = vcpu.get_msrs(&mut msrs).context("KVM_GET_MSRS")?.min(left.len());
             readable.extend(left.drain(..read));
             left.drain(..1.min(left.len()));
         }
@@ -107,12 +107,12 @@ impl MsrTable {
     }
 
     /// Reads all.
-    pub fn save(&mut self, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, Error> {
+    pub fn save(&mut self, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, KvmError> {
         let expected = self.0.as_slice().len();
-        let read = vcpu.get_msrs(&mut self.0).what("KVM_GET_MSRS")?;
+        let read = vcpu.get_msrs(&mut self.0).context("KVM_GET_MSRS")?;
         if read != expected {
             // All of them could be read when the vCPU was made; only guessing could go on here.
-            return Err(std::io::Error::from_raw_os_error(libc::EIO)).what("KVM_GET_MSRS");
+            return Err(std::io::Error::from_raw_os_error(libc::EIO)).context("KVM_GET_MSRS");
         }
         Ok(self.0.as_slice().iter().map(|e| (e.index, e.data)).collect())
     }
@@ -123,12 +123,12 @@ pub fn restore(vcpu: &mut Vcpu, values: &[(u32, u64)]) -> Result<(), Error> {
     let entries: Vec<_> = values.iter().map(|(msr, value)| entry(*msr, *value)).collect();
     let mut from = 0;
     while from < entries.len() {
-        let set = vcpu.fd.set_msrs(&table(&entries[from..])?).what("KVM_SET_MSRS")?;
+        let set = vcpu.fd.set_msrs(&table(&entries[from..])?).context("KVM_SET_MSRS")?;
         from += set;
         if let Some(&(msr, value)) = values.get(from) {
             let has_it = read(&vcpu.fd, msr).is_ok_and(|current| current == value);
             if !has_it && !TOLERATED.contains(&msr) {
-                return Err(component::Error::Msr { vcpu: vcpu.index, msr, value }.into());
+                return Err(Error::Msr { vcpu: vcpu.index, msr, value });
             }
             from += 1;
         }
