@@ -13,7 +13,7 @@
 
 use crate::error::Error;
 use crate::pci::{Bus, CONFIG_ADDRESS_PORT, Function};
-use crate::power::{self, Power};
+use crate::power::{self, Power, Request};
 use crate::serial::SerialPort;
 use crate::virtio::{VirtioDevice, VirtioFunction};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,15 +24,6 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const RESET_PORT: u16 = 0x64;
 /// The command that pulses the CPU's reset line.
 pub const RESET_COMMAND: u8 = 0xfe;
-
-/// What a write asks of the machine as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// Start over.
-    Reset,
-    /// End.
-    PowerOff,
-}
 
 /// All devices that are not KVM's.
 pub struct Devices {

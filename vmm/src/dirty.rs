@@ -6,8 +6,7 @@
 
 use crate::error::Error;
 use crate::ioctl::{self, KvmContext, KvmError};
-use crate::machine::set_memory_slot;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, slot};
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap,
@@ -48,8 +47,8 @@ impl DirtyTracking {
         *scratch = vec![0; largest as usize];
         for region in 0..ram.ram().regions().len() {
             // Off and on again: KVM makes a new log, all set, only then.
-            set_memory_slot(&self.vm, ram, region, 0)?;
-            set_memory_slot(&self.vm, ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
+            slot::set(&self.vm, ram, region, 0)?;
+            slot::set(&self.vm, ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
             if let Some(log) = ram.write_log(region) {
                 // Nothing is lost: KVM's log says "dirty" for every page from here on.
                 log.reset();
@@ -62,7 +61,7 @@ impl DirtyTracking {
     pub fn stop(&self, ram: &GuestRam) -> Result<(), KvmError> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         *scratch = Vec::new();
-        (0..ram.ram().regions().len()).try_for_each(|region| set_memory_slot(&self.vm, ram, region, 0))
+        slot::set_all(&self.vm, ram)
     }
 
     /// Adds every page written since it was last cleared. Allocates nothing.

@@ -8,7 +8,6 @@
 //!
 //! An event that is enabled holds ACPI's interrupt line up until the guest has cleared it.
 
-use crate::devices::Request;
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -30,6 +29,15 @@ const POWER_BUTTON: u16 = 1 << 8;
 
 /// In PM1 control: events raise the SCI. Always set, as there is no other mode.
 const SCI_ENABLE: u16 = 1;
+
+/// What a write asks of the machine as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Start over.
+    Reset,
+    /// End.
+    PowerOff,
+}
 
 /// The registers as they are saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,9 +1,10 @@
 //! One vCPU: creating it, and running it until it is told to park.
 
-use crate::devices::{Devices, Request};
+use crate::devices::Devices;
 use crate::ioctl::{self, KvmContext, KvmError};
 use crate::machine::control::Control;
 use crate::machine::{Crash, Outcome};
+use crate::power::Request;
 use crate::state::msr::MsrTable;
 use kvm_bindings::{
     CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,

@@ -29,7 +29,7 @@ use crate::state::{self, msr};
 use crate::vcpu::Vcpu;
 use crate::virtio;
 use control::{Control, KickTarget, Phase};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,7 +93,7 @@ impl Machine {
         control::install_kick_handler().map_err(Error::Thread)?;
         let ram = GuestRam::new(config.memory, config.pages)?;
         let vm = Arc::new(create_vm(host)?);
-        add_memory_slots(&vm, &ram)?;
+        memory::slot::set_all(&vm, &ram)?;
         let tracking = DirtyTracking::new(&vm)?;
         let platform: Arc<dyn Platform> = Arc::new(KvmPlatform(vm.clone()));
         let virtio = virtio::transport::functions(&config.devices, &config.local, &platform, ram.memory())?;
@@ -374,23 +374,4 @@ fn create_vm(host: &Host) -> Result<VmFd, Error> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).context("KVM_CREATE_PIT2")?;
     Ok(vm)
-}
-
-/// The memory slot of region number `region`, with or without dirty logging.
-pub(crate) fn set_memory_slot(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Result<(), KvmError> {
-    let region_info = &ram.ram().regions()[region];
-    let slot = kvm_userspace_memory_region {
-        slot: region as u32,
-        flags,
-        guest_phys_addr: region_info.layout().guest_address,
-        memory_size: region_info.len(),
-        userspace_addr: region_info.address() as u64,
-    };
-    // SAFETY: the range is a whole mapping of guest RAM, which the machine keeps for longer than
-    // any vCPU can run; nobody holds references into it.
-    unsafe { vm.set_user_memory_region(slot) }.context("KVM_SET_USER_MEMORY_REGION")
-}
-
-fn add_memory_slots(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
-    (0..ram.ram().regions().len()).try_for_each(|region| set_memory_slot(vm, ram, region, 0))
 }

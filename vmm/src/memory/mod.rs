@@ -11,6 +11,7 @@
 pub mod host;
 pub mod layout;
 mod populate;
+pub(crate) mod slot;
 pub mod write_log;
 
 pub use write_log::WriteLog;
