@@ -1,7 +1,8 @@
 //! What can go wrong with a machine.
 
+use crate::component;
 use crate::ioctl::KvmError;
-use crate::{cpuid, loader, machine::Outcome, memory, state, virtio};
+use crate::{cpuid, loader, machine::Outcome, memory, virtio};
 use migration::{Code, Failure};
 use std::io;
 
@@ -36,7 +37,7 @@ pub enum Error {
     Loader(#[from] loader::Error),
     /// Saved state that cannot be used.
     #[error(transparent)]
-    State(#[from] state::Error),
+    State(#[from] component::Error),
     /// A CPU that cannot stand in for the one the guest was promised.
     #[error(transparent)]
     Cpu(#[from] cpuid::Incompatible),

@@ -7,6 +7,7 @@
 pub mod acpi;
 pub mod announce;
 pub mod boot_disk;
+pub mod component;
 pub mod cpuid;
 mod description;
 pub mod devices;

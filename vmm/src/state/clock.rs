@@ -9,9 +9,9 @@
 //! All vCPUs' TSCs are moved by the same amount, by their offsets, so that they stay as much in
 //! step as they were: two writes of IA32_TSC would leave the time between the writes between them.
 
-use super::component::Error;
 use super::msr::{self, IA32_TSC};
 use super::vcpu::VcpuState;
+use crate::component::Error;
 use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
 use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};

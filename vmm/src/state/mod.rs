@@ -16,20 +16,16 @@
 //! priority (which KVM works out only when it needs it), IA32_TSC, and what in the PIT and in KVM's clock derives from the host's time at the moment of reading.
 
 mod clock;
-mod component;
 mod irqchip;
 pub(crate) mod msr;
 pub mod vcpu;
 
-pub use component::{Component, Error, Kind};
-pub(crate) use component::{payload, strict};
-
+use crate::component::{Component, Error, Kind, check, decode, encode, payload};
 use crate::machine::{Shared, lock};
 use crate::pci::BusState;
 use crate::power::PowerState;
 use crate::serial::SerialState;
 use clock::ClockState;
-use component::{check, decode, encode};
 use irqchip::{IrqchipState, PitState};
 use vcpu::VcpuState;
 

@@ -10,7 +10,7 @@
 //! register that KVM refuses to set fails the load, with two exceptions: it already has the value
 //! that it should get, or it is in [`TOLERATED`].
 
-use super::component::Error;
+use crate::component::Error;
 use crate::ioctl::{KvmContext, KvmError};
 use crate::vcpu::Vcpu;
 use kvm_bindings::{Msrs, kvm_msr_entry};

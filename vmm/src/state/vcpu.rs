@@ -1,7 +1,7 @@
 //! One vCPU's state.
 
-use super::component::{Error, Kind};
 use super::msr::{self, IA32_TSC_DEADLINE};
+use crate::component::{Error, Kind};
 use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
 use kvm_bindings::{

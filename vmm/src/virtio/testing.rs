@@ -6,10 +6,10 @@
 use super::VirtioDevice;
 use super::registers::{EVENT_INDEX, NEEDS_RESET};
 use super::transport::VirtioFunction;
+use crate::component::Component;
 use crate::memory::{GuestMemory, GuestRam, PageSize};
 use crate::pci::recorder::Recorder;
 use crate::pci::{Function, Platform};
-use crate::state::Component;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};

@@ -12,12 +12,12 @@ use super::registers::{
     MSIX_TABLE, NEEDS_RESET, PART_LEN, Registers,
 };
 use super::{LocalConfig, VirtioDevice};
+use crate::component::{self, Component, Kind, payload};
 use crate::error::Error;
 use crate::memory::GuestMemory;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, MsixState};
 use crate::pci::{self, Function, Platform};
-use crate::state::{self, Component, Kind, payload};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -331,7 +331,7 @@ impl VirtioFunction {
     ///
     /// # Errors
     /// If it cannot be encoded.
-    pub fn save(&self) -> Result<[Component; 2], state::Error> {
+    pub fn save(&self) -> Result<[Component; 2], component::Error> {
         let inner = self.lock();
         let state = TransportState {
             config: inner.config.save(),
@@ -349,9 +349,9 @@ impl VirtioFunction {
     ///
     /// # Errors
     /// For a state that is not one of an equal device.
-    pub fn load(&self, components: &[Component]) -> Result<(), state::Error> {
+    pub fn load(&self, components: &[Component]) -> Result<(), component::Error> {
         let state: TransportState = payload(components, Kind::Virtio, self.index)?;
-        self.load_transport(&state).map_err(|what| state::Error::Malformed {
+        self.load_transport(&state).map_err(|what| component::Error::Malformed {
             kind: Kind::Virtio,
             index: self.index,
             what,

@@ -6,7 +6,7 @@ use super::request::{MOST_BUFFERS, MOST_RANGES};
 use super::ring::Ring;
 use super::state::BlockState;
 use super::{Aio, BlockConfig, Error, Geometry, Images, MOST_QUEUES};
-use crate::state::{self, Component, Kind};
+use crate::component::{self, Component, Kind};
 use crate::virtio::queue::{Broken, Next, Serving};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -215,13 +215,13 @@ impl VirtioDevice for Block {
         Kind::Block
     }
 
-    fn save(&self, index: u8) -> Result<Component, state::Error> {
+    fn save(&self, index: u8) -> Result<Component, component::Error> {
         let Geometry { len, unit } = self.disk.image.geometry();
         Component::new(Kind::Block, index, &BlockState { len, unit })
     }
 
-    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
-        let BlockState { len, unit } = state::payload(components, Kind::Block, index)?;
+    fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
+        let BlockState { len, unit } = component::payload(components, Kind::Block, index)?;
         let own = self.disk.image.geometry();
         if (len, unit) != (own.len, own.unit) {
             return Err(self.disk.image.mismatch(index, len, unit));

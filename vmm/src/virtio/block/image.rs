@@ -4,7 +4,7 @@ use super::bounce::{BOUNCE, Bounce, PAGE};
 use super::lock::{self, Lock};
 use super::mark::{self, Mark};
 use super::{BlockConfig, Error, Geometry};
-use crate::state::Kind;
+use crate::component::Kind;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -236,10 +236,10 @@ impl Image {
     }
 
     /// What to say of a state of another disk.
-    pub fn mismatch(&self, index: u8, len: u64, unit: u32) -> crate::state::Error {
+    pub fn mismatch(&self, index: u8, len: u64, unit: u32) -> crate::component::Error {
         let Geometry { len: own, unit: own_unit } = self.geometry;
         let what = format!("{len} bytes in units of {unit} where {own} in units of {own_unit} belong");
-        crate::state::Error::Malformed { kind: Kind::Block, index, what }
+        crate::component::Error::Malformed { kind: Kind::Block, index, what }
     }
 }
 

@@ -6,7 +6,7 @@ use super::state::NetState;
 use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
 use super::{Error, MOST_PAIRS, NetConfig, Promise, TapConfig};
-use crate::state::{self, Component, Kind};
+use crate::component::{self, Component, Kind};
 use crate::virtio::queue::{Broken, Next, Serving};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
@@ -280,12 +280,12 @@ impl VirtioDevice for Net {
         Kind::Net
     }
 
-    fn save(&self, index: u8) -> Result<Component, state::Error> {
+    fn save(&self, index: u8) -> Result<Component, component::Error> {
         Component::new(Kind::Net, index, &self.lock().asked)
     }
 
-    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
-        let asked: NetState = state::payload(components, Kind::Net, index)?;
+    fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
+        let asked: NetState = component::payload(components, Kind::Net, index)?;
         let offloads = asked.offloads.unwrap_or(0);
         if !asked.mac.is_unicast()
             || !(1..=self.config.pairs).contains(&asked.pairs)
@@ -293,7 +293,7 @@ impl VirtioDevice for Net {
         {
             let what =
                 format!("{asked:?} where {} pairs and {:#x} are offered", self.config.pairs, self.offered);
-            return Err(state::Error::Malformed { kind: Kind::Net, index, what });
+            return Err(component::Error::Malformed { kind: Kind::Net, index, what });
         }
         // What has come in so far was for whoever had the guest then, and may have reached it there.
         self.tap.discard();

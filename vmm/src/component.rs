@@ -1,4 +1,4 @@
-//! The envelope of saved state: kinds, versions and payloads.
+//! The envelope of saved state: components with their kinds, versions and payloads.
 
 use crate::ioctl::KvmError;
 use serde::de::DeserializeOwned;
