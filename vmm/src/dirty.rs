@@ -6,6 +6,7 @@
 
 use crate::error::Error;
 use crate::ioctl::{self, KvmContext, KvmError};
+use crate::lock::lock;
 use crate::memory::{GuestRam, slot};
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -13,7 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use migration::dirty::DirtySet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Dirty tracking of one machine.
 pub(crate) struct DirtyTracking {
@@ -43,7 +44,7 @@ impl DirtyTracking {
     /// Starts tracking; every page counts as dirty. Starting again starts afresh.
     pub fn start(&self, ram: &GuestRam) -> Result<(), KvmError> {
         let largest = ram.ram().regions().iter().map(|r| r.pages().div_ceil(64)).max().unwrap_or(0);
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = lock(&self.scratch);
         *scratch = vec![0; largest as usize];
         for region in 0..ram.ram().regions().len() {
             // Off and on again: KVM makes a new log, all set, only then.
@@ -59,14 +60,14 @@ impl DirtyTracking {
 
     /// Stops tracking.
     pub fn stop(&self, ram: &GuestRam) -> Result<(), KvmError> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = lock(&self.scratch);
         *scratch = Vec::new();
         slot::set_all(&self.vm, ram)
     }
 
     /// Adds every page written since it was last cleared. Allocates nothing.
     pub fn collect(&self, ram: &GuestRam, set: &mut DirtySet) -> Result<(), KvmError> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = lock(&self.scratch);
         for (number, region) in ram.ram().regions().iter().enumerate().take(set.regions()) {
             ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
                 .context("KVM_GET_DIRTY_LOG")?;

@@ -18,6 +18,7 @@ pub mod host;
 pub mod incoming;
 mod ioctl;
 pub mod loader;
+mod lock;
 pub mod machine;
 pub mod memory;
 mod outgoing;

@@ -8,8 +8,9 @@
 //!
 //! An event that is enabled holds ACPI's interrupt line up until the guest has cleared it.
 
+use crate::lock::lock;
 use serde::{Deserialize, Serialize};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// First port of the PM1 event registers.
 pub const EVENT_PORT: u16 = 0x600;
@@ -70,7 +71,7 @@ impl Power {
     }
 
     fn lock(&self) -> MutexGuard<'_, PowerState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Presses the power button. False if the guest does not listen to it, and nothing was done.

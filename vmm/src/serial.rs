@@ -9,6 +9,7 @@ mod output;
 pub use output::Output;
 
 use crate::error::Error;
+use crate::lock::lock;
 use input::Gate;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use vm_superio::serial::SerialState as Registers;
 use vm_superio::{Serial, Trigger};
 
@@ -98,11 +99,6 @@ pub struct SerialState {
     registers: [u8; 9],
     /// Bytes that arrived and the guest has not read yet.
     input: Vec<u8>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing that holds these locks can leave what they protect half changed.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl SerialPort {

@@ -11,6 +11,7 @@
 //! and its registers are whole.
 
 use super::outcome::Outcome;
+use crate::lock::lock;
 use kvm_bindings::kvm_run;
 use std::cell::Cell;
 use std::ptr;
@@ -48,8 +49,7 @@ impl Control {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A thread that panicked cannot have left the three fields inconsistent.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Names the threads to kick, which live until [`Phase::Stopping`] and are joined only after.

@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::ioctl::{KvmContext, KvmError};
 use crate::loader::{self, Boot};
+use crate::lock::lock;
 use crate::memory::{self, GuestRam};
 use crate::pci::{KvmPlatform, Platform};
 use crate::power::{Power, SCI};
@@ -33,7 +34,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -72,10 +73,6 @@ pub struct Machine {
     interrupted: Mutex<bool>,
     /// The guest was given up, and may have run elsewhere meanwhile.
     given_up: AtomicBool,
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Machine {

@@ -1,6 +1,7 @@
 //! Input, from wherever it comes to the port.
 
-use super::{Port, lock};
+use super::Port;
+use crate::lock::lock;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;

@@ -6,6 +6,7 @@
 //! that lives for as long as there is such a backlog writes it. Only what a backlog of [`BACKLOG`] bytes cannot take is
 //! lost.
 
+use crate::lock::lock;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
@@ -81,8 +82,7 @@ impl Output {
 
 impl Inner {
     fn backlog(&self) -> MutexGuard<'_, Backlog> {
-        // Nothing that holds it can leave it half changed.
-        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.backlog)
     }
 
     fn lose(&self, bytes: usize) {

@@ -21,7 +21,8 @@ pub(crate) mod msr;
 pub mod vcpu;
 
 use crate::component::{Component, Error, Kind, check, decode, encode, payload};
-use crate::machine::{Shared, lock};
+use crate::lock::lock;
+use crate::machine::Shared;
 use crate::pci::BusState;
 use crate::power::PowerState;
 use crate::serial::SerialState;
