@@ -2,7 +2,8 @@
 
 use crate::component;
 use crate::ioctl::KvmError;
-use crate::{cpuid, loader, machine::Outcome, memory, virtio};
+use crate::vcpu::outcome::Outcome;
+use crate::{cpuid, loader, memory, virtio};
 use migration::{Code, Failure};
 use std::io;
 

@@ -7,7 +7,7 @@ use crate::guest::{self, When};
 use crate::host::Host;
 use crate::machine::Machine;
 use crate::serial::SerialOutput;
-use crate::state::msr;
+use crate::vcpu::msr;
 use crate::virtio::LocalConfig;
 use migration::machine::{DestinationHost, DestinationMachine};
 use migration::memory::{Ram, RegionLayout};

@@ -34,6 +34,7 @@ pub use error::Error;
 pub use host::Host;
 pub use ioctl::KvmError;
 pub use loader::{Boot, Image};
-pub use machine::{Crash, Machine, MachineConfig, Outcome};
+pub use machine::{Machine, MachineConfig};
 pub use memory::PageSize;
 pub use serial::SerialOutput;
+pub use vcpu::outcome::{Crash, Outcome};

@@ -3,7 +3,8 @@
 use crate::description::Description;
 use crate::error::Error;
 use crate::guest::{self, When};
-use crate::machine::{Crash, Machine, Outcome};
+use crate::machine::Machine;
+use crate::vcpu::outcome::{Crash, Outcome};
 use migration::Failure;
 use migration::dirty::DirtySet;
 use migration::machine::SourceMachine;

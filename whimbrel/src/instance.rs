@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use vmm::guest;
-use vmm::machine::{Machine, Outcome};
+use vmm::{Machine, Outcome};
 
 /// Name and version, as told to peers.
 pub const SOFTWARE: &str = concat!("whimbrel ", env!("CARGO_PKG_VERSION"));

@@ -5,11 +5,8 @@
 //! another machine's state, and both then start by [`Machine::resume`].
 
 mod config;
-pub(crate) mod control;
-mod outcome;
 
 pub use config::MachineConfig;
-pub use outcome::{Crash, Outcome};
 
 use crate::acpi;
 use crate::announce;
@@ -26,10 +23,11 @@ use crate::pci::{KvmPlatform, Platform};
 use crate::power::{Power, SCI};
 use crate::sandbox;
 use crate::serial::SerialPort;
-use crate::state::{self, msr};
-use crate::vcpu::Vcpu;
+use crate::state;
+use crate::vcpu::control::{self, Control, KickTarget, Phase};
+use crate::vcpu::outcome::Outcome;
+use crate::vcpu::{Vcpu, msr};
 use crate::virtio;
-use control::{Control, KickTarget, Phase};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;

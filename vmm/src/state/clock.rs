@@ -9,11 +9,11 @@
 //! All vCPUs' TSCs are moved by the same amount, by their offsets, so that they stay as much in
 //! step as they were: two writes of IA32_TSC would leave the time between the writes between them.
 
-use super::msr::{self, IA32_TSC};
 use super::vcpu::VcpuState;
 use crate::component::Error;
 use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
+use crate::vcpu::msr::{self, IA32_TSC};
 use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::{Cap, VmFd};
 use serde::{Deserialize, Serialize};
@@ -74,7 +74,7 @@ impl ClockState {
             // An old kernel on either side: KVM itself recognises writes of nearly the same value
             // to several vCPUs and keeps them in step.
             for vcpu in vcpus {
-                msr::write(&mut *vcpu, IA32_TSC, self.tsc_at(realtime()))?;
+                msr::write(&vcpu.fd, vcpu.index, IA32_TSC, self.tsc_at(realtime()))?;
             }
             return Ok(());
         }

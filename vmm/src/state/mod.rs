@@ -17,7 +17,6 @@
 
 mod clock;
 mod irqchip;
-pub(crate) mod msr;
 pub mod vcpu;
 
 use crate::component::{Component, Error, Kind, check, decode, encode, payload};

@@ -1,9 +1,9 @@
 //! One vCPU's state.
 
-use super::msr::{self, IA32_TSC_DEADLINE};
 use crate::component::{Error, Kind};
 use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
+use crate::vcpu::msr::{self, IA32_TSC_DEADLINE};
 use kvm_bindings::{
     kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
@@ -73,7 +73,7 @@ impl VcpuState {
         fd.set_xcrs(&self.xcrs).context("KVM_SET_XCRS")?;
         fd.set_debug_regs(&self.debugregs).context("KVM_SET_DEBUGREGS")?;
         fd.set_lapic(&self.lapic).context("KVM_SET_LAPIC")?;
-        msr::restore(vcpu, &self.msrs)?;
+        msr::restore(&vcpu.fd, vcpu.index, &self.msrs)?;
         // With the flags that KVM gave them: they say which fields are true. (A pending SIPI is not
         // among these; it was turned into `mp_state` when that was read.)
         Ok(vcpu.fd.set_vcpu_events(&self.events).context("KVM_SET_VCPU_EVENTS")?)
@@ -82,7 +82,7 @@ impl VcpuState {
     /// Arms the deadline timer again, once LAPIC and TSC are in place.
     pub(crate) fn load_deadline(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
         match self.tsc_deadline {
-            Some(deadline) if deadline != 0 => msr::write(vcpu, IA32_TSC_DEADLINE, deadline),
+            Some(deadline) if deadline != 0 => msr::write(&vcpu.fd, vcpu.index, IA32_TSC_DEADLINE, deadline),
             _ => Ok(()),
         }
     }

@@ -10,10 +10,10 @@ use std::io::Write;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::machine::{Machine, Outcome};
 use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
+use vmm::{Machine, Outcome};
 use whimbrel::api::server::Slot;
 use whimbrel::instance::{End, Instance};
 

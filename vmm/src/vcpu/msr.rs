@@ -12,7 +12,6 @@
 
 use crate::component::Error;
 use crate::ioctl::{KvmContext, KvmError};
-use crate::vcpu::Vcpu;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
@@ -78,9 +77,9 @@ pub fn read(vcpu: &VcpuFd, msr: u32) -> Result<u64, KvmError> {
     }
 }
 
-/// Sets one register.
-pub fn write(vcpu: &mut Vcpu, msr: u32, value: u64) -> Result<(), Error> {
-    restore(vcpu, &[(msr, value)])
+/// Sets one register of vCPU number `index`.
+pub fn write(vcpu: &VcpuFd, index: u8, msr: u32, value: u64) -> Result<(), Error> {
+    restore(vcpu, index, &[(msr, value)])
 }
 
 /// The registers of one vCPU that KVM can read, ready to be read in one call.
@@ -118,17 +117,17 @@ impl MsrTable {
     }
 }
 
-/// Sets registers, in the order given.
-pub fn restore(vcpu: &mut Vcpu, values: &[(u32, u64)]) -> Result<(), Error> {
+/// Sets registers of vCPU number `index`, in the order given.
+pub fn restore(vcpu: &VcpuFd, index: u8, values: &[(u32, u64)]) -> Result<(), Error> {
     let entries: Vec<_> = values.iter().map(|(msr, value)| entry(*msr, *value)).collect();
     let mut from = 0;
     while from < entries.len() {
-        let set = vcpu.fd.set_msrs(&table(&entries[from..])?).context("KVM_SET_MSRS")?;
+        let set = vcpu.set_msrs(&table(&entries[from..])?).context("KVM_SET_MSRS")?;
         from += set;
         if let Some(&(msr, value)) = values.get(from) {
-            let has_it = read(&vcpu.fd, msr).is_ok_and(|current| current == value);
+            let has_it = read(vcpu, msr).is_ok_and(|current| current == value);
             if !has_it && !TOLERATED.contains(&msr) {
-                return Err(Error::Msr { vcpu: vcpu.index, msr, value });
+                return Err(Error::Msr { vcpu: index, msr, value });
             }
             from += 1;
         }

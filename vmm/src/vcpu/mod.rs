@@ -1,16 +1,20 @@
 //! One vCPU: creating it, and running it until it is told to park.
 
+pub(crate) mod control;
+pub(crate) mod msr;
+pub(crate) mod outcome;
+
 use crate::devices::Devices;
 use crate::ioctl::{self, KvmContext, KvmError};
-use crate::machine::control::Control;
-use crate::machine::{Crash, Outcome};
 use crate::power::Request;
-use crate::state::msr::MsrTable;
+use control::Control;
 use kvm_bindings::{
     CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 use kvm_ioctls::{Cap, VcpuExit, VcpuFd, VmFd};
+use msr::MsrTable;
+use outcome::{Crash, Outcome};
 
 /// One vCPU and what saving it needs, prepared so that nothing is looked up during a blackout.
 pub struct Vcpu {
@@ -84,7 +88,7 @@ impl Vcpu {
                     let what = format!("exit {exit:?}");
                     Some(Outcome::Crashed(Crash::Unknown { vcpu: self.index, what }))
                 }
-                // EINTR: kicked. See `machine::control` for why the flag falls before the look at
+                // EINTR: kicked. See `control` for why the flag falls before the look at
                 // the phase. EAGAIN: a vCPU that waits to be started was woken.
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
                     if error.errno() == libc::EINTR {
