@@ -5,7 +5,6 @@
 //! [`incoming`] builds what the engine moves in.
 
 pub mod acpi;
-pub mod announce;
 pub mod boot_disk;
 pub mod component;
 pub mod cpuid;

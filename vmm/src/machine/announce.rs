@@ -10,82 +10,26 @@
 //! It is done from a thread of its own, out of the blackout, and only while the guest runs here:
 //! a pause waits for a round that has begun, and no round begins while the guest is paused or gone.
 
-use crate::machine::Shared;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use crate::virtio::net::Announcing;
 
-/// How often the network is told, and when. The first time is at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Announcing {
-    /// How often; 0 for not at all.
-    pub rounds: u32,
-    /// From the first time to the second.
-    pub initial: Duration,
-    /// How much longer each wait is than the one before.
-    pub step: Duration,
-    /// No wait is longer.
-    pub most: Duration,
-}
-
-impl Default for Announcing {
-    fn default() -> Self {
-        let [initial, step, most] = [50, 100, 550].map(Duration::from_millis);
-        Announcing { rounds: 5, initial, step, most }
-    }
-}
-
-impl Announcing {
-    /// The waits between rounds.
-    fn waits(self) -> impl Iterator<Item = Duration> {
-        let wait = move |number| self.initial.saturating_add(self.step.saturating_mul(number)).min(self.most);
-        (0..self.rounds.saturating_sub(1)).map(wait)
-    }
-}
-
-/// Starts to tell the network. Without a thread for it the network is told once.
-pub(crate) fn start(shared: &Arc<Shared>, announcing: &Announcing) {
-    let announcing = *announcing;
+/// Calls `round` as often as `announcing` says, until it returns false. Without a thread for it, it is called
+/// once.
+pub(super) fn start(announcing: Announcing, round: impl Fn() -> bool + Clone + Send + 'static) {
     if announcing.rounds == 0 {
         return;
     }
-    let machine = Arc::downgrade(shared);
+    let only_once = round.clone();
     let rounds = move || {
-        round(&machine);
+        round();
         announcing
             .waits()
             .take_while(|wait| {
                 std::thread::sleep(*wait);
-                round(&machine)
+                round()
             })
             .for_each(drop);
     };
     if std::thread::Builder::new().name("announce".into()).spawn(rounds).is_err() {
-        shared.devices.announce();
-    }
-}
-
-/// One round; false if the machine is no more.
-fn round(machine: &Weak<Shared>) -> bool {
-    let Some(shared) = machine.upgrade() else { return false };
-    if shared.is_running() {
-        shared.devices.announce();
-    }
-    true
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_grow_to_their_limit() {
-        let waits = |announcing: Announcing| announcing.waits().map(|w| w.as_millis()).collect::<Vec<_>>();
-        assert_eq!(waits(Announcing::default()), [50, 150, 250, 350]);
-        assert_eq!(
-            waits(Announcing { rounds: 8, ..Announcing::default() }),
-            [50, 150, 250, 350, 450, 550, 550]
-        );
-        assert_eq!(waits(Announcing { rounds: 1, ..Announcing::default() }), [0; 0]);
-        assert_eq!(waits(Announcing { rounds: 0, ..Announcing::default() }), [0; 0]);
+        only_once();
     }
 }

@@ -4,12 +4,12 @@
 //! [`Machine::build`]. A machine built so is parked: it either boots a kernel or is loaded with
 //! another machine's state, and both then start by [`Machine::resume`].
 
+mod announce;
 mod config;
 
 pub use config::MachineConfig;
 
 use crate::acpi;
-use crate::announce;
 use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
@@ -173,7 +173,14 @@ impl Machine {
 
     /// Tells the network, in the background, where the guest is from now on.
     pub fn announce(&self) {
-        announce::start(&self.shared, &self.config.local.announcing);
+        let machine = Arc::downgrade(&self.shared);
+        announce::start(self.config.local.announcing, move || {
+            let Some(shared) = machine.upgrade() else { return false };
+            if shared.is_running() {
+                shared.devices.announce();
+            }
+            true
+        });
     }
 
     /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no

@@ -30,7 +30,6 @@ pub mod transport;
 
 pub use transport::VirtioFunction;
 
-use crate::announce::Announcing;
 use crate::component::{self, Component};
 use crate::error::Error;
 use crate::serial::Output;
@@ -64,7 +63,7 @@ pub struct LocalConfig {
     /// The taps of its network interfaces, in their order.
     pub taps: Vec<net::TapConfig>,
     /// How the network is told where the guest is.
-    pub announcing: Announcing,
+    pub announcing: net::Announcing,
 }
 
 impl DeviceConfig {

@@ -4,12 +4,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
-use vmm::announce::Announcing;
+
 use vmm::guest::Content;
 use vmm::memory::PageSize;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MOST_QUEUES};
-use vmm::virtio::net::{MOST_PAIRS, Mac, TapConfig};
+use vmm::virtio::net::{Announcing, MOST_PAIRS, Mac, TapConfig};
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]

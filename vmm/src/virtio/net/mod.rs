@@ -19,7 +19,9 @@
 //! | `control.rs` | what the driver asks for on the control queue |
 //! | `tap.rs` | the tap |
 //! | `mac.rs` | hardware addresses, and the frame that tells switches where one is |
+//! | `announcing.rs` | how often switches are told |
 
+mod announcing;
 mod control;
 mod device;
 mod mac;
@@ -32,6 +34,7 @@ mod transmit;
 #[cfg(test)]
 mod wire;
 
+pub use announcing::Announcing;
 pub use device::Net;
 pub use mac::Mac;
 
