@@ -274,7 +274,8 @@ impl Machine {
     /// [`Error::NotPaused`], or what KVM refused.
     pub fn save(&self) -> Result<Vec<u8>, Error> {
         let _guard = self.guard_paused()?;
-        Ok(state::save(&self.shared)?)
+        let Shared { vm, vcpus, devices, .. } = &*self.shared;
+        Ok(state::save(vm, vcpus, devices)?)
     }
 
     /// Restores what [`save`](Self::save) saved. RAM must be in place. Whole for a machine that has
@@ -284,7 +285,8 @@ impl Machine {
     /// [`Error::State`] for a state that is not one of an equal machine; [`Error::NotPaused`].
     pub fn load(&self, state: &[u8]) -> Result<(), Error> {
         let mut interrupted = self.guard_paused()?;
-        state::load(&self.shared, state)?;
+        let Shared { vm, vcpus, devices, .. } = &*self.shared;
+        state::load(vm, vcpus, devices, state)?;
         *interrupted = true;
         Ok(())
     }
