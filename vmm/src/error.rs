@@ -3,7 +3,7 @@
 use crate::component;
 use crate::ioctl::KvmError;
 use crate::vcpu::outcome::Outcome;
-use crate::{cpuid, loader, memory, virtio};
+use crate::{cpuid, loader, memory, serial, virtio};
 use migration::{Code, Failure};
 use std::io;
 
@@ -45,14 +45,9 @@ pub enum Error {
     /// KVM refused a call.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// The serial port's output or input.
-    #[error("cannot use {path} for the serial port: {source}")]
-    Serial {
-        /// The file.
-        path: String,
-        /// What the system said.
-        source: io::Error,
-    },
+    /// The serial port's output.
+    #[error(transparent)]
+    Serial(#[from] serial::OpenError),
     /// A console's output or input.
     #[error("cannot use {path} for the console: {source}")]
     Console {
@@ -107,7 +102,7 @@ impl Error {
             ) => Code::DISKS,
             Error::Disk(_)
             | Error::Net(_)
-            | Error::Serial { .. }
+            | Error::Serial(_)
             | Error::Console { .. }
             | Error::DeviceCount { .. } => Code::DEVICE,
             Error::Ended(_) | Error::Stopped => Code::GUEST_ENDED,

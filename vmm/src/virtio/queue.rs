@@ -12,7 +12,6 @@
 
 use super::VirtioDevice;
 use super::interrupt::Interrupt;
-use crate::error::Error;
 use crate::memory::GuestMemory;
 use crate::sandbox;
 use serde::{Deserialize, Serialize};
@@ -270,21 +269,21 @@ impl VirtQueue {
     /// Queue `index` of `device`, of at most `size` chains, and its thread.
     ///
     /// # Errors
-    /// [`Error::Thread`], also when the size is no power of two.
+    /// If there is no thread or no eventfd for it, or the size is no power of two.
     pub fn start(
         index: usize,
         size: u16,
         device: Arc<dyn VirtioDevice>,
         memory: GuestMemory,
         interrupt: Arc<Interrupt>,
-    ) -> Result<Self, Error> {
-        let ring = Queue::new(size).map_err(|e| Error::Thread(io::Error::other(e)))?;
+    ) -> io::Result<Self> {
+        let ring = Queue::new(size).map_err(io::Error::other)?;
         let shared = Arc::new(SharedQueue {
             inner: Mutex::new(Inner { ring, active: false, broken: false, paused: true }),
             waiting: AtomicUsize::new(0),
             ending: AtomicBool::new(false),
             vector: AtomicU16::new(NO_VECTOR),
-            doorbell: EventFd::new(EFD_NONBLOCK).map_err(Error::Thread)?,
+            doorbell: EventFd::new(EFD_NONBLOCK)?,
         });
         let name = format!("{}.{index}", device.name());
         let served = shared.clone();
@@ -301,7 +300,7 @@ impl VirtQueue {
                 wait_for_input = served.serve(index, device.as_ref(), &memory, &interrupt);
             }
         };
-        let thread = std::thread::Builder::new().name(name).spawn(work).map_err(Error::Thread)?;
+        let thread = std::thread::Builder::new().name(name).spawn(work)?;
         Ok(VirtQueue { shared, thread: Some(thread) })
     }
 

@@ -127,7 +127,8 @@ impl VirtioFunction {
             .map(|(queue, size)| {
                 VirtQueue::start(queue, *size, device.clone(), memory.clone(), interrupt.clone())
             })
-            .collect::<Result<Vec<_>, _>>()?;
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Error::Thread)?;
         let inner = Mutex::new(Inner { config, registers: Registers::default(), mapped: None });
         let memory = memory.clone();
         let function = VirtioFunction {

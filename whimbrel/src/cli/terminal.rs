@@ -10,6 +10,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Mutex;
+use vmm::Error;
 use vmm::serial::SerialPort;
 
 const ESCAPE: u8 = 1; // Ctrl-A
@@ -34,9 +35,9 @@ pub fn connect(port: &SerialPort) -> anyhow::Result<Terminal> {
     if io::stdin().is_terminal() {
         make_raw().context("cannot set the terminal up")?;
         let mut keys = Keys::default();
-        port.attach_input(input, move |byte| keys.press(byte, quit))?;
+        port.attach_input(input, move |byte| keys.press(byte, quit)).map_err(Error::Thread)?;
     } else {
-        port.attach_input(input, Some)?;
+        port.attach_input(input, Some).map_err(Error::Thread)?;
     }
     Ok(terminal)
 }
