@@ -10,6 +10,7 @@
 //! | `cuts` | the line is cut, or goes dead, at any byte |
 //! | `hostile` | peers of either side that are no Whimbrel, or do not keep to the protocol |
 //! | `hosts` | destinations that could not run the guest |
+//! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
 //! | `guests` | foreign guests |
 //! | `rdma`, `memlock` | moves over RDMA, and without it (in the lab) |

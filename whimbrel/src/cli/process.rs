@@ -127,7 +127,6 @@ pub fn stay(args: &ProcessArgs, instance: &Instance) -> Exit {
             Exit::Done
         }
         End::Quit => {
-            instance.machine().stop();
             args.tell("quit", "told to quit", json!({}));
             Exit::Done
         }

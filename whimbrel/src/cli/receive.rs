@@ -66,7 +66,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
                 if let Err(error) = &terminal {
                     eprintln!("whimbrel: the guest's serial port has no input: {error:#}");
                 }
-                let instance = Instance::new(args.process.name.clone(), machine)?;
+                let instance = Instance::new(args.process.name.clone(), machine);
                 slot.put(Arc::clone(&instance));
                 args.process.tell(
                     "arrived",

@@ -49,7 +49,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     }
     let _terminal = args.process.connect(&machine)?;
     machine.resume()?;
-    let instance = Instance::new(args.process.name.clone(), Arc::new(machine))?;
+    let instance = Instance::new(args.process.name.clone(), Arc::new(machine));
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))
