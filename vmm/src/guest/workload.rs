@@ -30,7 +30,7 @@ pub enum Content {
 /// What the embedded guest is to do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {
-    /// Virtual CPUs, which it has to be told.
+    /// Virtual CPUs, which it has to be told. Beyond [`MAX_VCPUS`](super::MAX_VCPUS) it starts none.
     pub vcpus: u32,
     /// Bytes that it keeps rewriting and checking; 0 for an idle guest. Cut down to the RAM there is.
     pub working_set: u64,

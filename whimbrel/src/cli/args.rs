@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use vmm::guest::Content;
 use vmm::memory::PageSize;
+use vmm::host::MAX_VCPUS;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MOST_QUEUES};
 use vmm::virtio::net::{Announcing, MOST_PAIRS, Mac, TapConfig};
@@ -65,7 +66,7 @@ pub struct MachineArgs {
     #[arg(long, short = 'm', default_value = "1G", value_parser = memory)]
     pub memory: u64,
     /// Virtual CPUs
-    #[arg(long, short = 'c', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, short = 'c', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
     pub vcpus: u32,
     /// Pages that back guest memory: 4k, or 2m and 1g huge pages
     #[arg(long, default_value = "4k")]

@@ -221,7 +221,7 @@ mod tests {
             ("memory = '1G'\n\ncolour = 1\n", "vm.toml:3: \"colour\" is no option of `whimbrel run`"),
             ("vcpus = 1\nmemory = 'much'\n", "vm.toml:2: invalid value 'much' for '--memory <MEMORY>'"),
             ("fill-with = 'water'", "vm.toml:1: invalid value 'water' for '--fill-with <FILL_WITH>'"),
-            ("\nvcpus = 65\n", "vm.toml:2: invalid value '65' for '--vcpus <VCPUS>'"),
+            ("\nvcpus = 255\n", "vm.toml:2: invalid value '255' for '--vcpus <VCPUS>'"),
             ("vcpus = [1, 2]\n", "vm.toml:1: \"vcpus\" takes a text or a number"),
             ("disk = [['a']]\n", "vm.toml:1: \"disk\" takes a text or a number"),
             ("[memory]\nsize = 1\n", "vm.toml:1: \"memory\" takes a text or a number"),

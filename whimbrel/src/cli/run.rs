@@ -7,7 +7,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use vmm::boot_disk;
-use vmm::guest::Workload;
+use vmm::guest::{self, Workload};
 use vmm::host::Host;
 use vmm::loader::{Boot, Image};
 use vmm::machine::{Machine, MachineConfig};
@@ -65,7 +65,14 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
             cmdline: args.cmdline.clone(),
         }),
         (None, Some(disk)) if args.workload.journal == 0 => Some(boot_disk::read(disk, 0, &args.cmdline)?),
-        (None, _) => None,
+        (None, _) => {
+            let (vcpus, most) = (args.machine.vcpus, guest::MAX_VCPUS);
+            anyhow::ensure!(
+                usize::try_from(vcpus)? <= most,
+                "{vcpus} virtual CPUs: the embedded guest has at most {most}; use fewer, or give a kernel"
+            );
+            None
+        }
     })
 }
 
