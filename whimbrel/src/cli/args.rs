@@ -1,16 +1,18 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use super::choice::{AIO, CONTENTS, ON_STALL, SECCOMP, TRANSPORTS, one_of};
+use clap::{Args, Parser, Subcommand};
+use migration::policy::OnStall;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
-
 use vmm::guest::Content;
-use vmm::memory::PageSize;
 use vmm::host::MAX_VCPUS;
+use vmm::memory::PageSize;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MOST_QUEUES};
 use vmm::virtio::net::{Announcing, MOST_PAIRS, Mac, TapConfig};
+use whimbrel::api::model::TransportChoice;
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]
@@ -90,31 +92,11 @@ pub struct WorkloadArgs {
     #[arg(long, default_value = "0", value_parser = size)]
     pub fill: u64,
     /// What to fill it with
-    #[arg(long, value_enum, default_value_t = Filling::Random)]
-    pub fill_with: Filling,
+    #[arg(long, default_value = "random", value_parser = one_of(CONTENTS))]
+    pub fill_with: Content,
     /// Blocks of 4 KiB that it keeps writing to its first disk and checking, in turn: what they hold is lost
     #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
     pub journal: u64,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Filling {
-    /// Random bytes
-    Random,
-    /// Eight bytes all over a page, others in the next
-    Repeating,
-    /// Zeros
-    Zero,
-}
-
-impl From<Filling> for Content {
-    fn from(filling: Filling) -> Self {
-        match filling {
-            Filling::Random => Content::Random,
-            Filling::Repeating => Content::Repeating,
-            Filling::Zero => Content::Zero,
-        }
-    }
 }
 
 #[derive(Args, Debug)]
@@ -174,8 +156,8 @@ pub struct ProcessArgs {
     pub console_input: Option<PathBuf>,
     /// How requests of disks are carried out: several of a queue at a time by io_uring, or one after the other by plain
     /// system calls; auto takes io_uring where it can be had, but for disks that use the page cache
-    #[arg(long, value_enum, default_value_t = DiskIo::Auto)]
-    pub aio: DiskIo,
+    #[arg(long, default_value = "auto", value_parser = one_of(AIO))]
+    pub aio: Aio,
     /// How often the network is told where the guest is, once it has come here or back, and when, as
     /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]: the first wait between rounds, how much longer
     /// each further one is, and the longest
@@ -183,49 +165,11 @@ pub struct ProcessArgs {
     #[arg(value_parser = announcing)]
     pub announce: Announcing,
     /// What happens when this process makes a system call that it has no business with
-    #[arg(long, value_enum, default_value_t = Seccomp::Off)]
-    pub seccomp: Seccomp,
+    #[arg(long, default_value = "off", value_parser = one_of(SECCOMP))]
+    pub seccomp: Mode,
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum DiskIo {
-    Auto,
-    #[value(name = "io_uring")]
-    IoUring,
-    Sync,
-}
-
-impl From<DiskIo> for Aio {
-    fn from(way: DiskIo) -> Self {
-        match way {
-            DiskIo::Auto => Aio::Auto,
-            DiskIo::IoUring => Aio::IoUring,
-            DiskIo::Sync => Aio::Sync,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Seccomp {
-    /// It is refused, or ends the process
-    On,
-    /// The kernel logs it
-    Log,
-    /// Nothing
-    Off,
-}
-
-impl From<Seccomp> for Mode {
-    fn from(seccomp: Seccomp) -> Self {
-        match seccomp {
-            Seccomp::On => Mode::Enforce,
-            Seccomp::Log => Mode::Log,
-            Seccomp::Off => Mode::Off,
-        }
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -326,8 +270,8 @@ pub struct MigrateArgs {
 #[derive(Args, Clone, Debug)]
 pub struct PolicyArgs {
     /// Which way memory travels
-    #[arg(long, value_enum, default_value_t = Transport::Auto)]
-    pub transport: Transport,
+    #[arg(long, default_value = "auto", value_parser = one_of(TRANSPORTS))]
+    pub transport: TransportChoice,
     /// TCP streams; 0 for the default
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     pub streams: u16,
@@ -347,32 +291,14 @@ pub struct PolicyArgs {
     #[arg(long, value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
     /// What to do with a guest that dirties memory faster than it can be sent
-    #[arg(long, value_enum, default_value_t = Stall::Abort)]
-    pub on_stall: Stall,
+    #[arg(long, default_value = "abort", value_parser = one_of(ON_STALL))]
+    pub on_stall: OnStall,
     /// Compare all memory on both sides before handing over (lengthens the blackout)
     #[arg(long)]
     pub compare_memory: bool,
     /// How long the destination may give no sign of life before it counts as lost
     #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
     pub silence: Duration,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Transport {
-    /// The best that both sides have; falls back by itself
-    Auto,
-    /// RDMA; fails where it cannot be had
-    Rdma,
-    /// TCP
-    Tcp,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Stall {
-    /// Give up; the guest runs on at the source
-    Abort,
-    /// Switch over with a blackout over the limit
-    Switch,
 }
 
 #[derive(Args, Debug)]

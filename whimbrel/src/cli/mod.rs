@@ -1,6 +1,7 @@
 //! The program's commands: one file each, and what they share.
 
 pub mod args;
+mod choice;
 pub mod config;
 mod demo;
 mod doctor;

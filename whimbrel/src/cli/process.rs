@@ -38,7 +38,7 @@ impl ProcessArgs {
     pub fn local(&self) -> LocalConfig {
         let output = self.console.as_ref().map_or(SerialOutput::Null, output);
         let console = ConsoleConfig { output, input: self.console_input.clone() };
-        LocalConfig { console, aio: self.aio.into(), announcing: self.announce, ..LocalConfig::default() }
+        LocalConfig { console, aio: self.aio, announcing: self.announce, ..LocalConfig::default() }
     }
 
     /// Reports an event: to programs as a line of JSON on standard output, to people on standard

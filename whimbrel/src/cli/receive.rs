@@ -21,7 +21,7 @@ use whimbrel::transports;
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
-    sandbox::enter(args.process.seccomp.into())?;
+    sandbox::enter(args.process.seccomp)?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =

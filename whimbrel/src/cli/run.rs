@@ -18,7 +18,7 @@ use whimbrel::api::server::{self, Slot};
 use whimbrel::instance::Instance;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
-    sandbox::enter(args.process.seccomp.into())?;
+    sandbox::enter(args.process.seccomp)?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =
@@ -41,7 +41,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
                 rate: args.workload.rate,
                 hz: args.workload.timer_hz,
                 fill: args.workload.fill,
-                content: args.workload.fill_with.into(),
+                content: args.workload.fill_with,
                 journal: args.workload.journal,
             };
             workload.boot(&machine)?;
