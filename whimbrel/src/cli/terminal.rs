@@ -9,7 +9,7 @@ use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use vmm::Error;
 use vmm::serial::SerialPort;
 
@@ -18,6 +18,11 @@ const QUIT: u8 = b'x';
 
 /// What the terminal was set to before; while it is set to something else.
 static BEFORE: Mutex<Option<libc::termios>> = Mutex::new(None);
+
+fn before() -> MutexGuard<'static, Option<libc::termios>> {
+    // Nothing that holds it can leave it half changed.
+    BEFORE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A terminal that a guest has; dropping this gives it back.
 pub struct Terminal(());
@@ -44,8 +49,7 @@ pub fn connect(port: &SerialPort) -> anyhow::Result<Terminal> {
 
 /// Gives the terminal back, if it was taken.
 pub fn restore() {
-    let mut before = BEFORE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(before) = before.take() {
+    if let Some(before) = before().take() {
         // SAFETY: the settings are those that the terminal had. If it has gone, there is nothing to be restored.
         unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &before) };
     }
@@ -74,7 +78,7 @@ fn make_raw() -> io::Result<()> {
     // SAFETY: the structure lives across the call.
     unsafe { libc::cfmakeraw(&mut raw) };
     raw.c_oflag = before.c_oflag;
-    *BEFORE.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(before);
+    *self::before() = Some(before);
     // SAFETY: the structure lives across the call.
     if unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw) } == 0 {
         Ok(())
