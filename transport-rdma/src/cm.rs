@@ -1,7 +1,7 @@
 //! rdma_cm: event channels, connection identifiers and what happens to them.
 
 use crate::api::Api;
-use crate::halt::{Halt, set_nonblocking, wait_readable};
+use crate::halt::{set_nonblocking, wait_readable};
 use crate::unavailable;
 use migration::transport::PlaneError;
 use rdma_sys::*;
@@ -14,18 +14,21 @@ use std::time::{Duration, Instant};
 
 /// Most bytes of private data in a connection request over rdma_cm's TCP port space: 92 that a request of the
 /// InfiniBand connection manager has, less 36 that rdma_cm puts in front.
-pub(crate) const PRIVATE: usize = 56;
+pub(crate) const MAX_PRIVATE_DATA_BYTES: usize = 56;
+
+/// Private data as it is received: padded with zeros by the network.
+pub(crate) type PrivateData = [u8; MAX_PRIVATE_DATA_BYTES];
 
 /// A retransmission is due when no acknowledgement has come for 4.096 µs · 2^this: half a second. rdma_cm's own
 /// choice for Ethernet (some 4 s, seven times over) would make a dead link show after half a minute.
-const ACK_TIMEOUT: u8 = 17;
+const ACK_TIMEOUT_EXPONENT: u8 = 17;
 
 /// Retransmissions before a queue pair fails: all that the field holds.
-const RETRIES: u8 = 7;
+const RETRY_COUNT: u8 = 7;
 
 /// Repetitions when the receiver has no buffer, 7 meaning "for ever". Credits keep that from happening; a device
 /// with on-demand paging answers so while it fetches a page. Time-outs of ours bound the wait.
-const RNR_RETRIES: u8 = 7;
+const RNR_RETRY_COUNT: u8 = 7;
 
 /// Delivers the events of its identifiers.
 pub(crate) struct EventChannel {
@@ -50,8 +53,8 @@ pub(crate) struct Event {
     pub kind: rdma_cm_event_type::Type,
     /// 0, a negative errno, or a reason for a rejection.
     pub status: i32,
-    /// What the peer added, padded with zeros by the network.
-    pub private: [u8; PRIVATE],
+    /// What the peer added.
+    pub private_data: PrivateData,
     /// For a connection request: the identifier of the connection to be.
     pub incoming: Option<CmId>,
 }
@@ -93,22 +96,27 @@ impl EventChannel {
         }
         // SAFETY: on success the library has stored a valid event, which stays so until it is acknowledged.
         let event = unsafe { &*raw };
-        let mut private = [0; PRIVATE];
+        let mut private_data = [0; MAX_PRIVATE_DATA_BYTES];
         // SAFETY: none of our identifiers is of a datagram kind, so the connected form of the union is the
         // one that is filled in.
         let given = unsafe { event.param.conn };
         if !given.private_data.is_null() {
-            let len = usize::from(given.private_data_len).min(PRIVATE);
-            // SAFETY: the library vouches for `private_data_len` bytes until the acknowledgement; `private`
+            let len = usize::from(given.private_data_len).min(MAX_PRIVATE_DATA_BYTES);
+            // SAFETY: the library vouches for `private_data_len` bytes until the acknowledgement; `private_data`
             // has room for `len`.
-            unsafe { ptr::copy_nonoverlapping(given.private_data.cast(), private.as_mut_ptr(), len) };
+            unsafe { ptr::copy_nonoverlapping(given.private_data.cast(), private_data.as_mut_ptr(), len) };
         }
         let incoming = (event.event == rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST)
             .then(|| NonNull::new(event.id))
             .flatten()
             .map(|raw| CmId { api: self.api, raw, _channel: Arc::clone(self) });
-        let copy =
-            Event { key: Key(event.id as usize), kind: event.event, status: event.status, private, incoming };
+        let copy = Event {
+            key: Key(event.id as usize),
+            kind: event.event,
+            status: event.status,
+            private_data,
+            incoming,
+        };
         // SAFETY: the event is valid, and not used after this.
         unsafe { (self.api.rdma_ack_cm_event)(raw) };
         Ok(Some(copy))
@@ -117,21 +125,15 @@ impl EventChannel {
     /// Waits for the next event.
     ///
     /// # Errors
-    /// [`PlaneError::Timeout`] of `patience` at `deadline`; the reason when `halt` is set.
-    pub(crate) fn wait(
-        self: &Arc<Self>,
-        halt: &Halt,
-        deadline: Instant,
-        patience: Duration,
-    ) -> Result<Event, PlaneError> {
+    /// [`PlaneError::Timeout`] at `deadline`, with `timeout` as the time that has passed.
+    pub(crate) fn wait(self: &Arc<Self>, deadline: Instant, timeout: Duration) -> Result<Event, PlaneError> {
         let broken = |source| PlaneError::Io { what: "waiting for rdma_cm", source };
         loop {
-            halt.check()?;
             if let Some(event) = self.next().map_err(broken)? {
                 return Ok(event);
             }
-            if wait_readable([self.fd(), halt.fd()], Some(deadline)).map_err(broken)?.is_none() {
-                return Err(PlaneError::Timeout(patience));
+            if wait_readable([self.fd()], Some(deadline)).map_err(broken)?.is_none() {
+                return Err(PlaneError::Timeout(timeout));
             }
         }
     }
@@ -245,27 +247,27 @@ impl CmId {
     }
 
     /// Asks for a connection. Ends in an event.
-    pub(crate) fn connect(&self, private: &[u8]) -> io::Result<()> {
-        let mut parameters = parameters(private);
+    pub(crate) fn connect(&self, private_data: &[u8]) -> io::Result<()> {
+        let mut parameters = parameters(private_data);
         self.set_ack_timeout();
-        // SAFETY: the identifier is valid and has a queue pair; the parameters point to `private`, which
+        // SAFETY: the identifier is valid and has a queue pair; the parameters point to `private_data`, which
         // outlives the call.
         check(unsafe { (self.api.rdma_connect)(self.raw(), &mut parameters) })
     }
 
     /// Takes a connection.
-    pub(crate) fn accept(&self, private: &[u8]) -> io::Result<()> {
-        let mut parameters = parameters(private);
+    pub(crate) fn accept(&self, private_data: &[u8]) -> io::Result<()> {
+        let mut parameters = parameters(private_data);
         self.set_ack_timeout();
         // SAFETY: as for `connect`.
         check(unsafe { (self.api.rdma_accept)(self.raw(), &mut parameters) })
     }
 
     /// Turns a connection down, saying why. Whoever asked notices by himself if even that fails.
-    pub(crate) fn reject(&self, private: &[u8]) {
-        let len = private.len().min(PRIVATE) as u8;
-        // SAFETY: the identifier is valid, and `private` has `len` bytes.
-        unsafe { (self.api.rdma_reject)(self.raw(), private.as_ptr().cast(), len) };
+    pub(crate) fn reject(&self, private_data: &[u8]) {
+        let len = private_data.len().min(MAX_PRIVATE_DATA_BYTES) as u8;
+        // SAFETY: the identifier is valid, and `private_data` has `len` bytes.
+        unsafe { (self.api.rdma_reject)(self.raw(), private_data.as_ptr().cast(), len) };
     }
 
     /// Tells the peer that the connection is over. Fails where there is none, which is as good.
@@ -277,7 +279,7 @@ impl CmId {
     fn set_ack_timeout(&self) {
         const RDMA_OPTION_ID: i32 = 0;
         const RDMA_OPTION_ID_ACK_TIMEOUT: i32 = 3;
-        let mut value = ACK_TIMEOUT;
+        let mut value = ACK_TIMEOUT_EXPONENT;
         // An old kernel does not know the option: failures then show later.
         // SAFETY: the identifier is valid, and the option is the one byte that is passed.
         unsafe {
@@ -287,17 +289,17 @@ impl CmId {
     }
 }
 
-fn parameters(private: &[u8]) -> rdma_conn_param {
-    debug_assert!(private.len() <= PRIVATE);
+fn parameters(private_data: &[u8]) -> rdma_conn_param {
+    debug_assert!(private_data.len() <= MAX_PRIVATE_DATA_BYTES);
     rdma_conn_param {
-        private_data: private.as_ptr().cast(),
-        private_data_len: private.len() as u8,
+        private_data: private_data.as_ptr().cast(),
+        private_data_len: private_data.len() as u8,
         // No reads and no atomics are ever asked for; some providers want one of each all the same.
         responder_resources: 1,
         initiator_depth: 1,
         flow_control: 1,
-        retry_count: RETRIES,
-        rnr_retry_count: RNR_RETRIES,
+        retry_count: RETRY_COUNT,
+        rnr_retry_count: RNR_RETRY_COUNT,
         srq: 0,
         qp_num: 0,
     }

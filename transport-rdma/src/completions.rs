@@ -1,6 +1,6 @@
 //! Completion queues, and sleeping until they have something.
 
-use crate::domain::Domain;
+use crate::domain::ProtectionDomain;
 use crate::halt::{Halt, set_nonblocking, wait_readable};
 use crate::unavailable;
 use migration::transport::PlaneError;
@@ -12,8 +12,8 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Completions taken at a time.
-pub(crate) const BATCH: usize = 32;
+/// Completions that are taken by one call to the device.
+const MAX_COMPLETIONS_PER_POLL: usize = 32;
 
 /// How to wait for completions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub(crate) struct CompletionQueue {
 
 struct Channel {
     raw: NonNull<ibv_comp_channel>,
-    domain: Arc<Domain>,
+    domain: Arc<ProtectionDomain>,
 }
 
 // SAFETY: verbs on queues and channels are thread-safe; the pointers are valid until `drop`.
@@ -62,7 +62,11 @@ impl Drop for Channel {
 
 impl CompletionQueue {
     /// A queue with room for `entries` completions.
-    pub(crate) fn new(domain: &Arc<Domain>, entries: u32, waiting: Waiting) -> Result<Self, PlaneError> {
+    pub(crate) fn new(
+        domain: &Arc<ProtectionDomain>,
+        entries: u32,
+        waiting: Waiting,
+    ) -> Result<Self, PlaneError> {
         let failed = |error| unavailable::resource("making a completion queue", error);
         let api = domain.api();
         // SAFETY: the context is open while the domain lives, which the channel holds.
@@ -96,9 +100,9 @@ impl CompletionQueue {
     pub(crate) fn poll(&self, into: &mut Vec<Completion>) -> Result<(), PlaneError> {
         into.clear();
         // SAFETY: plain data, for which zeros are valid.
-        let mut raw: [ibv_wc; BATCH] = unsafe { mem::zeroed() };
+        let mut raw: [ibv_wc; MAX_COMPLETIONS_PER_POLL] = unsafe { mem::zeroed() };
         // SAFETY: the queue is valid, and `raw` has room for as many entries as are asked for.
-        let taken = unsafe { ibv_poll_cq(self.raw(), BATCH as i32, raw.as_mut_ptr()) };
+        let taken = unsafe { ibv_poll_cq(self.raw(), MAX_COMPLETIONS_PER_POLL as i32, raw.as_mut_ptr()) };
         if taken < 0 {
             let source = io::Error::other("the completion queue cannot be read");
             return Err(PlaneError::Io { what: "polling the RDMA device", source });

@@ -11,9 +11,9 @@ pub(crate) struct Abilities {
     /// Most memory regions.
     pub max_mr: u64,
     /// Most work requests in a queue.
-    pub max_work: u32,
-    /// Largest message, in bytes.
-    pub max_message: u32,
+    pub max_qp_wr: u32,
+    /// Largest message or RDMA write, in bytes.
+    pub max_message_bytes: u32,
     /// Whether memory can be registered without pinning it, as source and as target of writes.
     pub on_demand: bool,
 }
@@ -32,8 +32,8 @@ impl Abilities {
         let port = unsafe { port_attributes(api, context, port) }?;
         Ok(Abilities {
             max_mr: device.max_mr.max(0) as u64,
-            max_work: device.max_qp_wr.max(0) as u32,
-            max_message: port.max_msg_sz,
+            max_qp_wr: device.max_qp_wr.max(0) as u32,
+            max_message_bytes: port.max_msg_sz,
             // SAFETY: as above.
             on_demand: unsafe { on_demand(context) },
         })

@@ -14,6 +14,7 @@
 //! that says what to do, so that the engine can take TCP instead. `docs/rdma.md` has the whole picture.
 
 mod api;
+mod buffers;
 mod chunks;
 mod cm;
 mod completions;
@@ -26,9 +27,10 @@ mod limits;
 mod message;
 mod offer;
 mod options;
+mod pages;
 pub mod probe;
 mod queue;
-mod slots;
+mod receives;
 mod source;
 mod unavailable;
 mod warm;

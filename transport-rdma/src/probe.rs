@@ -173,7 +173,7 @@ fn device(api: &'static Api, raw: NonNull<ibv_device>) -> Device {
     let ports = (1..=u8::MAX).map_while(|number| port(&opened, &name, number)).collect();
     let abilities = abilities.map(|a| DeviceAbilities {
         max_regions: a.max_mr,
-        max_message: u64::from(a.max_message),
+        max_message: u64::from(a.max_message_bytes),
         on_demand: a.on_demand,
     });
     Device { name, abilities, ports }

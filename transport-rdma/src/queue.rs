@@ -3,7 +3,7 @@
 use crate::cm::CmId;
 use crate::completions::{CompletionQueue, Waiting};
 use crate::device::code;
-use crate::domain::Domain;
+use crate::domain::ProtectionDomain;
 use crate::unavailable;
 use migration::transport::PlaneError;
 use rdma_sys::*;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub(crate) struct QueuePair {
     raw: *mut ibv_qp,
     id: Arc<CmId>,
-    domain: Arc<Domain>,
+    domain: Arc<ProtectionDomain>,
     /// After the pair itself is destroyed.
     completions: CompletionQueue,
 }
@@ -30,7 +30,7 @@ impl QueuePair {
     /// Makes a queue pair for `id`, with room for that many requests.
     pub(crate) fn new(
         id: Arc<CmId>,
-        domain: &Arc<Domain>,
+        domain: &Arc<ProtectionDomain>,
         sends: u32,
         receives: u32,
         waiting: Waiting,
@@ -121,9 +121,7 @@ impl QueuePair {
         // SAFETY: the pair is valid; the mask says that only the state is read.
         code(unsafe { (self.domain.api().ibv_modify_qp)(self.raw, &mut attributes, mask) })
     }
-}
 
-impl QueuePair {
     /// Destroys the pair. Once this has succeeded the device does nothing for it any more, as after
     /// [`reset`](Self::reset).
     ///

@@ -1,13 +1,14 @@
 //! The destination's side: what it offers, and the plane that its source writes into.
 
 mod accept;
+mod endpoint;
 mod lane;
 mod register;
 
-use crate::chunks::least_shifts;
+use crate::chunks::min_chunk_shifts;
 use crate::cm::{CmId, EventChannel};
-use crate::domain::{Domain, MemoryRegion};
-use crate::halt::{Halt, Why, lock};
+use crate::domain::{MemoryRegion, ProtectionDomain};
+use crate::halt::{Halt, HaltReason, lock};
 use crate::hello::Purpose;
 use crate::limits;
 use crate::offer::Offer;
@@ -51,10 +52,10 @@ impl DestinationTransport for RdmaDestination {
 
 impl RdmaDestination {
     /// Makes a plane for a session, and what tells a source of it.
-    pub(crate) fn serve(&self, session: &Session) -> Result<(Vec<u8>, Served), PlaneError> {
+    pub(crate) fn serve(&self, session: &Session) -> Result<(Vec<u8>, RdmaDestinationPlane), PlaneError> {
         let broken = |source| PlaneError::Io { what: "preparing for RDMA connections", source };
         let channel = EventChannel::new()?;
-        let domain = Domain::open(&channel, self.local, self.options.on_demand)?;
+        let domain = ProtectionDomain::open(&channel, self.local, self.options.on_demand)?;
         if !domain.on_demand() {
             limits::check_locked_memory(session.ram.len())?;
         }
@@ -64,7 +65,7 @@ impl RdmaDestination {
         let port = listener
             .listen(MAX_LANES as i32 + 1)
             .map_err(|e| unavailable::resource("listening for RDMA connections", e))?;
-        let chunk_shifts = least_shifts(&session.ram, self.options.chunk, domain.abilities().max_mr);
+        let chunk_shifts = min_chunk_shifts(&session.ram, self.options.chunk, domain.abilities().max_mr);
         let offer = Offer { address: SocketAddr::new(self.local, port), chunk_shifts };
         let plane = Arc::new(Plane {
             session: session.clone(),
@@ -85,7 +86,7 @@ impl RdmaDestination {
             .name("rdma-accept".into())
             .spawn(move || accepting.accept(&channel, listener))
             .map_err(broken)?;
-        Ok((offer.encode(), Served { plane, accept: Some(accept) }))
+        Ok((offer.encode(), RdmaDestinationPlane { plane, accept: Some(accept) }))
     }
 }
 
@@ -142,7 +143,7 @@ struct Plane {
     session: Session,
     waiting: crate::completions::Waiting,
     chunk_shifts: Vec<u8>,
-    domain: Arc<Domain>,
+    domain: Arc<ProtectionDomain>,
     halt: Halt,
     connections: Mutex<Connections>,
     /// What is registered, by region and offset.
@@ -182,7 +183,7 @@ impl Plane {
     fn shut_by(&self, reset: impl Fn(&QueuePair) -> io::Result<()>) -> Result<(), PlaneError> {
         let mut connections = lock(&self.connections);
         connections.closed = true;
-        self.halt.halt(Why::Interrupted);
+        self.halt.halt(HaltReason::Interrupted);
         let mut result = Ok(());
         let mut stubborn = Vec::new();
         for (number, connection) in connections.all.iter().enumerate() {
@@ -220,20 +221,20 @@ impl Plane {
 
     /// Something is wrong: nothing of this plane is of use any more.
     fn fail(&self, error: &PlaneError) {
-        if self.halt.why().is_none() {
+        if self.halt.reason().is_none() {
             lock(&self.error).get_or_insert(error.to_string());
-            self.halt.halt(Why::from(error));
+            self.halt.halt(HaltReason::from(error));
         }
     }
 }
 
 /// The plane as the engine has it.
-pub(crate) struct Served {
+pub(crate) struct RdmaDestinationPlane {
     plane: Arc<Plane>,
     accept: Option<JoinHandle<()>>,
 }
 
-impl Served {
+impl RdmaDestinationPlane {
     /// The fence, with another call in the place of the one that takes a queue pair to RESET.
     pub(crate) fn fence_by(
         &mut self,
@@ -254,7 +255,7 @@ impl Served {
     }
 }
 
-impl DestinationPlane for Served {
+impl DestinationPlane for RdmaDestinationPlane {
     fn name(&self) -> &'static str {
         crate::NAME
     }
@@ -280,7 +281,7 @@ impl DestinationPlane for Served {
     }
 }
 
-impl Drop for Served {
+impl Drop for RdmaDestinationPlane {
     fn drop(&mut self) {
         // Who drops a plane without a fence does not run the guest.
         let _ = self.fence();

@@ -3,8 +3,8 @@
 
 use super::{RdmaPlane, connect};
 use crate::cm::{CmId, EventChannel};
-use crate::destination::Served;
-use crate::domain::{Domain, MemoryRegion};
+use crate::destination::RdmaDestinationPlane;
+use crate::domain::{MemoryRegion, ProtectionDomain};
 use crate::halt::Halt;
 use crate::hello::{self, Purpose};
 use crate::offer::Offer;
@@ -25,7 +25,7 @@ struct Honest {
     session: Session,
     shadow: Arc<Ram>,
     offer: Vec<u8>,
-    destination: Served,
+    destination: RdmaDestinationPlane,
     plane: RdmaPlane,
     /// The destination's key for the first chunk.
     key: u32,
@@ -44,7 +44,7 @@ impl Honest {
         lane.write(&[extent(0, 0, 1)]).unwrap();
         lane.post_barrier(0).unwrap();
         lane.wait_barrier(0).unwrap();
-        let key = plane.registry.keys(0).unwrap().expect("a chunk that was written").remote;
+        let key = plane.registry.keys(0).expect("a chunk that was written").rkey;
         Honest { session, shadow, offer, destination, plane, key }
     }
 }
@@ -62,12 +62,12 @@ impl Intruder {
         let channel = EventChannel::new().unwrap();
         let halt = Halt::new().unwrap();
         let id = Arc::new(CmId::new(&channel).unwrap());
-        let wait = || channel.wait(&halt, Instant::now() + PATIENCE, PATIENCE).unwrap().kind;
+        let wait = || channel.wait(Instant::now() + PATIENCE, PATIENCE).unwrap().kind;
         id.resolve_address(Offer::decode(offer, 2).unwrap().address, PATIENCE).unwrap();
         assert_eq!(wait(), rdma_cm_event_type::RDMA_CM_EVENT_ADDR_RESOLVED);
         id.resolve_route(PATIENCE).unwrap();
         assert_eq!(wait(), rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED);
-        let domain = Domain::open(&channel, id.local_ip().unwrap(), false).unwrap();
+        let domain = ProtectionDomain::open(&channel, id.local_ip().unwrap(), false).unwrap();
         let queue = QueuePair::new(Arc::clone(&id), &domain, 4, 4, Default::default()).unwrap();
         let memory = domain.register_ram(&session.ram, &extent(0, 0, 64), false).unwrap();
         id.connect(&hello::request(session.token, Purpose::Lane(lane), lane + 1)).unwrap();
@@ -166,7 +166,7 @@ fn a_fence_holds_where_queue_pairs_cannot_be_reset() {
     });
 }
 
-fn worth_nothing_after(fence: impl FnOnce(&mut Served) -> Result<(), PlaneError>) {
+fn worth_nothing_after(fence: impl FnOnce(&mut RdmaDestinationPlane) -> Result<(), PlaneError>) {
     let to = device();
     let mut honest = Honest::new(to);
     let intruder = Intruder::join(&honest.session, &honest.offer, 5).unwrap();

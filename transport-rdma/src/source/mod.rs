@@ -1,6 +1,9 @@
 //! The source's side: connections to what a destination offered, and the plane they make.
 
+mod barriers;
+mod chain;
 mod connect;
+mod credits;
 #[cfg(test)]
 mod forged;
 mod lane;
@@ -8,13 +11,12 @@ mod lane;
 pub mod null;
 mod registry;
 mod watch;
+mod window;
 
-pub(crate) use lane::CREDITS as LANE_CREDITS;
-pub(crate) use registry::CREDITS as REGISTRATION_CREDITS;
-
-use crate::cm::CmId;
-use crate::halt::Why;
+use crate::cm::{CmId, EventChannel};
+use crate::halt::HaltReason;
 use crate::options::Options;
+use crate::receives::ReceiveQueue;
 use migration::report::CpuTime;
 use migration::transport::{Interrupt, Lane, PlaneError, Session, SourcePlane, SourceTransport};
 use registry::Registry;
@@ -55,6 +57,33 @@ struct RdmaPlane {
     register: Option<JoinHandle<()>>,
 }
 
+impl RdmaPlane {
+    /// Starts the threads of a plane whose queue pairs are connected. `answers` is the receive queue of the
+    /// registrations' connection.
+    ///
+    /// # Errors
+    /// [`PlaneError::Io`] when a thread cannot be had.
+    fn start(
+        lanes: Vec<Box<dyn Lane>>,
+        registry: Arc<Registry>,
+        (channel, ids): (Arc<EventChannel>, Vec<Arc<CmId>>),
+        answers: ReceiveQueue,
+    ) -> Result<RdmaPlane, PlaneError> {
+        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let thread = thread::Builder::new().name(name.into()).spawn(work);
+            thread.map_err(|source| PlaneError::Io { what: "starting a thread for RDMA", source })
+        };
+        // From here on `drop` disconnects, and ends the threads that there are.
+        let mut plane =
+            RdmaPlane { lanes, registry: Arc::clone(&registry), ids, watch: None, register: None };
+        let registering = Arc::clone(&registry);
+        plane.register = Some(spawn("rdma-register", Box::new(move || registering.register_queued()))?);
+        let watching = move || watch::watch(&registry, &channel, &answers);
+        plane.watch = Some(spawn("rdma-watch", Box::new(watching))?);
+        Ok(plane)
+    }
+}
+
 impl SourcePlane for RdmaPlane {
     fn name(&self) -> &'static str {
         crate::NAME
@@ -65,21 +94,11 @@ impl SourcePlane for RdmaPlane {
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::new(Interrupter { registry: Arc::clone(&self.registry) })
+        Arc::clone(&self.registry) as _
     }
 
     fn cpu(&self) -> CpuTime {
         self.registry.cpu()
-    }
-}
-
-struct Interrupter {
-    registry: Arc<Registry>,
-}
-
-impl Interrupt for Interrupter {
-    fn interrupt(&self) {
-        self.registry.halt(Why::Interrupted);
     }
 }
 
@@ -90,7 +109,7 @@ impl Drop for RdmaPlane {
     /// only the destination's fence ends that, and whoever goes on over another transport has to ask for it first,
     /// as the engine does (`Retire`).
     fn drop(&mut self) {
-        self.registry.halt(Why::Interrupted);
+        self.registry.stop(HaltReason::Interrupted);
         if let Some(watch) = self.watch.take() {
             // Its panic has been reported by its own message.
             let _ = watch.join();

@@ -2,17 +2,17 @@
 //! lane takes on it is what this crate's code takes, on any machine; a real device adds what its driver does for a
 //! request and a completion. Only `examples/costs.rs` uses it, and nothing of it is ever freed.
 
-use super::lane::{self, CREDITS, RdmaLane};
-use super::registry::{self, Registry};
+use super::lane::{LaneLimits, RdmaLane};
+use super::registry::{MAX_REQUESTS_IN_QUEUE, Registry};
 use crate::api::Api;
-use crate::chunks::{DEFAULT_CHUNK, Grid, least_shifts};
+use crate::buffers::MAX_MESSAGE_BYTES;
+use crate::chunks::{ChunkMap, DEFAULT_CHUNK, min_chunk_shifts};
 use crate::cm::{CmId, EventChannel};
-use crate::domain::Domain;
+use crate::domain::ProtectionDomain;
 use crate::halt::Halt;
-use crate::message::{self, Message};
+use crate::message::{self, LANE_CREDITS, Message, REGISTRATION_CREDITS};
 use crate::options::DEFAULT_DEPTH;
 use crate::queue::QueuePair;
-use crate::slots::{SLOT, Slots};
 use migration::memory::Ram;
 use migration::transport::{Lane, PlaneError};
 use rdma_sys::*;
@@ -31,30 +31,32 @@ use std::time::Duration;
 pub fn lane(ram: &Arc<Ram>) -> Result<Box<dyn Lane>, PlaneError> {
     let broken = |source| PlaneError::Io { what: "preparing a device that carries nothing", source };
     let channel = EventChannel::on(api()?)?;
-    let domain = Domain::open(&channel, Ipv4Addr::LOCALHOST.into(), false)?;
+    let domain = ProtectionDomain::open(&channel, Ipv4Addr::LOCALHOST.into(), false)?;
     let identifier = || {
         let id = CmId::new(&channel).map_err(broken)?;
         id.bind((Ipv4Addr::LOCALHOST, 0).into()).map_err(broken)?;
         Ok::<_, PlaneError>(Arc::new(id))
     };
-    let grid = Grid::new(ram, &least_shifts(ram, DEFAULT_CHUNK, domain.abilities().max_mr));
-    let (chunks, credits) = (grid.len(), registry::CREDITS as u32);
-    let queue = QueuePair::new(identifier()?, &domain, 2 * credits, credits, Default::default())?;
+    let map = ChunkMap::new(ram, &min_chunk_shifts(ram, DEFAULT_CHUNK, domain.abilities().max_mr));
+    let chunks = map.len();
+    let (sends, receives) = (MAX_REQUESTS_IN_QUEUE as u32, REGISTRATION_CREDITS as u32);
+    let queue = QueuePair::new(identifier()?, &domain, sends, receives, Default::default())?;
     let halt = Halt::new().map_err(broken)?;
-    let registry = Registry::new(Arc::clone(ram), Arc::clone(&domain), grid, Arc::new(queue), halt);
-    let registry = Arc::new(registry.map_err(lane::buffers)?);
+    let registry = Registry::new(Arc::clone(ram), Arc::clone(&domain), map, Arc::new(queue), halt)?;
+    let registry = Arc::new(registry);
     let registering = Arc::clone(&registry);
-    thread::spawn(move || registering.register());
+    thread::spawn(move || registering.register_queued());
+    let timeout = Duration::from_secs(60);
     for chunk in 0..chunks {
-        registry.keys(chunk)?;
-        registry.sent()?;
-        registry.answer(chunk)?;
-        registry.wait(chunk, Duration::from_secs(60))?;
+        registry.request(chunk)?;
+        registry.handle_sent()?;
+        registry.answer_without_destination(chunk)?;
+        registry.wait_for_keys(chunk, timeout)?;
     }
-    let queue = QueuePair::new(identifier()?, &domain, DEFAULT_DEPTH, CREDITS as u32, Default::default())?;
-    let slots = || Slots::new(&domain, CREDITS).map_err(lane::buffers);
-    let (limits, timeout) = ((1 << 31, DEFAULT_DEPTH), Duration::from_secs(60));
-    Ok(Box::new(RdmaLane::new(Arc::new(queue), slots()?, slots()?, registry, limits, timeout, true)?))
+    let queue =
+        QueuePair::new(identifier()?, &domain, DEFAULT_DEPTH, LANE_CREDITS as u32, Default::default())?;
+    let limits = LaneLimits { max_write_bytes: 1 << 31, max_requests: DEFAULT_DEPTH, timeout };
+    Ok(Box::new(RdmaLane::new(queue, &domain, registry, limits, true)?))
 }
 
 /// What a completion queue and its queue pair know.
@@ -77,12 +79,12 @@ impl State {
     /// What a destination answers: to every barrier, and to as many messages as it says one word for.
     fn answer(&mut self, round: Option<u32>) {
         self.messages += 1;
-        if round.is_none() && !self.messages.is_multiple_of(CREDITS as u64 / 2) {
+        if round.is_none() && !self.messages.is_multiple_of(LANE_CREDITS as u64 / 2) {
             return;
         }
         // The registrations' queue pair has no buffers: it is answered by hand.
         let Some((id, address)) = self.receives.pop_front() else { return };
-        let mut buffer = [0; SLOT];
+        let mut buffer = [0; MAX_MESSAGE_BYTES];
         let len = message::put(&mut buffer, &Message::Done { messages: self.messages, round });
         // SAFETY: the buffer is posted, and so the device's; it has room for any message.
         unsafe { ptr::copy_nonoverlapping(buffer.as_ptr(), address as *mut u8, len) };
