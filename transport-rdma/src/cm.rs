@@ -109,7 +109,7 @@ impl EventChannel {
         let incoming = (event.event == rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST)
             .then(|| NonNull::new(event.id))
             .flatten()
-            .map(|raw| CmId { api: self.api, raw, _channel: Arc::clone(self) });
+            .map(|raw| CmId { raw, channel: Arc::clone(self) });
         let copy = Event {
             key: Key(event.id as usize),
             kind: event.event,
@@ -149,9 +149,9 @@ impl Drop for EventChannel {
 
 /// A connection, or a place to listen, of rdma_cm.
 pub(crate) struct CmId {
-    api: &'static Api,
     raw: NonNull<rdma_cm_id>,
-    _channel: Arc<EventChannel>,
+    /// Outlives the identifier.
+    channel: Arc<EventChannel>,
 }
 
 // SAFETY: librdmacm's calls on an identifier are thread-safe apart from its destruction, which needs the last
@@ -171,13 +171,14 @@ fn timeout_ms(timeout: Duration) -> i32 {
 
 impl CmId {
     pub(crate) fn new(channel: &Arc<EventChannel>) -> io::Result<CmId> {
-        let api = channel.api;
         let mut raw = ptr::null_mut();
         let space = rdma_port_space::RDMA_PS_TCP;
         // SAFETY: the channel is valid and outlives the identifier, which holds it.
-        check(unsafe { (api.rdma_create_id)(channel.raw.as_ptr(), &mut raw, ptr::null_mut(), space) })?;
+        check(unsafe {
+            (channel.api.rdma_create_id)(channel.raw.as_ptr(), &mut raw, ptr::null_mut(), space)
+        })?;
         let raw = NonNull::new(raw).ok_or(io::ErrorKind::Other)?;
-        Ok(CmId { api, raw, _channel: Arc::clone(channel) })
+        Ok(CmId { raw, channel: Arc::clone(channel) })
     }
 
     pub(crate) fn key(&self) -> Key {
@@ -203,15 +204,15 @@ impl CmId {
     pub(crate) fn bind(&self, address: SocketAddr) -> io::Result<()> {
         let mut address = Address::from(address);
         // SAFETY: the identifier is valid, and the address is a whole one of its family.
-        check(unsafe { (self.api.rdma_bind_addr)(self.raw(), address.as_mut_ptr()) })
+        check(unsafe { (self.channel.api.rdma_bind_addr)(self.raw(), address.as_mut_ptr()) })
     }
 
     /// Listens; returns the port that was chosen.
     pub(crate) fn listen(&self, backlog: i32) -> io::Result<u16> {
         // SAFETY: the identifier is valid.
-        check(unsafe { (self.api.rdma_listen)(self.raw(), backlog) })?;
+        check(unsafe { (self.channel.api.rdma_listen)(self.raw(), backlog) })?;
         // SAFETY: as above.
-        Ok(u16::from_be(unsafe { (self.api.rdma_get_src_port)(self.raw()) }))
+        Ok(u16::from_be(unsafe { (self.channel.api.rdma_get_src_port)(self.raw()) }))
     }
 
     /// This side's address.
@@ -236,14 +237,19 @@ impl CmId {
         // SAFETY: the identifier is valid; a null source address lets routing choose; the destination is a
         // whole address of its family.
         check(unsafe {
-            (self.api.rdma_resolve_addr)(self.raw(), ptr::null_mut(), to.as_mut_ptr(), timeout_ms(timeout))
+            (self.channel.api.rdma_resolve_addr)(
+                self.raw(),
+                ptr::null_mut(),
+                to.as_mut_ptr(),
+                timeout_ms(timeout),
+            )
         })
     }
 
     /// Looks for the way there. Ends in an event.
     pub(crate) fn resolve_route(&self, timeout: Duration) -> io::Result<()> {
         // SAFETY: the identifier is valid.
-        check(unsafe { (self.api.rdma_resolve_route)(self.raw(), timeout_ms(timeout)) })
+        check(unsafe { (self.channel.api.rdma_resolve_route)(self.raw(), timeout_ms(timeout)) })
     }
 
     /// Asks for a connection. Ends in an event.
@@ -252,7 +258,7 @@ impl CmId {
         self.set_ack_timeout();
         // SAFETY: the identifier is valid and has a queue pair; the parameters point to `private_data`, which
         // outlives the call.
-        check(unsafe { (self.api.rdma_connect)(self.raw(), &mut parameters) })
+        check(unsafe { (self.channel.api.rdma_connect)(self.raw(), &mut parameters) })
     }
 
     /// Takes a connection.
@@ -260,20 +266,20 @@ impl CmId {
         let mut parameters = parameters(private_data);
         self.set_ack_timeout();
         // SAFETY: as for `connect`.
-        check(unsafe { (self.api.rdma_accept)(self.raw(), &mut parameters) })
+        check(unsafe { (self.channel.api.rdma_accept)(self.raw(), &mut parameters) })
     }
 
     /// Turns a connection down, saying why. Whoever asked notices by himself if even that fails.
     pub(crate) fn reject(&self, private_data: &[u8]) {
         let len = private_data.len().min(MAX_PRIVATE_DATA_BYTES) as u8;
         // SAFETY: the identifier is valid, and `private_data` has `len` bytes.
-        unsafe { (self.api.rdma_reject)(self.raw(), private_data.as_ptr().cast(), len) };
+        unsafe { (self.channel.api.rdma_reject)(self.raw(), private_data.as_ptr().cast(), len) };
     }
 
     /// Tells the peer that the connection is over. Fails where there is none, which is as good.
     pub(crate) fn disconnect(&self) {
         // SAFETY: the identifier is valid.
-        unsafe { (self.api.rdma_disconnect)(self.raw()) };
+        unsafe { (self.channel.api.rdma_disconnect)(self.raw()) };
     }
 
     fn set_ack_timeout(&self) {
@@ -284,7 +290,13 @@ impl CmId {
         // SAFETY: the identifier is valid, and the option is the one byte that is passed.
         unsafe {
             let value = (&raw mut value).cast();
-            (self.api.rdma_set_option)(self.raw(), RDMA_OPTION_ID, RDMA_OPTION_ID_ACK_TIMEOUT, value, 1)
+            (self.channel.api.rdma_set_option)(
+                self.raw(),
+                RDMA_OPTION_ID,
+                RDMA_OPTION_ID_ACK_TIMEOUT,
+                value,
+                1,
+            )
         };
     }
 }
@@ -309,7 +321,7 @@ impl Drop for CmId {
     fn drop(&mut self) {
         // SAFETY: the last owner lets go; its queue pair is gone (`QueuePair` holds its identifier and destroys
         // the pair first), and no event of it is unacknowledged.
-        unsafe { (self.api.rdma_destroy_id)(self.raw()) };
+        unsafe { (self.channel.api.rdma_destroy_id)(self.raw()) };
     }
 }
 

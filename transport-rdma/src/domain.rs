@@ -152,6 +152,7 @@ impl Drop for ProtectionDomain {
 pub(crate) struct MemoryRegion {
     raw: NonNull<ibv_mr>,
     domain: Arc<ProtectionDomain>,
+    /// Only held: keeps the memory mapped until it is no longer registered.
     _memory: Arc<dyn Any + Send + Sync>,
 }
 

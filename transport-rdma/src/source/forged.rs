@@ -15,6 +15,7 @@ use migration::memory::Ram;
 use migration::transport::{DestinationPlane, PlaneError, Session, SourcePlane, Token};
 use rdma_sys::*;
 use std::net::IpAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -54,7 +55,6 @@ struct Intruder {
     halt: Halt,
     queue: QueuePair,
     memory: MemoryRegion,
-    _channel: Arc<EventChannel>,
 }
 
 impl Intruder {
@@ -72,9 +72,7 @@ impl Intruder {
         let memory = domain.register_ram(&session.ram, &extent(0, 0, 64), false).unwrap();
         id.connect(&hello::request(session.token, Purpose::Lane(lane), lane + 1)).unwrap();
         match wait() {
-            rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED => {
-                Ok(Intruder { halt, queue, memory, _channel: channel })
-            }
+            rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED => Ok(Intruder { halt, queue, memory }),
             other => Err(other),
         }
     }
@@ -200,4 +198,53 @@ fn a_failed_queue_pair_is_noticed() {
     assert!(began.elapsed() < PATIENCE, "noticed late: {result:?}");
     assert!(honest.destination.error().is_some(), "the destination does not know");
     honest.destination.fence().unwrap();
+}
+
+/// What the kernel holds of RDMA on this host, a line for each device. Without contexts: librdmacm keeps devices
+/// open.
+fn held_resources() -> Vec<String> {
+    let output = Command::new("rdma").args(["resource", "show"]).output().expect("rdma, of iproute2");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let without_contexts = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let kept = words.chunks(2).filter(|pair| pair[0] != "ctx");
+        kept.map(|pair| pair.join(" ")).collect::<Vec<_>>().join(" ")
+    };
+    let lines: Vec<String> = String::from_utf8_lossy(&output.stdout).lines().map(without_contexts).collect();
+    assert!(lines.iter().any(|line| line.contains(" qp ") && line.contains(" mr ")), "{lines:?}");
+    lines
+}
+
+/// A connection that fails in its last phase gives back the identifiers, queue pairs and memory of all before it.
+#[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
+fn a_refused_connection_leaves_nothing_behind() {
+    let honest = Honest::new(device());
+    let stranger = Session { token: Token::random().unwrap(), ..honest.session.clone() };
+    let refused = || {
+        let Err(error) = connect::connect(&stranger, &honest.offer, &Options::default()) else {
+            panic!("a stranger was let in");
+        };
+        assert!(error.to_string().contains("does not know this session"), "{error}");
+    };
+    // The first makes librdmacm open what it keeps open.
+    refused();
+    let before = settled_resources();
+    (0..3).for_each(|_| refused());
+    assert_eq!(settled_resources(), before);
+}
+
+/// The same once the destination has let go of the identifiers of those that it refused, which takes a moment.
+fn settled_resources() -> Vec<String> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut last = held_resources();
+    loop {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = held_resources();
+        if now == last {
+            return now;
+        }
+        assert!(Instant::now() < deadline, "resources keep changing: {last:?}, then {now:?}");
+        last = now;
+    }
 }
