@@ -1,8 +1,8 @@
 //! The chunks in which memory is registered.
 //!
-//! A chunk is large enough that the fixed cost of a registration (tens of microseconds) disappears beside the
-//! cost of its pages, and small enough that the first byte need not wait long and that little memory comes to
-//! exist around a page that does. See `docs/rdma.md` for the figures and how to get them for a device.
+//! A chunk is large enough that the fixed cost of a registration (tens of microseconds) disappears beside the cost
+//! of its pages. It is small enough that the first byte need not wait long, and that a page in use makes little
+//! memory exist around it. See `docs/rdma.md` for the figures and how to get them for a device.
 
 use migration::memory::{Extent, Ram};
 

@@ -18,10 +18,10 @@ const MAX_COMPLETIONS_PER_POLL: usize = 32;
 /// How to wait for completions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Waiting {
-    /// Sleep until the device raises an event: costs some microseconds a wait and no CPU time.
+    /// Sleep until the device raises an event. A wait takes some microseconds longer and no CPU time.
     #[default]
     Sleep,
-    /// Look again and again: a whole CPU for each lane, and the shortest waits.
+    /// Poll the completion queue all the time. Waits are the shortest, and each lane takes a whole CPU.
     BusyPoll,
 }
 
@@ -96,7 +96,7 @@ impl CompletionQueue {
     /// Takes completions that are there now into `into`, which is emptied first.
     ///
     /// # Errors
-    /// When one of them failed; what it says is then of no use to others.
+    /// [`PlaneError::Io`] when one of them failed, or the device does. Then `into` is incomplete.
     pub(crate) fn poll(&self, into: &mut Vec<Completion>) -> Result<(), PlaneError> {
         into.clear();
         // SAFETY: plain data, for which zeros are valid.
@@ -121,11 +121,12 @@ impl CompletionQueue {
         Ok(())
     }
 
-    /// Takes at least one completion into `into`, waiting for it until `deadline`. Returns false when time is
-    /// up.
+    /// Takes at least one completion into `into`. Waits for it until `deadline`, without one for ever; returns
+    /// false when time is up.
     ///
     /// # Errors
-    /// When a request failed, or with `halt`'s reason. The latter goes first: what is halted fails.
+    /// As for [`poll`](Self::poll), and the reason in `halt`. The latter goes first, since requests of a plane that
+    /// is halted fail because of that.
     pub(crate) fn wait(
         &self,
         into: &mut Vec<Completion>,
@@ -164,11 +165,11 @@ impl CompletionQueue {
         }
     }
 
-    /// Has the next completion raise an event.
+    /// Asks for an event at the next completion.
     pub(crate) fn arm(&self) -> Result<(), PlaneError> {
         // SAFETY: the queue is valid.
         let result = unsafe { ibv_req_notify_cq(self.raw(), 0) };
-        crate::device::code(result)
+        crate::device::verbs_result(result)
             .map_err(|source| PlaneError::Io { what: "arming the RDMA device", source })
     }
 
@@ -196,7 +197,7 @@ impl Drop for CompletionQueue {
     }
 }
 
-/// What a status means, for those who have to find the cause.
+/// What a status means, in words that help to find the cause.
 fn status_text(status: ibv_wc_status::Type, vendor: u32) -> String {
     use ibv_wc_status::*;
     let text = match status {

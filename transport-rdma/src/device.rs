@@ -27,7 +27,7 @@ impl Abilities {
         // SAFETY: plain data, for which zeros are valid.
         let mut device: ibv_device_attr = unsafe { mem::zeroed() };
         // SAFETY: the caller vouches for the context; `device` is where the answer goes.
-        code(unsafe { (api.ibv_query_device)(context, &mut device) })?;
+        verbs_result(unsafe { (api.ibv_query_device)(context, &mut device) })?;
         // SAFETY: as above.
         let port = unsafe { port_attributes(api, context, port) }?;
         Ok(Abilities {
@@ -53,15 +53,14 @@ pub(crate) unsafe fn port_attributes(
     // that the first version of the structure had.
     let mut attributes: ibv_port_attr = unsafe { mem::zeroed() };
     // SAFETY: the caller vouches for the context; the old structure is a prefix of the new one.
-    code(unsafe { (api.ibv_query_port)(context, port, (&raw mut attributes).cast()) })?;
+    verbs_result(unsafe { (api.ibv_query_port)(context, port, (&raw mut attributes).cast()) })?;
     Ok(attributes)
 }
 
-/// Verbs return an errno.
-pub(crate) fn code(result: i32) -> io::Result<()> {
+/// Turns what a verb has returned into a result: 0, an errno, or -1 with `errno` set.
+pub(crate) fn verbs_result(result: i32) -> io::Result<()> {
     match result {
         0 => Ok(()),
-        // Some providers return -1 and set errno.
         negative if negative < 0 => Err(io::Error::last_os_error()),
         errno => Err(io::Error::from_raw_os_error(errno)),
     }

@@ -37,7 +37,7 @@ impl From<&PlaneError> for HaltReason {
     }
 }
 
-/// Set once, for good. The first reason stays: what follows from it is not the cause.
+/// A reason to stop, set once and for good. The first one stays, since those that come later follow from it.
 pub(crate) struct Halt {
     reason: OnceLock<HaltReason>,
     /// Becomes readable with the reason, and is never read, so that it wakes every `poll` now and later.
@@ -81,7 +81,8 @@ impl Halt {
     }
 }
 
-/// Which of `fds` can be read, or have failed, within `deadline` (for ever without one). None when time is up.
+/// Waits until some of `fds` can be read or have failed, and says which. `None` at `deadline`; without one it waits
+/// for ever.
 pub(crate) fn wait_readable<const N: usize>(
     fds: [RawFd; N],
     deadline: Option<Instant>,
@@ -124,7 +125,7 @@ pub(crate) fn set_nonblocking(fd: RawFd) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A lock whose holder's panic does not matter: what it guards is consistent between any two statements.
+/// Locks a mutex even if a holder has panicked: what these guard is consistent between any two statements.
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,7 +11,7 @@ use crate::cm::PrivateData;
 use migration::preamble::{Kind, LEN, Preamble, PreambleError, Status};
 use migration::transport::{MAX_LANES, Token};
 
-/// The number under which the connection for registrations goes.
+/// Stands for the connection for registrations where a lane has its number.
 const REGISTRATIONS: u16 = u16::MAX;
 
 /// What a connection of a session is for.
@@ -42,7 +42,7 @@ pub(crate) fn request(token: Token, purpose: Purpose, lanes: u16) -> Hello {
     encode(&Preamble::data(token, lane, lanes))
 }
 
-/// What a destination answers. The token is not repeated: who does not know it shall not learn it.
+/// What a destination answers. Without the token, which whoever is refused must not learn.
 pub(crate) fn refusal(status: Status) -> Hello {
     encode(&Preamble::data(Token([0; 16]), 0, 0).answer(status))
 }
@@ -77,12 +77,12 @@ pub(crate) fn accept(private_data: &PrivateData, token: Token) -> Result<Purpose
     if same(&preamble.token.0, &token.0) { Ok(purpose) } else { Err(Status::Session) }
 }
 
-/// Compares in a time that does not tell how much of a guess was right.
+/// Compares in a time that does not depend on how much of a guess is right.
 fn same(a: &[u8; 16], b: &[u8; 16]) -> bool {
     a.iter().zip(b).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
 }
 
-/// Why a destination refused.
+/// Why a destination refused; `None` if the private data is no refusal.
 pub(crate) fn refused(private_data: &PrivateData) -> Option<&'static str> {
     match decode(private_data) {
         Ok(Preamble { status: Status::Session, .. }) => Some("it does not know this session"),

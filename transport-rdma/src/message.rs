@@ -1,7 +1,7 @@
-//! What is sent in messages; guest memory itself never is.
+//! The messages of both sides. Guest memory is never sent in one.
 //!
-//! A message fits a buffer of [`MAX_MESSAGE_BYTES`] bytes. Its first byte says what it is; integers are little-endian.
-//! Barriers are no messages but the immediate data of an empty write.
+//! A message fits a buffer of [`MAX_MESSAGE_BYTES`]. Its first byte says what it is; integers are little-endian. A
+//! barrier is not a message, but the immediate data of an empty write.
 
 use crate::buffers::MAX_MESSAGE_BYTES;
 use migration::memory::Extent;
@@ -30,7 +30,7 @@ pub(crate) enum Message<'a> {
     Zero(Extents<'a>),
     /// Source, lane: so many bytes have been written on this lane before this message.
     Progress(u64),
-    /// Destination, lane: so many messages have been dealt with; with a round, its barrier was the last.
+    /// Destination, lane: so many messages have been handled. With a round, its barrier was the last of them.
     Done { messages: u64, round: Option<u32> },
     /// Source, registrations: this chunk is going to be written to.
     Request(Extent),

@@ -107,7 +107,7 @@ pub fn addresses(host: &Host) -> Vec<IpAddr> {
     found
 }
 
-/// Only the devices, without asking rdma_cm, which keeps a device open from then on.
+/// The devices alone. Does not ask rdma_cm, which keeps a device open from then on.
 ///
 /// # Errors
 /// Why there are none to be seen, and what to do.
@@ -138,6 +138,9 @@ pub fn devices() -> Result<Vec<Device>, String> {
     }
     Ok(devices)
 }
+
+/// Most entries of a port's table of addresses that are looked at.
+const MAX_GIDS: i32 = 1024;
 
 /// An open device.
 struct Opened {
@@ -194,7 +197,7 @@ fn port(device: &Opened, name: &str, number: u8) -> Option<Port> {
     const ETHERNET: u8 = 2;
     // The enumeration counts powers of two from 256 bytes on.
     let mtu = |code: u32| if (1..=5).contains(&code) { 128 << code } else { 0 };
-    let table = attributes.gid_tbl_len.clamp(0, 1024);
+    let table = attributes.gid_tbl_len.clamp(0, MAX_GIDS);
     Some(Port {
         number,
         active: attributes.state == ibv_port_state::IBV_PORT_ACTIVE,

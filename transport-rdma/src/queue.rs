@@ -2,7 +2,7 @@
 
 use crate::cm::CmId;
 use crate::completions::{CompletionQueue, Waiting};
-use crate::device::code;
+use crate::device::verbs_result;
 use crate::domain::ProtectionDomain;
 use crate::unavailable;
 use migration::transport::PlaneError;
@@ -27,7 +27,12 @@ unsafe impl Send for QueuePair {}
 unsafe impl Sync for QueuePair {}
 
 impl QueuePair {
-    /// Makes a queue pair for `id`, with room for that many requests.
+    /// Makes a queue pair for `id`, with room for `sends` send requests and `receives` receive requests. Each may
+    /// have one scatter/gather element.
+    ///
+    /// # Errors
+    /// [`PlaneError::Unavailable`] or [`PlaneError::Io`] when the device has no more, or another one is asked for
+    /// than that of the domain.
     pub(crate) fn new(
         id: Arc<CmId>,
         domain: &Arc<ProtectionDomain>,
@@ -66,7 +71,10 @@ impl QueuePair {
         &self.completions
     }
 
-    /// Posts a chain of sends.
+    /// Posts a chain of send requests.
+    ///
+    /// # Errors
+    /// When the device refuses one of them; those before it have been taken.
     ///
     /// # Safety
     /// The chain must be well-formed; what its entries point to must be registered in the pair's domain and
@@ -74,7 +82,7 @@ impl QueuePair {
     pub(crate) unsafe fn post_send(&self, first: *mut ibv_send_wr) -> io::Result<()> {
         let mut bad = ptr::null_mut();
         // SAFETY: the pair is valid, and the caller vouches for the chain.
-        code(unsafe { ibv_post_send(self.raw, first, &mut bad) })
+        verbs_result(unsafe { ibv_post_send(self.raw, first, &mut bad) })
     }
 
     /// Posts one message, which leaves a completion with this number.
@@ -101,7 +109,7 @@ impl QueuePair {
         let mut request = ibv_recv_wr { wr_id: id, next: ptr::null_mut(), sg_list: &mut buffer, num_sge: 1 };
         let mut bad = ptr::null_mut();
         // SAFETY: the pair is valid, the request is a chain of one, and the caller vouches for the buffer.
-        code(unsafe { ibv_post_recv(self.raw, &mut request, &mut bad) })
+        verbs_result(unsafe { ibv_post_recv(self.raw, &mut request, &mut bad) })
     }
 
     /// Takes the pair out of service, for good and at once.
@@ -119,7 +127,7 @@ impl QueuePair {
         attributes.qp_state = ibv_qp_state::IBV_QPS_RESET;
         let mask = ibv_qp_attr_mask::IBV_QP_STATE.0 as i32;
         // SAFETY: the pair is valid; the mask says that only the state is read.
-        code(unsafe { (self.domain.api().ibv_modify_qp)(self.raw, &mut attributes, mask) })
+        verbs_result(unsafe { (self.domain.api().ibv_modify_qp)(self.raw, &mut attributes, mask) })
     }
 
     /// Destroys the pair. Once this has succeeded the device does nothing for it any more, as after
@@ -137,7 +145,7 @@ impl QueuePair {
         }
         // SAFETY: whoever calls is the pair's only owner, and nobody uses it after this; `rdma_destroy_qp` would
         // destroy it in the same way.
-        code(unsafe { (self.domain.api().ibv_destroy_qp)(self.raw) })?;
+        verbs_result(unsafe { (self.domain.api().ibv_destroy_qp)(self.raw) })?;
         self.raw = ptr::null_mut();
         // SAFETY: the identifier is valid; this tells librdmacm that it has no queue pair any more.
         unsafe { (*self.id.raw()).qp = ptr::null_mut() };
@@ -147,9 +155,9 @@ impl QueuePair {
 
 impl Drop for QueuePair {
     fn drop(&mut self) {
-        // Where it fails the device is gone; librdmacm shall not try again with a pair that nobody has in hand.
+        // Where it fails the device is gone. Then librdmacm must not try again with a pair that nobody owns.
         if self.destroy_raw().is_err() {
-            // SAFETY: the identifier is valid.
+            // SAFETY: the identifier is valid, since the pair holds it.
             unsafe { (*self.id.raw()).qp = ptr::null_mut() };
         }
     }

@@ -185,10 +185,10 @@ impl Plane {
         connections.closed = true;
         self.halt.halt(HaltReason::Interrupted);
         let mut result = Ok(());
-        let mut stubborn = Vec::new();
+        let mut not_reset = Vec::new();
         for (number, connection) in connections.all.iter().enumerate() {
             if let Some(Err(error)) = connection.queue.as_deref().map(&reset) {
-                stubborn.push((number, error));
+                not_reset.push((number, error));
             }
         }
         for connection in &mut connections.all {
@@ -202,7 +202,7 @@ impl Plane {
                 result = Err(PlaneError::Protocol("a receiving thread panicked".into()));
             }
         }
-        for (number, error) in stubborn {
+        for (number, error) in not_reset {
             destroy(&mut connections.all[number], error)?;
         }
         result
@@ -283,7 +283,7 @@ impl DestinationPlane for RdmaDestinationPlane {
 
 impl Drop for RdmaDestinationPlane {
     fn drop(&mut self) {
-        // Who drops a plane without a fence does not run the guest.
+        // A fence that fails is of no consequence: whoever drops a plane without one does not run the guest.
         let _ = self.fence();
     }
 }

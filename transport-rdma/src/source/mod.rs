@@ -23,13 +23,13 @@ use registry::Registry;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-/// RDMA to where the destination's offer says.
+/// Connects over RDMA to where a destination's offer says.
 pub struct RdmaSource {
     options: Options,
 }
 
 impl RdmaSource {
-    /// A source with these choices.
+    /// A source with these options.
     pub fn new(options: Options) -> Self {
         RdmaSource { options }
     }
