@@ -13,8 +13,8 @@ pub(crate) const MAX_MESSAGE_BYTES: usize = 4096;
 
 /// A number of buffers of [`MAX_MESSAGE_BYTES`] bytes, numbered from 0.
 ///
-/// What has been posted decides who may touch a buffer: it is the card's between posting and completion, and its
-/// owner's at all other times.
+/// What has been posted decides who may touch a buffer: it is the card's between posting and completion, and
+/// its owner's at all other times.
 pub(crate) struct MessageBuffers {
     region: MemoryRegion,
     address: NonNull<u8>,

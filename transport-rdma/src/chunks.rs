@@ -1,8 +1,8 @@
 //! The chunks in which memory is registered.
 //!
-//! A chunk is large enough that the fixed cost of a registration (tens of microseconds) disappears beside the cost
-//! of its pages. It is small enough that the first byte need not wait long, and that a page in use makes little
-//! memory exist around it. See `docs/rdma.md` for the figures and how to get them for a device.
+//! A chunk is large enough that the fixed cost of a registration (tens of microseconds) disappears beside the
+//! cost of its pages. It is small enough that the first byte need not wait long, and that a page in use makes
+//! little memory exist around it. See `docs/rdma.md` for the figures and how to get them for a device.
 
 use migration::memory::{Extent, Ram};
 
@@ -21,9 +21,9 @@ pub(crate) const MAX_CHUNK_SHIFT: u8 = 34;
 /// Of the memory regions that a device has, one session may use one in so many.
 const MEMORY_REGIONS_SHARE: u64 = 4;
 
-/// For each region of `ram`, log2 of the bytes of the smallest chunk that suits it. That is `chunk` bytes, unless
-/// the memory's own pages are larger, or there would be too many chunks for a device that has `max_mr` memory
-/// regions.
+/// For each region of `ram`, log2 of the bytes of the smallest chunk that suits it. That is `chunk` bytes,
+/// unless the memory's own pages are larger, or there would be too many chunks for a device that has `max_mr`
+/// memory regions.
 pub(crate) fn min_chunk_shifts(ram: &Ram, chunk: u64, max_mr: u64) -> Vec<u8> {
     let log2 = |size: u64| size.next_power_of_two().trailing_zeros() as u8;
     let mut least = log2(chunk.max(MIN_CHUNK));
@@ -71,8 +71,8 @@ impl ChunkMap {
         self.count
     }
 
-    /// The number of the chunk that a byte is in, and the offset at which that chunk ends in its region. The byte
-    /// must be inside memory.
+    /// The number of the chunk that a byte is in, and the offset at which that chunk ends in its region. The
+    /// byte must be inside memory.
     pub(crate) fn chunk_at(&self, region: u32, offset: u64) -> (usize, u64) {
         let chunks = &self.regions[region as usize];
         let index = offset >> chunks.shift;

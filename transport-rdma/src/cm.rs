@@ -3,6 +3,7 @@
 use crate::api::Api;
 use crate::halt::{set_nonblocking, wait_readable};
 use crate::unavailable;
+use crate::zeroed::Zeroed;
 use migration::transport::PlaneError;
 use rdma_sys::*;
 use std::io;
@@ -19,15 +20,15 @@ pub(crate) const MAX_PRIVATE_DATA_BYTES: usize = 56;
 /// Private data as it is received: padded with zeros by the network.
 pub(crate) type PrivateData = [u8; MAX_PRIVATE_DATA_BYTES];
 
-/// A retransmission is due when no acknowledgement has come for 4.096 µs · 2^this: half a second. rdma_cm's own
-/// choice for Ethernet (some 4 s, seven times over) would make a dead link show after half a minute.
+/// A retransmission is due when no acknowledgement has come for 4.096 µs · 2^this: half a second. rdma_cm's
+/// own choice for Ethernet (some 4 s, seven times over) would make a dead link show after half a minute.
 const ACK_TIMEOUT_EXPONENT: u8 = 17;
 
 /// Retransmissions before a queue pair fails: all that the field holds.
 const RETRY_COUNT: u8 = 7;
 
-/// Repetitions when the receiver has no buffer, 7 meaning "for ever". Credits keep that from happening; a device
-/// with on-demand paging answers so while it fetches a page. Time-outs of ours bound the wait.
+/// Repetitions when the receiver has no buffer, 7 meaning "for ever". Credits keep that from happening; a
+/// device with on-demand paging answers so while it fetches a page. Time-outs of ours bound the wait.
 const RNR_RETRY_COUNT: u8 = 7;
 
 /// Delivers the events of its identifiers.
@@ -36,8 +37,8 @@ pub(crate) struct EventChannel {
     raw: NonNull<rdma_event_channel>,
 }
 
-// SAFETY: librdmacm's calls on a channel are thread-safe; the struct holds nothing but the pointer, which stays
-// valid until `drop`.
+// SAFETY: librdmacm's calls on a channel are thread-safe; the struct holds nothing but the pointer, which
+// stays valid until `drop`.
 unsafe impl Send for EventChannel {}
 // SAFETY: as for Send.
 unsafe impl Sync for EventChannel {}
@@ -60,6 +61,8 @@ pub(crate) struct Event {
 }
 
 impl EventChannel {
+    /// Opens rdma_cm.
+    ///
     /// # Errors
     /// [`PlaneError::Unavailable`] when this host has no RDMA.
     pub(crate) fn new() -> Result<Arc<Self>, PlaneError> {
@@ -102,8 +105,8 @@ impl EventChannel {
         let given = unsafe { event.param.conn };
         if !given.private_data.is_null() {
             let len = usize::from(given.private_data_len).min(MAX_PRIVATE_DATA_BYTES);
-            // SAFETY: the library vouches for `private_data_len` bytes until the acknowledgement; `private_data`
-            // has room for `len`.
+            // SAFETY: the library vouches for `private_data_len` bytes until the acknowledgement;
+            // `private_data` has room for `len`.
             unsafe { ptr::copy_nonoverlapping(given.private_data.cast(), private_data.as_mut_ptr(), len) };
         }
         let incoming = (event.event == rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST)
@@ -319,8 +322,8 @@ fn parameters(private_data: &[u8]) -> rdma_conn_param {
 
 impl Drop for CmId {
     fn drop(&mut self) {
-        // SAFETY: the last owner lets go; its queue pair is gone (`QueuePair` holds its identifier and destroys
-        // the pair first), and no event of it is unacknowledged.
+        // SAFETY: the last owner lets go; its queue pair is gone (`QueuePair` holds its identifier and
+        // destroys the pair first), and no event of it is unacknowledged.
         unsafe { (self.channel.api.rdma_destroy_id)(self.raw()) };
     }
 }
@@ -336,8 +339,7 @@ impl Address {
 
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Self {
-        // SAFETY: all-zero bytes are a valid storage.
-        let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        let mut storage = libc::sockaddr_storage::zeroed();
         match address {
             SocketAddr::V4(v4) => {
                 let place = (&raw mut storage).cast::<libc::sockaddr_in>();

@@ -3,10 +3,10 @@
 use crate::domain::ProtectionDomain;
 use crate::halt::{Halt, set_nonblocking, wait_readable};
 use crate::unavailable;
+use crate::zeroed::Zeroed;
 use migration::transport::PlaneError;
 use rdma_sys::*;
 use std::io;
-use std::mem;
 use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -99,8 +99,7 @@ impl CompletionQueue {
     /// [`PlaneError::Io`] when one of them failed, or the device does. Then `into` is incomplete.
     pub(crate) fn poll(&self, into: &mut Vec<Completion>) -> Result<(), PlaneError> {
         into.clear();
-        // SAFETY: plain data, for which zeros are valid.
-        let mut raw: [ibv_wc; MAX_COMPLETIONS_PER_POLL] = unsafe { mem::zeroed() };
+        let mut raw = <[ibv_wc; MAX_COMPLETIONS_PER_POLL]>::zeroed();
         // SAFETY: the queue is valid, and `raw` has room for as many entries as are asked for.
         let taken = unsafe { ibv_poll_cq(self.raw(), MAX_COMPLETIONS_PER_POLL as i32, raw.as_mut_ptr()) };
         if taken < 0 {
@@ -121,12 +120,12 @@ impl CompletionQueue {
         Ok(())
     }
 
-    /// Takes at least one completion into `into`. Waits for it until `deadline`, without one for ever; returns
-    /// false when time is up.
+    /// Takes at least one completion into `into`. Waits for it until `deadline`, without one for ever;
+    /// returns false when time is up.
     ///
     /// # Errors
-    /// As for [`poll`](Self::poll), and the reason in `halt`. The latter goes first, since requests of a plane that
-    /// is halted fail because of that.
+    /// As for [`poll`](Self::poll), and the reason in `halt`. The latter goes first, since requests of a
+    /// plane that is halted fail because of that.
     pub(crate) fn wait(
         &self,
         into: &mut Vec<Completion>,

@@ -1,9 +1,10 @@
 //! What a device can do.
 
 use crate::api::Api;
+use crate::zeroed::Zeroed;
 use rdma_sys::*;
 use std::io;
-use std::mem::{self, offset_of};
+use std::mem::offset_of;
 
 /// Limits of a device and of one of its ports.
 #[derive(Clone, Copy, Debug)]
@@ -24,8 +25,7 @@ impl Abilities {
     /// # Safety
     /// `context` must be an open device's, and `port` one of its ports.
     pub(crate) unsafe fn of(api: &Api, context: *mut ibv_context, port: u8) -> io::Result<Abilities> {
-        // SAFETY: plain data, for which zeros are valid.
-        let mut device: ibv_device_attr = unsafe { mem::zeroed() };
+        let mut device = ibv_device_attr::zeroed();
         // SAFETY: the caller vouches for the context; `device` is where the answer goes.
         verbs_result(unsafe { (api.ibv_query_device)(context, &mut device) })?;
         // SAFETY: as above.
@@ -49,9 +49,8 @@ pub(crate) unsafe fn port_attributes(
     context: *mut ibv_context,
     port: u8,
 ) -> io::Result<ibv_port_attr> {
-    // SAFETY: plain data, for which zeros are valid. They matter: the entry point fills in only the fields
-    // that the first version of the structure had.
-    let mut attributes: ibv_port_attr = unsafe { mem::zeroed() };
+    // The zeros matter: the entry point fills in only the fields that the structure's first version had.
+    let mut attributes = ibv_port_attr::zeroed();
     // SAFETY: the caller vouches for the context; the old structure is a prefix of the new one.
     verbs_result(unsafe { (api.ibv_query_port)(context, port, (&raw mut attributes).cast()) })?;
     Ok(attributes)
@@ -68,9 +67,9 @@ pub(crate) fn verbs_result(result: i32) -> io::Result<()> {
 
 /// Whether the device pages on demand for writes over reliable connections.
 ///
-/// `ibv_query_device_ex` is an inline function that would bring the link back, since it falls back on a symbol;
-/// this does what it does as far as the device's own table goes. A device that has no such entry has no
-/// on-demand paging.
+/// `ibv_query_device_ex` is an inline function that would bring the link back, since it falls back on a
+/// symbol; this does what it does as far as the device's own table goes. A device that has no such entry has
+/// no on-demand paging.
 ///
 /// # Safety
 /// `context` must be an open device's.
@@ -86,8 +85,7 @@ unsafe fn on_demand(context: *mut ibv_context) -> bool {
         return false;
     }
     let Some(query) = extended.query_device_ex else { return false };
-    // SAFETY: plain data, for which zeros are valid.
-    let mut attributes: ibv_device_attr_ex = unsafe { mem::zeroed() };
+    let mut attributes = ibv_device_attr_ex::zeroed();
     // SAFETY: the context is valid, no input is a valid input, and the size is that of `attributes`: the
     // library fills in no more than it.
     let result =

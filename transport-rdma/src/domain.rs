@@ -1,8 +1,8 @@
 //! A protection domain: one session's memory and queue pairs on one device.
 //!
-//! A key is good only on queue pairs of its own domain. Every session has a domain of its own, so the keys that
-//! it hands out are scoped to it: another session's source, even on the same device and with the same numbers,
-//! is refused by the card.
+//! A key is good only on queue pairs of its own domain. Every session has a domain of its own, so the keys
+//! that it hands out are scoped to it: another session's source, even on the same device and with the same
+//! numbers, is refused by the card.
 
 use crate::api::Api;
 use crate::cm::{CmId, EventChannel};
@@ -104,7 +104,8 @@ impl ProtectionDomain {
         };
         if self.on_demand() {
             let access = access | ibv_access_flags::IBV_ACCESS_ON_DEMAND.0;
-            // SAFETY: `Ram::address` has checked that all of the extent is mapped, for as long as `ram` lives.
+            // SAFETY: `Ram::address` has checked that all of the extent is mapped, for as long as `ram`
+            // lives.
             let tried = unsafe {
                 self.register(address, extent.len as usize, extent.offset, access, Arc::clone(&memory))
             };
@@ -177,8 +178,8 @@ impl MemoryRegion {
 
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
-        // SAFETY: the region is valid and nobody uses it any more. It fails only where the device is gone, and
-        // with it the registration.
+        // SAFETY: the region is valid and nobody uses it any more. It fails only where the device is gone,
+        // and with it the registration.
         unsafe { (self.domain.api.ibv_dereg_mr)(self.raw.as_ptr()) };
     }
 }

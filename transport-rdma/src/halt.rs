@@ -69,8 +69,10 @@ impl Halt {
         self.reason.get()
     }
 
+    /// Fails once there is a reason.
+    ///
     /// # Errors
-    /// The reason, once there is one.
+    /// The reason.
     pub(crate) fn check(&self) -> Result<(), PlaneError> {
         self.reason.get().map_or(Ok(()), |reason| Err(reason.error()))
     }
@@ -81,8 +83,8 @@ impl Halt {
     }
 }
 
-/// Waits until some of `fds` can be read or have failed, and says which. `None` at `deadline`; without one it waits
-/// for ever.
+/// Waits until some of `fds` can be read or have failed, and says which. `None` at `deadline`; without one it
+/// waits for ever.
 pub(crate) fn wait_readable<const N: usize>(
     fds: [RawFd; N],
     deadline: Option<Instant>,

@@ -4,8 +4,8 @@
 //! offset  0      1                          33
 //!         32     the protocol's preamble    zeros, up to what the network pads to
 //! ```
-//! The preamble is the one that begins every TCP connection of the protocol, with its magic, version, lane and
-//! session token. The length goes first since rdma_cm delivers private data padded.
+//! The preamble is the one that begins every TCP connection of the protocol, with its magic, version, lane
+//! and session token. The length goes first since rdma_cm delivers private data padded.
 
 use crate::cm::PrivateData;
 use migration::preamble::{Kind, LEN, Preamble, PreambleError, Status};

@@ -5,8 +5,8 @@
 //! - Connections are made by rdma_cm and bound to the session by its token (`cm`, `hello`, `source::connect`,
 //!   `destination::accept`).
 //! - Memory is registered chunk by chunk (`chunks`, `source::registry`, `destination::register`).
-//! - Lanes write, name zeros and post barriers (`source::lane`, `destination::lane`). What is in flight is counted by
-//!   `source::window` and `source::credits`.
+//! - Lanes write, name zeros and post barriers (`source::lane`, `destination::lane`). What is in flight is
+//!   counted by `source::window` and `source::credits`.
 //! - The fence takes the queue pairs out of service (`destination`).
 //! - RDMA libraries are looked for when a plane is first asked for (`api`). Everything that is missing is a
 //!   [`PlaneError::Unavailable`](migration::transport::PlaneError::Unavailable).
@@ -32,6 +32,7 @@ mod receives;
 mod source;
 mod unavailable;
 mod warm;
+mod zeroed;
 
 pub use chunks::{DEFAULT_CHUNK, MIN_CHUNK};
 pub use completions::Waiting;

@@ -1,14 +1,14 @@
 //! The messages of both sides. Guest memory is never sent in one.
 //!
-//! A message fits a buffer of [`MAX_MESSAGE_BYTES`]. Its first byte says what it is; integers are little-endian. A
-//! barrier is not a message, but the immediate data of an empty write.
+//! A message fits a buffer of [`MAX_MESSAGE_BYTES`]. Its first byte says what it is; integers are
+//! little-endian. A barrier is not a message, but the immediate data of an empty write.
 
 use crate::buffers::MAX_MESSAGE_BYTES;
 use migration::memory::Extent;
 use migration::transport::PlaneError;
 
-/// Messages that may be in flight to the destination on a lane: it has posted as many receive buffers for them,
-/// and the source as many for the answers. Barriers count.
+/// Messages that may be in flight to the destination on a lane: it has posted as many receive buffers for
+/// them, and the source as many for the answers. Barriers count.
 pub(crate) const LANE_CREDITS: usize = 32;
 
 /// The same on the connection for registrations: requests that may be unanswered.

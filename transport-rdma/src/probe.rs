@@ -57,8 +57,8 @@ pub struct Port {
     pub state: &'static str,
     /// "ethernet" (RoCE, iWARP) or "infiniband".
     pub link: &'static str,
-    /// Bytes of payload in a packet, now and at best. 1024 on RoCE means that the network interface has an MTU of
-    /// 1500.
+    /// Bytes of payload in a packet, now and at best. 1024 on RoCE means that the network interface has an
+    /// MTU of 1500.
     pub mtu: u32,
     /// See `mtu`.
     pub max_mtu: u32,

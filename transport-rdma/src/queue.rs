@@ -5,10 +5,10 @@ use crate::completions::{CompletionQueue, Waiting};
 use crate::device::verbs_result;
 use crate::domain::ProtectionDomain;
 use crate::unavailable;
+use crate::zeroed::Zeroed;
 use migration::transport::PlaneError;
 use rdma_sys::*;
 use std::io;
-use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
@@ -21,18 +21,19 @@ pub(crate) struct QueuePair {
     completions: CompletionQueue,
 }
 
-// SAFETY: verbs on a queue pair are thread-safe; the pointer is valid until `drop`, which needs the last owner.
+// SAFETY: verbs on a queue pair are thread-safe; the pointer is valid until `drop`, which needs the last
+// owner.
 unsafe impl Send for QueuePair {}
 // SAFETY: as for Send.
 unsafe impl Sync for QueuePair {}
 
 impl QueuePair {
-    /// Makes a queue pair for `id`, with room for `sends` send requests and `receives` receive requests. Each may
-    /// have one scatter/gather element.
+    /// Makes a queue pair for `id`, with room for `sends` send requests and `receives` receive requests. Each
+    /// may have one scatter/gather element.
     ///
     /// # Errors
-    /// [`PlaneError::Unavailable`] or [`PlaneError::Io`] when the device has no more, or another one is asked for
-    /// than that of the domain.
+    /// [`PlaneError::Unavailable`] or [`PlaneError::Io`] when the device has no more, or another one is asked
+    /// for than that of the domain.
     pub(crate) fn new(
         id: Arc<CmId>,
         domain: &Arc<ProtectionDomain>,
@@ -47,8 +48,7 @@ impl QueuePair {
             )));
         }
         let completions = CompletionQueue::new(domain, sends + receives, waiting)?;
-        // SAFETY: plain data, for which zeros are valid.
-        let mut attributes: ibv_qp_init_attr = unsafe { mem::zeroed() };
+        let mut attributes = ibv_qp_init_attr::zeroed();
         attributes.send_cq = completions.raw();
         attributes.recv_cq = completions.raw();
         attributes.qp_type = ibv_qp_type::IBV_QPT_RC;
@@ -90,8 +90,7 @@ impl QueuePair {
     /// # Safety
     /// The message's buffer must be registered and be left alone until the request is complete.
     pub(crate) unsafe fn post_message(&self, id: u64, mut message: ibv_sge) -> io::Result<()> {
-        // SAFETY: plain data, for which zeros are valid.
-        let mut request: ibv_send_wr = unsafe { mem::zeroed() };
+        let mut request = ibv_send_wr::zeroed();
         request.wr_id = id;
         request.sg_list = &mut message;
         request.num_sge = 1;
@@ -122,8 +121,7 @@ impl QueuePair {
     /// # Errors
     /// When the device says no, and the pair may be alive.
     pub(crate) fn reset(&self) -> io::Result<()> {
-        // SAFETY: plain data, for which zeros are valid.
-        let mut attributes: ibv_qp_attr = unsafe { mem::zeroed() };
+        let mut attributes = ibv_qp_attr::zeroed();
         attributes.qp_state = ibv_qp_state::IBV_QPS_RESET;
         let mask = ibv_qp_attr_mask::IBV_QP_STATE.0 as i32;
         // SAFETY: the pair is valid; the mask says that only the state is read.
@@ -143,8 +141,8 @@ impl QueuePair {
         if self.raw.is_null() {
             return Ok(());
         }
-        // SAFETY: whoever calls is the pair's only owner, and nobody uses it after this; `rdma_destroy_qp` would
-        // destroy it in the same way.
+        // SAFETY: whoever calls is the pair's only owner, and nobody uses it after this; `rdma_destroy_qp`
+        // would destroy it in the same way.
         verbs_result(unsafe { (self.domain.api().ibv_destroy_qp)(self.raw) })?;
         self.raw = ptr::null_mut();
         // SAFETY: the identifier is valid; this tells librdmacm that it has no queue pair any more.

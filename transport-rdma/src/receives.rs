@@ -7,7 +7,8 @@ use crate::queue::QueuePair;
 use migration::transport::PlaneError;
 use std::sync::Arc;
 
-/// Marks the `wr_id` of a receive request; the rest is the number of its buffer. Send requests must not have it.
+/// Marks the `wr_id` of a receive request; the rest is the number of its buffer. Send requests must not have
+/// it.
 const RECEIVE: u64 = 1 << 63;
 
 /// Receive buffers on a queue pair. All are posted at first; whoever has taken a message out of one posts it
@@ -21,7 +22,8 @@ impl ReceiveQueue {
     /// Makes `count` buffers and posts them. The peer sends at once when it is connected: this comes before.
     ///
     /// # Errors
-    /// [`PlaneError::Unavailable`] when buffers cannot be made, [`PlaneError::Io`] when they cannot be posted.
+    /// [`PlaneError::Unavailable`] when buffers cannot be made, [`PlaneError::Io`] when they cannot be
+    /// posted.
     pub(crate) fn new(
         queue: Arc<QueuePair>,
         domain: &Arc<ProtectionDomain>,
@@ -55,8 +57,8 @@ impl ReceiveQueue {
     /// [`PlaneError::Io`] when the device refuses.
     pub(crate) fn post(&self, buffer: usize) -> Result<(), PlaneError> {
         let sge = self.buffers.sge(buffer, MAX_MESSAGE_BYTES);
-        // SAFETY: the buffer is registered for local writing. It is read only through `message`, whose callers
-        // vouch that it is not posted.
+        // SAFETY: the buffer is registered for local writing. It is read only through `message`, whose
+        // callers vouch that it is not posted.
         unsafe { self.queue.post_receive(RECEIVE | buffer as u64, sge) }
             .map_err(|source| PlaneError::Io { what: "posting a receive buffer", source })
     }

@@ -1,5 +1,5 @@
-//! What breaks during a migration: devices, links, limits, libraries. Most of these tests take devices away from the
-//! host, so they run only in the lab.
+//! What breaks during a migration: devices, links, limits, libraries. Most of these tests take devices away
+//! from the host, so they run only in the lab.
 
 mod common;
 
@@ -50,8 +50,8 @@ impl Drop for Repair {
 /// Runs the rest of a test in a process of its own, in the lab, and then `$after` in this one.
 ///
 /// librdmacm keeps devices open for as long as the process lives, the first one even if it is only asked
-/// whether there are any; and soft-RoCE's driver does not delete a device that is open. So no process that has
-/// used RDMA may be there when a device is to be gone.
+/// whether there are any; and soft-RoCE's driver does not delete a device that is open. So no process that
+/// has used RDMA may be there when a device is to be gone.
 macro_rules! apart_in_the_lab {
     ($test:literal, $after:expr) => {{
         if !changed() {
@@ -182,8 +182,8 @@ fn the_link_is_cut() {
 #[test]
 #[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn the_port_goes_down() {
-    // Linux 6.1's soft-RoCE does not always receive again after its interface was down under load; a new device
-    // does.
+    // Linux 6.1's soft-RoCE does not always receive again after its interface was down under load; a new
+    // device does.
     let devices = apart_in_the_lab!("the_port_goes_down", {
         delete("rxe1");
         thread::sleep(Duration::from_millis(500));

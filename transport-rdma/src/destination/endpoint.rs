@@ -27,12 +27,12 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    /// An endpoint with `buffers` buffers for receiving and as many for sending. Comes before the connection is
-    /// accepted.
+    /// An endpoint with `buffers` buffers for receiving and as many for sending. Comes before the connection
+    /// is accepted.
     ///
     /// # Errors
-    /// [`PlaneError::Unavailable`] when there is no memory for the buffers, [`PlaneError::Io`] when they cannot be
-    /// posted.
+    /// [`PlaneError::Unavailable`] when there is no memory for the buffers, [`PlaneError::Io`] when they
+    /// cannot be posted.
     pub(super) fn new(
         queue: Arc<QueuePair>,
         domain: &Arc<ProtectionDomain>,
@@ -66,7 +66,8 @@ impl Endpoint {
                     self.handle_sent(completion.id as usize)?;
                     continue;
                 };
-                // SAFETY: the buffer is posted again below, where the message is no longer in use.
+                // SAFETY: the completion is of this queue pair. The buffer is posted again only below, where
+                // the message is no longer in use.
                 let message = unsafe { self.receives.message(buffer, &completion) };
                 let answer = handle(completion.immediate, message)?;
                 self.receives.post(buffer)?;
@@ -85,9 +86,9 @@ impl Endpoint {
 
     fn send(&mut self, answer: Message<'static>) -> Result<(), PlaneError> {
         let Some(buffer) = self.free_sends.pop() else {
-            // A source has taken the answers to all its messages but the last few, as many as we have buffers.
-            // Its device's acknowledgements may come later than its next message, but no more answers than
-            // that ever wait here, unless it sends and takes none.
+            // A source has taken the answers to all its messages but the last few, as many as we have
+            // buffers. Its device's acknowledgements may come later than its next message, but no more
+            // answers than that ever wait here, unless it sends and takes none.
             if self.waiting.len() >= self.sends.count() {
                 return Err(PlaneError::Protocol("the source takes no answers".into()));
             }

@@ -1,5 +1,5 @@
-//! A lane at the destination: clearing the pages that are named, and confirming barriers. The card places what
-//! is written, without us.
+//! A lane at the destination: clearing the pages that are named, and confirming barriers. The card places
+//! what is written, without us.
 
 use super::Plane;
 use super::endpoint::Endpoint;
@@ -10,14 +10,15 @@ use migration::scan;
 use migration::transport::PlaneError;
 use std::sync::atomic::Ordering;
 
-/// Messages that are handled at the most before the source is told so. Half of the buffers are enough to keep it
-/// going.
+/// Messages that are handled at the most before the source is told so. Half of the buffers are enough to keep
+/// it going.
 const REPORT_INTERVAL_MESSAGES: u64 = LANE_CREDITS as u64 / 2;
 
 impl Plane {
     /// Serves a lane until the plane is halted.
     pub(super) fn serve_lane(&self, endpoint: &mut Endpoint) -> Result<(), PlaneError> {
-        // Messages that are handled, those of them that the source has been told of, and bytes it says it wrote.
+        // Messages that are handled, those of them that the source has been told of, and bytes it says it
+        // wrote.
         let (mut handled, mut reported, mut written) = (0u64, 0u64, 0u64);
         endpoint.serve(&self.halt, |immediate, content| {
             handled += 1;

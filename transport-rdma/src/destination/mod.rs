@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-/// RDMA on the device that has the address to which the source has connected.
+/// Receives over RDMA, on the device that has the address to which the source has connected.
 pub struct RdmaDestination {
     local: IpAddr,
     options: Options,
@@ -45,13 +45,13 @@ impl DestinationTransport for RdmaDestination {
     }
 
     fn offer(&mut self, session: &Session) -> Result<(Vec<u8>, Box<dyn DestinationPlane>), PlaneError> {
-        let (offer, served) = self.serve(session)?;
-        Ok((offer, Box::new(served)))
+        let (offer, plane) = self.serve(session)?;
+        Ok((offer, Box::new(plane)))
     }
 }
 
 impl RdmaDestination {
-    /// Makes a plane for a session, and what tells a source of it.
+    /// Makes a plane for a session, and the offer that tells a source how to connect to it.
     pub(crate) fn serve(&self, session: &Session) -> Result<(Vec<u8>, RdmaDestinationPlane), PlaneError> {
         let broken = |source| PlaneError::Io { what: "preparing for RDMA connections", source };
         let channel = EventChannel::new()?;
@@ -108,16 +108,19 @@ struct Connections {
 
 /// Destroys the queue pair of a connection that could not be taken to RESET, because of `error`.
 ///
-/// A device that was removed is the case in point. Drivers that let go of processes at once (those of cards do,
-/// soft-RoCE's does not) leave a process with a dead handle: Linux answers EIO to every command *but one that
-/// destroys*. That EIO alone proves nothing. It is given from the moment at which the device is taken from the
-/// process, and only thereafter the kernel destroys the process's queue pairs, one by one; in between they still
-/// write. The answer to destroying does prove it: the kernel gives it under the lock that it holds for all of
-/// that clearing away, when the pair is destroyed, whether by this command or before it. And a pair that does not
-/// exist writes nothing. It is so in Linux since 4.20; dirty tracking wants 5.7 anyway.
+/// This is for a device that was removed. Drivers of cards then take the device away from its processes at
+/// once (soft-RoCE's does not): Linux answers EIO to every command of the process, except to one that
+/// destroys.
+///
+/// The EIO alone does not prove that the pair is dead. It is given from the moment at which the device is
+/// taken away. Only then does the kernel destroy the process's queue pairs, one by one, and in between they
+/// still write. The answer to the command that destroys does prove it: the kernel gives it under the lock
+/// that it holds for all of that, when the pair is destroyed, whether by this command or before it. A pair
+/// that does not exist writes nothing. Linux does so since 4.20.
 ///
 /// # Errors
-/// When the pair may still exist: `error`, with what was said to the attempt to destroy it.
+/// [`PlaneError::Io`] with `error`, and with that of the attempt to destroy it, when the pair may still
+/// exist.
 fn destroy(connection: &mut Connection, error: io::Error) -> Result<(), PlaneError> {
     let what = "taking an RDMA queue pair out of service";
     // Nobody else may have a pair in hand that is about to go. Threads of a plane that is shut end soon.
@@ -149,8 +152,8 @@ struct Plane {
     /// What is registered, by region and offset.
     regions: Mutex<BTreeMap<(u32, u64), (Extent, MemoryRegion)>>,
     placed: AtomicU64,
-    /// Of the lanes' threads, which have ended when it is asked for. Those that register and take connections go on
-    /// after the fence.
+    /// Of the lanes' threads, which have ended when it is asked for. Those that register and take connections
+    /// go on after the fence.
     lanes_cpu_us: AtomicU64,
     registering: CpuMeter,
     accepting: CpuMeter,
@@ -171,7 +174,8 @@ impl Plane {
     ///   connection and are dropped. It stays there: nothing here ever takes a pair out of RESET, and rdma_cm
     ///   only does so for a connection that is being made.
     /// - Or it is destroyed (`destroy`), if the call that should take it to RESET has failed.
-    /// - The only threads of ours that write to memory are the lanes', which clear pages, and they have ended.
+    /// - The only threads of ours that write to memory are the lanes', which clear pages, and they have
+    ///   ended.
     ///
     /// So the keys need not be revoked for the guest to be safe; taking the registrations down, which takes
     /// time, is left for later.

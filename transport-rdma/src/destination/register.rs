@@ -38,8 +38,8 @@ impl Plane {
         Ok(Some(Message::Announce { extent, outcome }))
     }
 
-    /// A source may ask for whole chunks, and for each byte once, so that it cannot make this side pin or keep
-    /// more than the machine's RAM.
+    /// A source may ask for whole chunks, and for each byte once, so that it cannot make this side pin or
+    /// keep more than the machine's RAM.
     fn check(&self, extent: &Extent) -> Result<(), PlaneError> {
         let region = self.session.ram.check(extent)?;
         let chunk = 1u64 << self.chunk_shifts[extent.region as usize];

@@ -3,7 +3,8 @@
 use migration::transport::PlaneError;
 use std::collections::VecDeque;
 
-/// Barriers by the number of their round. The destination confirms them in the order in which they were posted.
+/// Barriers by the number of their round. The destination confirms them in the order in which they were
+/// posted.
 #[derive(Default)]
 pub(super) struct Barriers {
     /// Posted and not confirmed, oldest first.

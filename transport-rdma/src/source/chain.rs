@@ -2,6 +2,7 @@
 
 use super::window::Admitted;
 use crate::queue::QueuePair;
+use crate::zeroed::Zeroed;
 use rdma_sys::*;
 use std::io;
 use std::ptr;
@@ -11,7 +12,8 @@ pub(super) const MAX_CHAIN_REQUESTS: usize = 32;
 
 /// A chain of send requests with at most one scatter/gather element each.
 ///
-/// All memory is allocated once. A request is linked to its element and its successor when the chain is posted.
+/// All memory is allocated once. A request is linked to its element and its successor when the chain is
+/// posted.
 pub(super) struct Chain {
     requests: Box<[ibv_send_wr]>,
     /// Element `n` belongs to request `n`.
@@ -19,17 +21,15 @@ pub(super) struct Chain {
     len: usize,
 }
 
-// SAFETY: the pointers inside `requests` lead into `requests` and `elements`, which are on the heap, belong to this
-// struct alone and move with it. They are set anew before each use (`link`).
+// SAFETY: the pointers inside `requests` lead into `requests` and `elements`, which are on the heap, belong
+// to this struct alone and move with it. They are set anew before each use (`link`).
 unsafe impl Send for Chain {}
 
 impl Chain {
     /// An empty chain.
     pub(super) fn new() -> Chain {
-        // SAFETY: plain data, for which zeros are valid.
-        let request = || unsafe { std::mem::zeroed::<ibv_send_wr>() };
         Chain {
-            requests: (0..MAX_CHAIN_REQUESTS).map(|_| request()).collect(),
+            requests: (0..MAX_CHAIN_REQUESTS).map(|_| ibv_send_wr::zeroed()).collect(),
             elements: vec![ibv_sge { addr: 0, length: 0, lkey: 0 }; MAX_CHAIN_REQUESTS].into(),
             len: 0,
         }
@@ -95,9 +95,9 @@ impl Chain {
     pub(super) unsafe fn post(&mut self, queue: &QueuePair) -> io::Result<()> {
         let Some(first) = self.link() else { return Ok(()) };
         self.len = 0;
-        // SAFETY: `link` has made a chain of initialised requests that ends in null. Each points to an element of
-        // this struct, which has one for every request. The call copies requests and elements and keeps no
-        // pointer to them. The caller vouches for the memory that the elements name.
+        // SAFETY: `link` has made a chain of initialised requests that ends in null. Each points to an
+        // element of this struct, which has one for every request. The call copies requests and elements and
+        // keeps no pointer to them. The caller vouches for the memory that the elements name.
         unsafe { queue.post_send(first) }
     }
 
@@ -106,8 +106,8 @@ impl Chain {
         let (requests, elements) = (self.requests.as_mut_ptr(), self.elements.as_mut_ptr());
         for index in 0..self.len {
             let is_last = index + 1 == self.len;
-            // SAFETY: both slices have more than `index` entries, and more than `index + 1` unless this is the
-            // last; no reference to any of them exists.
+            // SAFETY: both slices have more than `index` entries, and more than `index + 1` unless this is
+            // the last; no reference to any of them exists.
             unsafe {
                 let request = requests.add(index);
                 (*request).sg_list = elements.add(index);
@@ -188,7 +188,8 @@ mod tests {
         assert!(lengths.into_iter().eq(0..MAX_CHAIN_REQUESTS as u32));
     }
 
-    /// A shorter chain in the place of a longer one ends at its own last request, and carries none of its flags.
+    /// A shorter chain in the place of a longer one ends at its own last request, and carries none of its
+    /// flags.
     #[test]
     fn a_chain_is_used_again() {
         let mut chain = Chain::new();

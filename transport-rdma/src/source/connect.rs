@@ -1,7 +1,7 @@
 //! Making a source's connections: all of them at once, since each takes several round trips.
 //!
-//! What a phase has made is owned by a value that gives it back when it is dropped. So a phase that fails leaves
-//! nothing behind of those before it: no identifier, queue pair, registered memory or thread.
+//! What a phase has made is owned by a value that gives it back when it is dropped. So a phase that fails
+//! leaves nothing behind of those before it: no identifier, queue pair, registered memory or thread.
 
 use super::RdmaPlane;
 use super::lane::{LaneLimits, RdmaLane};

@@ -1,9 +1,9 @@
 //! Flow control of a lane's messages.
 //!
 //! A message needs a receive buffer at the destination; without one the queue pair would fail (RNR). The
-//! destination has posted a number of buffers, and reports now and then how many messages it has handled: it has
-//! posted their buffers again. No more than the difference is ever in flight. A barrier counts as a message, since
-//! a write with immediate data uses up a buffer too.
+//! destination has posted a number of buffers, and reports now and then how many messages it has handled: it
+//! has posted their buffers again. No more than the difference is ever in flight. A barrier counts as a
+//! message, since a write with immediate data uses up a buffer too.
 
 use migration::transport::PlaneError;
 
@@ -20,11 +20,11 @@ impl Credits {
         Credits { capacity: capacity as u64, sent: 0, handled: 0 }
     }
 
-    /// Takes one credit: one message may be sent. Returns the send buffer for it, from 0 to `capacity` - 1, or
-    /// `None` while the peer has no receive buffer.
+    /// Takes one credit: one message may be sent. Returns the send buffer for it, from 0 to `capacity` - 1,
+    /// or `None` while the peer has no receive buffer.
     ///
-    /// Buffers are given out in turn. So the last message from the same buffer was `capacity` messages ago, and
-    /// the peer has handled it, or there would be no credit.
+    /// Buffers are given out in turn. So the last message from the same buffer was `capacity` messages ago,
+    /// and the peer has handled it, or there would be no credit.
     pub(super) fn take(&mut self) -> Option<usize> {
         if self.sent - self.handled >= self.capacity {
             return None;

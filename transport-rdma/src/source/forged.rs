@@ -9,6 +9,7 @@ use crate::halt::Halt;
 use crate::hello::{self, Purpose};
 use crate::offer::Offer;
 use crate::queue::QueuePair;
+use crate::zeroed::Zeroed;
 use crate::{Options, RdmaDestination, probe};
 use migration::conformance::bed::{extent, ram, read, scramble};
 use migration::memory::Ram;
@@ -81,8 +82,7 @@ impl Intruder {
     fn write(&self, address: u64, key: u32) -> Result<(), PlaneError> {
         let page = extent(0, 32, 2);
         let mut sge = ibv_sge { addr: page.offset, length: page.len as u32, lkey: self.memory.lkey() };
-        // SAFETY: plain data, for which zeros are valid.
-        let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
+        let mut request = ibv_send_wr::zeroed();
         request.sg_list = &mut sge;
         request.num_sge = 1;
         request.opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE;
@@ -200,8 +200,8 @@ fn a_failed_queue_pair_is_noticed() {
     honest.destination.fence().unwrap();
 }
 
-/// What the kernel holds of RDMA on this host, a line for each device. Without contexts: librdmacm keeps devices
-/// open.
+/// What the kernel holds of RDMA on this host, a line for each device. Without contexts: librdmacm keeps
+/// devices open.
 fn held_resources() -> Vec<String> {
     let output = Command::new("rdma").args(["resource", "show"]).output().expect("rdma, of iproute2");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -215,7 +215,8 @@ fn held_resources() -> Vec<String> {
     lines
 }
 
-/// A connection that fails in its last phase gives back the identifiers, queue pairs and memory of all before it.
+/// A connection that fails in its last phase gives back the identifiers, queue pairs and memory of all before
+/// it.
 #[test]
 #[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn a_refused_connection_leaves_nothing_behind() {
@@ -234,7 +235,8 @@ fn a_refused_connection_leaves_nothing_behind() {
     assert_eq!(settled_resources(), before);
 }
 
-/// The same once the destination has let go of the identifiers of those that it refused, which takes a moment.
+/// The same once the destination has let go of the identifiers of those that it refused, which takes a
+/// moment.
 fn settled_resources() -> Vec<String> {
     let deadline = Instant::now() + PATIENCE;
     let mut last = held_resources();

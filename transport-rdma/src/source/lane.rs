@@ -1,8 +1,8 @@
 //! A lane of the source: writes, zeros and barriers on one queue pair.
 //!
 //! Work requests are collected in a [`Chain`] and posted a chain at a time. The [`Window`] bounds what is in
-//! flight and says which requests are signalled. [`Credits`] see to it that the destination has a receive buffer
-//! for every message. [`Barriers`] remembers what the destination has confirmed.
+//! flight and says which requests are signalled. [`Credits`] see to it that the destination has a receive
+//! buffer for every message. [`Barriers`] remembers what the destination has confirmed.
 //!
 //! Each message of ours brings at most one answer, so that as many receive buffers on this side suffice.
 
@@ -45,8 +45,8 @@ pub(super) struct LaneLimits {
 
 pub(super) struct RdmaLane {
     registry: Arc<Registry>,
-    /// The queue pair goes before the buffers that it may still use: first this owner, then the last one, which
-    /// is inside `receives`.
+    /// The queue pair goes before the buffers that it may still use: first this owner, then the last one,
+    /// which is inside `receives`.
     queue: Arc<QueuePair>,
     receives: ReceiveQueue,
     sends: MessageBuffers,
@@ -67,8 +67,8 @@ impl RdmaLane {
     /// A lane on `queue`. Posts its receive buffers, which comes before the connection is made.
     ///
     /// # Errors
-    /// [`PlaneError::Unavailable`] when there is no memory for the buffers, [`PlaneError::Io`] when they cannot be
-    /// posted.
+    /// [`PlaneError::Unavailable`] when there is no memory for the buffers, [`PlaneError::Io`] when they
+    /// cannot be posted.
     pub(super) fn new(
         queue: QueuePair,
         domain: &Arc<ProtectionDomain>,
@@ -159,8 +159,8 @@ impl RdmaLane {
         put: impl FnOnce(&mut [u8; MAX_MESSAGE_BYTES]) -> usize,
     ) -> Result<(), PlaneError> {
         let buffer = self.take_credit()?;
-        // SAFETY: `Credits` has given this buffer out, so the destination has handled the last message from it.
-        // That one has arrived; should the device repeat it, the peer's drops it as a duplicate.
+        // SAFETY: `Credits` has given this buffer out, so the destination has handled the last message from
+        // it. That one has arrived; should the device repeat it, the peer's drops it as a duplicate.
         let len = put(unsafe { self.sends.get_mut(buffer) });
         let admitted = self.window.push(0, false);
         self.chain.send(admitted, self.sends.sge(buffer, len));
@@ -173,7 +173,8 @@ impl RdmaLane {
         }
         // It uses up a receive buffer like a message, and no send buffer.
         self.take_credit()?;
-        // The destination's device completes it after all that came before it on this queue pair is in memory.
+        // The destination's device completes it after all that came before it on this queue pair is in
+        // memory.
         let admitted = self.window.push(0, true);
         self.chain.write_immediate(admitted, round);
         self.barriers.post(round);
@@ -212,9 +213,9 @@ impl RdmaLane {
         }
         let requests = self.chain.len() as u64;
         // SAFETY: the requests read guest memory under a key of a chunk that is registered until the registry
-        // goes, which the lane holds, or message buffers, which the lane holds as well; `push_message` says when
-        // they are used again. Writes of the guest meanwhile are part of the contract: nothing in this process
-        // reads what the device does.
+        // goes, which the lane holds, or message buffers, which the lane holds as well; `push_message` says
+        // when they are used again. Writes of the guest meanwhile are part of the contract: nothing in this
+        // process reads what the device does.
         unsafe { self.chain.post(&self.queue) }
             .map_err(|source| PlaneError::Io { what: "posting RDMA requests", source })?;
         self.stats.requests += requests;
@@ -246,7 +247,8 @@ impl RdmaLane {
     }
 
     fn handle_answer(&mut self, buffer: usize, completion: &Completion) -> Result<(), PlaneError> {
-        // SAFETY: the buffer is posted again below, where the message is no longer in use.
+        // SAFETY: the completion is of this queue pair. The buffer is posted again only below, where the
+        // message is no longer in use.
         let bytes = unsafe { self.receives.message(buffer, completion) };
         let Message::Done { messages, round } = message::get(bytes)? else {
             return Err(PlaneError::Protocol("the destination's message on a lane is no answer".into()));

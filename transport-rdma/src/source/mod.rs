@@ -105,9 +105,9 @@ impl SourcePlane for RdmaPlane {
 impl Drop for RdmaPlane {
     /// Stops writing, tells the destination, and leaves the rest to a thread.
     ///
-    /// Our queue pairs are taken out of service, so that nothing leaves any more. What has left may still land:
-    /// only the destination's fence ends that, and whoever goes on over another transport has to ask for it first,
-    /// as the engine does (`Retire`).
+    /// Our queue pairs are taken out of service, so that nothing leaves any more. What has left may still
+    /// land: only the destination's fence ends that, and whoever goes on over another transport has to ask
+    /// for it first, as the engine does (`Retire`).
     fn drop(&mut self) {
         self.registry.stop(HaltReason::Interrupted);
         if let Some(watch) = self.watch.take() {
@@ -121,8 +121,8 @@ impl Drop for RdmaPlane {
         let register = self.register.take();
         let registry = Arc::clone(&self.registry);
         let ids = std::mem::take(&mut self.ids);
-        // Giving memory back takes as long as pinning it did: not while somebody waits for the guest. If there
-        // is no thread to be had, the closure is dropped here, and does it all the same.
+        // Giving memory back takes as long as pinning it did: not while somebody waits for the guest. If
+        // there is no thread to be had, the closure is dropped here, and does it all the same.
         let _ = thread::Builder::new().name("rdma-unpin".into()).spawn(move || {
             let _ = register.map(JoinHandle::join);
             drop((registry, ids));

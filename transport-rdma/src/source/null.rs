@@ -1,6 +1,7 @@
-//! A device that carries nothing: requests complete as they are posted, and messages are answered at once. What a
-//! lane takes on it is what this crate's code takes, on any machine; a real device adds what its driver does for a
-//! request and a completion. Only `examples/costs.rs` uses it, and nothing of it is ever freed.
+//! A device that carries nothing: requests complete as they are posted, and messages are answered at once.
+//! What a lane takes on it is what this crate's code takes, on any machine; a real device adds what its
+//! driver does for a request and a completion. Only `examples/costs.rs` uses it, and nothing of it is ever
+//! freed.
 
 use super::lane::{LaneLimits, RdmaLane};
 use super::registry::{MAX_REQUESTS_IN_QUEUE, Registry};
@@ -13,6 +14,7 @@ use crate::halt::Halt;
 use crate::message::{self, LANE_CREDITS, Message, REGISTRATION_CREDITS};
 use crate::options::DEFAULT_DEPTH;
 use crate::queue::QueuePair;
+use crate::zeroed::Zeroed;
 use migration::memory::Ram;
 use migration::transport::{Lane, PlaneError};
 use rdma_sys::*;
@@ -70,8 +72,8 @@ struct State {
 
 impl State {
     fn complete(&mut self, id: u64, len: usize) {
-        // SAFETY: plain data, for which zeros are valid, and mean success.
-        let mut completion: ibv_wc = unsafe { std::mem::zeroed() };
+        // A status of zero means success.
+        let mut completion = ibv_wc::zeroed();
         (completion.wr_id, completion.byte_len) = (id, len as u32);
         self.completions.push_back(completion);
     }
@@ -146,9 +148,8 @@ unsafe extern "C" fn req_notify_cq(_queue: *mut ibv_cq, _solicited: c_int) -> c_
 }
 
 /// Something of C's that lives for ever, zero at first.
-fn zeroed<T>() -> &'static mut T {
-    // SAFETY: used for structures of C that hold integers, pointers and optional functions.
-    Box::leak(Box::new(unsafe { std::mem::zeroed() }))
+fn leaked<T: Zeroed>() -> &'static mut T {
+    Box::leak(Box::new(T::zeroed()))
 }
 
 fn api() -> Result<&'static Api, PlaneError> {
@@ -200,7 +201,7 @@ unsafe extern "C" fn ibv_query_port(
 }
 
 unsafe extern "C" fn ibv_alloc_pd(_context: *mut ibv_context) -> *mut ibv_pd {
-    zeroed()
+    leaked()
 }
 
 unsafe extern "C" fn ibv_reg_mr_iova(
@@ -210,7 +211,7 @@ unsafe extern "C" fn ibv_reg_mr_iova(
     _iova: u64,
     _access: c_int,
 ) -> *mut ibv_mr {
-    zeroed()
+    leaked()
 }
 
 /// A descriptor that is never readable.
@@ -220,7 +221,7 @@ fn silent() -> c_int {
 }
 
 unsafe extern "C" fn ibv_create_comp_channel(_context: *mut ibv_context) -> *mut ibv_comp_channel {
-    let channel: &mut ibv_comp_channel = zeroed();
+    let channel: &mut ibv_comp_channel = leaked();
     channel.fd = silent();
     channel
 }
@@ -232,14 +233,14 @@ unsafe extern "C" fn ibv_create_cq(
     channel: *mut ibv_comp_channel,
     _vector: c_int,
 ) -> *mut ibv_cq {
-    let queue: &mut ibv_cq = zeroed();
+    let queue: &mut ibv_cq = leaked();
     let state = Box::into_raw(Box::<State>::default()).cast();
     (queue.context, queue.channel, queue.cq_context) = (context, channel, state);
     queue
 }
 
 unsafe extern "C" fn rdma_create_event_channel() -> *mut rdma_event_channel {
-    let channel: &mut rdma_event_channel = zeroed();
+    let channel: &mut rdma_event_channel = leaked();
     channel.fd = silent();
     channel
 }
@@ -250,7 +251,7 @@ unsafe extern "C" fn rdma_create_id(
     _user: *mut c_void,
     _space: rdma_port_space::Type,
 ) -> c_int {
-    let id: &mut rdma_cm_id = zeroed();
+    let id: &mut rdma_cm_id = leaked();
     id.channel = channel;
     // SAFETY: the caller wants it there.
     unsafe { *into = id };
@@ -261,7 +262,7 @@ unsafe extern "C" fn rdma_bind_addr(id: *mut rdma_cm_id, _address: *mut libc::so
     // One device for all.
     static CONTEXT: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
     let context = CONTEXT.get_or_init(|| {
-        let context: &mut ibv_context = zeroed();
+        let context: &mut ibv_context = leaked();
         context.ops.post_send = Some(post_send);
         context.ops.post_recv = Some(post_recv);
         context.ops.poll_cq = Some(poll_cq);
@@ -278,7 +279,7 @@ unsafe extern "C" fn rdma_create_qp(
     _domain: *mut ibv_pd,
     attributes: *mut ibv_qp_init_attr,
 ) -> c_int {
-    let pair: &mut ibv_qp = zeroed();
+    let pair: &mut ibv_qp = leaked();
     // SAFETY: the identifier and the completion queue are of the functions above.
     unsafe {
         pair.context = (*id).verbs;

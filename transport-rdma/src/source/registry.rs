@@ -1,14 +1,15 @@
 //! The source's memory, registered chunk by chunk on both sides.
 //!
 //! A lane that is about to write to a chunk [requests](Registry::request) it, and takes the two keys that it
-//! needs: the lkey for reading our side, the rkey for writing the destination's. The first request for a chunk
-//! sends a message to the destination, and a thread of ours registers our side. Both work at once, and meanwhile
-//! lanes write to chunks that are ready. So that lanes rarely wait, a request covers the next chunks as well.
+//! needs: the lkey for reading our side, the rkey for writing the destination's. The first request for a
+//! chunk sends a message to the destination, and a thread of ours registers our side. Both work at once, and
+//! meanwhile lanes write to chunks that are ready. So that lanes rarely wait, a request covers the next
+//! chunks as well.
 //!
-//! **Memory that holds nothing is not registered.** Without on-demand paging a registration makes all of a chunk
-//! exist and pins it, on both sides. Registering the guest beforehand would delay the first byte by the size of
-//! the guest, and would turn memory that it never touched into memory that it occupies. Hence a chunk is
-//! registered when the first write to it comes, and chunks ahead of it only if they hold something.
+//! **Memory that holds nothing is not registered.** Without on-demand paging a registration makes all of a
+//! chunk exist and pins it, on both sides. Registering the guest beforehand would delay the first byte by the
+//! size of the guest, and would turn memory that it never touched into memory that it occupies. Hence a chunk
+//! is registered when the first write to it comes, and chunks ahead of it only if they hold something.
 
 use crate::buffers::MessageBuffers;
 use crate::chunks::ChunkMap;
@@ -30,8 +31,8 @@ use std::time::{Duration, Instant};
 /// registration takes.
 const MAX_LOOK_AHEAD_BYTES: u64 = 64 << 20;
 
-/// Requests that the registrations' queue pair has room for. More than may be unanswered, since an answer may be
-/// here before the completion of its request is.
+/// Requests that the registrations' queue pair has room for. More than may be unanswered, since an answer may
+/// be here before the completion of its request is.
 pub(super) const MAX_REQUESTS_IN_QUEUE: usize = 2 * REGISTRATION_CREDITS;
 
 /// Keys of a chunk.
@@ -170,8 +171,8 @@ impl Registry {
         self.map.chunk_at(region, offset)
     }
 
-    /// Has a chunk, and those after it that are about to be needed, registered on both sides. Returns at once.
-    /// Only the first call for a chunk does anything.
+    /// Has a chunk, and those after it that are about to be needed, registered on both sides. Returns at
+    /// once. Only the first call for a chunk does anything.
     ///
     /// # Errors
     /// [`PlaneError::Io`] when the destination cannot be asked.
@@ -194,8 +195,8 @@ impl Registry {
     /// Waits for the keys of a chunk that has been requested.
     ///
     /// # Errors
-    /// [`PlaneError::Timeout`] when no registration at all ends within `timeout`; the reason when the plane is
-    /// stopped.
+    /// [`PlaneError::Timeout`] when no registration at all ends within `timeout`; the reason when the plane
+    /// is stopped.
     pub(super) fn wait_for_keys(&self, chunk: usize, timeout: Duration) -> Result<Keys, PlaneError> {
         loop {
             // Any change counts as a sign of life, and so restarts the time-out.
@@ -251,8 +252,8 @@ impl Registry {
             let Some(buffer) = state.free_buffers.pop() else { return Ok(()) };
             let Some(chunk) = state.to_request.pop_front() else { return Ok(()) };
             let Some(extent) = self.map.extent(chunk) else { continue };
-            // SAFETY: a free buffer holds no unanswered request. What has been answered has arrived; should the
-            // device repeat it, the peer's drops it as a duplicate.
+            // SAFETY: a free buffer holds no unanswered request. What has been answered has arrived; should
+            // the device repeat it, the peer's drops it as a duplicate.
             let bytes = unsafe { state.buffers.get_mut(buffer) };
             let len = message::put(bytes, &Message::Request(extent));
             // SAFETY: the buffer is registered, and left alone until the answer has come.

@@ -25,8 +25,8 @@ fn ends_connection(kind: u32) -> bool {
     )
 }
 
-/// Watches until the plane is stopped, by whomever; stops it when something is wrong. `answers` is the receive
-/// queue of the registrations' connection.
+/// Watches until the plane is stopped, by whomever; stops it when something is wrong. `answers` is the
+/// receive queue of the registrations' connection.
 pub(super) fn watch(registry: &Registry, channel: &Arc<EventChannel>, answers: &ReceiveQueue) {
     if let Err(error) = serve(registry, channel, answers) {
         registry.stop(HaltReason::from(&error));
@@ -66,7 +66,8 @@ fn serve(registry: &Registry, channel: &Arc<EventChannel>, answers: &ReceiveQueu
 
 fn handle(registry: &Registry, answers: &ReceiveQueue, completion: &Completion) -> Result<(), PlaneError> {
     let Some(buffer) = ReceiveQueue::filled(completion) else { return registry.handle_sent() };
-    // SAFETY: the buffer is posted again below, where the message is no longer in use.
+    // SAFETY: the completion is of this queue pair. The buffer is posted again only below, where the message
+    // is no longer in use.
     let bytes = unsafe { answers.message(buffer, completion) };
     let Message::Announce { extent, outcome } = message::get(bytes)? else {
         return Err(PlaneError::Protocol("the destination's message about memory is no answer".into()));

@@ -1,7 +1,8 @@
 //! The send window of a lane: how much is in flight, and which requests ask for a completion.
 //!
-//! A reliable queue pair executes and completes its requests in order, so that the completion of one stands for
-//! all before it. Hence only some requests are signalled. The window remembers these, with what each stands for.
+//! A reliable queue pair executes and completes its requests in order, so that the completion of one stands
+//! for all before it. Hence only some requests are signalled. The window remembers these, with what each
+//! stands for.
 
 use std::collections::VecDeque;
 
@@ -41,7 +42,8 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// An empty window for at most `max_requests` requests (no fewer than 1), and `max_bytes` bytes, in flight.
+    /// An empty window for at most `max_requests` requests (no fewer than 1), and `max_bytes` bytes, in
+    /// flight.
     pub(super) fn new(max_requests: u32, max_bytes: u64) -> Window {
         Window {
             max_requests: u64::from(max_requests.max(1)),
