@@ -3,9 +3,9 @@
 //! What a phase has made is owned by a value that gives it back when it is dropped. So a phase that fails
 //! leaves nothing behind of those before it: no identifier, queue pair, registered memory or thread.
 
-use super::RdmaPlane;
 use super::lane::{LaneLimits, RdmaLane};
 use super::registry::{MAX_REQUESTS_IN_QUEUE, Registry};
+use super::{Lanes, RdmaPlane};
 use crate::chunks::{ChunkMap, min_chunk_shifts};
 use crate::cm::{CmId, Event, EventChannel, describe};
 use crate::domain::ProtectionDomain;
@@ -19,7 +19,7 @@ use crate::queue::QueuePair;
 use crate::receives::ReceiveQueue;
 use crate::unavailable;
 use migration::memory::{PAGE_SIZE, Ram};
-use migration::transport::{Lane, MAX_LANES, PlaneError, Session, Token};
+use migration::transport::{MAX_LANES, PlaneError, Session, Token};
 use rdma_sys::rdma_cm_event_type::{self, *};
 use std::io;
 use std::net::SocketAddr;
@@ -97,7 +97,7 @@ fn make_lanes(
     domain: &Arc<ProtectionDomain>,
     registry: &Arc<Registry>,
     options: &Options,
-) -> Result<Vec<Box<dyn Lane>>, PlaneError> {
+) -> Result<Lanes, PlaneError> {
     let abilities = domain.abilities();
     let room = DEFAULT_DEPTH.min(abilities.max_qp_wr).max(MIN_QUEUE_REQUESTS);
     let limits = LaneLimits {
@@ -106,12 +106,14 @@ fn make_lanes(
         max_requests: if options.depth == 0 { room } else { options.depth.min(room) },
         timeout: connector.timeout,
     };
-    let make = |(number, id): (usize, &Arc<CmId>)| {
+    let mut lanes = Lanes::default();
+    for (number, id) in connector.lanes().iter().enumerate() {
         let queue = QueuePair::new(Arc::clone(id), domain, room, LANE_CREDITS as u32, options.waiting)?;
-        let lane = RdmaLane::new(queue, domain, Arc::clone(registry), limits, number == 0)?;
-        Ok(Box::new(lane) as Box<dyn Lane>)
-    };
-    connector.lanes().iter().enumerate().map(make).collect()
+        let queue = Arc::new(queue);
+        lanes.queues.push(Arc::downgrade(&queue));
+        lanes.lanes.push(Box::new(RdmaLane::new(queue, domain, Arc::clone(registry), limits, number == 0)?));
+    }
+    Ok(lanes)
 }
 
 fn broken(source: io::Error) -> PlaneError {

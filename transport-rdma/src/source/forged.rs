@@ -250,3 +250,35 @@ fn settled_resources() -> Vec<String> {
         last = now;
     }
 }
+
+/// Whoever has taken a lane out of its plane keeps a queue pair that the plane's end has put out of service.
+#[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
+fn a_lane_that_outlives_its_plane_sends_nothing() {
+    let Honest { mut plane, destination, .. } = Honest::new(device());
+    let taken = std::mem::take(&mut plane.lanes.lanes);
+    drop(plane);
+    // The destination has noticed too, or its queue pairs would be among these.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let states = queue_pair_states();
+        if states == ["RESET"; 2] {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{states:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop((taken, destination));
+    settled_resources();
+    assert_eq!(queue_pair_states(), [""; 0]);
+}
+
+/// The states of all reliable queue pairs of this host.
+fn queue_pair_states() -> Vec<String> {
+    let output = Command::new("rdma").args(["resource", "show", "qp"]).output().expect("rdma, of iproute2");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout);
+    let reliable = text.lines().filter(|line| line.contains(" type RC "));
+    let state = |line: &str| line.split_once(" state ")?.1.split_whitespace().next().map(str::to_string);
+    reliable.filter_map(state).collect()
+}

@@ -70,13 +70,12 @@ impl RdmaLane {
     /// [`PlaneError::Unavailable`] when there is no memory for the buffers, [`PlaneError::Io`] when they
     /// cannot be posted.
     pub(super) fn new(
-        queue: QueuePair,
+        queue: Arc<QueuePair>,
         domain: &Arc<ProtectionDomain>,
         registry: Arc<Registry>,
         limits: LaneLimits,
         reports_registrations: bool,
     ) -> Result<RdmaLane, PlaneError> {
-        let queue = Arc::new(queue);
         Ok(RdmaLane {
             registry,
             receives: ReceiveQueue::new(Arc::clone(&queue), domain, LANE_CREDITS)?,

@@ -16,11 +16,12 @@ mod window;
 use crate::cm::{CmId, EventChannel};
 use crate::halt::HaltReason;
 use crate::options::Options;
+use crate::queue::QueuePair;
 use crate::receives::ReceiveQueue;
 use migration::report::CpuTime;
 use migration::transport::{Interrupt, Lane, PlaneError, Session, SourcePlane, SourceTransport};
 use registry::Registry;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 
 /// Connects over RDMA to where a destination's offer says.
@@ -45,9 +46,17 @@ impl SourceTransport for RdmaSource {
     }
 }
 
+/// The lanes of a plane, with their queue pairs.
+#[derive(Default)]
+struct Lanes {
+    lanes: Vec<Box<dyn Lane>>,
+    /// Each is the lane's. The plane reaches it here though somebody may have taken the lane.
+    queues: Vec<Weak<QueuePair>>,
+}
+
 /// A connected plane.
 struct RdmaPlane {
-    lanes: Vec<Box<dyn Lane>>,
+    lanes: Lanes,
     registry: Arc<Registry>,
     /// All connections of the session.
     ids: Vec<Arc<CmId>>,
@@ -64,7 +73,7 @@ impl RdmaPlane {
     /// # Errors
     /// [`PlaneError::Io`] when a thread cannot be had.
     fn start(
-        lanes: Vec<Box<dyn Lane>>,
+        lanes: Lanes,
         registry: Arc<Registry>,
         (channel, ids): (Arc<EventChannel>, Vec<Arc<CmId>>),
         answers: ReceiveQueue,
@@ -90,7 +99,7 @@ impl SourcePlane for RdmaPlane {
     }
 
     fn lanes(&mut self) -> &mut Vec<Box<dyn Lane>> {
-        &mut self.lanes
+        &mut self.lanes.lanes
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
@@ -115,9 +124,12 @@ impl Drop for RdmaPlane {
             let _ = watch.join();
         }
         // The lanes' queue pairs are destroyed with them. That of the registrations carries no writes.
-        self.lanes.clear();
+        self.lanes.lanes.clear();
         let _ = self.registry.queue().reset();
         self.ids.iter().for_each(|id| id.disconnect());
+        // Those of lanes that somebody has taken live on. The disconnection has stopped their sending, and this
+        // does on every kind of device. The other way round librdmacm would not disconnect.
+        self.lanes.queues.iter().filter_map(Weak::upgrade).for_each(|queue| drop(queue.reset()));
         let register = self.register.take();
         let registry = Arc::clone(&self.registry);
         let ids = std::mem::take(&mut self.ids);

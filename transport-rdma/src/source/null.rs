@@ -58,7 +58,7 @@ pub fn lane(ram: &Arc<Ram>) -> Result<Box<dyn Lane>, PlaneError> {
     let queue =
         QueuePair::new(identifier()?, &domain, DEFAULT_DEPTH, LANE_CREDITS as u32, Default::default())?;
     let limits = LaneLimits { max_write_bytes: 1 << 31, max_requests: DEFAULT_DEPTH, timeout };
-    Ok(Box::new(RdmaLane::new(queue, &domain, registry, limits, true)?))
+    Ok(Box::new(RdmaLane::new(Arc::new(queue), &domain, registry, limits, true)?))
 }
 
 /// What a completion queue and its queue pair know.
