@@ -1,26 +1,28 @@
 //! Registered buffers for messages, all of one size.
 
-use crate::domain::{Domain, MemoryRegion};
+use crate::domain::{MemoryRegion, ProtectionDomain};
+use crate::unavailable;
+use migration::transport::PlaneError;
 use rdma_sys::{ibv_access_flags, ibv_sge};
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Length of a buffer in bytes.
-pub(crate) const SLOT: usize = 4096;
+/// Bytes of a buffer, and so of the largest message.
+pub(crate) const MAX_MESSAGE_BYTES: usize = 4096;
 
-/// `count` buffers of [`SLOT`] bytes.
+/// A number of buffers of [`MAX_MESSAGE_BYTES`] bytes, numbered from 0.
 ///
-/// Who may touch a buffer is a matter of what has been posted: between posting and completion it is the card's,
-/// at all other times its owner's.
-pub(crate) struct Slots {
+/// What has been posted decides who may touch a buffer: it is the card's between posting and completion, and
+/// its owner's at all other times.
+pub(crate) struct MessageBuffers {
     region: MemoryRegion,
     address: NonNull<u8>,
     count: usize,
 }
 
 // SAFETY: the struct is the only handle to its mapping apart from the registration.
-unsafe impl Send for Slots {}
+unsafe impl Send for MessageBuffers {}
 
 /// Anonymous memory of its own.
 struct Mapping {
@@ -57,9 +59,18 @@ impl Drop for Mapping {
     }
 }
 
-impl Slots {
-    pub(crate) fn new(domain: &Arc<Domain>, count: usize) -> io::Result<Slots> {
-        let len = count * SLOT;
+impl MessageBuffers {
+    /// Allocates and registers `count` buffers.
+    ///
+    /// # Errors
+    /// [`PlaneError::Unavailable`] when the memory cannot be had or pinned.
+    pub(crate) fn new(domain: &Arc<ProtectionDomain>, count: usize) -> Result<MessageBuffers, PlaneError> {
+        MessageBuffers::register(domain, count)
+            .map_err(|error| unavailable::resource("registering message buffers", error))
+    }
+
+    fn register(domain: &Arc<ProtectionDomain>, count: usize) -> io::Result<MessageBuffers> {
+        let len = count * MAX_MESSAGE_BYTES;
         let mapping = Arc::new(Mapping::new(len)?);
         let address = mapping.address;
         // The peer never writes here on its own: only messages that we have posted a buffer for.
@@ -68,41 +79,42 @@ impl Slots {
         // read from and written to it, through this struct.
         let region =
             unsafe { domain.register(address.as_ptr(), len, address.as_ptr() as u64, access, mapping) }?;
-        Ok(Slots { region, address, count })
+        Ok(MessageBuffers { region, address, count })
     }
 
+    /// How many there are.
     pub(crate) fn count(&self) -> usize {
         self.count
     }
 
-    fn at(&self, slot: usize) -> NonNull<u8> {
-        assert!(slot < self.count, "no such buffer");
-        // SAFETY: `slot < count`, so the sum stays inside the mapping of `count * SLOT` bytes.
-        unsafe { self.address.add(slot * SLOT) }
+    fn address_of(&self, buffer: usize) -> NonNull<u8> {
+        assert!(buffer < self.count, "no such buffer");
+        // SAFETY: `buffer < count`, so the sum stays inside the mapping of `count * MAX_MESSAGE_BYTES` bytes.
+        unsafe { self.address.add(buffer * MAX_MESSAGE_BYTES) }
     }
 
     /// The first `len` bytes of a buffer, for a work request.
-    pub(crate) fn sge(&self, slot: usize, len: usize) -> ibv_sge {
-        let len = len.min(SLOT) as u32;
-        ibv_sge { addr: self.at(slot).as_ptr() as u64, length: len, lkey: self.region.lkey() }
+    pub(crate) fn sge(&self, buffer: usize, len: usize) -> ibv_sge {
+        let len = len.min(MAX_MESSAGE_BYTES) as u32;
+        ibv_sge { addr: self.address_of(buffer).as_ptr() as u64, length: len, lkey: self.region.lkey() }
     }
 
-    /// What a buffer holds.
+    /// The first `len` bytes of a buffer.
     ///
     /// # Safety
     /// The buffer must not be posted.
-    pub(crate) unsafe fn get(&self, slot: usize, len: usize) -> &[u8] {
+    pub(crate) unsafe fn get(&self, buffer: usize, len: usize) -> &[u8] {
         // SAFETY: inside the mapping; the caller vouches that the card does not write to it.
-        unsafe { std::slice::from_raw_parts(self.at(slot).as_ptr(), len.min(SLOT)) }
+        unsafe { std::slice::from_raw_parts(self.address_of(buffer).as_ptr(), len.min(MAX_MESSAGE_BYTES)) }
     }
 
     /// A buffer, to be filled.
     ///
     /// # Safety
     /// The buffer must not be posted.
-    pub(crate) unsafe fn get_mut(&mut self, slot: usize) -> &mut [u8; SLOT] {
+    pub(crate) unsafe fn get_mut(&mut self, buffer: usize) -> &mut [u8; MAX_MESSAGE_BYTES] {
         // SAFETY: inside the mapping, and bytes have no alignment; the caller vouches that the card does not
         // use it, and `&mut self` that nobody else of this process does.
-        unsafe { &mut *self.at(slot).as_ptr().cast() }
+        unsafe { &mut *self.address_of(buffer).as_ptr().cast() }
     }
 }
