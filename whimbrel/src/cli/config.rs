@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn the_examples_of_the_guide_are_good() {
-        let guide = include_str!("../../../docs/operating.md");
+        let guide = include_str!("../../../docs/machines.md");
         let examples: Vec<_> =
             guide.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
         let [vm, receiver] = examples[..] else { panic!("{} examples", examples.len()) };
