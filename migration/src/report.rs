@@ -13,7 +13,7 @@ use std::time::Duration;
 pub struct RoundReport {
     /// Number, from 0; the final round, in the blackout, is the last.
     pub round: u32,
-    /// Bytes of pages that were dirty at its begin (in round 0: all memory).
+    /// Bytes of pages that were dirty at its beginning (in round 0: all memory).
     pub dirty: u64,
     /// Bytes that travelled.
     pub sent: u64,
@@ -71,7 +71,7 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Counters of each lane of the last transport.
     pub lanes: Vec<LaneStats>,
-    /// Microseconds from the begin to the end.
+    /// Microseconds from the beginning to the end.
     pub total_us: u64,
     /// Microseconds until the data plane was connected: greeting, building, connecting.
     pub setup_us: u64,

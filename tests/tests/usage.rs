@@ -41,7 +41,7 @@ fn configuration_files_that_are_wrong() {
     let config = path.to_str().unwrap();
     run(["run", "--config", config]).refused(2, "cannot read the configuration file");
     for (content, message) in [
-        (&b"memory = '64M'\ncolour = 'red'\n"[..], "vm.toml:2: \"colour\" is no option"),
+        (&b"memory = '64M'\ncolour = 'red'\n"[..], "vm.toml:2: \"colour\" is not an option"),
         (b"memory = 'much'\n", "vm.toml:1: invalid value 'much'"),
         (b"memory = \n", "vm.toml:1: "),
         (b"\xff\xfe", "cannot read the configuration file"),

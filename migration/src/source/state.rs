@@ -279,7 +279,7 @@ impl State {
                 self.give_up(why.context("the destination gave the guest back"))
             }
             (_, Event::LinkLost(why)) => {
-                self.uncertain(why.context("the line was cut after the guest was handed over"))
+                self.uncertain(why.context("the connection was lost after the guest was handed over"))
             }
             (_, Event::Deadline) => self.uncertain(Failure::new(
                 Code::TIMEOUT,

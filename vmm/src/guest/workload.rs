@@ -72,7 +72,7 @@ impl Workload {
     }
 
     /// Fills RAM. The working set lies at the
-    /// end of low memory and at the begin of high memory, so low memory is filled from its begin and
+    /// end of low memory and at the beginning of high memory, so low memory is filled from its beginning and
     /// high memory up to its end; the guest's first pass overwrites what it needs.
     fn fill(&self, machine: &Machine) {
         let mut left = self.fill / PAGE * PAGE;

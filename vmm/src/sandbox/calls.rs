@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 /// Calls, and for each the conditions on its arguments: one of the rules must hold, if there are any.
 type Calls = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// What neither this program nor a library has any business with, and what whoever has taken over a process tries
+/// Calls that neither this program nor a library ever needs, and that somebody who has taken over a process tries
 /// first: other programs, other processes, the kernel, the system's settings, namespaces and mounts.
 const FATAL: &[i64] = &[
     // other programs

@@ -44,7 +44,9 @@ pub enum Mode {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel has no filters.
-    #[error("this kernel does not filter system calls ({0}); start with --seccomp off to do without")]
+    #[error(
+        "this kernel does not filter system calls ({0}); start with --seccomp off to run without filters"
+    )]
     Filter(#[from] seccompiler::Error),
     /// A list is no filter.
     #[error("a list of system calls is wrong: {0}")]

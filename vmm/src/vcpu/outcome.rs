@@ -91,7 +91,7 @@ impl fmt::Display for Crash {
                 write!(f, "the CPU refused to enter the guest on vCPU {vcpu} (reason {reason:#x})")
             }
             Crash::Reported { vcpu } => write!(f, "reported by the guest on vCPU {vcpu}"),
-            Crash::Unknown { vcpu, what } => write!(f, "vCPU {vcpu} cannot go on: {what}"),
+            Crash::Unknown { vcpu, what } => write!(f, "vCPU {vcpu} cannot continue: {what}"),
         }
     }
 }

@@ -111,7 +111,7 @@ impl File {
             let (at, key) = (key.span().start, key.get_ref());
             let named = |option: &&&Arg| option.get_long() == Some(key) && key != OPTION;
             let option = options.iter().find(named).ok_or_else(|| {
-                entry(at, format!("\"{key}\" is no option of `whimbrel {command}`; see its --help"))
+                entry(at, format!("\"{key}\" is not an option of `whimbrel {command}`; see its --help"))
             })?;
             let words = words(option, key, value.get_ref()).map_err(|what| entry(at, what))?;
             if given.value_source(option.get_id().as_str()) != Some(ValueSource::CommandLine) {
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_by_file_line_and_key() {
         for (content, expected) in [
-            ("memory = '1G'\n\ncolour = 1\n", "vm.toml:3: \"colour\" is no option of `whimbrel run`"),
+            ("memory = '1G'\n\ncolour = 1\n", "vm.toml:3: \"colour\" is not an option of `whimbrel run`"),
             ("vcpus = 1\nmemory = 'much'\n", "vm.toml:2: invalid value 'much' for '--memory <MEMORY>'"),
             ("fill-with = 'water'", "vm.toml:1: invalid value 'water' for '--fill-with <FILL_WITH>'"),
             ("\nvcpus = 255\n", "vm.toml:2: invalid value '255' for '--vcpus <VCPUS>'"),
@@ -227,9 +227,9 @@ mod tests {
             ("[memory]\nsize = 1\n", "vm.toml:1: \"memory\" takes a text or a number"),
             ("rng = 'yes'\n", "vm.toml:1: \"rng\" is true or false"),
             ("vcpus = true\n", "vm.toml:1: \"vcpus\" takes a text or a number"),
-            ("config = 'other.toml'\n", "vm.toml:1: \"config\" is no option"),
-            ("help = true\n", "vm.toml:1: \"help\" is no option"),
-            ("listen = '127.0.0.1:7'\n", "vm.toml:1: \"listen\" is no option of `whimbrel run`"),
+            ("config = 'other.toml'\n", "vm.toml:1: \"config\" is not an option"),
+            ("help = true\n", "vm.toml:1: \"help\" is not an option"),
+            ("listen = '127.0.0.1:7'\n", "vm.toml:1: \"listen\" is not an option of `whimbrel run`"),
             ("vcpus = 1\nvcpus = 2\n", "vm.toml:2: duplicate key"),
             ("vcpus = 1\nmemory =\n", "vm.toml:2: "),
             ("vcpus = 0x10000000000000000000\n", "vm.toml:1: "),
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn the_examples_of_the_guide_are_good() {
-        let guide = include_str!("../../../docs/operating.md");
+        let guide = include_str!("../../../docs/machines.md");
         let examples: Vec<_> =
             guide.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
         let [vm, receiver] = examples[..] else { panic!("{} examples", examples.len()) };

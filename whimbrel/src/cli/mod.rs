@@ -27,7 +27,7 @@ use whimbrel::api::model::{Migration, Vm};
 pub enum Exit {
     Done,
     Failed,
-    /// The migration failed; the guest runs on at the source.
+    /// The migration failed; the guest continues to run at the source.
     Stayed,
     /// The guest is held paused.
     Held,

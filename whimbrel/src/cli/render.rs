@@ -79,11 +79,11 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
         (Verdict::Moved, _) => {
             writeln!(out, "moved to {to} over {} in {}", report.transport, ms(report.total_us))?
         }
-        (Verdict::Stayed, Some(why)) => writeln!(out, "not moved, the guest runs on here: {why}")?,
+        (Verdict::Stayed, Some(why)) => writeln!(out, "not moved, the guest continues to run here: {why}")?,
         (Verdict::Held, Some(why)) => writeln!(
             out,
             "HELD: the guest is paused here and may run at {to}: {why}\n\
-             If it runs there, end this process. If it certainly does not, `whimbrel resume --force` lets it run here."
+             If it runs there, use `whimbrel quit` here. If it certainly does not, use `whimbrel resume --force` here."
         )?,
         (_, None) => writeln!(out, "not moved")?,
     }
@@ -172,7 +172,7 @@ fn lanes(report: &Report) -> Table {
     let mut table = table();
     let mut header = vec!["lane", "bytes", "zero", "requests"];
     if deep {
-        header.extend(["in flight", "registering", "of it while sending"]);
+        header.extend(["in flight", "registering", "of that while sending"]);
     }
     table.set_header(header);
     for (number, lane) in report.lanes.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! Standard input as a guest's keyboard: `--serial stdio`.
 //!
-//! A terminal's own keys (Ctrl-C, Ctrl-Z, line editing) are the guest's as well, so one key is kept for whoever holds
-//! the machine: Ctrl-A, as in QEMU.
+//! A terminal's own keys (Ctrl-C, Ctrl-Z, line editing) go to the guest as well. Only Ctrl-A is kept for the operator of
+//! the machine, as in QEMU.
 
 use anyhow::Context;
 use std::fs::{File, OpenOptions};

@@ -11,7 +11,9 @@ pub(super) fn examine(memory: u64) -> Vec<Finding> {
 fn findings(host: &Host, memory: u64) -> Vec<Finding> {
     let devices = match &host.devices {
         Ok(devices) => devices,
-        Err(why) => return vec![limited("RDMA", format!("not here, migrations go over TCP: {why}"), None)],
+        Err(why) => {
+            return vec![limited("RDMA", format!("not available, so migrations use TCP: {why}"), None)];
+        }
     };
     let mut findings: Vec<_> = devices.iter().flat_map(device).collect();
     if let Err(why) = &host.connections {
@@ -64,7 +66,7 @@ fn port(device: &str, port: &Port) -> Finding {
     });
     let Some(gid) = routable else {
         let mend = Some(format!("ip address add ADDRESS/PREFIX dev {interface}"));
-        return limited(what, format!("{name} has no GID with an address of this host's"), mend);
+        return limited(what, format!("{name} has no GID with an address of this host"), mend);
     };
     if port.mtu < port.max_mtu && port.link == "ethernet" {
         return limited(

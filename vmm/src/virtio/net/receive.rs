@@ -1,6 +1,6 @@
 //! Frames from the tap into the guest's buffers.
 //!
-//! How long the next frame is, nobody knows before it has been read. So it is read only when there
+//! The length of the next frame is unknown until the frame has been read. So it is read only when there
 //! is room for the longest one: as many chains as that takes when the guest has agreed that a frame
 //! may be spread over several of them (mergeable buffers), or else one, which such a guest makes
 //! long enough. Chains that the frame did not need stay for the next one, and go back to the ring

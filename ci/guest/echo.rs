@@ -1,4 +1,4 @@
-//! For the small guest (`ci/guest`): sends every datagram that comes to UDP port 7 back to where it came from.
+//! A program for the small guest (`ci/guest/build`): sends every datagram that reaches UDP port 7 back to its sender.
 
 use std::net::UdpSocket;
 
@@ -6,7 +6,7 @@ fn main() -> std::io::Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:7")?;
     let mut buffer = [0; 2048];
     loop {
-        // Fails for one that cannot be delivered now; there will be others.
+        // A datagram that cannot be sent now is lost, as UDP allows. The next one may work.
         if let Ok((len, from)) = socket.recv_from(&mut buffer) {
             let _ = socket.send_to(&buffer[..len], from);
         }

@@ -1,4 +1,5 @@
-//! For the small guest (`ci/guest`): a web server on port 80 that keeps its connections open. Page `/n` says `page n`.
+//! A program for the small guest (`ci/guest/build`): a web server on port 80 that keeps its connections open.
+//! It answers a request for `/n` with `page n`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -6,7 +7,7 @@ use std::thread;
 
 fn main() -> std::io::Result<()> {
     for stream in TcpListener::bind("0.0.0.0:80")?.incoming().flatten() {
-        // A connection that breaks is its client's business.
+        // The client notices a broken connection by itself.
         thread::spawn(move || serve(&stream));
     }
     Ok(())
@@ -18,7 +19,7 @@ fn serve(mut stream: &TcpStream) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream).lines();
     while let Some(request) = lines.next().transpose()? {
         let page = request.split_whitespace().nth(1).unwrap_or("/").trim_start_matches('/').to_string();
-        // The rest of its head; such requests have no body.
+        // Skip the rest of the head. These requests have no body.
         for line in lines.by_ref() {
             if line?.is_empty() {
                 break;
