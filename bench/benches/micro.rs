@@ -1,7 +1,7 @@
 //! What single steps of a migration cost. Times are for one GiB of guest memory in pages of 4 KiB, or for one
 //! state of a machine.
 //!
-//!     cargo bench -p bench --bench micro
+//!     cargo bench -p whimbrel-bench --bench micro
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
 use migration::dirty::{DirtySet, runs};

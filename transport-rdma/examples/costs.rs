@@ -1,7 +1,7 @@
 //! What the source's own code costs by the page and by the request, without a device: for `docs/cost-model.md`.
 //!
 //! ```sh
-//! cargo build --release -p transport-rdma --features null-device --example costs
+//! cargo build --release -p whimbrel-transport-rdma --features null-device --example costs
 //! target/release/examples/costs                  # on a machine
 //! ci/lab/run -- target/release/examples/costs    # in the lab: how much slower an emulated CPU is
 //! target/release/examples/costs lanes pinning    # these parts only
@@ -20,7 +20,7 @@ use std::hint::black_box;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-use transport_rdma::null;
+use whimbrel_transport_rdma::null;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 

@@ -3,7 +3,7 @@
 use migration::conformance::Fixture;
 use migration::transport::{DestinationTransport, SourceTransport};
 use std::net::Ipv4Addr;
-use transport_tcp::{Listener, TcpDestination, TcpSource};
+use whimbrel_transport_tcp::{Listener, TcpDestination, TcpSource};
 
 struct Tcp(Listener);
 
