@@ -2,7 +2,7 @@
 //! `docs/cost-model.md`.
 //!
 //! ```sh
-//! cargo build --release -p transport-rdma --features null-device --example costs
+//! cargo build --release -p whimbrel-transport-rdma --features null-device --example costs
 //! target/release/examples/costs                  # on a machine
 //! ci/lab/run -- target/release/examples/costs    # in the lab: how much slower an emulated CPU is
 //! target/release/examples/costs lanes pinning    # these parts only
@@ -22,7 +22,7 @@ use std::hint::black_box;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-use transport_rdma::null;
+use whimbrel_transport_rdma::null;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 

@@ -23,7 +23,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-use transport_rdma::{Options, RdmaDestination, RdmaSource, Waiting, probe};
+use whimbrel_transport_rdma::{Options, RdmaDestination, RdmaSource, Waiting, probe};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-use transport_rdma::{RdmaDestination, RdmaSource, probe};
+use whimbrel_transport_rdma::{RdmaDestination, RdmaSource, probe};
 
 /// The session's patience, beyond which no call may go on for long.
 const PATIENCE: Duration = Duration::from_secs(4);

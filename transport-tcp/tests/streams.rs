@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::thread;
 use std::time::Duration;
-use transport_tcp::{LaneAcceptor, Stream, StreamLink, TcpDestination, TcpSource};
+use whimbrel_transport_tcp::{LaneAcceptor, Stream, StreamLink, TcpDestination, TcpSource};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 

@@ -9,10 +9,10 @@ use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use migration::{Code, Failure};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
-use vmm::virtio::block::{BlockConfig, Images};
-use vmm::virtio::{DeviceConfig, LocalConfig};
-use vmm::{Machine, SerialOutput};
+use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
+use whimbrel_vmm::virtio::block::{BlockConfig, Images};
+use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
+use whimbrel_vmm::{Machine, SerialOutput};
 
 const LEN: u64 = 4 << 20;
 
@@ -44,7 +44,7 @@ fn shadow(source: &Machine, folders: &[&Path]) -> Result<IncomingMachine, Failur
 
 /// The parts in which two states of one vCPU differ, time aside.
 fn differences(a: &[u8], b: &[u8]) -> Vec<String> {
-    let (a, b) = (vmm::state::timeless(a, 1).unwrap(), vmm::state::timeless(b, 1).unwrap());
+    let (a, b) = (whimbrel_vmm::state::timeless(a, 1).unwrap(), whimbrel_vmm::state::timeless(b, 1).unwrap());
     assert_eq!(a.len(), b.len());
     a.into_iter().zip(b).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
@@ -197,11 +197,14 @@ fn nobody_runs_without_all_of_its_disks() {
 
 #[test]
 fn more_devices_than_the_bus_has_places_are_refused() {
-    let host = vmm::Host::open().unwrap();
-    let config = vmm::MachineConfig::new(&host, 16 << 20, 1).unwrap();
+    let host = whimbrel_vmm::Host::open().unwrap();
+    let config = whimbrel_vmm::MachineConfig::new(&host, 16 << 20, 1).unwrap();
     let build = |count| {
         let devices = vec![DeviceConfig::Rng; count];
-        Machine::build(&host, vmm::MachineConfig { serial: SerialOutput::Null, devices, ..config.clone() })
+        Machine::build(
+            &host,
+            whimbrel_vmm::MachineConfig { serial: SerialOutput::Null, devices, ..config.clone() },
+        )
     };
     assert!(build(31).is_ok());
     assert!(build(32).err().unwrap().to_string().contains("at most 31"));

@@ -9,11 +9,10 @@ use common::{boot, copy_ram, peek, wait_above};
 use migration::Code;
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use std::time::Duration;
-
-use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
-use vmm::virtio::net::{Announcing, Mac, NetConfig, TapConfig};
-use vmm::virtio::{DeviceConfig, LocalConfig};
-use vmm::{Host, Machine, MachineConfig, SerialOutput};
+use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
+use whimbrel_vmm::virtio::net::{Announcing, Mac, NetConfig, TapConfig};
+use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
+use whimbrel_vmm::{Host, Machine, MachineConfig, SerialOutput};
 use wire::{HEADER, Wire, add_tap, wait_up, with_taps};
 
 /// The waits between rounds, in milliseconds: short, so that the test is.

@@ -13,35 +13,39 @@ pub type Choices<T> = &'static [(&'static str, T, &'static str)];
 /// `--fill-with`
 pub const CONTENTS: Choices<Content> = &[
     ("random", Content::Random, "Random bytes"),
-    ("repeating", Content::Repeating, "Eight bytes all over a page, others in the next"),
+    ("repeating", Content::Repeating, "Eight bytes that repeat throughout a page; each page has others"),
     ("zero", Content::Zero, "Zeros"),
 ];
 
 /// `--aio`
 pub const AIO: Choices<Aio> = &[
-    ("auto", Aio::Auto, "By io_uring where it can be had, but for disks that use the page cache"),
-    ("io_uring", Aio::IoUring, "Several of a queue at a time"),
-    ("sync", Aio::Sync, "One after the other"),
+    ("auto", Aio::Auto, "io_uring if the kernel has it, except for disks that use the page cache"),
+    ("io_uring", Aio::IoUring, "Several requests at a time"),
+    ("sync", Aio::Sync, "One request after the other, with system calls"),
 ];
 
 /// `--seccomp`
 pub const SECCOMP: Choices<Mode> = &[
-    ("on", Mode::Enforce, "It is refused, or ends the process"),
-    ("log", Mode::Log, "The kernel logs it"),
-    ("off", Mode::Off, "Nothing"),
+    ("on", Mode::Enforce, "Other calls are refused, or end the process"),
+    ("log", Mode::Log, "Other calls are carried out, and the kernel logs them"),
+    ("off", Mode::Off, "All calls are allowed"),
 ];
 
 /// `--transport`
 pub const TRANSPORTS: Choices<TransportChoice> = &[
-    ("auto", TransportChoice::Auto, "The best that both sides have; falls back by itself"),
-    ("rdma", TransportChoice::Rdma, "RDMA; fails where it cannot be had"),
+    (
+        "auto",
+        TransportChoice::Auto,
+        "RDMA if both sides can, otherwise TCP; continues over TCP if RDMA breaks",
+    ),
+    ("rdma", TransportChoice::Rdma, "RDMA only; fails if it is not available"),
     ("tcp", TransportChoice::Tcp, "TCP"),
 ];
 
 /// `--on-stall`
 pub const ON_STALL: Choices<OnStall> = &[
-    ("abort", OnStall::Abort, "Give up; the guest runs on at the source"),
-    ("switch", OnStall::Switch, "Switch over with a blackout over the limit"),
+    ("abort", OnStall::Abort, "Give up; the guest continues to run at the source"),
+    ("switch", OnStall::Switch, "Switch over, with a blackout longer than the limit"),
 ];
 
 /// Parses one of `choices`.
