@@ -88,7 +88,7 @@ impl Move {
         }
         target.expect("arrived")?;
         let resident = facts::resident(target.pid());
-        let testimony = report.testimony.as_deref().context("the guest's testimony did not arrive")?;
+        let testimony = report.remarks.as_deref().context("the guest's testimony did not arrive")?;
         let testimony: Testimony = serde_json::from_str(testimony).context("the guest's testimony")?;
         if !testimony.clean {
             bail!("the guest was damaged: {}", testimony.problems.join("; "));
@@ -141,7 +141,8 @@ impl Move {
 impl Moved {
     /// All of it as JSON.
     pub fn value(&self) -> Value {
-        let mut report = record::value(&self.report);
+        // Instead of the text in which it came.
+        let mut report = record::value(&Report { remarks: None, ..self.report.clone() });
         report["testimony"] = record::value(&self.testimony);
         report["process_resident"] = self.resident.into();
         report["pace"] = record::value(&self.pace);

@@ -18,14 +18,17 @@ pub const MAX_DESCRIPTION: usize = 4 << 20;
 /// Largest machine state in bytes.
 pub const MAX_STATE: usize = 48 << 20;
 
-/// Longest guest testimony in bytes.
-pub const MAX_TESTIMONY: usize = 1 << 20;
+/// Longest remarks on a move in bytes.
+pub const MAX_REMARKS: usize = 1 << 20;
 
 /// Longest name of a transport in bytes.
 pub const MAX_NAME: usize = 32;
 
 /// Most transports that may be offered.
 pub const MAX_OFFERS: usize = 8;
+
+/// How the engine calls itself where the VMM gives no name of its own.
+pub(crate) const SOFTWARE: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
 
 /// Everything that crosses the control link. The order of variants is part of the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -137,8 +140,8 @@ pub struct Running {
 /// Known only some time after the switchover.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Epilogue {
-    /// The guest's own words, as JSON.
-    pub testimony: Option<String>,
+    /// What the destination's VMM has to say of the move, in its own words.
+    pub remarks: Option<String>,
     /// CPU time in microseconds that the migration cost the destination.
     pub cpu_us: u64,
     /// Bytes of guest RAM that are resident at the destination.
@@ -178,8 +181,8 @@ impl Message {
             Message::Prepare(p) if p.transports.len() > MAX_OFFERS => Err(malformed("too many transports")),
             Message::Prepared(p) if p.offers.len() > MAX_OFFERS => Err(malformed("too many offers")),
             Message::State(s) if s.state.len() > MAX_STATE => Err(malformed("state too long")),
-            Message::Epilogue(e) if e.testimony.as_ref().is_some_and(|t| t.len() > MAX_TESTIMONY) => {
-                Err(malformed("testimony too long"))
+            Message::Epilogue(e) if e.remarks.as_ref().is_some_and(|r| r.len() > MAX_REMARKS) => {
+                Err(malformed("remarks too long"))
             }
             Message::Retire(name) if name.len() > MAX_NAME => Err(malformed("a transport's name too long")),
             Message::Abort(f) => Ok(Message::Abort(f.bounded())),

@@ -57,12 +57,9 @@ struct Story {
 impl Story {
     /// Of what a contender said, if it was one of ours.
     fn of(said: &Value) -> Option<Self> {
-        let mut report = said.clone();
         let field = |name: &str| said.get(name).cloned().unwrap_or_default();
-        // In a report by itself, the testimony is a text.
-        *report.get_mut("testimony")? = Value::Null;
         Some(Story {
-            report: serde_json::from_value(report).ok()?,
+            report: serde_json::from_value(said.clone()).ok()?,
             testimony: serde_json::from_value(field("testimony")).ok()?,
             pace: serde_json::from_value(field("pace")).unwrap_or_default(),
         })

@@ -6,7 +6,7 @@ use super::state::{Command, Event, Outcome, State, Waiting};
 use crate::digest;
 use crate::failure::{Code, Failure};
 use crate::link::ControlLink;
-use crate::machine::SourceMachine;
+use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
 use crate::message::{self, Hello, MAX_DESCRIPTION, MAX_FRAME, MAX_STATE, Message, Offer, Prepare, Span};
 use crate::monitor::{Monitor, Phase};
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 /// How often a wait looks whether it has been cancelled. Messages wake it at once.
 const CANCEL_POLL: Duration = Duration::from_millis(50);
 
-/// How long the guest's own words are waited for, after it has moved.
+/// How long the destination's last words are waited for, after the guest has moved.
 const EPILOGUE: Duration = Duration::from_secs(5);
 
 /// How long a destination that closed its data connections is given to say why.
@@ -97,7 +97,7 @@ pub fn migrate(
     };
     let cpu = thread_cpu();
     let hello = Hello { software: software.to_string(), features: message::FEATURES };
-    let mut state = State::new(hello, machine.has_arbiter());
+    let mut state = State::new(hello, machine.arbiter().is_some_and(Arbiter::decides));
     let mut command = state.handle(Event::Start);
     let outcome = loop {
         if let Command::Finish(outcome) = command {
@@ -163,7 +163,7 @@ impl<'a> Driver<'a> {
     fn carry_out(&mut self, command: Command) -> Event {
         let name = match &command {
             Command::Pause => {
-                self.machine.switchover_begins();
+                self.machine.before_pause();
                 self.monitor.update(|p| p.phase = Phase::Switchover);
                 self.blackout_began = Some(Instant::now());
                 "pause"
@@ -227,8 +227,8 @@ impl<'a> Driver<'a> {
                 Ok(state) => Event::Saved(Box::new(state)),
                 Err(why) => Event::Failed(why),
             },
-            Command::ReleaseDisks => event(self.machine.release_disks()),
-            Command::TakeDisks => event(self.machine.take_disks()),
+            Command::ReleaseDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::release)),
+            Command::TakeDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::take)),
             Command::Resume => {
                 self.blackout_us = 0;
                 event(self.machine.resume())
@@ -339,7 +339,7 @@ impl<'a> Driver<'a> {
             spans: self.spans,
             destination_cpu_us: epilogue.as_ref().map(|e| e.cpu_us),
             destination_resident: epilogue.as_ref().map(|e| e.resident),
-            testimony: epilogue.and_then(|e| e.testimony),
+            remarks: epilogue.and_then(|e| e.remarks),
             ..Report::not_begun(Failure::new(Code::OTHER, ""), self.ram.len())
         };
         if let Some(mut precopy) = self.precopy {
