@@ -141,7 +141,9 @@ pub trait SourceMachine: Send + Sync {
     fn resume(&self) -> Result<(), Failure>;
 
     /// The state of the paused machine: vCPUs, interrupt controllers, clocks, devices. At most
-    /// [`MAX_STATE`](crate::message::MAX_STATE) bytes.
+    /// [`MAX_STATE`](crate::message::MAX_STATE) bytes; what is over
+    /// [`MAX_STATE_PART`](crate::message::MAX_STATE_PART) needs a destination that is not older than this
+    /// engine.
     fn save(&self) -> Result<Vec<u8>, Failure>;
 
     /// The locks that have to be given up before the guest may run elsewhere; `None` if there are none.

@@ -5,8 +5,11 @@ mod common;
 use common::{Host, Source, content, existing, move_over, moved};
 use migration::Code;
 use migration::destination::{Arrival, Monitor, Phase};
+use migration::link::{ControlLink, LinkError};
 use migration::memory::PAGE_SIZE;
+use migration::message::{self, MAX_STATE_PART, Message};
 use migration::report::Verdict;
+use migration::transport::Token;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -136,4 +139,58 @@ fn writes_of_a_machine_in_software_are_not_lost() {
     assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
     assert!(report.rounds.len() > 1 && report.sent() > PAGE_SIZE, "{:?}", report.rounds);
     assert!(content(&twin.unwrap().ram) == content(&source.ram), "a write was lost");
+}
+
+/// Bytes that are not alike anywhere.
+fn state(len: usize) -> Vec<u8> {
+    let mut state = vec![0; len];
+    fastrand::Rng::with_seed(2).fill(&mut state);
+    state
+}
+
+#[test]
+fn a_state_of_two_hundred_mebibytes_moves() {
+    for len in [0, MAX_STATE_PART + 1, 200 << 20] {
+        let source = Source { state: state(len), ..Source::new() };
+        let (report, twin) = moved(&source, &mut Host::default());
+        assert_eq!(report.verdict, Verdict::Moved, "{len}: {:?}", report.failure);
+        assert!(twin.unwrap().state == source.state, "{len}");
+    }
+}
+
+/// A link to a destination of an earlier version, which knows no feature.
+struct Earlier(Box<dyn ControlLink>);
+
+impl ControlLink for Earlier {
+    fn token(&self) -> Token {
+        self.0.token()
+    }
+
+    fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {
+        assert!(!matches!(Message::decode(frame), Ok(Message::StatePart(_))), "it would not know this");
+        self.0.send(frame)
+    }
+
+    fn receive(&mut self, wait: Duration) -> Result<Option<Vec<u8>>, LinkError> {
+        let frame = self.0.receive(wait)?;
+        Ok(frame.map(|frame| match Message::decode(&frame) {
+            Ok(Message::Welcome(hello)) => Message::Welcome(message::Hello { features: 0, ..hello }).encode(),
+            _ => frame,
+        }))
+    }
+}
+
+#[test]
+fn an_earlier_destination_takes_a_small_state_and_a_large_one_stays() {
+    for (len, verdict) in [(MAX_STATE_PART, Verdict::Moved), (MAX_STATE_PART + 1, Verdict::Stayed)] {
+        let source = Source { state: state(len), ..Source::new() };
+        let earlier = |link| Box::new(Earlier(link)) as Box<dyn ControlLink>;
+        let take = |taken: Result<Arrival<'_, _>, _>| drop(taken.map(Arrival::conclude));
+        let (report, ()) = move_over(&source, &mut Host::default(), &Monitor::default(), earlier, take);
+        assert_eq!(report.verdict, verdict, "{:?}", report.failure);
+        assert_eq!(source.paused.load(Ordering::Relaxed), verdict == Verdict::Moved, "it runs where it is");
+        if let Some(why) = report.failure {
+            assert_eq!(why.code, Code::STATE, "{why}");
+        }
+    }
 }

@@ -8,7 +8,9 @@ use crate::digest;
 use crate::failure::{Code, Failure};
 use crate::link::ControlLink;
 use crate::machine::{Arbiter, DestinationHost, DestinationMachine};
-use crate::message::{self, Hello, Message, Offer, Prepare, Prepared, Ready, Running, Span};
+use crate::message::{
+    self, Hello, MAX_STATE, Message, Offer, Prepare, Prepared, Ready, Running, Span, StatePart,
+};
 use crate::report::thread_cpu;
 use crate::scan;
 use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session};
@@ -43,6 +45,7 @@ pub(super) fn drive<'a, 'o, H: DestinationHost>(
         sender: String::new(),
         machine: None,
         planes: Vec::new(),
+        parts: Vec::new(),
         fence: None,
     };
     let mut state = State::new(hello);
@@ -81,6 +84,8 @@ struct Driver<'a, 'o, H: DestinationHost> {
     /// Dropped after the planes that write into its RAM.
     machine: Option<H::Machine>,
     planes: Vec<Box<dyn DestinationPlane>>,
+    /// What has arrived of a state that comes in parts.
+    parts: Vec<u8>,
     fence: Option<Span>,
 }
 
@@ -121,6 +126,7 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
                 // The planes first: their threads and devices write into the machine's RAM.
                 self.planes.clear();
                 self.machine = None;
+                self.parts = Vec::new();
                 Ok(Event::Done)
             }
             Command::Finish(_) => Ok(Event::Done),
@@ -230,24 +236,67 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
             let placed_before = placed;
             placed = self.planes.iter().map(|p| p.bytes_placed()).sum();
             self.monitor.placed(placed);
-            match frame.map(|frame| self.received(&frame)) {
-                Some(Ok(message)) => return Event::Received(message),
+            let alive = match frame.map(|frame| self.received(&frame, waiting)) {
+                Some(Ok(Some(message))) => return Event::Received(message),
                 Some(Err(why)) => return Event::LinkLost(why),
-                None if waiting == Waiting::State && placed != placed_before => {
-                    deadline = Instant::now() + limit;
-                }
-                None => {}
+                Some(Ok(None)) => true,
+                None => waiting == Waiting::State && placed != placed_before,
+            };
+            if alive {
+                deadline = Instant::now() + limit;
             }
         }
     }
 
-    fn received(&mut self, frame: &[u8]) -> Result<Message, Failure> {
-        let message = Message::decode(frame)?;
-        match &message {
-            Message::State(_) => self.monitor.enter(Phase::Switchover),
-            Message::Hello(hello) => self.sender = Failure::new(Code::OTHER, &hello.software).message,
-            _ => {}
+    /// The message in a frame, or `None` if it is a part of a state, of which more has to come.
+    fn received(&mut self, frame: &[u8], waiting: Waiting) -> Result<Option<Message>, Failure> {
+        match Message::decode(frame)? {
+            Message::StatePart(part) if waiting == Waiting::State => {
+                append(&mut self.parts, &part).map(|()| None)
+            }
+            Message::State(last) => {
+                self.monitor.enter(Phase::Switchover);
+                self.whole(last).map(|state| Some(Message::State(state)))
+            }
+            Message::Hello(hello) => {
+                self.sender = Failure::new(Code::OTHER, &hello.software).message;
+                Ok(Some(Message::Hello(hello)))
+            }
+            message => Ok(Some(message)),
         }
-        Ok(message)
+    }
+
+    /// The whole state, of which `last` has the end.
+    fn whole(&mut self, mut last: message::State) -> Result<message::State, Failure> {
+        if !self.parts.is_empty() {
+            append(&mut self.parts, &StatePart(std::mem::take(&mut last.state)))?;
+            last.state = std::mem::take(&mut self.parts);
+        }
+        Ok(last)
+    }
+}
+
+/// Adds a part of a state to those before it, if there may be so much.
+fn append(parts: &mut Vec<u8>, StatePart(part): &StatePart) -> Result<(), Failure> {
+    if parts.len() + part.len() > MAX_STATE {
+        return Err(Failure::new(
+            Code::PROTOCOL,
+            format_args!("the machine's state is longer than {MAX_STATE} bytes, the most that is taken"),
+        ));
+    }
+    parts.extend_from_slice(part);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_without_an_end_is_refused_before_memory_is_taken_for_it() {
+        // Zeros that nobody has touched: address space, no memory.
+        let mut parts = vec![0; MAX_STATE - 1];
+        append(&mut parts, &StatePart(vec![1])).unwrap();
+        assert_eq!(append(&mut parts, &StatePart(vec![1])).unwrap_err().code, Code::PROTOCOL);
     }
 }
