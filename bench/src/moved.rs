@@ -81,7 +81,8 @@ impl Moved {
 
     /// All of it as JSON.
     pub fn value(&self) -> Value {
-        let mut report = record::value(&self.report);
+        // What the guest said stands below, and not also as the text in which it came.
+        let mut report = record::value(&Report { remarks: None, ..self.report.clone() });
         report["testimony"] = record::value(&self.testimony);
         report["process_resident"] = self.resident.into();
         report["pace"] = record::value(&self.pace);

@@ -76,7 +76,7 @@ impl Move {
         }
         target.expect("arrived")?;
         let resident = facts::resident(target.pid());
-        let testimony = report.testimony.as_deref().context("the guest's testimony did not arrive")?;
+        let testimony = report.remarks.as_deref().context("the guest's testimony did not arrive")?;
         let testimony: Testimony = serde_json::from_str(testimony).context("the guest's testimony")?;
         if !testimony.clean {
             bail!("the guest was damaged: {}", testimony.problems.join("; "));

@@ -90,8 +90,8 @@ pub struct Report {
     pub destination_cpu_us: Option<u64>,
     /// Bytes of guest memory resident at the destination afterwards, if it said so.
     pub destination_resident: Option<u64>,
-    /// What the guest says of its move, as JSON; `None` if it keeps no record.
-    pub testimony: Option<String>,
+    /// What the destination's VMM had to say afterwards, in its own form; `None` if it said nothing.
+    pub remarks: Option<String>,
 }
 
 impl Report {
@@ -115,7 +115,7 @@ impl Report {
             source_user_us: 0,
             destination_cpu_us: None,
             destination_resident: None,
-            testimony: None,
+            remarks: None,
         }
     }
 

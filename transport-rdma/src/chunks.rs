@@ -92,21 +92,8 @@ impl ChunkMap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use migration::memory::{PAGE_SIZE, RamRegion, RegionLayout};
-    use std::fs::File;
-    use std::ptr::NonNull;
-    use std::sync::Arc;
-
-    /// RAM that is never touched: only its sizes count here.
-    fn ram(regions: &[(u64, u64)]) -> Ram {
-        let regions = regions.iter().map(|&(len, backing)| {
-            let layout = RegionLayout { guest_address: 0, len };
-            let file = File::open("/dev/null").unwrap().into();
-            // SAFETY: nobody looks at the memory, which these tests do not have.
-            unsafe { RamRegion::new(layout, NonNull::dangling(), backing, vec![file], len, Arc::new(())) }
-        });
-        Ram::new(regions.collect())
-    }
+    use migration::conformance::bed::ram_that_claims as ram;
+    use migration::memory::PAGE_SIZE;
 
     #[test]
     fn chunks_cover_every_byte_once() {

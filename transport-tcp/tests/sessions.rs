@@ -56,9 +56,9 @@ fn machines_arrive_side_by_side() {
             .collect();
         receiving.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    for (number, arrival) in arrivals {
+    for (number, arrived) in arrivals {
         assert!(machines[number].changes() > 0, "memory did not change while it moved");
-        assert!(arrival.machine.runs && machines[number].equals(&arrival.machine.ram), "machine {number}");
+        assert!(arrived.runs && machines[number].equals(&arrived.ram), "machine {number}");
     }
 }
 

@@ -9,7 +9,7 @@ use crate::machine::Machine;
 use crate::serial::SerialOutput;
 use crate::vcpu::msr;
 use crate::virtio::LocalConfig;
-use migration::machine::{DestinationHost, DestinationMachine};
+use migration::machine::{Arbiter, DestinationHost, DestinationMachine};
 use migration::memory::{Ram, RegionLayout};
 use migration::{Code, Failure};
 use std::sync::Arc;
@@ -107,8 +107,13 @@ impl DestinationMachine for IncomingMachine {
         Ok(self.machine.load(state)?)
     }
 
-    fn take_disks(&mut self) -> Result<(), Failure> {
-        Ok(self.machine.take_disks()?)
+    fn memory_is_zero(&self) -> bool {
+        // Its memfds are new, and only a boot would write to them.
+        true
+    }
+
+    fn arbiter(&self) -> Option<&dyn Arbiter> {
+        Some(&*self.machine)
     }
 
     fn run(&mut self) -> Result<(), Failure> {
@@ -119,7 +124,8 @@ impl DestinationMachine for IncomingMachine {
         self.machine.announce();
     }
 
-    fn testimony(&mut self) -> Option<String> {
+    /// What the guest says of its move, as JSON, if it keeps such a record.
+    fn after_run(&mut self) -> Option<String> {
         guest::testimony(self.machine.memory())?;
         std::thread::sleep(AFTERMATH);
         guest::set_phase(self.machine.memory(), When::After);

@@ -7,7 +7,7 @@ use crate::machine::Machine;
 use crate::vcpu::outcome::{Crash, Outcome};
 use migration::Failure;
 use migration::dirty::DirtySet;
-use migration::machine::SourceMachine;
+use migration::machine::{Arbiter, SourceMachine};
 use migration::memory::Ram;
 use std::sync::Arc;
 
@@ -68,21 +68,29 @@ impl SourceMachine for Machine {
         Ok(Machine::save(self)?)
     }
 
-    fn has_arbiter(&self) -> bool {
-        Machine::has_arbiter(self)
+    fn arbiter(&self) -> Option<&dyn Arbiter> {
+        Some(self)
     }
 
-    fn release_disks(&self) -> Result<(), Failure> {
-        Ok(Machine::release_disks(self)?)
-    }
-
-    fn take_disks(&self) -> Result<(), Failure> {
-        Ok(Machine::take_disks(self)?)
-    }
-
-    fn switchover_begins(&self) {
+    fn before_pause(&self) {
         // What is durable before the pause need not be made so during it.
         self.shared.devices.flush_storage();
         guest::set_phase(self.memory(), When::During);
+    }
+}
+
+/// The locks of all disks. Of one that cannot decide anything, such as a local block device, what was written
+/// is made durable all the same, and it is given up with the others.
+impl Arbiter for Machine {
+    fn decides(&self) -> bool {
+        self.has_arbiter()
+    }
+
+    fn release(&self) -> Result<(), Failure> {
+        Ok(self.release_disks()?)
+    }
+
+    fn take(&self) -> Result<(), Failure> {
+        Ok(self.take_disks()?)
     }
 }

@@ -17,6 +17,11 @@ fn twin(source: &Machine) -> Arc<Machine> {
     let mut host = IncomingHost::open(options).unwrap();
     let layout = source.memory().ram().layout();
     let mut shadow = host.build(&source.describe().unwrap(), &layout).unwrap();
+    // What it says of its memory, and what the engine then leaves out, is true.
+    assert!(shadow.memory_is_zero());
+    for region in shadow.machine().memory().ram().regions() {
+        migration::scan::existing(region, 0, region.pages(), |first, _| panic!("page {first:#x} exists"));
+    }
     copy_ram(source, &shadow.machine());
     shadow.load(&Machine::save(source).unwrap()).unwrap();
     shadow.machine()

@@ -81,15 +81,15 @@ fn the_network_is_told_by_whoever_has_the_guest_and_nobody_else() {
         assert_eq!(said(), nothing);
         // Given up and taken back: it may have run there for a moment.
         SourceMachine::pause(&source).unwrap();
-        SourceMachine::release_disks(&source).unwrap();
-        SourceMachine::take_disks(&source).unwrap();
+        source.release_disks().unwrap();
+        source.take_disks().unwrap();
         assert_eq!(said(), nothing);
         SourceMachine::resume(&source).unwrap();
         let [first, second] = [1, 2].map(|number| vec![mac(number); ROUNDS]);
         assert_eq!(said(), [first.clone(), second.clone(), vec![], vec![]]);
 
         SourceMachine::pause(&source).unwrap();
-        SourceMachine::release_disks(&source).unwrap();
+        source.release_disks().unwrap();
         target.announce();
         assert_eq!(said(), nothing, "not before it runs");
         target.run().unwrap();

@@ -57,12 +57,9 @@ struct Migration {
 impl Migration {
     /// Reads what a contender said; `None` if it was not Whimbrel.
     fn of(said: &Value) -> Option<Self> {
-        let mut report = said.clone();
         let field = |name: &str| said.get(name).cloned().unwrap_or_default();
-        // In a report of its own, the testimony is a string.
-        *report.get_mut("testimony")? = Value::Null;
         Some(Migration {
-            report: serde_json::from_value(report).ok()?,
+            report: serde_json::from_value(said.clone()).ok()?,
             testimony: serde_json::from_value(field("testimony")).ok()?,
             pace: serde_json::from_value(field("pace")).unwrap_or_default(),
         })

@@ -28,13 +28,15 @@ fn ms(us: u64) -> String {
     format!("{:.2} ms", us as f64 / 1e3)
 }
 
-/// The migration as JSON, with the guest's testimony as an object instead of a text.
+/// The migration as JSON, with the guest's testimony as an object in the place of the remarks, of which it is
+/// the text.
 pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
     let mut value = serde_json::to_value(migration)?;
-    if let Some(testimony) = value.pointer_mut("/report/testimony")
-        && let Some(text) = testimony.as_str()
+    if let Some(report) = value.pointer_mut("/report").and_then(Value::as_object_mut)
+        && let Some(remarks) = report.remove("remarks")
     {
-        *testimony = serde_json::from_str(text)?;
+        let testimony = remarks.as_str().map(serde_json::from_str).transpose()?;
+        report.insert("testimony".into(), testimony.unwrap_or(Value::Null));
     }
     Ok(value)
 }
@@ -124,8 +126,7 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
             cpu(report.destination_cpu_us),
         )?;
     }
-    if let Some(testimony) =
-        report.testimony.as_deref().and_then(|t| serde_json::from_str::<Testimony>(t).ok())
+    if let Some(testimony) = report.remarks.as_deref().and_then(|t| serde_json::from_str::<Testimony>(t).ok())
     {
         write!(out, "{testimony}")?;
     }
