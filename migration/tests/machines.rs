@@ -3,17 +3,17 @@
 mod common;
 
 use common::{Host, Source, content, existing, move_over, moved};
-use migration::Code;
-use migration::destination::{Arrival, Monitor, Phase};
-use migration::link::{ControlLink, LinkError};
-use migration::memory::PAGE_SIZE;
-use migration::message::{self, MAX_STATE_PART, Message};
-use migration::report::Verdict;
-use migration::transport::Token;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
+use whimbrel_migration::Code;
+use whimbrel_migration::destination::{Arrival, Monitor, Phase};
+use whimbrel_migration::link::{ControlLink, LinkError};
+use whimbrel_migration::memory::PAGE_SIZE;
+use whimbrel_migration::message::{self, MAX_STATE_PART, Message};
+use whimbrel_migration::report::Verdict;
+use whimbrel_migration::transport::Token;
 
 #[test]
 fn what_build_leaves_in_memory_does_not_survive_where_the_source_has_zeros() {

@@ -31,7 +31,7 @@ fn disk(folder: &Path, name: &str) -> DeviceConfig {
 }
 
 /// The code of what the engine is told when the disks are not to be had.
-fn refusal(taken: Result<(), vmm::Error>) -> Code {
+fn refusal(taken: Result<(), whimbrel_vmm::Error>) -> Code {
     Failure::from(taken.unwrap_err()).code
 }
 

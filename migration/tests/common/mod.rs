@@ -2,22 +2,22 @@
 
 #![allow(dead_code, unreachable_pub)] // each test program uses its own part of this module
 
-use migration::destination::{self, Arrival};
-use migration::dirty::DirtySet;
-use migration::link::ControlLink;
-use migration::machine::{Arbiter, DestinationHost, DestinationMachine, SourceMachine};
-use migration::memory::{PAGE_SIZE, Ram, RegionLayout};
-use migration::monitor::Monitor;
-use migration::report::Report;
-use migration::source::{self, Options};
-use migration::transport::{SourceTransport, Token};
-use migration::{Failure, scan};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 use transport_tcp::{Call, Listener, TcpDestination, TcpSource, connect_control};
+use whimbrel_migration::destination::{self, Arrival};
+use whimbrel_migration::dirty::DirtySet;
+use whimbrel_migration::link::ControlLink;
+use whimbrel_migration::machine::{Arbiter, DestinationHost, DestinationMachine, SourceMachine};
+use whimbrel_migration::memory::{PAGE_SIZE, Ram, RegionLayout};
+use whimbrel_migration::monitor::Monitor;
+use whimbrel_migration::report::Report;
+use whimbrel_migration::source::{self, Options};
+use whimbrel_migration::transport::{SourceTransport, Token};
+use whimbrel_migration::{Failure, scan};
 
 /// Two regions, neither a multiple of 64 pages.
 pub const LAYOUT: [RegionLayout; 2] = [
@@ -311,7 +311,7 @@ pub fn moved(source: &Source, host: &mut Host) -> (Report, Result<Twin, Failure>
 
 /// All of memory, region by region.
 pub fn content(ram: &Ram) -> Vec<Vec<u8>> {
-    let read = |region: &migration::memory::RamRegion| {
+    let read = |region: &whimbrel_migration::memory::RamRegion| {
         let mut bytes = vec![0; region.len() as usize];
         region.read(0, &mut bytes).unwrap();
         bytes
