@@ -1,6 +1,6 @@
 //! Model-specific registers: which are saved, and what to do where a host refuses one.
 //!
-//! KVM lists what it can save. To that list go the MTRRs, which it omits. Left out of it:
+//! KVM lists what it can save. The MTRRs, which it omits, are added to that list. These are left out:
 //!
 //! - performance counters, VMX capabilities and other registers of features that the CPUID
 //!   baseline hides, which a guest cannot have used;
@@ -21,8 +21,7 @@ pub const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// has its own true value.
 const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 
-/// Registers that a destination may refuse to set: they tell of the host, and hold nothing of the
-/// guest's.
+/// Registers that a destination may refuse to set: they describe the host, and hold nothing of the guest.
 pub const TOLERATED: &[u32] = &[IA32_ARCH_CAPABILITIES];
 
 /// MTRRs: capability (read-only, so not there), default type, fixed and variable ranges.

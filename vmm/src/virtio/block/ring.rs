@@ -1,8 +1,9 @@
-//! Requests carried out by the kernel while others are taken, by an io_uring.
+//! Carries out requests with an io_uring, while further requests are taken.
 //!
-//! The queue's thread submits what the guest has made available, then waits for completions and for the doorbell alike,
-//! so that a request never waits for another. Before it lets go of the queue's lock it waits until the kernel has
-//! nothing left: whoever gets the lock, to pause, save or reset the queue, finds nothing in flight.
+//! The queue's thread submits what the guest has made available, then waits for completions and for the
+//! doorbell alike, so that a request never waits for another. Before it lets go of the queue's lock it waits
+//! until the kernel has nothing left. So nothing is in flight once somebody else has the lock, to pause, save
+//! or reset the queue.
 
 use super::device::{Disk, QUEUE_SIZE};
 use super::job::Job;
@@ -18,7 +19,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// Most requests in flight: all that the queue holds.
 const MOST: usize = QUEUE_SIZE as usize;
 
-/// After a ring was found to work, nothing but a change of what confines this thread does that.
+/// A ring that has worked fails in this way only if the restrictions of this thread have changed.
 const REFUSED: Broken = Broken::Request("the kernel does not take it");
 
 /// A queue's ring and the requests in it.
@@ -42,11 +43,11 @@ impl Ring {
     /// A ring for one queue.
     ///
     /// # Errors
-    /// If the kernel, or what this process is confined by, has none.
+    /// If the kernel has no io_uring, or the restrictions of this process forbid it.
     pub fn new() -> io::Result<Self> {
         let uring = IoUring::builder().setup_r_disabled().build(MOST as u32)?;
-        // Threads that serve a guest may make few system calls (`sandbox`). A ring carries out calls of its own, and
-        // must not be a way around that.
+        // Threads that serve a guest may make few system calls (`sandbox`). A ring carries out calls of its
+        // own, and must not be a way around that.
         let mut allowed =
             [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE]
                 .map(Restriction::sqe_op);
@@ -63,8 +64,8 @@ impl Ring {
         })
     }
 
-    /// Serves a queue until the guest has made no more available, or somebody wants the queue's lock, and nothing is in
-    /// flight.
+    /// Serves a queue until the guest has made no more available, or somebody wants the queue's lock, and
+    /// nothing is in flight.
     ///
     /// # Errors
     /// As [`serve`](crate::virtio::VirtioDevice::serve) says.
@@ -108,7 +109,8 @@ impl Ring {
         }
     }
 
-    /// Where the next request goes, if there is room for one more. It stays free until it is taken off the list.
+    /// Where the next request goes, if there is room for one more. It stays free until it is taken off the
+    /// list.
     fn place(&mut self) -> Option<u16> {
         if self.free.is_empty() && self.jobs.len() < MOST {
             self.free.push(self.jobs.len() as u16);
@@ -131,8 +133,9 @@ impl Ring {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
         };
-        // SAFETY: a job's vectors, and guest RAM or constants, which they point to, stay until its step has been reaped: the job is
-        // not used before, and nobody leaves `serve` while a step is in flight. The image is open as long as its disk.
+        // SAFETY: a job's vectors, and guest RAM or constants, which they point to, stay until its step has
+        // been reaped: the job is not used before, and nobody leaves `serve` while a step is in flight. The
+        // image is open as long as its disk.
         let pushed = unsafe { self.uring.submission().push(&entry.user_data(u64::from(place))) };
         debug_assert!(pushed.is_ok(), "each request has one step in flight, and the ring room for all");
         self.queued += 1;
@@ -178,8 +181,8 @@ impl Ring {
         Some((entry.user_data() as u16, usize::try_from(entry.result()).map_err(failed)))
     }
 
-    /// Waits until the kernel has nothing left, so that nothing of it touches guest RAM any more, and tells the guest of
-    /// nothing: the queue is broken until a reset.
+    /// Waits until the kernel has nothing left, so that it does not touch guest RAM any more. The guest is
+    /// told nothing, because the queue is broken until a reset.
     fn drain(&mut self, queue: &mut Serving<'_>) {
         while self.queued + self.submitted > 0 {
             if self.submit().is_err() {

@@ -1,4 +1,4 @@
-//! What is asked of the system at a time: one system call, or one entry of a ring.
+//! One step of a request: one system call, or one entry of a ring.
 
 use super::image::Image;
 use std::io;
@@ -15,8 +15,8 @@ pub enum Direction {
 /// Something to be done to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Move data between the image, from byte `offset` on, and `count` vectors. Whoever made the step sees to it
-    /// that they, and what they point to, stay where they are until the step's result is there.
+    /// Move data between the image, from byte `offset` on, and `count` vectors. The maker of the step keeps
+    /// them, and what they point to, in place until the step has a result.
     Transfer {
         /// Which way.
         direction: Direction,
@@ -41,7 +41,7 @@ pub enum Step {
 }
 
 impl Image {
-    /// Does it at once: how many bytes were moved, of a transfer.
+    /// Does it at once, and returns how many bytes a transfer has moved.
     ///
     /// # Errors
     /// What the system says.
@@ -51,9 +51,9 @@ impl Image {
             let result = match step {
                 Step::Transfer { direction, vectors, count, offset } => {
                     let (count, offset) = (count as libc::c_int, offset as i64);
-                    // SAFETY: `count` vectors are there, each a part of guest RAM, or of constant zeros that are only
-                    // written to the image, as the step's maker promises; no reference into guest RAM exists that the
-                    // kernel's writes could contradict.
+                    // SAFETY: `count` vectors are there, each a part of guest RAM, or of constant zeros that
+                    // are only written to the image, as the step's maker promises; no reference into guest
+                    // RAM exists that the kernel's writes could contradict.
                     unsafe {
                         match direction {
                             Direction::Read => libc::preadv(fd, vectors, count, offset),
