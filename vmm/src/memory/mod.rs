@@ -4,7 +4,7 @@
 //! (`SEEK_DATA`), to send it by file (`sendfile`), and to share it with other processes. Nothing is
 //! touched when it is mapped: RAM that the guest never wrote costs nothing here and is never sent.
 //!
-//! A region of small pages is made of several memfds ([`PARTS`]), mapped one behind the other: a destination fills
+//! A region of small pages is made of several memfds (`PARTS`), mapped one behind the other: a destination fills
 //! RAM that does not exist yet by writing to the file, and the kernel lets one thread at a time write to a file. KVM
 //! and `vm-memory` see one region all the same, so that a device's buffer may lie anywhere.
 
