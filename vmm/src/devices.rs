@@ -6,7 +6,7 @@
 //! | 0x64 | keyboard controller: writing 0xfe resets the machine |
 //! | 0x80 | POST codes: ignored |
 //! | 0x3f8 to 0x3ff | serial port |
-//! | 0x600 to 0x605 | [power](crate::power): writing a word with bit 13 set to 0x604 powers off |
+//! | 0x600 to 0x605 | [power]: writing a word with bit 13 set to 0x604 powers off |
 //! | 0xcf8 to 0xcff | [PCI](crate::pci) configuration |
 //!
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
