@@ -8,6 +8,8 @@
 //! |---|---|
 //! | `transport.rs` | the PCI function: registers, feature negotiation, reset, saving |
 //! | `registers.rs` | what the driver wrote to the transport, and its place in the BAR |
+//! | `common_config.rs` | the registers of the common configuration, by name |
+//! | `config_space.rs` | a device's configuration space |
 //! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
 //! | `interrupt.rs` | telling the driver |
 //!
@@ -16,6 +18,8 @@
 //! itself); `tests.rs` in each folder proves that it does.
 
 pub mod block;
+mod common_config;
+mod config_space;
 pub mod console;
 pub mod interrupt;
 pub mod net;
@@ -109,10 +113,12 @@ pub trait VirtioDevice: Send + Sync {
     /// The most chains that each of its queues holds, powers of two.
     fn queue_sizes(&self) -> &[u16];
 
-    /// The driver reads configuration; `data` is filled with zeros beyond its end.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The driver reads the configuration space. Zeros are read beyond its end, and of a device that has none.
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
 
-    /// The driver writes configuration.
+    /// The driver writes to the configuration space.
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
     /// The driver is ready and has accepted these features.

@@ -2,18 +2,19 @@
 
 use super::image::Image;
 use super::job::Job;
-use super::request::{MOST_BUFFERS, MOST_RANGES};
+use super::request::{MOST_BUFFERS, MOST_RANGES, SECTOR};
 use super::ring::Ring;
 use super::state::BlockState;
 use super::{Aio, BlockConfig, Error, Geometry, Images, MOST_QUEUES};
 use crate::state::{self, Component, Kind};
+use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::queue::{Broken, Next, Serving};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, virtio_blk_config,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
@@ -157,22 +158,20 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let Geometry { len, unit } = self.disk.image.geometry();
-        let mut config = [0; 60];
-        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &(len / 512).to_le_bytes());
-        put(12, &SEGMENTS.to_le_bytes());
-        put(20, &unit.to_le_bytes());
-        put(34, &self.config.queues.to_le_bytes());
-        let (sectors, ranges) = (MOST_SECTORS.to_le_bytes(), (MOST_RANGES as u32).to_le_bytes());
-        put(36, &sectors); // to discard, in so many ranges, aligned so
-        put(40, &ranges);
-        put(44, &(unit / 512).to_le_bytes());
-        put(48, &sectors); // to zero, in so many ranges, whose storage may be given back
-        put(52, &ranges);
-        put(56, &[1]);
-        for (byte, at) in data.iter_mut().zip(offset as usize..) {
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        let space = virtio_blk_config {
+            capacity: len / SECTOR,
+            seg_max: SEGMENTS,
+            blk_size: unit,
+            num_queues: self.config.queues,
+            max_discard_sectors: MOST_SECTORS,
+            max_discard_seg: MOST_RANGES as u32,
+            discard_sector_alignment: unit / SECTOR as u32,
+            max_write_zeroes_sectors: MOST_SECTORS,
+            max_write_zeroes_seg: MOST_RANGES as u32,
+            write_zeroes_may_unmap: 1,
+            ..Default::default()
+        };
+        ConfigSpace(space).read(offset, data);
     }
 
     fn activate(&self, features: u64) {

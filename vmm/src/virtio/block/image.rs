@@ -3,6 +3,7 @@
 use super::bounce::{BOUNCE, Bounce, PAGE};
 use super::lock::{self, Lock};
 use super::mark::{self, Mark};
+use super::request::SECTOR;
 use super::{BlockConfig, Error, Geometry};
 use crate::state::Kind;
 use std::fs::{File, OpenOptions};
@@ -205,7 +206,7 @@ impl Image {
     pub fn check(&self, sector: u64, len: u64, write: bool) -> io::Result<u64> {
         let unit = u64::from(self.geometry.unit);
         let start =
-            sector.checked_mul(512).filter(|start| start.is_multiple_of(unit) && len.is_multiple_of(unit));
+            sector.checked_mul(SECTOR).filter(|start| start.is_multiple_of(unit) && len.is_multiple_of(unit));
         let end = start.and_then(|start| start.checked_add(len)).filter(|end| *end <= self.geometry.len);
         if !self.is_held() || write && self.readonly || end.is_none() {
             return Err(io::ErrorKind::InvalidInput.into());

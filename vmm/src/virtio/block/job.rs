@@ -1,7 +1,7 @@
 //! A request on its way, as steps that follow one another: who carries them out, and when, is another matter.
 
 use super::device::{Disk, MOST_SECTORS};
-use super::request::{MOST_RANGES, Operation, Part, Request};
+use super::request::{MOST_RANGES, Operation, Part, Request, SECTOR};
 use super::step::{Direction, Step};
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Broken, Chain};
@@ -254,7 +254,7 @@ impl Job {
             if range.strange || range.unmap && discard {
                 return self.end(UNSUPPORTED);
             }
-            let len = u64::from(range.sectors) * 512;
+            let len = u64::from(range.sectors) * SECTOR;
             let offset = disk.image.check(range.sector, len, true);
             let (Ok(offset), true) = (offset, range.sectors <= MOST_SECTORS) else { return self.end(FAILED) };
             if len == 0 || discard && disk.image.is_on_nfs() {

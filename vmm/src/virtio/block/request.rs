@@ -10,6 +10,8 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
+/// Bytes of a sector, by which requests and configuration count, whatever the image's own unit is.
+pub const SECTOR: u64 = 512;
 const HEADER: usize = 16;
 /// Length of a range to be discarded or zeroed, in a request that names several.
 const RANGE: usize = 16;

@@ -3,18 +3,23 @@
 mod flight;
 mod pace;
 
+use super::device::{MOST_SECTORS, QUEUE_SIZE};
+use super::request::{MOST_RANGES, SECTOR};
 use super::ring::Ring;
 use super::{Aio, Block, BlockConfig, Error, Geometry, Images};
 use crate::virtio::VirtioDevice;
+use crate::virtio::common_config::Register;
 use crate::virtio::testing::{BUFFERS, Bench, Buffer};
 use std::fs::File;
 use std::io::Write;
+use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    virtio_blk_config,
 };
 
 const LEN: u64 = 4 << 20;
@@ -392,11 +397,25 @@ fn a_driver_that_never_flushes_writes_through(aio: Aio) {
 fn the_configuration_tells_the_geometry(aio: Aio) {
     let folder = Folder::new(aio);
     let bench = bench(folder.disk(|config| config.queues = 4));
-    assert_eq!(bench.read(4, 0, 8), LEN / 512);
-    assert_eq!(bench.read(4, 34, 2), 4);
-    assert!(matches!(bench.read(4, 20, 4), 512 | 4096));
-    assert_eq!(bench.read(4, 0x800, 4), 0);
-    assert_eq!(bench.read(1, 0x12, 2), 4);
+    let field = |offset, len| bench.config(offset, len);
+    assert_eq!(field(offset_of!(virtio_blk_config, capacity), 8), LEN / SECTOR);
+    assert_eq!(field(offset_of!(virtio_blk_config, num_queues), 2), 4);
+    let unit = field(offset_of!(virtio_blk_config, blk_size), 4);
+    assert!(matches!(unit, 512 | 4096), "{unit}");
+    assert_eq!(field(offset_of!(virtio_blk_config, seg_max), 4), u64::from(QUEUE_SIZE) - 2);
+    for (sectors, ranges) in [
+        (offset_of!(virtio_blk_config, max_discard_sectors), offset_of!(virtio_blk_config, max_discard_seg)),
+        (
+            offset_of!(virtio_blk_config, max_write_zeroes_sectors),
+            offset_of!(virtio_blk_config, max_write_zeroes_seg),
+        ),
+    ] {
+        assert_eq!((field(sectors, 4), field(ranges, 4)), (MOST_SECTORS.into(), MOST_RANGES as u64));
+    }
+    assert_eq!(field(offset_of!(virtio_blk_config, discard_sector_alignment), 4), unit / SECTOR);
+    assert_eq!(field(offset_of!(virtio_blk_config, write_zeroes_may_unmap), 1), 1);
+    assert_eq!(field(0x800, 4), 0);
+    assert_eq!(bench.register(Register::NumQueues), 4);
 }
 
 fn images_that_cannot_be_disks_are_refused_by_name(aio: Aio) {

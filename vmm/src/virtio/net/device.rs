@@ -7,6 +7,7 @@ use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
 use super::{Error, MOST_PAIRS, NetConfig, Promise, TapConfig};
 use crate::state::{self, Component, Kind};
+use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::queue::{Broken, Next, Serving};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
@@ -17,7 +18,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP, virtio_net_config,
 };
 
 /// Network controller, Ethernet.
@@ -225,16 +226,16 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let inner = self.lock();
-        let announce = if inner.asked.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
-        let mut config = [0; 12];
-        config[..6].copy_from_slice(&inner.asked.mac.0);
-        config[6..8].copy_from_slice(&((VIRTIO_NET_S_LINK_UP | announce) as u16).to_le_bytes());
-        config[8..10].copy_from_slice(&self.config.pairs.to_le_bytes());
-        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        for (byte, at) in data.iter_mut().zip(offset as usize..) {
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        let NetState { mac, announce, .. } = self.lock().asked;
+        let announce = if announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let space = virtio_net_config {
+            mac: mac.0,
+            status: (VIRTIO_NET_S_LINK_UP | announce) as u16,
+            max_virtqueue_pairs: self.config.pairs,
+            mtu: self.mtu,
+            ..Default::default()
+        };
+        ConfigSpace(space).read(offset, data);
     }
 
     fn activate(&self, features: u64) {

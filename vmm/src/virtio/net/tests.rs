@@ -5,6 +5,7 @@ use super::{Error, HEADER, Mac, Net, NetConfig, Promise, TapConfig};
 use crate::virtio::testing::{BUFFERS, Bench, Buffer, WITHOUT_EVENT_INDEX};
 use crate::virtio::transport::COMMON_FEATURES;
 use crate::virtio::{DeviceConfig, VirtioDevice};
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net::*;
@@ -267,8 +268,8 @@ fn offloads_queues_and_address_go_along_to_another_tap() {
         ["tap0", "tap1"].iter().for_each(|name| add_tap(name, "multi_queue"));
         let (wire, other) = (Wire::of("tap0"), Wire::of("tap1"));
         let mut bench = Bench::with(net("tap0", 2)).running();
-        assert_eq!(bench.read(4, 8, 2), 2, "pairs");
-        assert_eq!(bench.read(4, 10, 2), 1500, "MTU");
+        assert_eq!(bench.config(offset_of!(virtio_net_config, max_virtqueue_pairs), 2), 2);
+        assert_eq!(bench.config(offset_of!(virtio_net_config, mtu), 2), 1500);
         assert_eq!(command(&mut bench, &[4, 0, 2, 0]), OK);
         assert_eq!(command(&mut bench, &[1, 1, 0x52, 0x54, 0, 9, 9, 9]), OK);
         let offloads = (OFFLOADS as u8).to_le_bytes();
@@ -276,7 +277,7 @@ fn offloads_queues_and_address_go_along_to_another_tap() {
         drop(wire);
         let next = twin(&bench, "tap1").unwrap();
         let mut bench = bench.hop(next);
-        assert_eq!(bench.read(4, 0, 4) | bench.read(4, 4, 2) << 32, 0x0909_0900_5452, "its address");
+        assert_eq!(bench.config(0, 6), 0x0909_0900_5452, "its address");
         // Which queue a frame comes by is the tap's choice: both have room for all.
         let place = |queue: u64, number: u64| BUFFERS + (queue * 4 + number) * 0x2_0000;
         for queue in [0, 2] {
@@ -398,7 +399,7 @@ fn it_says_where_the_guest_is_and_has_the_guest_say_so() {
     with_taps(&["tap0", "tap1"], || {
         let (wire, other) = (Wire::of("tap0"), Wire::of("tap1"));
         let mut bench = bench("tap0");
-        let status = |bench: &Bench| bench.read(4, 6, 2) as u32;
+        let status = |bench: &Bench| bench.config(offset_of!(virtio_net_config, status), 2) as u32;
         bench.function.announce();
         assert_eq!(wire.receive().1, MAC.rarp());
         bench.wait_messages(1);
@@ -462,7 +463,9 @@ fn a_host_that_lacks_what_the_guest_uses_refuses_and_says_what() {
         ip("link set tap1 mtu 1400");
         assert!(refusal("tap1").contains("MTU of 1400"), "{}", refusal("tap1"));
         ip("link set tap1 mtu 9000");
-        assert_eq!(Bench::with(twin(&running, "tap1").unwrap()).read(4, 10, 2), 1500, "as it was told");
+        let longer = Bench::with(twin(&running, "tap1").unwrap());
+        assert_eq!(longer.config(offset_of!(virtio_net_config, mtu), 2), 1500, "as it was told");
+        drop(longer);
         ip("link set tap1 down");
         assert!(refusal("tap1").contains("is down"), "{}", refusal("tap1"));
         ip("link set tap1 up");

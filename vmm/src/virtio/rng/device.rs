@@ -11,7 +11,7 @@ use vm_memory::Bytes;
 /// "Other" class: an entropy source has none of its own.
 const CLASS: u32 = 0xff_0000;
 /// Chains that fit the queue.
-const QUEUE_SIZE: u16 = 64;
+pub const QUEUE_SIZE: u16 = 64;
 /// Most bytes for one request: a guest that asks for gigabytes must not keep its machine from
 /// pausing. It is told how much it got, and asks again.
 const MOST_BYTES: u32 = 64 << 10;
@@ -74,10 +74,6 @@ impl VirtioDevice for Rng {
 
     fn queue_sizes(&self) -> &[u16] {
         &[QUEUE_SIZE]
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
     }
 
     fn serve(&self, _index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {

@@ -136,7 +136,7 @@ fn a_reset_waits_for_all_as_well() {
     let Some(mounted) = has_ring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
     thread::scope(|scope| {
-        let reset = scope.spawn(|| bench.write(1, 0x14, 1, 0));
+        let reset = scope.spawn(|| bench.set_status(0));
         thread::sleep(WHILE);
         assert!(!reset.is_finished(), "writes are in flight");
         drop(frozen);
