@@ -23,7 +23,7 @@ const REQUIRED: &[(Cap, &str)] = &[
 ];
 
 /// Local APIC IDs are eight bits in the MP table, 255 is broadcast, and the IOAPIC takes one.
-const MOST_VCPUS: usize = 254;
+const MAX_VCPUS: usize = 254;
 
 /// /dev/kvm, open, with everything this crate needs.
 pub struct Host {
@@ -56,7 +56,7 @@ impl Host {
     /// Most vCPUs a machine can have here.
     pub fn most_vcpus(&self) -> u8 {
         // The `min` keeps it within a byte.
-        self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()).clamp(1, MOST_VCPUS) as u8
+        self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()).clamp(1, MAX_VCPUS) as u8
     }
 
     /// Checks a number of vCPUs.

@@ -9,11 +9,11 @@ use std::rc::Rc;
 const SUPERBLOCK: u64 = 1024;
 const MAGIC: u16 = 0xef53;
 /// Block sizes up to 64 KiB, which is the most that Linux mounts anywhere; as the exponent over 1024.
-const MOST_BLOCK_EXPONENT: u32 = 6;
+const MAX_BLOCK_EXPONENT: u32 = 6;
 /// Most groups of blocks, whose descriptors are kept in memory: 128 TiB of the usual 128 MiB each.
-const MOST_GROUPS: u64 = 1 << 20;
+const MAX_GROUPS: u64 = 1 << 20;
 /// Most bytes read in all. A file system in circles could keep its reader busy for ever.
-const MOST_READ: u64 = 8 << 30;
+const MAX_READ: u64 = 8 << 30;
 /// Bytes of a file read at a time.
 const PIECE: usize = 1 << 20;
 
@@ -43,7 +43,7 @@ impl RootFileSystem {
     /// What is wrong with it.
     pub fn open(image: &Rc<Image>, volume: &Volume) -> Result<Option<Self>, String> {
         let mut source =
-            Source { image: Rc::clone(image), start: volume.start, len: volume.len, left: MOST_READ };
+            Source { image: Rc::clone(image), start: volume.start, len: volume.len, left: MAX_READ };
         if !plausible(&mut source)? {
             return Ok(None);
         }
@@ -103,13 +103,13 @@ fn plausible(source: &mut Source) -> Result<bool, String> {
     let (exponent, group) = (u32_at(24), u64::from(u32_at(32)));
     let has_64_bits = u32_at(96) & 0x80 != 0;
     let blocks = u64::from(u32_at(4)) | if has_64_bits { u64::from(u32_at(0x150)) << 32 } else { 0 };
-    if exponent > MOST_BLOCK_EXPONENT {
+    if exponent > MAX_BLOCK_EXPONENT {
         return Err(format!("blocks of 2^{} bytes", u64::from(exponent) + 10));
     }
     if blocks > source.len >> (exponent + 10) {
         return Err("a file system that is larger than the disk or partition".into());
     }
-    if group == 0 || blocks.div_ceil(group) > MOST_GROUPS {
+    if group == 0 || blocks.div_ceil(group) > MAX_GROUPS {
         return Err(format!("{blocks} blocks in groups of {group}"));
     }
     Ok(true)

@@ -22,9 +22,9 @@ use std::rc::Rc;
 /// Where distributions link to the kernel to boot, and to the initramfs that belongs to it.
 const PLACES: [(&str, &str); 2] = [("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz", "/boot/initrd.img")];
 /// Largest kernel that is read, in bytes.
-const MOST_KERNEL: u64 = 256 << 20;
+const MAX_KERNEL: u64 = 256 << 20;
 /// Largest initramfs that is read, in bytes.
-const MOST_INITRAMFS: u64 = 1 << 30;
+const MAX_INITRAMFS: u64 = 1 << 30;
 
 /// Why a disk cannot be booted from.
 #[derive(Debug, thiserror::Error)]
@@ -119,8 +119,8 @@ fn boot(
     cmdline: &str,
 ) -> Result<Option<Boot>, Error> {
     for (kernel, initramfs) in PLACES {
-        let Some(kernel) = file(path, root, kernel, MOST_KERNEL)? else { continue };
-        let initramfs = file(path, root, initramfs, MOST_INITRAMFS)?;
+        let Some(kernel) = file(path, root, kernel, MAX_KERNEL)? else { continue };
+        let initramfs = file(path, root, initramfs, MAX_INITRAMFS)?;
         let device = root_device(volume, root.uuid(), index, initramfs.is_some());
         return Ok(Some(Boot {
             kernel: Binary::Bytes(kernel.into()),

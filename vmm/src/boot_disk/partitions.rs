@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 
 /// Most entries of a GPT that are looked at. 128 is usual.
-const MOST_ENTRIES: u32 = 1024;
+const MAX_ENTRIES: u32 = 1024;
 /// Sizes that an entry of a GPT may have, in bytes. 128 is usual.
 const ENTRY_SIZES: std::ops::RangeInclusive<u32> = 128..=4096;
 /// Where ext2, ext3 and ext4 have their magic number.
@@ -76,7 +76,7 @@ fn volume(number: u32, start: Option<u64>, len: Option<u64>, disk: u64, identity
 fn gpt(image: &Image, header: &[u8; 512]) -> io::Result<Vec<Volume>> {
     let geometry = image.geometry();
     let unit = u64::from(geometry.unit);
-    let (entries, size) = (u32_at(header, 80).min(MOST_ENTRIES), u32_at(header, 84));
+    let (entries, size) = (u32_at(header, 80).min(MAX_ENTRIES), u32_at(header, 84));
     let table = u64_at(header, 72).checked_mul(unit).filter(|_| ENTRY_SIZES.contains(&size));
     let len = u64::from(entries) * u64::from(size);
     let table = table.filter(|start| start.checked_add(len).is_some_and(|end| end <= geometry.len));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use vm_superio::serial::SerialEvents;
 
 /// As much as the port holds.
-const MOST: usize = 64;
+const FIFO_LEN: usize = 64;
 /// The modem control register, and its bit by which the port hears nobody but itself.
 const MODEM_CONTROL: u8 = 4;
 const LOOPBACK: u8 = 1 << 4;
@@ -77,13 +77,13 @@ pub fn feed(
     mut input: File,
     mut filter: impl FnMut(u8) -> Option<u8>,
 ) {
-    let mut bytes = [0; MOST];
+    let mut bytes = [0; FIFO_LEN];
     loop {
         wait_readable(&input);
         let Some(port) = port.upgrade() else { return };
         let mut port = lock(&port);
         let listens = gate.look() && port.read(MODEM_CONTROL) & LOOPBACK == 0;
-        let room = if listens { port.fifo_capacity().min(MOST) } else { 0 };
+        let room = if listens { port.fifo_capacity().min(FIFO_LEN) } else { 0 };
         if room == 0 {
             drop(port);
             gate.wait();

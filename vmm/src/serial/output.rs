@@ -3,7 +3,7 @@
 //! A vCPU that blocked in a write to a full pipe could not be paused, and the machine could not be moved, for as long
 //! as nobody reads the pipe. (Making the guest wait by its own means is no better: Linux's driver for virtio consoles
 //! spins with interrupts off until its bytes are taken.) So what cannot be written at once is kept here, and a thread
-//! that lives for as long as there is such a backlog writes it. Only what a backlog of [`BACKLOG`] bytes cannot take is
+//! that lives for as long as there is such a backlog writes it. Only what a backlog of [`MAX_BACKLOG`] bytes cannot take is
 //! lost.
 
 use std::collections::VecDeque;
@@ -16,7 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Bytes kept for a reader at most.
-const BACKLOG: usize = 1 << 20;
+const MAX_BACKLOG: usize = 1 << 20;
 /// How often the thread looks whether anybody still wants it to go on, in milliseconds.
 const LOOK_AGAIN_MS: libc::c_int = 1000;
 
@@ -72,7 +72,7 @@ impl Output {
             let writer = thread::Builder::new().name("output".into()).spawn(move || inner.write_backlog());
             backlog.writer = writer.is_ok();
         }
-        let room = if backlog.writer { BACKLOG - backlog.bytes.len() } else { 0 };
+        let room = if backlog.writer { MAX_BACKLOG - backlog.bytes.len() } else { 0 };
         let kept = room.min(bytes.len());
         backlog.bytes.extend(&bytes[..kept]);
         self.0.lose(bytes.len() - kept);
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn a_reader_that_stays_away_loses_bytes_and_blocks_nobody() {
         let (mut reader, mut output) = pipe();
-        let total = 2 * BACKLOG;
+        let total = 2 * MAX_BACKLOG;
         for _ in 0..total / 16 {
             assert_eq!(output.write(&[b'x'; 16]).unwrap(), 16);
         }

@@ -496,8 +496,8 @@ pub fn functions(
     platform: &Arc<dyn Platform>,
     memory: &GuestMemory,
 ) -> Result<Vec<Arc<VirtioFunction>>, Error> {
-    if configs.len() > pci::MOST_FUNCTIONS {
-        return Err(Error::DeviceCount { wanted: configs.len(), most: pci::MOST_FUNCTIONS });
+    if configs.len() > pci::MAX_FUNCTIONS {
+        return Err(Error::DeviceCount { wanted: configs.len(), most: pci::MAX_FUNCTIONS });
     }
     configs
         .iter()

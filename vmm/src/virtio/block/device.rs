@@ -2,10 +2,10 @@
 
 use super::image::Image;
 use super::job::Job;
-use super::request::{MOST_BUFFERS, MOST_RANGES, SECTOR};
+use super::request::{MAX_BUFFERS, MAX_RANGES, SECTOR};
 use super::ring::Ring;
 use super::state::BlockState;
-use super::{Aio, BlockConfig, Error, Geometry, Images, MOST_QUEUES};
+use super::{Aio, BlockConfig, Error, Geometry, Images, MAX_QUEUES};
 use crate::state::{self, Component, Kind};
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::queue::{Broken, Next, Serving};
@@ -20,11 +20,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 /// Mass storage controller, other.
 const CLASS: u32 = 0x01_8000;
-pub const QUEUE_SIZE: u16 = MOST_BUFFERS as u16;
+pub const QUEUE_SIZE: u16 = MAX_BUFFERS as u16;
 /// Buffers of one request, beside header and outcome.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Most sectors of one range to be discarded or zeroed: 1 GiB.
-pub const MOST_SECTORS: u32 = 1 << 21;
+pub const MAX_SECTORS: u32 = 1 << 21;
 
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 
@@ -67,7 +67,7 @@ impl Block {
     /// [`Error`].
     pub fn open(config: &BlockConfig, images: &Images, aio: Aio) -> Result<Self, Error> {
         images.check(&config.path)?;
-        if !(1..=MOST_QUEUES).contains(&config.queues) {
+        if !(1..=MAX_QUEUES).contains(&config.queues) {
             return Err(Error::Queues(config.queues));
         }
         // Another process, on another host, has another working directory.
@@ -163,11 +163,11 @@ impl VirtioDevice for Block {
             seg_max: SEGMENTS,
             blk_size: unit,
             num_queues: self.config.queues,
-            max_discard_sectors: MOST_SECTORS,
-            max_discard_seg: MOST_RANGES as u32,
+            max_discard_sectors: MAX_SECTORS,
+            max_discard_seg: MAX_RANGES as u32,
             discard_sector_alignment: unit / SECTOR as u32,
-            max_write_zeroes_sectors: MOST_SECTORS,
-            max_write_zeroes_seg: MOST_RANGES as u32,
+            max_write_zeroes_sectors: MAX_SECTORS,
+            max_write_zeroes_seg: MAX_RANGES as u32,
             write_zeroes_may_unmap: 1,
             ..Default::default()
         };

@@ -1,7 +1,7 @@
 //! A request on its way, as steps that follow one another: who carries them out, and when, is another matter.
 
-use super::device::{Disk, MOST_SECTORS};
-use super::request::{MOST_RANGES, Operation, Part, Request, SECTOR};
+use super::device::{Disk, MAX_SECTORS};
+use super::request::{MAX_RANGES, Operation, Part, Request, SECTOR};
 use super::step::{Direction, Step};
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Broken, Chain};
@@ -14,7 +14,7 @@ const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPPORTED: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
 /// Most vectors that one system call takes.
-const MOST_VECTORS: usize = libc::UIO_MAXIOV as usize;
+const MAX_VECTORS: usize = libc::UIO_MAXIOV as usize;
 
 /// What is written where a file system has no shorter way to zero a range, as direct I/O takes it.
 static ZEROS: Zeros = Zeros([0; 64 << 10]);
@@ -197,7 +197,7 @@ impl Job {
 
     fn transfer_step(&self, direction: Direction) -> Option<Step> {
         let rest = &self.vectors[self.next..];
-        let count = rest.len().min(MOST_VECTORS) as u32;
+        let count = rest.len().min(MAX_VECTORS) as u32;
         (count > 0).then_some(Step::Transfer {
             direction,
             vectors: rest.as_ptr(),
@@ -246,7 +246,7 @@ impl Job {
     }
 
     fn next_range(&mut self, disk: &Disk, memory: &GuestMemory) -> Option<Step> {
-        while self.ranges < MOST_RANGES
+        while self.ranges < MAX_RANGES
             && let Some(range) = self.request.next_range(memory)
         {
             self.ranges += 1;
@@ -256,7 +256,7 @@ impl Job {
             }
             let len = u64::from(range.sectors) * SECTOR;
             let offset = disk.image.check(range.sector, len, true);
-            let (Ok(offset), true) = (offset, range.sectors <= MOST_SECTORS) else { return self.end(FAILED) };
+            let (Ok(offset), true) = (offset, range.sectors <= MAX_SECTORS) else { return self.end(FAILED) };
             if len == 0 || discard && disk.image.is_on_nfs() {
                 continue;
             }
@@ -282,7 +282,7 @@ impl Job {
         (self.next, self.offset) = (0, offset);
         self.vectors.clear();
         let mut rest = len;
-        while rest > 0 && self.vectors.len() < MOST_VECTORS {
+        while rest > 0 && self.vectors.len() < MAX_VECTORS {
             let piece = rest.min(ZEROS.0.len() as u64);
             self.vectors
                 .push(libc::iovec { iov_base: ZEROS.0.as_ptr().cast_mut().cast(), iov_len: piece as usize });

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// A file system may keep time in ticks: 10 ms and less.
 const TICK: Duration = Duration::from_millis(1);
-const MOST_TICKS: usize = 100;
+const MAX_TICKS: usize = 100;
 
 /// The time of last modification: seconds and nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub fn read(file: &File) -> io::Result<Mark> {
 /// What the system says, or if its clock stands still.
 pub fn change(file: &File) -> io::Result<()> {
     let before = read(file)?;
-    for _ in 0..MOST_TICKS {
+    for _ in 0..MAX_TICKS {
         // To now: whoever may write to a file may do that, its owner or not.
         // SAFETY: no times are passed, and the descriptor is open.
         if unsafe { libc::futimens(file.as_raw_fd(), std::ptr::null()) } != 0 {

@@ -41,7 +41,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Most queues that a disk has.
-pub const MOST_QUEUES: u16 = 16;
+pub const MAX_QUEUES: u16 = 16;
 
 /// What a disk is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +52,7 @@ pub struct BlockConfig {
     pub readonly: bool,
     /// Whether the host's page cache is used.
     pub cached: bool,
-    /// Number of queues, 1 to [`MOST_QUEUES`].
+    /// Number of queues, 1 to [`MAX_QUEUES`].
     pub queues: u16,
     /// The geometry that the guest knows; `None` for what the image has.
     pub geometry: Option<Geometry>,
@@ -194,7 +194,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A number of queues that no disk has.
-    #[error("a disk with {0} queues: use 1 to {MOST_QUEUES}")]
+    #[error("a disk with {0} queues: use 1 to {MAX_QUEUES}")]
     Queues(u16),
     /// Somebody else may write to it, or, for a writer, read it.
     #[error("the disk image {} is in use by {holder}; stop that first, or share it read-only", path.display())]

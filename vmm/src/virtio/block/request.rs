@@ -16,10 +16,10 @@ const HEADER: usize = 16;
 /// Length of a range to be discarded or zeroed, in a request that names several.
 const RANGE: usize = 16;
 /// Most buffers of one request: as many as descriptors in the queue.
-pub const MOST_BUFFERS: usize = 256;
+pub const MAX_BUFFERS: usize = 256;
 const OUTSIDE: Broken = Broken::Request("a buffer lies outside guest memory");
 /// Most ranges in one request.
-pub const MOST_RANGES: usize = 32;
+pub const MAX_RANGES: usize = 32;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,7 +85,7 @@ impl Request {
         self.writable.clear();
         for (count, buffer) in chain.enumerate() {
             // With indirect descriptors a chain could have far more.
-            if count == MOST_BUFFERS {
+            if count == MAX_BUFFERS {
                 return Err(Broken::Request("it has more buffers than a queue holds"));
             }
             let list = if buffer.is_write_only() { &mut self.writable } else { &mut self.readable };

@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Most requests in flight: all that the queue holds.
-const MOST: usize = QUEUE_SIZE as usize;
+const MAX_IN_FLIGHT: usize = QUEUE_SIZE as usize;
 
 /// After a ring was found to work, nothing but a change of what confines this thread does that.
 const REFUSED: Broken = Broken::Request("the kernel does not take it");
@@ -44,7 +44,7 @@ impl Ring {
     /// # Errors
     /// If the kernel, or what this process is confined by, has none.
     pub fn new() -> io::Result<Self> {
-        let uring = IoUring::builder().setup_r_disabled().build(MOST as u32)?;
+        let uring = IoUring::builder().setup_r_disabled().build(MAX_IN_FLIGHT as u32)?;
         // Threads that serve a guest may make few system calls (`sandbox`). A ring carries out calls of its own, and
         // must not be a way around that.
         let mut allowed =
@@ -110,7 +110,7 @@ impl Ring {
 
     /// Where the next request goes, if there is room for one more. It stays free until it is taken off the list.
     fn place(&mut self) -> Option<u16> {
-        if self.free.is_empty() && self.jobs.len() < MOST {
+        if self.free.is_empty() && self.jobs.len() < MAX_IN_FLIGHT {
             self.free.push(self.jobs.len() as u16);
             self.jobs.push(Job::default());
         }

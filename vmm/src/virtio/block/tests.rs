@@ -3,8 +3,8 @@
 mod flight;
 mod pace;
 
-use super::device::{MOST_SECTORS, QUEUE_SIZE};
-use super::request::{MOST_RANGES, SECTOR};
+use super::device::{MAX_SECTORS, QUEUE_SIZE};
+use super::request::{MAX_RANGES, SECTOR};
 use super::ring::Ring;
 use super::{Aio, Block, BlockConfig, Error, Geometry, Images};
 use crate::virtio::VirtioDevice;
@@ -410,7 +410,7 @@ fn the_configuration_tells_the_geometry(aio: Aio) {
             offset_of!(virtio_blk_config, max_write_zeroes_seg),
         ),
     ] {
-        assert_eq!((field(sectors, 4), field(ranges, 4)), (MOST_SECTORS.into(), MOST_RANGES as u64));
+        assert_eq!((field(sectors, 4), field(ranges, 4)), (MAX_SECTORS.into(), MAX_RANGES as u64));
     }
     assert_eq!(field(offset_of!(virtio_blk_config, discard_sector_alignment), 4), unit / SECTOR);
     assert_eq!(field(offset_of!(virtio_blk_config, write_zeroes_may_unmap), 1), 1);

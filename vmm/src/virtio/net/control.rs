@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net::{
 use vm_memory::{Bytes, GuestAddress};
 
 /// Longest command that there is, with its class and number.
-const MOST: usize = 2 + 8;
+const MAX_COMMAND: usize = 2 + 8;
 
 /// A command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ impl Command {
 pub fn control(queue: &mut Serving<'_>, obey: impl Fn(Command) -> bool) -> Result<Next, Broken> {
     let memory = queue.memory();
     while let Some(mut chain) = queue.take()? {
-        let mut bytes = [0; MOST + 1];
+        let mut bytes = [0; MAX_COMMAND + 1];
         let mut len = 0;
         let mut answer = None;
         for buffer in chain.by_ref() {

@@ -5,7 +5,7 @@ use super::receive::{Terms, receive};
 use super::state::NetState;
 use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
-use super::{Error, MOST_PAIRS, NetConfig, Promise, TapConfig};
+use super::{Error, MAX_PAIRS, NetConfig, Promise, TapConfig};
 use crate::state::{self, Component, Kind};
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::queue::{Broken, Next, Serving};
@@ -26,7 +26,7 @@ const CLASS: u32 = 0x02_0000;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
 /// Smallest MTU that a driver takes.
-const LEAST_MTU: u16 = 68;
+const MIN_MTU: u16 = 68;
 
 /// What an interface offers whatever its tap can do.
 const ALWAYS: u64 = 1 << VIRTIO_NET_F_MAC
@@ -113,7 +113,7 @@ impl Net {
     /// [`Error`].
     pub fn open(config: &NetConfig, taps: &[TapConfig]) -> Result<Self, Error> {
         let &NetConfig { number, mac, pairs, promise } = config;
-        if !(1..=MOST_PAIRS).contains(&pairs) {
+        if !(1..=MAX_PAIRS).contains(&pairs) {
             return Err(Error::Pairs(pairs));
         }
         if !mac.is_unicast() {
@@ -141,7 +141,7 @@ impl Net {
                 if missing != 0 {
                     return Err(Error::Offloads { name: local.name.clone(), missing: names(missing) });
                 }
-                if promise.mtu > tap.mtu() || promise.mtu < LEAST_MTU {
+                if promise.mtu > tap.mtu() || promise.mtu < MIN_MTU {
                     let (found, wanted) = (tap.mtu(), promise.mtu);
                     return Err(Error::Mtu { name: local.name.clone(), found, wanted });
                 }

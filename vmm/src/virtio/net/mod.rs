@@ -39,12 +39,12 @@ use serde::{Deserialize, Serialize};
 use std::io;
 
 /// Most pairs of queues that an interface has.
-pub const MOST_PAIRS: u16 = 8;
+pub const MAX_PAIRS: u16 = 8;
 
 /// Bytes before each frame.
 const HEADER: usize = 12;
 /// Longest frame: an IP packet of 64 KiB, with a hardware header and a VLAN tag.
-const MOST_FRAME: usize = 65535 + 18;
+const MAX_FRAME: usize = 65535 + 18;
 
 /// What a network interface is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,7 +53,7 @@ pub struct NetConfig {
     pub number: u8,
     /// Its address.
     pub mac: Mac,
-    /// Number of pairs of queues, 1 to [`MOST_PAIRS`].
+    /// Number of pairs of queues, 1 to [`MAX_PAIRS`].
     pub pairs: u16,
     /// What the guest was told; `None` for whatever the tap has.
     pub promise: Option<Promise>,
@@ -143,7 +143,7 @@ pub enum Error {
         wanted: u16,
     },
     /// A number of queues that no interface has.
-    #[error("a network interface with {0} pairs of queues: use 1 to {MOST_PAIRS}")]
+    #[error("a network interface with {0} pairs of queues: use 1 to {MAX_PAIRS}")]
     Pairs(u16),
     /// An address that no interface may have.
     #[error("{0} is no address of a network interface; use one such as 52:54:00:12:34:56")]

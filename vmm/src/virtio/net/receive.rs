@@ -7,7 +7,7 @@
 //! when there is none.
 
 use super::tap::{Tap, vector};
-use super::{HEADER, MOST_FRAME};
+use super::{HEADER, MAX_FRAME};
 use crate::memory::{GuestMemory, Slice};
 use crate::virtio::queue::{Broken, Chain, Next, Serving};
 use std::collections::VecDeque;
@@ -15,7 +15,7 @@ use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
 /// Most parts of memory that one system call takes, but for the one after the guest's.
-const MOST_PARTS: usize = libc::UIO_MAXIOV as usize - 1;
+const MAX_PARTS: usize = libc::UIO_MAXIOV as usize - 1;
 /// Where the header says over how many chains a frame is spread.
 const CHAINS_AT: usize = 10;
 
@@ -32,7 +32,7 @@ impl Terms {
     /// Terms with frames of `mtu` bytes beside their hardware header, or with such as are yet to be
     /// cut up.
     pub fn new(mergeable: bool, uncut: bool, mtu: u16) -> Self {
-        let frame = if uncut { MOST_FRAME } else { usize::from(mtu) + 18 };
+        let frame = if uncut { MAX_FRAME } else { usize::from(mtu) + 18 };
         Terms { mergeable, longest: HEADER + frame }
     }
 }
@@ -58,7 +58,7 @@ impl<'m> Room<'m> {
                 self.len += slice.len();
                 self.parts.push_back(slice);
             }
-            if self.parts.len() > MOST_PARTS {
+            if self.parts.len() > MAX_PARTS {
                 return Err(Broken::Request("a receive buffer is in too many parts"));
             }
         }

@@ -203,13 +203,13 @@ impl Tap {
     /// Throws away what is waiting to be read: at most as much as there can be now, however fast more
     /// comes in.
     pub fn discard(&self) {
-        const MOST_WAITING: usize = 4096;
+        const MAX_WAITING: usize = 4096;
         let mut header = [0u8; HEADER];
         let vectors = [vector(header.as_mut_ptr(), header.len())];
         for index in 0..self.queues.len() {
             // SAFETY: the header lives across the call, and nobody else uses it.
             let read = || unsafe { self.read(index, &vectors) };
-            (0..MOST_WAITING).take_while(|_| matches!(read(), Ok(Some(_)))).for_each(drop);
+            (0..MAX_WAITING).take_while(|_| matches!(read(), Ok(Some(_)))).for_each(drop);
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Frames from the guest to the tap.
 
 use super::tap::{Tap, vector};
-use super::{HEADER, MOST_FRAME};
+use super::{HEADER, MAX_FRAME};
 use crate::virtio::queue::{Broken, Next, Serving};
 use vm_memory::GuestMemoryBackend;
 
 /// Most parts of memory that one system call takes.
-const MOST_PARTS: usize = libc::UIO_MAXIOV as usize;
+const MAX_PARTS: usize = libc::UIO_MAXIOV as usize;
 
 /// Sends what there is. A frame that the tap does not take, or that is none, is lost: drivers have
 /// no use for an answer.
@@ -22,11 +22,11 @@ pub fn transmit(tap: &Tap, index: usize, queue: &mut Serving<'_>) -> Result<Next
                 len += slice.len();
                 vectors.push(vector(slice.ptr_guard().as_ptr(), slice.len()));
             }
-            if vectors.len() > MOST_PARTS {
+            if vectors.len() > MAX_PARTS {
                 break;
             }
         }
-        if vectors.len() <= MOST_PARTS && (HEADER..=HEADER + MOST_FRAME).contains(&len) {
+        if vectors.len() <= MAX_PARTS && (HEADER..=HEADER + MAX_FRAME).contains(&len) {
             // SAFETY: each vector is a part of guest RAM, which `memory` keeps mapped; the kernel
             // expects that it changes meanwhile.
             unsafe { tap.write(index, &vectors) };

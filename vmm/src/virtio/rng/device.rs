@@ -14,7 +14,7 @@ const CLASS: u32 = 0xff_0000;
 pub const QUEUE_SIZE: u16 = 64;
 /// Most bytes for one request: a guest that asks for gigabytes must not keep its machine from
 /// pausing. It is told how much it got, and asks again.
-const MOST_BYTES: u32 = 64 << 10;
+const MAX_BYTES: u32 = 64 << 10;
 /// Bytes fetched at a time; the kernel gives up to 256 without being interrupted by signals.
 const PIECE: usize = 256;
 
@@ -33,7 +33,7 @@ impl Rng {
 fn fill(chain: &mut Chain<'_>, queue: &Serving<'_>) -> Result<u32, Broken> {
     let mut written = 0;
     for buffer in chain.filter(|descriptor| descriptor.is_write_only()) {
-        let (mut address, mut rest) = (buffer.addr(), buffer.len().min(MOST_BYTES - written));
+        let (mut address, mut rest) = (buffer.addr(), buffer.len().min(MAX_BYTES - written));
         while rest > 0 {
             let mut random = [0; PIECE];
             let piece = &mut random[..PIECE.min(rest as usize)];
