@@ -107,7 +107,7 @@ impl DestinationMachine for IncomingMachine {
     }
 
     fn take_disks(&mut self) -> Result<(), Failure> {
-        Ok(self.machine.take_disks()?)
+        Ok(self.machine.take_disk_locks()?)
     }
 
     fn run(&mut self) -> Result<(), Failure> {

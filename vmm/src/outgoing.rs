@@ -68,20 +68,20 @@ impl SourceMachine for Machine {
     }
 
     fn has_arbiter(&self) -> bool {
-        Machine::has_arbiter(self)
+        Machine::disk_locks_decide(self)
     }
 
     fn release_disks(&self) -> Result<(), Failure> {
-        Ok(Machine::release_disks(self)?)
+        Ok(Machine::release_disk_locks(self)?)
     }
 
     fn take_disks(&self) -> Result<(), Failure> {
-        Ok(Machine::take_disks(self)?)
+        Ok(Machine::take_disk_locks(self)?)
     }
 
     fn switchover_begins(&self) {
         // What is durable before the pause need not be made so during it.
-        self.shared.devices.flush_storage();
+        self.shared.devices.flush_disks();
         guest::set_phase(self.memory(), When::During);
     }
 }

@@ -70,7 +70,7 @@ fn a_guest_that_uses_a_device_goes_on_and_loses_no_interrupt() {
     let folder = tempfile::tempdir().unwrap();
     let devices = vec![DeviceConfig::Rng, disk(folder.path(), "a"), DeviceConfig::Console];
     let first = machine_with_devices(16, 1, devices);
-    assert!(first.has_arbiter());
+    assert!(first.disk_locks_decide());
     first.boot(&boot(guests::entropy())).unwrap();
     Machine::resume(&first).unwrap();
     let mut current = Arc::new(first);
@@ -163,7 +163,7 @@ fn nobody_runs_without_all_of_its_disks() {
     let DeviceConfig::Block(shared) = disk(folder.path(), "b") else { unreachable!("a disk") };
     let reader = DeviceConfig::Block(BlockConfig { readonly: true, ..shared });
     let reader = machine_with_devices(16, 1, vec![reader]);
-    reader.take_disks().unwrap();
+    reader.take_disk_locks().unwrap();
     assert_eq!(target.take_disks().unwrap_err().code, Code::DISKS);
     assert!(SourceMachine::take_disks(&source).is_err(), "nor does the source get both");
     drop(reader);

@@ -90,7 +90,7 @@ pub enum Error {
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
     let path = disk.path.as_path();
     let image = Rc::new(Image::open(&BlockConfig { readonly: true, ..disk.clone() })?);
-    image.take()?;
+    image.take_lock()?;
     let volumes =
         partitions::volumes(&image).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
     let mut looked = Vec::new();

@@ -175,13 +175,13 @@ fn what_cannot_be_booted_is_said() {
 fn a_disk_in_use_is_not_read() {
     let disk = Root::debian(b"kernel", b"initramfs").image("ext4", None);
     let owner = Image::open(&disk.config).unwrap();
-    owner.take().unwrap();
+    owner.take_lock().unwrap();
     let refused = disk.refused();
     assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
-    owner.release().unwrap();
+    owner.release_lock().unwrap();
     disk.boot().unwrap();
     // And the lock is free again.
-    owner.take().unwrap();
+    owner.take_lock().unwrap();
 }
 
 #[test]

@@ -139,41 +139,43 @@ pub trait VirtioDevice: Send + Sync {
         None
     }
 
-    /// Whether it writes to storage whose locks can decide which of two hosts owns the guest.
-    fn has_arbiter(&self) -> bool {
+    /// Whether its disk lock can decide which of two hosts owns the guest: it is a disk that the guest writes to, on a
+    /// file system whose locks all hosts know.
+    fn disk_lock_decides(&self) -> bool {
         false
     }
 
-    /// Makes durable what was written so far; called while it is in use, to have less to do later.
-    fn flush_storage(&self) {}
+    /// Makes durable what the guest has written to its disk so far. Called while the disk is in use, to have less to do
+    /// later.
+    fn flush_disk(&self) {}
 
-    /// Takes the right to use its storage; having it already is as good.
+    /// Takes its disk lock, without which it neither reads nor writes the disk. Does nothing if it holds the lock.
     ///
     /// # Errors
-    /// If somebody else has it, or has had it since it was given up here.
-    fn take_storage(&self) -> Result<(), Error> {
+    /// If somebody else holds the lock, or has used the disk since the lock was released here.
+    fn take_disk_lock(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Says to whoever had that right before that it is made use of from now on; called when a machine has all that
-    /// it needs, and before its guest runs.
+    /// Marks the disk as used from here on, so that whoever released the lock before can tell. Called when a machine holds
+    /// the locks of all its disks, before its guest runs.
     ///
     /// # Errors
-    /// If it cannot be said.
-    fn claim_storage(&self) -> Result<(), Error> {
+    /// If the disk cannot be marked.
+    fn claim_disk(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Makes durable what was written and gives that right up. The device is paused.
+    /// Makes durable what was written and releases the disk lock. The device is paused.
     ///
     /// # Errors
-    /// If it cannot; the right is then still here.
-    fn release_storage(&self) -> Result<(), Error> {
+    /// If it cannot. The lock is then still held.
+    fn release_disk_lock(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Whether it has that right, or needs none.
-    fn holds_storage(&self) -> bool {
+    /// Whether it holds its disk lock, or has no disk.
+    fn holds_disk_lock(&self) -> bool {
         true
     }
 

@@ -185,29 +185,29 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn has_arbiter(&self) -> bool {
-        self.disk.image.decides()
+    fn disk_lock_decides(&self) -> bool {
+        self.disk.image.lock_decides()
     }
 
-    fn flush_storage(&self) {
+    fn flush_disk(&self) {
         // One that fails now fails again when it matters.
         let _ = self.disk.image.flush();
     }
 
-    fn take_storage(&self) -> Result<(), crate::Error> {
-        Ok(self.disk.image.take()?)
+    fn take_disk_lock(&self) -> Result<(), crate::Error> {
+        Ok(self.disk.image.take_lock()?)
     }
 
-    fn claim_storage(&self) -> Result<(), crate::Error> {
+    fn claim_disk(&self) -> Result<(), crate::Error> {
         Ok(self.disk.image.claim()?)
     }
 
-    fn release_storage(&self) -> Result<(), crate::Error> {
-        Ok(self.disk.image.release()?)
+    fn release_disk_lock(&self) -> Result<(), crate::Error> {
+        Ok(self.disk.image.release_lock()?)
     }
 
-    fn holds_storage(&self) -> bool {
-        self.disk.image.is_held()
+    fn holds_disk_lock(&self) -> bool {
+        self.disk.image.holds_lock()
     }
 
     fn state_kind(&self) -> Kind {

@@ -1,7 +1,7 @@
 //! A disk's image.
 
 use super::bounce::{BOUNCE, Bounce, PAGE};
-use super::lock::{self, Lock};
+use super::lock::{self, LockKind};
 use super::mark::{self, Mark};
 use super::request::SECTOR;
 use super::{BlockConfig, Error, Geometry};
@@ -25,8 +25,8 @@ pub struct Image {
     alignment: usize,
     /// Whether the lock is held: without it nothing is read or written.
     held: AtomicBool,
-    /// Its mark when it was given up.
-    given_up: Mutex<Option<Mark>>,
+    /// Its mark when the lock was released.
+    released_at: Mutex<Option<Mark>>,
 }
 
 impl Image {
@@ -67,8 +67,8 @@ impl Image {
             return Err(Error::Geometry { path, found, wanted: geometry });
         }
         let held = AtomicBool::new(false);
-        let given_up = Mutex::default();
-        Ok(Image { path, file, readonly: config.readonly, geometry, on_nfs, alignment, held, given_up })
+        let released_at = Mutex::default();
+        Ok(Image { path, file, readonly: config.readonly, geometry, on_nfs, alignment, held, released_at })
     }
 
     /// Its size and unit.
@@ -84,28 +84,28 @@ impl Image {
     }
 
     /// Whether its lock can decide which of two hosts owns the guest.
-    pub fn decides(&self) -> bool {
+    pub fn lock_decides(&self) -> bool {
         !self.readonly && lock::decides(&self.file)
     }
 
-    /// Takes the lock that its use needs; holding it already is as good.
+    /// Takes the lock that its use needs. Does nothing if the lock is held here.
     ///
     /// # Errors
-    /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was given up before and
-    /// somebody else has had it since, or nobody can tell.
-    pub fn take(&self) -> Result<(), Error> {
+    /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was released before and
+    /// somebody else has used the image since, or nobody can tell.
+    pub fn take_lock(&self) -> Result<(), Error> {
         // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not heard of this
         // host for too long, would give it anew, and the guest go on with a disk that is newer than its memory. As it is,
         // the host's kernel fails all that is written.
-        if self.is_held() {
+        if self.holds_lock() {
             return Ok(());
         }
-        let lock = if self.readonly { Lock::Shared } else { Lock::Exclusive };
+        let lock = if self.readonly { LockKind::Shared } else { LockKind::Exclusive };
         match lock::set(&self.file, lock) {
             Ok(true) => {
                 if let Err(why) = self.check_unused() {
-                    // Closing the file gives it up as well.
-                    let _ = lock::set(&self.file, Lock::None);
+                    // Closing the file releases it as well.
+                    let _ = lock::set(&self.file, LockKind::None);
                     return Err(why);
                 }
                 self.held.store(true, Ordering::Release);
@@ -116,10 +116,10 @@ impl Image {
         }
     }
 
-    /// Whether nobody has had it since it was given up, if it was.
+    /// Whether nobody has used the image since the lock was released here, if it was.
     fn check_unused(&self) -> Result<(), Error> {
-        let given_up = *self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
-        match given_up {
+        let released_at = *self.released_at.lock().unwrap_or_else(PoisonError::into_inner);
+        match released_at {
             Some(mark) if self.mark()? != mark => Err(Error::UsedElsewhere { path: self.path.clone() }),
             _ => Ok(()),
         }
@@ -129,31 +129,31 @@ impl Image {
         mark::read(&self.file).map_err(|source| Error::Mark { path: self.path.clone(), source })
     }
 
-    /// Says to whoever gave it up that it is used here from now on; called with the lock held. Where the lock decides
-    /// nothing, neither would this.
+    /// Marks the image as used from here on, so that whoever released the lock before can tell. Called with the lock held.
+    /// Where the lock cannot decide between hosts, neither could the mark.
     ///
     /// # Errors
     /// [`Error::Mark`].
     pub fn claim(&self) -> Result<(), Error> {
-        if !self.decides() {
+        if !self.lock_decides() {
             return Ok(());
         }
         mark::change(&self.file).map_err(|source| Error::Mark { path: self.path.clone(), source })
     }
 
-    /// Makes all that was written durable and gives the lock up.
+    /// Makes all that was written durable and releases the lock.
     ///
     /// # Errors
     /// [`Error::Flush`], [`Error::Mark`] or [`Error::Lock`]; the lock is then still held.
-    pub fn release(&self) -> Result<(), Error> {
-        if !self.is_held() {
+    pub fn release_lock(&self) -> Result<(), Error> {
+        if !self.holds_lock() {
             return Ok(());
         }
         self.flush().map_err(|source| Error::Flush { path: self.path.clone(), source })?;
-        let mark = if self.decides() { Some(self.mark()?) } else { None };
-        *self.given_up.lock().unwrap_or_else(PoisonError::into_inner) = mark;
+        let mark = if self.lock_decides() { Some(self.mark()?) } else { None };
+        *self.released_at.lock().unwrap_or_else(PoisonError::into_inner) = mark;
         self.held.store(false, Ordering::Release);
-        match lock::set(&self.file, Lock::None) {
+        match lock::set(&self.file, LockKind::None) {
             Ok(_) => Ok(()),
             Err(source) => {
                 self.held.store(true, Ordering::Release);
@@ -163,7 +163,7 @@ impl Image {
     }
 
     /// Whether the lock is held.
-    pub fn is_held(&self) -> bool {
+    pub fn holds_lock(&self) -> bool {
         self.held.load(Ordering::Acquire)
     }
 
@@ -208,7 +208,7 @@ impl Image {
         let start =
             sector.checked_mul(SECTOR).filter(|start| start.is_multiple_of(unit) && len.is_multiple_of(unit));
         let end = start.and_then(|start| start.checked_add(len)).filter(|end| *end <= self.geometry.len);
-        if !self.is_held() || write && self.readonly || end.is_none() {
+        if !self.holds_lock() || write && self.readonly || end.is_none() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         start.ok_or_else(|| io::ErrorKind::InvalidInput.into())
@@ -221,7 +221,9 @@ impl Image {
     pub fn read_exact_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let unit = u64::from(self.geometry.unit);
         let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.geometry.len);
-        let (Some(end), true) = (end, self.is_held()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let (Some(end), true) = (end, self.holds_lock()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
         // The image is whole units, so what is read beyond the range is there too.
         let (mut at, end) = (offset / unit * unit, end.next_multiple_of(unit));
         let mut bounce = Bounce::new(BOUNCE.min((end - at) as usize))?;

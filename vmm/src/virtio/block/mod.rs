@@ -2,7 +2,7 @@
 //!
 //! Several hosts may have the image open; at most one may write. The right to write is an
 //! open-file-description lock over the whole image (`lock.rs`), which a machine takes before it
-//! runs and gives up, after flushing, when it hands its guest over. So a destination can open the
+//! runs and releases, after flushing, when it hands its guest over. So a destination can open the
 //! image in good time, before it may touch it. A disk that is only read takes a shared lock.
 //!
 //! I/O is direct by default: what the source wrote is on the storage, and the destination has no
@@ -13,8 +13,8 @@
 //! | `device.rs` | features, configuration, which way requests are carried out |
 //! | `request.rs` | a request's buffers, and what it asks for |
 //! | `job.rs` | a request as steps that follow one another |
-//! | `step.rs` | one such step, and how a system call carries it out |
-//! | `ring.rs` | several requests at a time, by io_uring |
+//! | `file_op.rs` | one such step: an operation on the file, and how a system call executes it |
+//! | `uring.rs` | several requests at a time, by io_uring |
 //! | `bounce.rs` | what direct I/O does not take as it is |
 //! | `image.rs` | the image: opening, locking, flushing |
 //! | `lock.rs` | who may write |

@@ -128,7 +128,7 @@ fn expected(offset: u64, len: usize) -> Vec<u8> {
 
 /// A running disk that holds its lock.
 fn bench(disk: Arc<Block>) -> Bench {
-    disk.take_storage().unwrap();
+    disk.take_disk_lock().unwrap();
     Bench::with(disk).running()
 }
 
@@ -325,9 +325,9 @@ fn a_read_only_disk_is_not_written_and_is_shared(aio: Aio) {
     let readonly = |config: &mut BlockConfig| config.readonly = true;
     let mut one = bench(folder.disk(readonly));
     let other = folder.disk(readonly);
-    other.take_storage().unwrap();
-    assert!(!other.has_arbiter(), "it decides nothing");
-    assert!(matches!(folder.disk(|_| {}).take_storage(), Err(crate::Error::Disk(Error::Held { .. }))));
+    other.take_disk_lock().unwrap();
+    assert!(!other.disk_lock_decides(), "it decides nothing");
+    assert!(matches!(folder.disk(|_| {}).take_disk_lock(), Err(crate::Error::Disk(Error::Held { .. }))));
     let page = [Buffer::Out(DATA, 4096)];
     assert_eq!(request(&mut one, 0, VIRTIO_BLK_T_OUT, 0, &page), (IOERR, 1));
     let range = ranges(&one, &[(0, 8, 0)]);
@@ -339,23 +339,23 @@ fn a_read_only_disk_is_not_written_and_is_shared(aio: Aio) {
 fn one_machine_writes_and_the_next_is_told_who(aio: Aio) {
     let folder = Folder::new(aio);
     let (first, second) = (folder.disk(|_| {}), folder.disk(|_| {}));
-    first.take_storage().unwrap();
-    first.take_storage().unwrap();
-    let refusal = second.take_storage().unwrap_err();
+    first.take_disk_lock().unwrap();
+    first.take_disk_lock().unwrap();
+    let refusal = second.take_disk_lock().unwrap_err();
     assert_eq!(refusal.code(), migration::Code::DISKS);
     let me = format!("process {}", std::process::id());
     assert!(refusal.to_string().contains(&me), "{refusal}");
-    assert!(first.holds_storage() && !second.holds_storage());
+    assert!(first.holds_disk_lock() && !second.holds_disk_lock());
     // Whoever does not hold it does no I/O, whatever its guest asks.
     let mut idle = Bench::with(second.clone()).running();
     let page = [Buffer::Out(DATA, 4096)];
     assert_eq!(request(&mut idle, 0, VIRTIO_BLK_T_OUT, 0, &page), (IOERR, 1));
     assert_eq!(folder.bytes(0, 4096), expected(0, 4096));
-    first.release_storage().unwrap();
-    first.release_storage().unwrap();
-    second.take_storage().unwrap();
+    first.release_disk_lock().unwrap();
+    first.release_disk_lock().unwrap();
+    second.take_disk_lock().unwrap();
     assert_eq!(request(&mut idle, 0, VIRTIO_BLK_T_OUT, 0, &page), (OK, 1));
-    assert!(first.take_storage().is_err());
+    assert!(first.take_disk_lock().is_err());
 }
 
 fn requests_go_on_in_the_machine_that_gets_the_lock(aio: Aio) {
@@ -375,8 +375,8 @@ fn requests_go_on_in_the_machine_that_gets_the_lock(aio: Aio) {
         bench.offer(queue, 4, &buffers);
         bench.notify(queue);
         let next = folder.disk(|config| config.queues = 2);
-        bench.function.device().release_storage().unwrap();
-        next.take_storage().unwrap();
+        bench.function.device().release_disk_lock().unwrap();
+        next.take_disk_lock().unwrap();
         bench = bench.hop(next);
         assert_eq!(bench.wait_used(queue), (4, 4097));
         assert_eq!(bench.bytes(DATA + 0x2000, 4096), [round as u8 + 1; 4096]);
@@ -386,7 +386,7 @@ fn requests_go_on_in_the_machine_that_gets_the_lock(aio: Aio) {
 fn a_driver_that_never_flushes_writes_through(aio: Aio) {
     let folder = Folder::new(aio);
     let disk = folder.disk(|_| {});
-    disk.take_storage().unwrap();
+    disk.take_disk_lock().unwrap();
     let mut bench = Bench::with(disk);
     bench.function.resume();
     bench.start(bench.offered() & !(1 << VIRTIO_BLK_F_FLUSH));

@@ -120,9 +120,9 @@ fn requests_overtake_one_another_and_a_pause_waits_for_all() {
     });
     assert_eq!(bench.used(0), WRITES + 1);
     assert_written(&config);
-    bench.function.device().release_storage().unwrap();
+    bench.function.device().release_disk_lock().unwrap();
     let next = Block::open(&config, &Images::Any, Aio::IoUring).unwrap();
-    next.take_storage().unwrap();
+    next.take_disk_lock().unwrap();
     let mut bench = bench.hop(Arc::new(next));
     let mut heads: Vec<_> = (0..WRITES).map(|_| bench.wait_used(0)).collect();
     heads.sort_unstable();

@@ -78,7 +78,7 @@ fn requests_a_second() {
                         let mut driver = Driver { bench, kind, depth, seed: round as u64 };
                         figures[way].push(driver.pace());
                         driver.bench.function.pause();
-                        driver.bench.function.device().release_storage().unwrap();
+                        driver.bench.function.device().release_disk_lock().unwrap();
                     }
                 }
                 let mut ratios: Vec<_> =
