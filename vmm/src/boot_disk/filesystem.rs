@@ -2,7 +2,7 @@
 //! not played back.
 
 use super::partitions::Volume;
-use crate::virtio::block::Image;
+use crate::virtio::block::DiskImage;
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
 use std::rc::Rc;
 
@@ -41,7 +41,7 @@ impl RootFileSystem {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn open(image: &Rc<Image>, volume: &Volume) -> Result<Option<Self>, String> {
+    pub fn open(image: &Rc<DiskImage>, volume: &Volume) -> Result<Option<Self>, String> {
         let mut source =
             Source { image: Rc::clone(image), start: volume.start, len: volume.len, left: MAX_READ };
         if !plausible(&mut source)? {
@@ -117,7 +117,7 @@ fn plausible(source: &mut Source) -> Result<bool, String> {
 
 /// A volume as the file system's reader wants it.
 struct Source {
-    image: Rc<Image>,
+    image: Rc<DiskImage>,
     start: u64,
     len: u64,
     left: u64,

@@ -12,8 +12,8 @@ mod partitions;
 #[cfg(test)]
 mod tests;
 
-use crate::loader::{Boot, Image as Binary};
-use crate::virtio::block::{self, BlockConfig, Image};
+use crate::loader::{Boot, Image};
+use crate::virtio::block::{self, BlockConfig, DiskImage};
 use filesystem::RootFileSystem;
 use partitions::Volume;
 use std::path::{Path, PathBuf};
@@ -89,7 +89,7 @@ pub enum Error {
 /// [`Error`], also if a machine holds the image's lock.
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
     let path = disk.path.as_path();
-    let image = Rc::new(Image::open(&BlockConfig { readonly: true, ..disk.clone() })?);
+    let image = Rc::new(DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() })?);
     image.take_lock()?;
     let volumes =
         partitions::volumes(&image).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
@@ -123,8 +123,8 @@ fn boot(
         let initramfs = file(path, root, initramfs, MAX_INITRAMFS)?;
         let device = root_device(volume, root.uuid(), index, initramfs.is_some());
         return Ok(Some(Boot {
-            kernel: Binary::Bytes(kernel.into()),
-            initramfs: initramfs.map(|bytes| Binary::Bytes(bytes.into())),
+            kernel: Image::Bytes(kernel.into()),
+            initramfs: initramfs.map(|bytes| Image::Bytes(bytes.into())),
             cmdline: format!("root={device} ro {cmdline}").trim_end().to_owned(),
         }));
     }

@@ -4,7 +4,7 @@
 //! tables that an untrusted guest wrote, so it announces limits instead. What it takes for a partition is checked again
 //! by the guest's own kernel, checksums included.
 
-use crate::virtio::block::Image;
+use crate::virtio::block::DiskImage;
 use std::fmt;
 use std::io;
 
@@ -43,7 +43,7 @@ impl fmt::Display for Volume {
 ///
 /// # Errors
 /// What the system says.
-pub fn volumes(image: &Image) -> io::Result<Vec<Volume>> {
+pub fn volumes(image: &DiskImage) -> io::Result<Vec<Volume>> {
     let geometry = image.geometry();
     let unit = u64::from(geometry.unit);
     let whole = Volume { number: 0, start: 0, len: geometry.len, identity: None };
@@ -73,7 +73,7 @@ fn volume(number: u32, start: Option<u64>, len: Option<u64>, disk: u64, identity
     fits.then_some(Volume { number, start, len, identity: Some(identity) })
 }
 
-fn gpt(image: &Image, header: &[u8; 512]) -> io::Result<Vec<Volume>> {
+fn gpt(image: &DiskImage, header: &[u8; 512]) -> io::Result<Vec<Volume>> {
     let geometry = image.geometry();
     let unit = u64::from(geometry.unit);
     let (entries, size) = (u32_at(header, 80).min(MAX_ENTRIES), u32_at(header, 84));

@@ -38,7 +38,7 @@ use crate::announce::Announcing;
 use crate::error::Error;
 use crate::serial::Output;
 use crate::state::{self, Component};
-use queue::{Broken, Next, Serving};
+use queue::{LockedQueue, QueueError, WaitFor};
 use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -127,14 +127,14 @@ pub trait VirtioDevice: Send + Sync {
     /// The driver is gone.
     fn reset(&self) {}
 
-    /// Serves queue `index` until [`Serving::take`] has no more, or until there is no input for
+    /// Serves queue `index` until [`LockedQueue::pop`] has no more, or until there is no input for
     /// what it has. Whatever it began is complete when it returns.
     ///
     /// # Errors
-    /// [`Broken`] when the guest has to reset the device.
-    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken>;
+    /// [`QueueError`] when the guest has to reset the device.
+    fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError>;
 
-    /// What queue `index` waits for after [`Next::Input`], as long as there is such a thing.
+    /// What queue `index` waits for after [`WaitFor::Input`], as long as there is such a thing.
     fn input(&self, _index: usize) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -7,7 +7,7 @@ pub use super::registers::COMMON_FEATURES;
 
 use super::common_config::{self, Register};
 use super::interrupt::Interrupt;
-use super::queue::{NO_VECTOR, QueueState, RingPart, VirtQueue};
+use super::queue::{NO_VECTOR, QueuePart, QueueState, VirtQueue};
 use super::registers::{
     BAR_LEN, COMMON_CONFIG, COMMON_CONFIG_LEN, CapabilityType, DEVICE_CONFIG, DOORBELL_LEN, DOORBELLS,
     DRIVER_OK, EVENT_INDEX, ISR_STATUS, MSIX_PENDING, MSIX_TABLE, NEEDS_RESET, PART_LEN, Registers,
@@ -243,15 +243,17 @@ impl VirtioFunction {
             Register::ConfigGeneration => 0,
             // Each queue's doorbell has the queue's number.
             Register::QueueSelect | Register::QueueNotifyOff => driver().queue_select.into(),
-            Register::QueueSize => queue().map_or(0, |queue| queue.with_ring(|ring| ring.size())).into(),
+            Register::QueueSize => queue().map_or(0, |queue| queue.with_queue(|queue| queue.size())).into(),
             Register::QueueMsixVector => queue().map_or(NO_VECTOR, VirtQueue::vector).into(),
-            Register::QueueEnable => queue().is_some_and(|queue| queue.with_ring(|ring| ring.ready())).into(),
-            Register::QueueDescLow => address(RingPart::Descriptors) as u32,
-            Register::QueueDescHigh => (address(RingPart::Descriptors) >> 32) as u32,
-            Register::QueueDriverLow => address(RingPart::Available) as u32,
-            Register::QueueDriverHigh => (address(RingPart::Available) >> 32) as u32,
-            Register::QueueDeviceLow => address(RingPart::Used) as u32,
-            Register::QueueDeviceHigh => (address(RingPart::Used) >> 32) as u32,
+            Register::QueueEnable => {
+                queue().is_some_and(|queue| queue.with_queue(|queue| queue.ready())).into()
+            }
+            Register::QueueDescLow => address(QueuePart::DescriptorTable) as u32,
+            Register::QueueDescHigh => (address(QueuePart::DescriptorTable) >> 32) as u32,
+            Register::QueueDriverLow => address(QueuePart::AvailableRing) as u32,
+            Register::QueueDriverHigh => (address(QueuePart::AvailableRing) >> 32) as u32,
+            Register::QueueDeviceLow => address(QueuePart::UsedRing) as u32,
+            Register::QueueDeviceHigh => (address(QueuePart::UsedRing) >> 32) as u32,
         }
     }
 
@@ -270,7 +272,7 @@ impl VirtioFunction {
         let mut inner = self.lock();
         let queue = self.queues.get(usize::from(inner.registers.queue_select));
         // A queue that is in use no longer changes; only a reset frees it.
-        let idle = || queue.filter(|queue| !queue.with_ring(|ring| ring.ready()));
+        let idle = || queue.filter(|queue| !queue.with_queue(|queue| queue.ready()));
         let set_address = |part, high| {
             if let Some(queue) = idle() {
                 queue.set_address(part, high, value);
@@ -290,23 +292,23 @@ impl VirtioFunction {
             }
             Register::QueueSize => {
                 if let Some(queue) = idle() {
-                    queue.with_ring(|ring| ring.set_size(value as u16));
+                    queue.with_queue(|queue| queue.set_size(value as u16));
                 }
             }
             Register::QueueEnable => {
                 if let Some(queue) = idle().filter(|_| value == 1) {
-                    queue.with_ring(|ring| ring.set_ready(true));
+                    queue.with_queue(|queue| queue.set_ready(true));
                     if inner.registers.status & DRIVER_OK != 0 {
                         self.activate(&inner.registers);
                     }
                 }
             }
-            Register::QueueDescLow => set_address(RingPart::Descriptors, false),
-            Register::QueueDescHigh => set_address(RingPart::Descriptors, true),
-            Register::QueueDriverLow => set_address(RingPart::Available, false),
-            Register::QueueDriverHigh => set_address(RingPart::Available, true),
-            Register::QueueDeviceLow => set_address(RingPart::Used, false),
-            Register::QueueDeviceHigh => set_address(RingPart::Used, true),
+            Register::QueueDescLow => set_address(QueuePart::DescriptorTable, false),
+            Register::QueueDescHigh => set_address(QueuePart::DescriptorTable, true),
+            Register::QueueDriverLow => set_address(QueuePart::AvailableRing, false),
+            Register::QueueDriverHigh => set_address(QueuePart::AvailableRing, true),
+            Register::QueueDeviceLow => set_address(QueuePart::UsedRing, false),
+            Register::QueueDeviceHigh => set_address(QueuePart::UsedRing, true),
             // These can only be read.
             Register::DeviceFeature
             | Register::NumQueues
@@ -355,7 +357,7 @@ impl VirtioFunction {
     /// Does something while a queue is locked, as by whoever serves it.
     #[cfg(test)]
     pub fn with_queue_locked(&self, queue: usize, work: impl FnOnce()) {
-        self.queues[queue].with_ring(|_| work());
+        self.queues[queue].with_queue(|_| work());
     }
 
     /// The components that the device saves.

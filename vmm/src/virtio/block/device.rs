@@ -1,14 +1,14 @@
 //! The disk as its driver sees it.
 
-use super::image::Image;
+use super::image::DiskImage;
 use super::job::Job;
 use super::request::{MAX_BUFFERS, MAX_RANGES, SECTOR};
-use super::ring::Ring;
 use super::state::BlockState;
+use super::uring::Uring;
 use super::{Aio, BlockConfig, Error, Geometry, Images, MAX_QUEUES};
 use crate::state::{self, Component, Kind};
 use crate::virtio::config_space::ConfigSpace;
-use crate::virtio::queue::{Broken, Next, Serving};
+use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
@@ -21,8 +21,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 /// Mass storage controller, other.
 const CLASS: u32 = 0x01_8000;
 pub const QUEUE_SIZE: u16 = MAX_BUFFERS as u16;
-/// Buffers of one request, beside header and outcome.
-const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+/// Data segments of one request, beside its header and its status byte.
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Most sectors of one range to be discarded or zeroed: 1 GiB.
 pub const MAX_SECTORS: u32 = 1 << 21;
 
@@ -30,7 +30,7 @@ const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 
 /// What all queues share.
 pub struct Disk {
-    pub image: Image,
+    pub image: DiskImage,
     pub identity: [u8; VIRTIO_BLK_ID_BYTES as usize],
     /// The driver never flushes: every write is made durable before it is confirmed.
     write_through: AtomicBool,
@@ -43,12 +43,12 @@ impl Disk {
     }
 }
 
-/// How a queue's requests are carried out.
-enum Lane {
+/// What executes a queue's requests.
+enum Engine {
     /// One after the other, by system calls.
-    InTurn(Box<Job>),
+    Sync(Box<Job>),
     /// Several at a time.
-    Ring(Box<Ring>),
+    IoUring(Box<Uring>),
 }
 
 /// A disk.
@@ -56,8 +56,8 @@ pub struct Block {
     config: BlockConfig,
     disk: Disk,
     queue_sizes: Vec<u16>,
-    /// One for each queue; nobody but the queue's thread takes it.
-    lanes: Vec<Mutex<Lane>>,
+    /// One for each queue; only the queue's thread takes its lock.
+    engines: Vec<Mutex<Engine>>,
 }
 
 impl Block {
@@ -74,7 +74,7 @@ impl Block {
         let path = std::path::absolute(&config.path)
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
         let config = BlockConfig { path, ..config.clone() };
-        let image = Image::open(&config)?;
+        let image = DiskImage::open(&config)?;
         let mut identity = [0; VIRTIO_BLK_ID_BYTES as usize];
         let name = config.path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let printable = name.bytes().filter(u8::is_ascii_graphic);
@@ -91,19 +91,19 @@ impl Block {
         Ok(Block {
             config: BlockConfig { geometry: Some(image.geometry()), ..config },
             disk: Disk { image, identity, write_through: AtomicBool::new(true) },
-            lanes: lanes(queue_sizes.len(), aio)?,
+            engines: engines(queue_sizes.len(), aio)?,
             queue_sizes,
         })
     }
 }
 
-/// Ways for so many queues.
-fn lanes(count: usize, aio: Aio) -> Result<Vec<Mutex<Lane>>, Error> {
-    let in_turn = || (0..count).map(|_| Mutex::new(Lane::InTurn(Box::default()))).collect();
+/// Engines for so many queues.
+fn engines(count: usize, aio: Aio) -> Result<Vec<Mutex<Engine>>, Error> {
+    let sync = || (0..count).map(|_| Mutex::new(Engine::Sync(Box::default()))).collect();
     if aio == Aio::Sync {
-        return Ok(in_turn());
+        return Ok(sync());
     }
-    let rings = (0..count).map(|_| Ok(Mutex::new(Lane::Ring(Box::new(Ring::new()?))))).collect();
+    let rings = (0..count).map(|_| Ok(Mutex::new(Engine::IoUring(Box::new(Uring::new()?))))).collect();
     match rings {
         Err(source) if aio == Aio::IoUring => Err(Error::NoRing(source)),
         Err(error) => {
@@ -113,24 +113,24 @@ fn lanes(count: usize, aio: Aio) -> Result<Vec<Mutex<Lane>>, Error> {
                     "whimbrel: no io_uring ({error}): disks carry out their requests one after the other"
                 );
             });
-            Ok(in_turn())
+            Ok(sync())
         }
         Ok(rings) => Ok(rings),
     }
 }
 
 /// Serves a queue by system calls.
-fn serve_in_turn(job: &mut Job, disk: &Disk, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+fn serve_sync(job: &mut Job, disk: &Disk, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
     let memory = queue.memory();
-    while let Some(chain) = queue.take()? {
-        let mut step = job.begin(disk, memory, chain)?;
-        while let Some(next) = step {
-            step = job.proceed(disk, memory, disk.image.carry_out(next));
+    while let Some(chain) = queue.pop()? {
+        let mut op = job.begin(disk, memory, chain)?;
+        while let Some(next) = op {
+            op = job.proceed(disk, memory, disk.image.execute(next));
         }
-        let (head, written) = job.conclude(memory)?;
-        queue.give_back(head, written)?;
+        let (head, len) = job.complete(memory)?;
+        queue.add_used(head, len)?;
     }
-    Ok(Next::Buffers)
+    Ok(WaitFor::Buffers)
 }
 
 impl VirtioDevice for Block {
@@ -160,7 +160,7 @@ impl VirtioDevice for Block {
         let Geometry { len, unit } = self.disk.image.geometry();
         let space = virtio_blk_config {
             capacity: len / SECTOR,
-            seg_max: SEGMENTS,
+            seg_max: MAX_SEGMENTS,
             blk_size: unit,
             num_queues: self.config.queues,
             max_discard_sectors: MAX_SECTORS,
@@ -178,10 +178,10 @@ impl VirtioDevice for Block {
         self.disk.write_through.store(features & FLUSH == 0, Ordering::Relaxed);
     }
 
-    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
-        match &mut *self.lanes[index].lock().unwrap_or_else(PoisonError::into_inner) {
-            Lane::InTurn(job) => serve_in_turn(job, &self.disk, queue),
-            Lane::Ring(ring) => ring.serve(&self.disk, queue),
+    fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+        match &mut *self.engines[index].lock().unwrap_or_else(PoisonError::into_inner) {
+            Engine::Sync(job) => serve_sync(job, &self.disk, queue),
+            Engine::IoUring(uring) => uring.serve(&self.disk, queue),
         }
     }
 

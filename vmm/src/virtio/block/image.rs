@@ -1,6 +1,6 @@
 //! A disk's image.
 
-use super::bounce::{BOUNCE, Bounce, PAGE};
+use super::bounce::{BounceBuffer, MAX_BOUNCE, PAGE};
 use super::lock::{self, LockKind};
 use super::mark::{self, Mark};
 use super::request::SECTOR;
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// An open image.
-pub struct Image {
+pub struct DiskImage {
     path: PathBuf,
     file: File,
     readonly: bool,
@@ -29,7 +29,7 @@ pub struct Image {
     released_at: Mutex<Option<Mark>>,
 }
 
-impl Image {
+impl DiskImage {
     /// Opens the image without touching its content and without a lock.
     ///
     /// # Errors
@@ -68,7 +68,16 @@ impl Image {
         }
         let held = AtomicBool::new(false);
         let released_at = Mutex::default();
-        Ok(Image { path, file, readonly: config.readonly, geometry, on_nfs, alignment, held, released_at })
+        Ok(DiskImage {
+            path,
+            file,
+            readonly: config.readonly,
+            geometry,
+            on_nfs,
+            alignment,
+            held,
+            released_at,
+        })
     }
 
     /// Its size and unit.
@@ -226,10 +235,10 @@ impl Image {
         };
         // The image is whole units, so what is read beyond the range is there too.
         let (mut at, end) = (offset / unit * unit, end.next_multiple_of(unit));
-        let mut bounce = Bounce::new(BOUNCE.min((end - at) as usize))?;
+        let mut bounce = BounceBuffer::new(MAX_BOUNCE.min((end - at) as usize))?;
         let (mut skip, mut rest) = ((offset - at) as usize, bytes);
         while !rest.is_empty() {
-            let piece = &mut bounce.bytes()[..BOUNCE.min((end - at) as usize)];
+            let piece = &mut bounce.bytes()[..MAX_BOUNCE.min((end - at) as usize)];
             self.file.read_exact_at(piece, at)?;
             let count = rest.len().min(piece.len() - skip);
             rest[..count].copy_from_slice(&piece[skip..skip + count]);
@@ -268,7 +277,7 @@ fn direct_io(file: &File, is_device: bool) -> (usize, u32) {
         }
     }
     // Before Linux 6.1, and on file systems that do not say: a direct read, which no cache keeps.
-    let probe = Bounce::new(PAGE).and_then(|mut page| file.read_at(&mut page.bytes()[..512], 512));
+    let probe = BounceBuffer::new(PAGE).and_then(|mut page| file.read_at(&mut page.bytes()[..512], 512));
     if probe.is_ok() { (512, 512) } else { (PAGE, 4096) }
 }
 

@@ -11,30 +11,30 @@
 //! | file | what |
 //! |---|---|
 //! | `device.rs` | features, configuration, which way requests are carried out |
-//! | `request.rs` | a request's buffers, and what it asks for |
-//! | `job.rs` | a request as steps that follow one another |
-//! | `file_op.rs` | one such step: an operation on the file, and how a system call executes it |
+//! | `request.rs` | a request's type and buffers |
+//! | `job.rs` | a request as file operations that follow one another |
+//! | `file_op.rs` | a file operation, and how a system call executes it |
 //! | `uring.rs` | several requests at a time, by io_uring |
-//! | `bounce.rs` | what direct I/O does not take as it is |
+//! | `bounce.rs` | bounce buffers, for what direct I/O does not take as it is |
 //! | `image.rs` | the image: opening, locking, flushing |
 //! | `lock.rs` | who may write |
 //! | `mark.rs` | whether somebody else could, since |
 
 mod bounce;
 mod device;
+mod file_op;
 mod image;
 mod job;
 mod lock;
 mod mark;
 mod request;
-mod ring;
 mod state;
-mod step;
 #[cfg(test)]
 mod tests;
+mod uring;
 
 pub use device::Block;
-pub(crate) use image::Image;
+pub(crate) use image::DiskImage;
 
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -100,7 +100,7 @@ pub enum Aio {
 /// # Errors
 /// Why not.
 pub fn io_uring() -> io::Result<()> {
-    ring::Ring::new().map(drop)
+    uring::Uring::new().map(drop)
 }
 
 /// A disk's size and unit.

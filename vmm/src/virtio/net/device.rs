@@ -8,7 +8,7 @@ use super::transmit::transmit;
 use super::{Error, MAX_PAIRS, NetConfig, Promise, TapConfig};
 use crate::state::{self, Component, Kind};
 use crate::virtio::config_space::ConfigSpace;
-use crate::virtio::queue::{Broken, Next, Serving};
+use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -250,7 +250,7 @@ impl VirtioDevice for Net {
         self.apply(&inner);
     }
 
-    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
         let accepted = self.lock().accepted;
         match self.role(index, accepted) {
             Role::Receive(pair) => {
@@ -259,7 +259,7 @@ impl VirtioDevice for Net {
             }
             Role::Transmit(pair) => transmit(&self.tap, pair, queue),
             Role::Control => control(queue, |command| self.obey(command)),
-            Role::Nobody => Ok(Next::Buffers),
+            Role::Nobody => Ok(WaitFor::Buffers),
         }
     }
 

@@ -9,7 +9,7 @@
 use super::tap::{Tap, vector};
 use super::{HEADER, MAX_FRAME};
 use crate::memory::{GuestMemory, Slice};
-use crate::virtio::queue::{Broken, Chain, Next, Serving};
+use crate::virtio::queue::{Chain, LockedQueue, QueueError, WaitFor};
 use std::collections::VecDeque;
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
@@ -47,19 +47,19 @@ struct Room<'m> {
 }
 
 impl<'m> Room<'m> {
-    fn add(&mut self, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<(), Broken> {
+    fn add(&mut self, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<(), QueueError> {
         let before = self.parts.len();
         for buffer in chain.by_ref() {
             if !buffer.is_write_only() {
-                return Err(Broken::Request("a receive buffer cannot be written"));
+                return Err(QueueError::Request("a receive buffer cannot be written"));
             }
             for slice in GuestMemoryBackend::get_slices(memory, buffer.addr(), buffer.len() as usize) {
-                let slice = slice.map_err(|_| Broken::Request("a buffer lies outside guest memory"))?;
+                let slice = slice.map_err(|_| QueueError::OUTSIDE)?;
                 self.len += slice.len();
                 self.parts.push_back(slice);
             }
             if self.parts.len() > MAX_PARTS {
-                return Err(Broken::Request("a receive buffer is in too many parts"));
+                return Err(QueueError::Request("a receive buffer is in too many parts"));
             }
         }
         self.chains.push_back((chain.head_index(), self.parts.len() - before));
@@ -123,7 +123,12 @@ impl<'m> Room<'m> {
 }
 
 /// Reads frames as long as there are frames, and room for them.
-pub fn receive(tap: &Tap, index: usize, terms: Terms, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+pub fn receive(
+    tap: &Tap,
+    index: usize,
+    terms: Terms,
+    queue: &mut LockedQueue<'_>,
+) -> Result<WaitFor, QueueError> {
     let memory = queue.memory();
     let mut room = Room::default();
     let mut filled = Vec::new();
@@ -131,13 +136,13 @@ pub fn receive(tap: &Tap, index: usize, terms: Terms, queue: &mut Serving<'_>) -
     let mut more = [0u8; 1];
     let next = loop {
         while !room.is_enough(terms) {
-            match queue.take()? {
+            match queue.pop()? {
                 Some(mut chain) => room.add(memory, &mut chain)?,
                 None => break,
             }
         }
         if !room.is_enough(terms) {
-            break Next::Buffers;
+            break WaitFor::Buffers;
         }
         // What does not fit shows by the byte that follows.
         let after = vector(more.as_mut_ptr(), more.len());
@@ -148,12 +153,12 @@ pub fn receive(tap: &Tap, index: usize, terms: Terms, queue: &mut Serving<'_>) -
         // reference exists, but for the last, which is a byte of our own that nobody reads.
         let read = unsafe { tap.read(index, &vectors) };
         let len = match read {
-            Ok(None) => break Next::Input,
+            Ok(None) => break WaitFor::Input,
             Ok(Some(len)) => len,
             Err(_) => {
                 // A call that failed may have written in part.
                 room.mark(room.len);
-                break Next::Input;
+                break WaitFor::Input;
             }
         };
         // After the write, so that whoever clears the mark in between sees it.
@@ -164,8 +169,8 @@ pub fn receive(tap: &Tap, index: usize, terms: Terms, queue: &mut Serving<'_>) -
         room.filled(len, &mut filled);
         room.write(CHAINS_AT, &(filled.len() as u16).to_le_bytes());
         room.remove(filled.len());
-        queue.give_back_all(&filled)?;
+        queue.add_used_all(&filled)?;
     };
-    queue.put_back(room.chains.len() as u16);
+    queue.undo_pop(room.chains.len() as u16);
     Ok(next)
 }

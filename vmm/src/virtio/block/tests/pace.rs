@@ -42,7 +42,7 @@ impl Driver {
             seen = seen.wrapping_add(1);
             let (head, _) = self.bench.wait_used(0);
             let place = head as u16 / 3;
-            assert_eq!(self.bench.bytes(OUTCOME + u64::from(place), 1), [OK]);
+            assert_eq!(self.bench.bytes(STATUS + u64::from(place), 1), [OK]);
             done += 1;
             if began.elapsed() < EACH { self.offer(place) } else { in_flight -= 1 }
         }

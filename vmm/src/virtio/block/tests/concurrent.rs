@@ -74,7 +74,7 @@ impl Drop for Mounted {
 
 /// A request for the page of the image that has its number.
 fn offer(bench: &mut Bench, number: u16, kind: u32) {
-    bench.guest_writes(OUTCOME + u64::from(number), &[0x77]);
+    bench.guest_writes(STATUS + u64::from(number), &[0x77]);
     offer_page(bench, number, kind, u64::from(number) * 8);
     bench.notify(0);
 }
@@ -104,7 +104,7 @@ fn assert_written(config: &BlockConfig) {
 /// What is offered last comes back first, and what saves the device finds nothing in flight.
 #[test]
 fn requests_overtake_one_another_and_a_pause_waits_for_all() {
-    let Some(mounted) = has_ring().then(Mounted::new).flatten() else { return };
+    let Some(mounted) = has_uring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
     offer(&mut bench, WRITES, VIRTIO_BLK_T_IN);
     assert_eq!(bench.wait_used(0), (u32::from(WRITES) * 3, 4097));
@@ -133,7 +133,7 @@ fn requests_overtake_one_another_and_a_pause_waits_for_all() {
 
 #[test]
 fn a_reset_waits_for_all_as_well() {
-    let Some(mounted) = has_ring().then(Mounted::new).flatten() else { return };
+    let Some(mounted) = has_uring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
     thread::scope(|scope| {
         let reset = scope.spawn(|| bench.set_status(0));
@@ -150,7 +150,7 @@ fn a_reset_waits_for_all_as_well() {
 /// What ends the use of a queue leaves nothing in flight either.
 #[test]
 fn a_malformed_request_waits_for_those_before_it() {
-    let Some(mounted) = has_ring().then(Mounted::new).flatten() else { return };
+    let Some(mounted) = has_uring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
     bench.offer(0, SIZE - 1, &[Buffer::Out(HEADER, 16)]);
     bench.notify(0);
