@@ -9,9 +9,9 @@ use super::uring::Uring;
 use super::{Aio, Block, BlockConfig, Error, Geometry, Images};
 use crate::virtio::VirtioDevice;
 use crate::virtio::common_config::Register;
+use crate::virtio::net::wire::skip::skipped;
 use crate::virtio::testing::{BUFFERS, Bench, Buffer};
 use std::fs::File;
-use std::io::Write;
 use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -63,18 +63,17 @@ both_ways! {
     an_arriving_machine_has_only_images_that_were_set_aside,
 }
 
-fn has_uring() -> bool {
-    let refused = Uring::new().err();
-    if let Some(error) = &refused {
-        skipped("disks by io_uring", error);
+/// Whether there is an io_uring. A kernel that has one and refuses what disks need of it is an error.
+pub fn has_uring() -> bool {
+    match Uring::new() {
+        Ok(_) => true,
+        // None in the kernel; or switched off, or forbidden to this process.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+            skipped(format_args!("no io_uring: {error}"));
+            false
+        }
+        Err(error) => panic!("there is an io_uring, and disks cannot use it: {error}"),
     }
-    refused.is_none()
-}
-
-/// Says so past the harness, which keeps to itself what passing tests print.
-fn skipped(what: &str, why: &dyn std::fmt::Display) {
-    let line = format!("SKIPPED {what}: {why}\n");
-    std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
 }
 
 /// An image whose byte at offset n is made of n, in a folder that is removed with it.

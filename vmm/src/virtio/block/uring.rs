@@ -206,11 +206,15 @@ impl Uring {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::has_uring;
     use super::*;
 
     #[test]
     fn it_carries_out_nothing_that_a_disk_does_not_need() {
-        let Ok(mut ring) = Uring::new() else { return };
+        if !has_uring() {
+            return;
+        }
+        let mut ring = Uring::new().unwrap();
         let nowhere = c"/dev/null".as_ptr();
         let entries = [
             (opcode::Nop::new().build(), -libc::EACCES),

@@ -30,7 +30,7 @@ mod tap;
 mod tests;
 mod transmit;
 #[cfg(test)]
-mod wire;
+pub(crate) mod wire;
 
 pub use device::Net;
 pub use mac::Mac;

@@ -32,7 +32,7 @@ impl Mounted {
         match made {
             Ok(()) => Some(Mounted(folder)),
             Err(error) => {
-                skipped("several requests at a time (root, loop, ext4)", &error);
+                skipped(format_args!("needs root, loop devices and ext4: {error}"));
                 None
             }
         }
