@@ -1,6 +1,7 @@
 //! Input, from wherever it comes to the port.
 
 use super::{Port, lock};
+use crate::poll::poll;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
@@ -79,7 +80,9 @@ pub fn feed(
 ) {
     let mut bytes = [0; FIFO_LEN];
     loop {
-        wait_readable(&input);
+        if !poll([Some(input.as_raw_fd())], libc::POLLIN, -1) {
+            continue;
+        }
         let Some(port) = port.upgrade() else { return };
         let mut port = lock(&port);
         let listens = gate.look() && port.read(MODEM_CONTROL) & LOOPBACK == 0;
@@ -106,11 +109,4 @@ pub fn feed(
             Err(_) => return,
         }
     }
-}
-
-fn wait_readable(input: &File) {
-    let mut poll = libc::pollfd { fd: input.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one pollfd, which lives across the call. A signal ends the wait early, which only makes the caller look
-    // once more.
-    unsafe { libc::poll(&mut poll, 1, -1) };
 }

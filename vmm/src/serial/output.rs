@@ -6,6 +6,7 @@
 //! that lives for as long as there is such a backlog writes it. Only what a backlog of [`MAX_BACKLOG`] bytes cannot take is
 //! lost.
 
+use crate::poll::poll;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
@@ -119,12 +120,9 @@ impl Inner {
 }
 
 /// Whether a write to `file` is over at once, now or within `patience_ms`: it takes bytes, or refuses them because
-/// nobody is there to read them.
+/// nobody is there to read them. A signal that asks the vCPU to pause ends the wait early, which counts as not ready.
 fn ready(file: &File, patience_ms: libc::c_int) -> bool {
-    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one pollfd, which lives across the call. A signal that asks the vCPU to pause ends the wait early, which
-    // counts as not ready.
-    unsafe { libc::poll(&mut poll, 1, patience_ms) == 1 }
+    poll([Some(file.as_raw_fd())], libc::POLLOUT, patience_ms)
 }
 
 impl Write for Output {

@@ -14,10 +14,11 @@ use super::VirtioDevice;
 use super::interrupt::Interrupt;
 use crate::error::Error;
 use crate::memory::GuestMemory;
+use crate::poll::poll;
 use crate::sandbox;
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -452,12 +453,8 @@ impl Drop for VirtQueue {
     }
 }
 
-/// Waits until the doorbell rings or the input is readable (or has ended), as far as they are given.
+/// Waits until the doorbell rings or the input is readable (or has ended), as far as they are given. A signal ends the wait
+/// early, which only makes the caller look once more.
 fn wait(doorbell: Option<&EventFd>, input: Option<BorrowedFd<'_>>) {
-    // A negative descriptor is one that poll(2) leaves out.
-    let poll = |fd: Option<RawFd>| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 };
-    let mut fds = [poll(doorbell.map(AsRawFd::as_raw_fd)), poll(input.map(|fd| fd.as_raw_fd()))];
-    // SAFETY: two pollfds, which live across the call. A signal ends the wait early, which only
-    // makes the caller look once more.
-    unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+    poll([doorbell.map(AsRawFd::as_raw_fd), input.map(|fd| fd.as_raw_fd())], libc::POLLIN, -1);
 }

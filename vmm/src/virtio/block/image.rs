@@ -4,6 +4,7 @@ use super::bounce::{BounceBuffer, MAX_BOUNCE, PAGE};
 use super::lock::{self, LockKind};
 use super::mark::{self, Mark};
 use super::request::SECTOR;
+use super::statx::statx;
 use super::{BlockConfig, Error, Geometry};
 use crate::state::Kind;
 use std::fs::{File, OpenOptions};
@@ -259,14 +260,10 @@ impl DiskImage {
 /// lengths.
 fn direct_io(file: &File, is_device: bool) -> (usize, u32) {
     let unit = |reported: u32| if reported <= 512 { 512 } else { 4096 };
-    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: an empty path with this flag means the descriptor itself; the structure lives across
-    // the call.
-    let result = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut stat)
-    };
-    if result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align != 0 {
+    if let Ok(stat) = statx(file, 0, libc::STATX_DIOALIGN)
+        && stat.stx_mask & libc::STATX_DIOALIGN != 0
+        && stat.stx_dio_offset_align != 0
+    {
         return (stat.stx_dio_mem_align.max(512) as usize, unit(stat.stx_dio_offset_align));
     }
     if is_device {

@@ -7,6 +7,7 @@
 //! modification: the one thing that every file system has, that all hosts see, and that anybody who writes to the
 //! image changes anyway.
 
+use super::statx::statx;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -26,17 +27,9 @@ pub struct Mark(i64, u32);
 /// # Errors
 /// What the system says.
 pub fn read(file: &File) -> io::Result<Mark> {
-    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     // What this host remembers of a file on a server may be old.
-    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_FORCE_SYNC;
-    // SAFETY: an empty path with this flag means the descriptor itself; the structure lives across the call.
-    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_MTIME, &mut stat) };
-    if result == 0 {
-        Ok(Mark(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec))
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let stat = statx(file, libc::AT_STATX_FORCE_SYNC, libc::STATX_MTIME)?;
+    Ok(Mark(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec))
 }
 
 /// Gives the image another mark.

@@ -19,6 +19,7 @@
 //! | `image.rs` | the image: opening, locking, flushing |
 //! | `lock.rs` | who may write |
 //! | `mark.rs` | whether somebody else could, since |
+//! | `statx.rs` | what the system tells of an open file |
 
 mod bounce;
 mod device;
@@ -29,6 +30,7 @@ mod lock;
 mod mark;
 mod request;
 mod state;
+mod statx;
 #[cfg(test)]
 mod tests;
 mod uring;

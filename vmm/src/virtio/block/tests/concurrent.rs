@@ -93,6 +93,19 @@ fn held_up(mounted: &Mounted) -> (Bench, BlockConfig, Frozen) {
     (bench, config, frozen)
 }
 
+/// Does `work`, which has to wait for the writes, and thaws the file system meanwhile.
+fn waits_for_writes(bench: &Bench, frozen: Frozen, work: impl FnOnce() + Send) {
+    let used = bench.used(0);
+    thread::scope(|scope| {
+        let work = scope.spawn(work);
+        thread::sleep(WHILE);
+        assert!(!work.is_finished(), "writes are in flight");
+        assert_eq!(bench.used(0), used);
+        drop(frozen);
+        work.join().unwrap();
+    });
+}
+
 fn assert_written(config: &BlockConfig) {
     let mut bytes = vec![0; 4096];
     for number in 0..WRITES {
@@ -110,14 +123,8 @@ fn requests_overtake_one_another_and_a_pause_waits_for_all() {
     assert_eq!(bench.wait_used(0), (u32::from(WRITES) * 3, 4097));
     let at = u64::from(WRITES) * 4096;
     assert_eq!(bench.bytes(DATA + at, 4096), expected(at, 4096));
-    thread::scope(|scope| {
-        let pause = scope.spawn(|| bench.function.pause());
-        thread::sleep(WHILE);
-        assert!(!pause.is_finished(), "writes are in flight");
-        assert_eq!(bench.used(0), 1);
-        drop(frozen);
-        pause.join().unwrap();
-    });
+    assert_eq!(bench.used(0), 1);
+    waits_for_writes(&bench, frozen, || bench.function.pause());
     assert_eq!(bench.used(0), WRITES + 1);
     assert_written(&config);
     bench.function.device().release_disk_lock().unwrap();
@@ -135,13 +142,7 @@ fn requests_overtake_one_another_and_a_pause_waits_for_all() {
 fn a_reset_waits_for_all_as_well() {
     let Some(mounted) = has_uring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
-    thread::scope(|scope| {
-        let reset = scope.spawn(|| bench.set_status(0));
-        thread::sleep(WHILE);
-        assert!(!reset.is_finished(), "writes are in flight");
-        drop(frozen);
-        reset.join().unwrap();
-    });
+    waits_for_writes(&bench, frozen, || bench.set_status(0));
     assert_written(&config);
     bench.start(bench.offered());
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_IN, 0, &[Buffer::In(DATA, 4096)]), (OK, 4097));
@@ -154,13 +155,7 @@ fn a_malformed_request_waits_for_those_before_it() {
     let (mut bench, config, frozen) = held_up(&mounted);
     bench.offer(0, SIZE - 1, &[Buffer::Out(HEADER, 16)]);
     bench.notify(0);
-    thread::scope(|scope| {
-        let broken = scope.spawn(|| bench.wait_needs_reset());
-        thread::sleep(WHILE);
-        assert!(!broken.is_finished(), "writes are in flight");
-        drop(frozen);
-        broken.join().unwrap();
-    });
+    waits_for_writes(&bench, frozen, || bench.wait_needs_reset());
     assert_written(&config);
     bench.start(bench.offered());
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_IN, 0, &[Buffer::In(DATA, 4096)]), (OK, 4097));

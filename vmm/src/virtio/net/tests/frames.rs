@@ -1,6 +1,8 @@
 //! Frames between the tap and guest RAM.
 
 use super::*;
+use crate::poll::poll;
+use std::os::fd::AsRawFd;
 
 #[test]
 fn frames_go_both_ways() {
@@ -146,16 +148,15 @@ fn an_interface_that_is_deleted_is_no_busy_loop() {
         ip("link del tap0");
         transmit(&mut bench, [0; WIRE_HEADER], &frame(60, 1));
         let began = Instant::now();
-        while bench.function.device().input(RECEIVE).is_some_and(|fd| readable(&fd)) {
+        while bench
+            .function
+            .device()
+            .input(RECEIVE)
+            .is_some_and(|fd| poll([Some(fd.as_raw_fd())], libc::POLLIN, 0))
+        {
             assert!(began.elapsed() < PATIENCE, "what is waited for is always there");
             std::thread::sleep(Duration::from_millis(1));
         }
         bench.function.pause();
     });
-}
-
-fn readable(fd: &impl std::os::fd::AsRawFd) -> bool {
-    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one pollfd, which lives across the call.
-    unsafe { libc::poll(&mut poll, 1, 0) > 0 }
 }
