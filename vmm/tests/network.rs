@@ -34,7 +34,7 @@ fn mac(number: u8) -> Mac {
 /// A machine with an interface on each of these taps, whose guest knows of none of them.
 fn machine(taps: &[&str]) -> Machine {
     let host = Host::open().unwrap();
-    let net = |number| NetConfig { number, mac: mac(number + 1), pairs: 1, promise: None };
+    let net = |number| NetConfig { number, mac: mac(number + 1), pairs: 1, negotiated: None };
     let devices = (0..taps.len() as u8).map(net).map(DeviceConfig::Net).collect();
     let config = MachineConfig::new(&host, 16 << 20, 1).unwrap();
     let config = MachineConfig { serial: SerialOutput::Null, devices, local: local(taps), ..config };

@@ -5,16 +5,17 @@ use crate::memory::GuestMemory;
 use crate::virtio::queue::{Chain, QueueError};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_discard_write_zeroes,
+    virtio_blk_outhdr,
 };
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 /// Bytes of a sector, by which requests and configuration count, whatever the image's own unit is.
 pub const SECTOR: u64 = 512;
-const HEADER: usize = 16;
+const HEADER: usize = size_of::<virtio_blk_outhdr>();
 /// Length of a range to be discarded or zeroed, in a request that names several.
-const RANGE: usize = 16;
+const RANGE: usize = size_of::<virtio_blk_discard_write_zeroes>();
 /// Most buffers of one request: as many as descriptors in the queue.
 pub const MAX_BUFFERS: usize = 256;
 /// Most ranges in one request.
@@ -126,8 +127,8 @@ impl Request {
         &self.writable
     }
 
-    /// Marks all of that as written: the kernel writes there through bare addresses. To be called after it has, also
-    /// where it failed, since that may have been half-way.
+    /// Marks all of that as written: the kernel writes there through bare addresses. To be called after it
+    /// has, also where it failed, since that may have been half-way.
     pub fn mark(&self, memory: &GuestMemory) {
         for part in &self.writable {
             if let Ok(slice) = memory.get_slice(part.address, part.len) {

@@ -46,8 +46,11 @@ impl Command {
     }
 }
 
-/// Carries out what there is by `obey`, which says whether it could.
-pub fn control(queue: &mut LockedQueue<'_>, obey: impl Fn(Command) -> bool) -> Result<WaitFor, QueueError> {
+/// Serves the control queue. `execute` carries a command out, and says whether it could.
+pub fn control(
+    queue: &mut LockedQueue<'_>,
+    execute: impl Fn(Command) -> bool,
+) -> Result<WaitFor, QueueError> {
     let memory = queue.memory();
     while let Some(mut chain) = queue.pop()? {
         let mut bytes = [0; MAX_COMMAND + 1];
@@ -66,7 +69,7 @@ pub fn control(queue: &mut LockedQueue<'_>, obey: impl Fn(Command) -> bool) -> R
         }
         let answer: GuestAddress = answer.ok_or(QueueError::Request("it has no place for its answer"))?;
         // One that is too long is none of those that are known.
-        let done = Command::parse(&bytes[..len]).is_some_and(&obey);
+        let done = Command::parse(&bytes[..len]).is_some_and(&execute);
         let outcome = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR } as u8;
         memory
             .write_obj(outcome, answer)

@@ -1,11 +1,11 @@
 //! The interface as its driver sees it.
 
 use super::control::{Command, control};
-use super::receive::{Terms, receive};
+use super::receive::{ReceiveConfig, receive};
 use super::state::NetState;
 use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
-use super::{Error, MAX_PAIRS, NetConfig, Promise, TapConfig};
+use super::{Error, MAX_PAIRS, Negotiated, NetConfig, TapConfig};
 use crate::state::{self, Component, Kind};
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
@@ -49,7 +49,7 @@ const GUEST_OFFLOADS: [(u64, libc::c_uint); 4] = [
     (1 << VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
 ];
 /// Frames may be longer than the MTU.
-const UNCUT: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
+const UNSEGMENTED: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
 const CONTROL_OFFLOADS: u64 = 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
 const MULTIQUEUE: u64 = 1 << VIRTIO_NET_F_MQ;
 const ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
@@ -82,10 +82,10 @@ fn names(features: u64) -> String {
     named.chain(others).collect::<Vec<_>>().join(", ")
 }
 
-/// What the driver has agreed to and asked for.
+/// The features that the driver accepted, and what it requested on the control queue.
 struct Inner {
     accepted: u64,
-    asked: NetState,
+    requested: NetState,
 }
 
 /// A network interface.
@@ -98,12 +98,12 @@ pub struct Net {
     inner: Mutex<Inner>,
 }
 
-/// Who a queue is for.
+/// What a queue is for.
 enum Role {
     Receive(usize),
     Transmit(usize),
     Control,
-    Nobody,
+    Unused,
 }
 
 impl Net {
@@ -112,7 +112,7 @@ impl Net {
     /// # Errors
     /// [`Error`].
     pub fn open(config: &NetConfig, taps: &[TapConfig]) -> Result<Self, Error> {
-        let &NetConfig { number, mac, pairs, promise } = config;
+        let &NetConfig { number, mac, pairs, negotiated } = config;
         if !(1..=MAX_PAIRS).contains(&pairs) {
             return Err(Error::Pairs(pairs));
         }
@@ -134,23 +134,23 @@ impl Net {
             }
         };
         let able = ALWAYS | multiqueue | offloads;
-        let (offered, mtu) = match promise {
+        let (offered, mtu) = match negotiated {
             None => (able, tap.mtu()),
-            Some(promise) => {
-                let missing = promise.accepted & !able & !crate::virtio::transport::COMMON_FEATURES;
+            Some(negotiated) => {
+                let missing = negotiated.accepted & !able & !crate::virtio::transport::COMMON_FEATURES;
                 if missing != 0 {
                     return Err(Error::Offloads { name: local.name.clone(), missing: names(missing) });
                 }
-                if promise.mtu > tap.mtu() || promise.mtu < MIN_MTU {
-                    let (found, wanted) = (tap.mtu(), promise.mtu);
+                if negotiated.mtu > tap.mtu() || negotiated.mtu < MIN_MTU {
+                    let (found, wanted) = (tap.mtu(), negotiated.mtu);
                     return Err(Error::Mtu { name: local.name.clone(), found, wanted });
                 }
-                (promise.offered & able, promise.mtu)
+                (negotiated.offered & able, negotiated.mtu)
             }
         };
         let mut queue_sizes = vec![QUEUE_SIZE; usize::from(pairs) * 2];
         queue_sizes.push(CONTROL_SIZE);
-        let inner = Inner { accepted: 0, asked: NetState::initial(mac) };
+        let inner = Inner { accepted: 0, requested: NetState::initial(mac) };
         Ok(Net { config: config.clone(), offered, mtu, tap, queue_sizes, inner: Mutex::new(inner) })
     }
 
@@ -158,42 +158,42 @@ impl Net {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a queue is for depends on what the driver knows of: without several pairs the control
+    /// What a queue is for depends on the accepted features: without several pairs the control
     /// queue comes after the first one.
     fn role(&self, index: usize, accepted: u64) -> Role {
         let pairs = if accepted & MULTIQUEUE != 0 { usize::from(self.config.pairs) } else { 1 };
         match index {
             _ if index == pairs * 2 => Role::Control,
-            _ if index > pairs * 2 => Role::Nobody,
+            _ if index > pairs * 2 => Role::Unused,
             _ if index.is_multiple_of(2) => Role::Receive(index / 2),
             _ => Role::Transmit(index / 2),
         }
     }
 
-    /// Makes the tap do what was agreed on and asked for.
+    /// Makes the tap do what was negotiated and requested.
     fn apply(&self, inner: &Inner) {
         // What the tap said it can do when it was opened does not fail; if it is gone, all else is.
-        let _ = self.tap.set_offloads(tap_offloads(inner.asked.offloads.unwrap_or(inner.accepted)));
-        let _ = self.tap.use_queues(usize::from(inner.asked.pairs));
+        let _ = self.tap.set_offloads(tap_offloads(inner.requested.offloads.unwrap_or(inner.accepted)));
+        let _ = self.tap.use_queues(usize::from(inner.requested.pairs));
     }
 
     /// Carries out a command; false if that is not possible.
-    fn obey(&self, command: Command) -> bool {
+    fn execute(&self, command: Command) -> bool {
         let mut inner = self.lock();
         let accepted = inner.accepted;
-        let asked = &mut inner.asked;
+        let requested = &mut inner.requested;
         match command {
-            Command::Announced => asked.announce = false,
-            Command::SetMac(mac) if mac.is_unicast() => asked.mac = mac,
+            Command::Announced => requested.announce = false,
+            Command::SetMac(mac) if mac.is_unicast() => requested.mac = mac,
             Command::SetPairs(pairs)
                 if accepted & MULTIQUEUE != 0 && (1..=self.config.pairs).contains(&pairs) =>
             {
-                asked.pairs = pairs;
+                requested.pairs = pairs;
             }
             Command::SetOffloads(offloads)
                 if accepted & CONTROL_OFFLOADS != 0 && offloads & !accepted == 0 =>
             {
-                asked.offloads = Some(offloads);
+                requested.offloads = Some(offloads);
             }
             _ => return false,
         }
@@ -213,8 +213,8 @@ impl VirtioDevice for Net {
 
     fn config(&self) -> DeviceConfig {
         let accepted = self.lock().accepted;
-        let promise = Promise { offered: self.offered, accepted, mtu: self.mtu };
-        DeviceConfig::Net(NetConfig { promise: Some(promise), ..self.config.clone() })
+        let negotiated = Negotiated { offered: self.offered, accepted, mtu: self.mtu };
+        DeviceConfig::Net(NetConfig { negotiated: Some(negotiated), ..self.config.clone() })
     }
 
     fn features(&self) -> u64 {
@@ -226,7 +226,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let NetState { mac, announce, .. } = self.lock().asked;
+        let NetState { mac, announce, .. } = self.lock().requested;
         let announce = if announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
         let space = virtio_net_config {
             mac: mac.0,
@@ -246,7 +246,7 @@ impl VirtioDevice for Net {
 
     fn reset(&self) {
         let mut inner = self.lock();
-        *inner = Inner { accepted: 0, asked: NetState::initial(self.config.mac) };
+        *inner = Inner { accepted: 0, requested: NetState::initial(self.config.mac) };
         self.apply(&inner);
     }
 
@@ -254,12 +254,13 @@ impl VirtioDevice for Net {
         let accepted = self.lock().accepted;
         match self.role(index, accepted) {
             Role::Receive(pair) => {
-                let terms = Terms::new(accepted & MERGEABLE != 0, accepted & UNCUT != 0, self.mtu);
-                receive(&self.tap, pair, terms, queue)
+                let config =
+                    ReceiveConfig::new(accepted & MERGEABLE != 0, accepted & UNSEGMENTED != 0, self.mtu);
+                receive(&self.tap, pair, config, queue)
             }
             Role::Transmit(pair) => transmit(&self.tap, pair, queue),
-            Role::Control => control(queue, |command| self.obey(command)),
-            Role::Nobody => Ok(WaitFor::Buffers),
+            Role::Control => control(queue, |command| self.execute(command)),
+            Role::Unused => Ok(WaitFor::Buffers),
         }
     }
 
@@ -272,9 +273,9 @@ impl VirtioDevice for Net {
 
     fn announce(&self) -> bool {
         let mut inner = self.lock();
-        self.tap.send(&inner.asked.mac.rarp());
-        inner.asked.announce = inner.accepted & ANNOUNCE != 0;
-        inner.asked.announce
+        self.tap.send(&inner.requested.mac.rarp());
+        inner.requested.announce = inner.accepted & ANNOUNCE != 0;
+        inner.requested.announce
     }
 
     fn state_kind(&self) -> Kind {
@@ -282,23 +283,25 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self, index: u8) -> Result<Component, state::Error> {
-        Component::new(Kind::Net, index, &self.lock().asked)
+        Component::new(Kind::Net, index, &self.lock().requested)
     }
 
     fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
-        let asked: NetState = state::payload(components, Kind::Net, index)?;
-        let offloads = asked.offloads.unwrap_or(0);
-        if !asked.mac.is_unicast()
-            || !(1..=self.config.pairs).contains(&asked.pairs)
+        let requested: NetState = state::payload(components, Kind::Net, index)?;
+        let offloads = requested.offloads.unwrap_or(0);
+        if !requested.mac.is_unicast()
+            || !(1..=self.config.pairs).contains(&requested.pairs)
             || offloads & !self.offered != 0
         {
-            let what =
-                format!("{asked:?} where {} pairs and {:#x} are offered", self.config.pairs, self.offered);
+            let what = format!(
+                "{requested:?} where {} pairs and {:#x} are offered",
+                self.config.pairs, self.offered
+            );
             return Err(state::Error::Malformed { kind: Kind::Net, index, what });
         }
         // What has come in so far was for whoever had the guest then, and may have reached it there.
         self.tap.discard();
-        self.lock().asked = asked;
+        self.lock().requested = requested;
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ mod frames;
 mod moves;
 
 use super::wire::{HEADER as WIRE_HEADER, Wire, add_tap, ip, wait_up, with_taps};
-use super::{Error, HEADER, Mac, Net, NetConfig, Promise, TapConfig};
+use super::{Error, HEADER, Mac, Negotiated, Net, NetConfig, TapConfig};
 use crate::virtio::testing::{BUFFERS, Bench, Buffer, WITHOUT_EVENT_INDEX};
 use crate::virtio::transport::COMMON_FEATURES;
 use crate::virtio::{DeviceConfig, VirtioDevice};
@@ -30,7 +30,7 @@ const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const OFFLOADS: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
 
 fn config(pairs: u16) -> NetConfig {
-    NetConfig { number: 0, mac: MAC, pairs, promise: None }
+    NetConfig { number: 0, mac: MAC, pairs, negotiated: None }
 }
 
 fn tap(name: &str) -> [TapConfig; 1] {
@@ -73,7 +73,7 @@ fn frame(len: usize, number: u8) -> Vec<u8> {
 
 /// A TCP segment over IPv4 with `len` bytes of data, to be cut into pieces of 1000 by whoever must:
 /// its header and itself.
-fn uncut(len: usize) -> ([u8; WIRE_HEADER], Vec<u8>) {
+fn unsegmented(len: usize) -> ([u8; WIRE_HEADER], Vec<u8>) {
     let mut frame = vec![0x52, 0x54, 0, 0, 0, 7, 2, 0, 0, 0, 0, 1, 8, 0];
     let total = (40 + len) as u16;
     frame.extend([0x45, 0]);

@@ -88,7 +88,7 @@ fn requests_a_second() {
                     list[list.len() / 2]
                 };
                 println!(
-                    "{} {what} at depth {depth}: {:.0}/s in turn, {:.0}/s by ring, ratio {:.2} ({:.2} to {:.2})",
+                    "{} {what} at depth {depth}: {:.0}/s sync, {:.0}/s by io_uring, ratio {:.2} ({:.2} to {:.2})",
                     if cached { "cached" } else { "direct" },
                     median(&mut figures[0]),
                     median(&mut figures[1]),

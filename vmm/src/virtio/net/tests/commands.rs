@@ -6,7 +6,7 @@ use super::*;
 fn what_is_left_to_do_is_left_to_whoever_agreed_to_it() {
     with_taps(&["tap0"], || {
         let wire = Wire::of("tap0");
-        let (header, long) = uncut(9_000);
+        let (header, long) = unsegmented(9_000);
         let mut bench = bench("tap0");
         offer(&mut bench, 0);
         wire.send_with(header, &long);
@@ -45,7 +45,7 @@ fn several_queues_are_used_only_as_far_as_the_driver_asks() {
         let all_arrive = |bench: &mut Bench, ports: std::ops::Range<u8>| {
             let before = bench.used(0) + bench.used(2);
             ports.clone().for_each(|port| {
-                let (header, mut flow) = uncut(100);
+                let (header, mut flow) = unsegmented(100);
                 flow[35] = port;
                 wire.send_with(header, &flow);
             });

@@ -42,10 +42,10 @@ fn every_page_it_writes_is_logged_and_no_other() {
         // One frame over two buffers: no more is written of the second than it takes.
         bench.offer(RECEIVE, 6, &[Buffer::In(place(6), 0x3000)]);
         bench.notify(RECEIVE);
-        let (header, uncut) = uncut(13_000);
-        wire.send_with(header, &uncut);
+        let (header, long) = unsegmented(13_000);
+        wire.send_with(header, &long);
         assert_eq!(bench.wait_used(RECEIVE), (1, 0x3000));
-        assert_eq!(bench.wait_used(RECEIVE), (2, (12 + uncut.len() - 0x3000) as u32));
+        assert_eq!(bench.wait_used(RECEIVE), (2, (12 + long.len() - 0x3000) as u32));
         let (first, second) = (place(1) >> 12, place(2) >> 12);
         let pages = [first, first + 1, first + 2, first + 3, second, second + 1];
         assert_eq!(bench.logged(RECEIVE), [&[Bench::used_page(RECEIVE)], &pages[..]].concat());
@@ -64,8 +64,8 @@ fn a_frame_waits_for_room_and_fills_it() {
             let mut bench = Bench::with(net("tap0", 1));
             bench.function.resume();
             bench.start(features.unwrap_or(bench.offered()));
-            let (header, uncut) = uncut(10_000);
-            wire.send_with(header, &uncut);
+            let (header, long) = unsegmented(10_000);
+            wire.send_with(header, &long);
             for number in 0..10 {
                 bench.offer(RECEIVE, number, &[Buffer::In(BUFFERS + u64::from(number) * 0x2000, 6000)]);
                 bench.notify(RECEIVE);
@@ -76,11 +76,11 @@ fn a_frame_waits_for_room_and_fills_it() {
             bench.notify(RECEIVE);
             assert_eq!(bench.wait_used(RECEIVE), (0, 6000));
             assert_eq!(bench.used(RECEIVE), 2, "the guest sees all of it at once");
-            let rest = 12 + uncut.len() - 6000;
+            let rest = 12 + long.len() - 6000;
             assert_eq!(bench.wait_used(RECEIVE), (1, rest as u32));
             bench.wait_messages(1);
             let bytes = [bench.bytes(BUFFERS, 6000), bench.bytes(BUFFERS + 0x2000, rest)].concat();
-            assert_eq!((bytes[10], &bytes[12..]), (2, &uncut[..]), "in two buffers");
+            assert_eq!((bytes[10], &bytes[12..]), (2, &long[..]), "in two buffers");
         }
     });
 }

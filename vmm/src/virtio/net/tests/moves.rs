@@ -24,7 +24,7 @@ fn offloads_queues_and_address_go_along_to_another_tap() {
             (0..4).for_each(|n| bench.offer(queue, n, &[Buffer::In(place(queue as u64, n.into()), LONG)]));
             bench.notify(queue);
         }
-        let (header, long) = uncut(9_000);
+        let (header, long) = unsegmented(9_000);
         let deadline = Instant::now() + PATIENCE;
         for port in 0..4u8 {
             let mut flow = long.clone();
@@ -148,12 +148,12 @@ fn a_host_that_lacks_what_the_guest_uses_refuses_and_says_what() {
         let lacking = Net::open(&config, &bare).err().unwrap().to_string();
         assert!(lacking.contains("GUEST_TSO4") && lacking.contains("HOST_TSO6"), "{lacking}");
         // What the guest was only offered it can do without.
-        let modest = Promise { accepted: COMMON_FEATURES | MERGEABLE, ..config.promise.unwrap() };
-        let modest = NetConfig { promise: Some(modest), ..config.clone() };
+        let modest = Negotiated { accepted: COMMON_FEATURES | MERGEABLE, ..config.negotiated.unwrap() };
+        let modest = NetConfig { negotiated: Some(modest), ..config.clone() };
         assert_eq!(Net::open(&modest, &bare).unwrap().features() & OFFLOADS, 0);
-        let strange = Promise { accepted: 1 << 57, ..config.promise.unwrap() };
+        let strange = Negotiated { accepted: 1 << 57, ..config.negotiated.unwrap() };
         let strange =
-            Net::open(&NetConfig { promise: Some(strange), ..config.clone() }, &bare).err().unwrap();
+            Net::open(&NetConfig { negotiated: Some(strange), ..config.clone() }, &bare).err().unwrap();
         assert!(strange.to_string().contains("0x200000000000000"), "{strange}");
         assert!(matches!(Net::open(&config, &[]), Err(Error::NoTap { number: 0 })));
         for (pairs, several) in [(0, false), (9, false), (2, true)] {
