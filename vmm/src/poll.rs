@@ -2,9 +2,9 @@
 
 use std::os::fd::RawFd;
 
-/// Waits, for at most `timeout_ms` milliseconds or for ever if that is negative, until one of `fds` is ready for
-/// `events` or will never be. Those that are `None` are left out. False if none is: the time is over, or a signal has
-/// ended the wait early.
+/// Waits, for at most `timeout_ms` milliseconds or for ever if that is negative, until one of `fds` is ready
+/// for `events` or will never be. Those that are `None` are left out. False if none is: the time is over, or
+/// a signal has ended the wait early.
 pub(crate) fn poll<const N: usize>(
     fds: [Option<RawFd>; N],
     events: libc::c_short,

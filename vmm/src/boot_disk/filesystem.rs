@@ -1,5 +1,5 @@
-//! Files of an ext2, ext3 or ext4 file system in an image, read by `ext4-view`, which also looks into a journal that was
-//! not played back.
+//! Files of an ext2, ext3 or ext4 file system in an image, read by `ext4-view`, which also looks into a
+//! journal that was not played back.
 
 use super::partitions::Volume;
 use crate::virtio::block::DiskImage;
@@ -36,8 +36,8 @@ pub struct RootFileSystem {
 }
 
 impl RootFileSystem {
-    /// The one in `volume`; `None` if there is no file system of this kind, or it is not a root: one for `/boot` alone
-    /// does not say where the rest of the system is.
+    /// The one in `volume`; `None` if there is no file system of this kind, or it is not a root: one for
+    /// `/boot` alone does not say where the rest of the system is.
     ///
     /// # Errors
     /// What is wrong with it.

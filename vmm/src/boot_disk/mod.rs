@@ -1,11 +1,11 @@
 //! Booting a disk that has its own kernel: what a boot loader would do, done from outside.
 //!
-//! The kernel and its initramfs are read from the root file system, ext2 to ext4, where distributions keep a link to
-//! the newest ones; the file system is the whole disk or a partition. The kernel is told which one it came from in a
-//! way that does not depend on the order of disks.
+//! The kernel and its initramfs are read from the root file system, ext2 to ext4, where distributions keep a
+//! link to the newest ones; the file system is the whole disk or a partition. The kernel is told which one it
+//! came from in a way that does not depend on the order of disks.
 //!
-//! The image is under its lock while it is read, and is not written to. Its content is the guest's, and the guest is
-//! not trusted: what it says of sizes is checked before anything is allocated.
+//! The image is under its lock while it is read, and is not written to. Its content is the guest's, and the
+//! guest is not trusted: what it says of sizes is checked before anything is allocated.
 
 mod filesystem;
 mod partitions;
@@ -82,8 +82,9 @@ pub enum Error {
     },
 }
 
-/// Reads the kernel and initramfs of the first file system of `disk` that has a kernel. Its command line names that file
-/// system as the root, followed by `cmdline`. `index` is the disk's place among the guest's disks, from 0.
+/// Reads the kernel and initramfs of the first file system of `disk` that has a kernel. Its command line
+/// names that file system as the root, followed by `cmdline`. `index` is the disk's place among the guest's
+/// disks, from 0.
 ///
 /// # Errors
 /// [`Error`], also if a machine holds the image's lock.
@@ -139,8 +140,8 @@ fn file(path: &Path, root: &RootFileSystem, file: &'static str, most: u64) -> Re
     })
 }
 
-/// The root file system as the kernel command line names it. The kernel itself knows partitions by their identity, but
-/// not file systems by theirs: that takes an initramfs.
+/// The root file system as the kernel command line names it. The kernel itself knows partitions by their
+/// identity, but not file systems by theirs: that takes an initramfs.
 fn root_device(volume: &Volume, uuid: &str, index: usize, initramfs: bool) -> String {
     match (&volume.identity, initramfs) {
         (Some(identity), _) => format!("PARTUUID={identity}"),

@@ -1,8 +1,8 @@
 //! Where a disk's file systems may be: the whole disk, or the partitions of a GPT or an MBR.
 //!
-//! The published readers of partition tables reserve memory for as many entries as the disk announces; this one reads
-//! tables that an untrusted guest wrote, so it announces limits instead. What it takes for a partition is checked again
-//! by the guest's own kernel, checksums included.
+//! The published readers of partition tables reserve memory for as many entries as the disk announces; this
+//! one reads tables that an untrusted guest wrote, so it announces limits instead. What it takes for a
+//! partition is checked again by the guest's own kernel, checksums included.
 
 use crate::virtio::block::DiskImage;
 use std::fmt;

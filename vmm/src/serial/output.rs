@@ -1,10 +1,10 @@
 //! Output that never holds a vCPU up, and loses nothing to a reader that is only slow.
 //!
-//! A vCPU that blocked in a write to a full pipe could not be paused, and the machine could not be moved, for as long
-//! as nobody reads the pipe. (Making the guest wait by its own means is no better: Linux's driver for virtio consoles
-//! spins with interrupts off until its bytes are taken.) So what cannot be written at once is kept here, and a thread
-//! that lives for as long as there is such a backlog writes it. Only what a backlog of [`MAX_BACKLOG`] bytes cannot take is
-//! lost.
+//! A vCPU that blocked in a write to a full pipe could not be paused, and the machine could not be moved, for
+//! as long as nobody reads the pipe. (Making the guest wait by its own means is no better: Linux's driver for
+//! virtio consoles spins with interrupts off until its bytes are taken.) So what cannot be written at once is
+//! kept here, and a thread that lives for as long as there is such a backlog writes it. Only what a backlog
+//! of [`MAX_BACKLOG`] bytes cannot take is lost.
 
 use crate::poll::poll;
 use std::collections::VecDeque;
@@ -101,8 +101,8 @@ impl Inner {
                 }
                 continue;
             }
-            // What is being written stays in the backlog, so that nothing overtakes it, and the lock is not held: a
-            // write to a terminal can block even though it was ready for a byte.
+            // What is being written stays in the backlog, so that nothing overtakes it, and the lock is not
+            // held: a write to a terminal can block even though it was ready for a byte.
             piece.clear();
             piece.extend(self.backlog().bytes.iter().take(libc::PIPE_BUF));
             if file.write_all(&piece).is_err() {
@@ -119,8 +119,9 @@ impl Inner {
     }
 }
 
-/// Whether a write to `file` is over at once, now or within `patience_ms`: it takes bytes, or refuses them because
-/// nobody is there to read them. A signal that asks the vCPU to pause ends the wait early, which counts as not ready.
+/// Whether a write to `file` is over at once, now or within `patience_ms`: it takes bytes, or refuses them
+/// because nobody is there to read them. A signal that asks the vCPU to pause ends the wait early, which
+/// counts as not ready.
 fn ready(file: &File, patience_ms: libc::c_int) -> bool {
     poll([Some(file.as_raw_fd())], libc::POLLOUT, patience_ms)
 }

@@ -91,8 +91,8 @@ impl Register {
     }
 }
 
-/// Carries out a read of any offset and length: `value` is asked for the registers that it touches, and for no others.
-/// Zeros are read where there are none.
+/// Carries out a read of any offset and length: `value` is asked for the registers that it touches, and for
+/// no others. Zeros are read where there are none.
 pub fn read(offset: usize, data: &mut [u8], value: impl Fn(Register) -> u32) {
     data.fill(0);
     let end = offset.saturating_add(data.len());

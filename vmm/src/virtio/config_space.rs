@@ -1,4 +1,5 @@
-//! The configuration space of a device, which its driver reads and writes: one of the specification's structures.
+//! The configuration space of a device, which its driver reads and writes: one of the specification's
+//! structures.
 
 use virtio_bindings::virtio_blk::virtio_blk_config;
 use virtio_bindings::virtio_net::virtio_net_config;
@@ -11,8 +12,8 @@ const _: () = assert!(cfg!(target_endian = "little"), "the specification's integ
 #[repr(transparent)]
 pub struct ConfigSpace<T>(pub T);
 
-// SAFETY: the structure is packed and made of integers (of structures of integers without padding, at most), so that any
-// bytes are a valid value and each of its bytes is initialised.
+// SAFETY: the structure is packed and made of integers (of structures of integers without padding, at most),
+// so that any bytes are a valid value and each of its bytes is initialised.
 unsafe impl ByteValued for ConfigSpace<virtio_blk_config> {}
 // SAFETY: as above.
 unsafe impl ByteValued for ConfigSpace<virtio_net_config> {}

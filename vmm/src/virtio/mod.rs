@@ -113,7 +113,8 @@ pub trait VirtioDevice: Send + Sync {
     /// The most chains that each of its queues holds, powers of two.
     fn queue_sizes(&self) -> &[u16];
 
-    /// The driver reads the configuration space. Zeros are read beyond its end, and of a device that has none.
+    /// The driver reads the configuration space. Zeros are read beyond its end, and of a device that has
+    /// none.
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }
@@ -139,17 +140,18 @@ pub trait VirtioDevice: Send + Sync {
         None
     }
 
-    /// Whether its disk lock can decide which of two hosts owns the guest: it is a disk that the guest writes to, on a
-    /// file system whose locks all hosts know.
+    /// Whether its disk lock can decide which of two hosts owns the guest: it is a disk that the guest writes
+    /// to, on a file system whose locks all hosts know.
     fn disk_lock_decides(&self) -> bool {
         false
     }
 
-    /// Makes durable what the guest has written to its disk so far. Called while the disk is in use, to have less to do
-    /// later.
+    /// Makes durable what the guest has written to its disk so far. Called while the disk is in use, to have
+    /// less to do later.
     fn flush_disk(&self) {}
 
-    /// Takes its disk lock, without which it neither reads nor writes the disk. Does nothing if it holds the lock.
+    /// Takes its disk lock, without which it neither reads nor writes the disk. Does nothing if it holds the
+    /// lock.
     ///
     /// # Errors
     /// If somebody else holds the lock, or has used the disk since the lock was released here.
@@ -157,8 +159,8 @@ pub trait VirtioDevice: Send + Sync {
         Ok(())
     }
 
-    /// Marks the disk as used from here on, so that whoever released the lock before can tell. Called when a machine holds
-    /// the locks of all its disks, before its guest runs.
+    /// Marks the disk as used from here on, so that whoever released the lock before can tell. Called when a
+    /// machine holds the locks of all its disks, before its guest runs.
     ///
     /// # Errors
     /// If the disk cannot be marked.

@@ -119,8 +119,8 @@ impl<'a> LockedQueue<'a> {
         self.memory
     }
 
-    /// The next chain of the available ring; `None` when there is none, or when somebody else wants the queue's lock, such
-    /// as a machine that is to pause.
+    /// The next chain of the available ring; `None` when there is none, or when somebody else wants the
+    /// queue's lock, such as a machine that is to pause.
     pub fn pop(&mut self) -> Result<Option<Chain<'a>>, QueueError> {
         if self.shared.is_wanted() {
             return Ok(None);
@@ -135,8 +135,8 @@ impl<'a> LockedQueue<'a> {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
     }
 
-    /// Waits until `input` is readable or, if `more` may come, the guest has made more available. Where somebody wants
-    /// the queue's lock, only for the input: whoever is asked to let go has to see it through.
+    /// Waits until `input` is readable or, if `more` may come, the guest has made more available. Where
+    /// somebody wants the queue's lock, only for the input: whoever is asked to let go has to see it through.
     pub fn wait(&mut self, input: BorrowedFd<'_>, more: bool) -> Result<(), QueueError> {
         if !more || self.shared.is_wanted() {
             wait(None, Some(input));
@@ -160,8 +160,8 @@ impl<'a> LockedQueue<'a> {
         Ok(())
     }
 
-    /// Adds chains to the used ring at once, so that the guest does not see one without the others: heads, and how many
-    /// bytes were written to each.
+    /// Adds chains to the used ring at once, so that the guest does not see one without the others: heads,
+    /// and how many bytes were written to each.
     pub fn add_used_all(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
         let [first @ .., (last_head, last_len)] = chains else { return Ok(()) };
         let before = self.queue.next_used();
@@ -180,8 +180,8 @@ impl<'a> LockedQueue<'a> {
         Ok(())
     }
 
-    /// Whether the guest wants to know of what was added to the used ring from index `before` on. The queue's own
-    /// answer takes into account only what was added one by one.
+    /// Whether the guest wants to know of what was added to the used ring from index `before` on. The queue's
+    /// own answer takes into account only what was added one by one.
     fn wants_interrupt(&self, before: u16) -> Result<bool, QueueError> {
         if !self.queue.event_idx_enabled() {
             return Ok(true);
@@ -453,8 +453,8 @@ impl Drop for VirtQueue {
     }
 }
 
-/// Waits until the doorbell rings or the input is readable (or has ended), as far as they are given. A signal ends the wait
-/// early, which only makes the caller look once more.
+/// Waits until the doorbell rings or the input is readable (or has ended), as far as they are given. A signal
+/// ends the wait early, which only makes the caller look once more.
 fn wait(doorbell: Option<&EventFd>, input: Option<BorrowedFd<'_>>) {
     poll([doorbell.map(AsRawFd::as_raw_fd), input.map(|fd| fd.as_raw_fd())], libc::POLLIN, -1);
 }

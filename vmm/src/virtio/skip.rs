@@ -1,4 +1,5 @@
-//! For tests, in this package and others: a test that cannot run here says so, and does not pass where it has to run.
+//! For tests, in this package and others: a test that cannot run here says so, and does not pass where it has
+//! to run.
 
 use std::io::Write;
 

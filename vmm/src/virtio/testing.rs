@@ -236,8 +236,8 @@ impl Bench {
         let slot = available + 4 + u64::from(*next % SIZE) * 2;
         *next = next.wrapping_add(1);
         let index = *next;
-        // Interrupt me for it. Not sooner: a device that has just given a chain back may be about to look whether
-        // that one is wanted.
+        // Interrupt me for it. Not sooner: a device that has just given a chain back may be about to look
+        // whether that one is wanted.
         let seen = self.queues[queue].1;
         self.guest_writes(available + 4 + u64::from(SIZE) * 2, &seen.to_le_bytes());
         self.guest_writes(slot, &first.to_le_bytes());
@@ -256,7 +256,8 @@ impl Bench {
         self.memory().read_obj(GuestAddress(used + 4 + u64::from(SIZE) * 8)).unwrap()
     }
 
-    /// Rings the doorbell if the device wants to know of the last chain that was made available, as a kernel does.
+    /// Rings the doorbell if the device wants to know of the last chain that was made available, as a kernel
+    /// does.
     pub fn notify_if_wanted(&self, queue: usize) {
         // The chain must be there before the device's wish is read.
         fence(Ordering::SeqCst);

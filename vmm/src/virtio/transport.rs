@@ -70,8 +70,8 @@ pub struct VirtioFunction {
     interrupt: Arc<Interrupt>,
     queues: Vec<VirtQueue>,
     inner: Mutex<Inner>,
-    /// Where the BAR is decoded and the doorbells are, or [`UNMAPPED`]. It changes only under the lock of `inner`, and
-    /// is read without, so that an access to one function does not take the locks of others.
+    /// Where the BAR is decoded and the doorbells are, or [`UNMAPPED`]. It changes only under the lock of
+    /// `inner`, and is read without, so that an access to one function does not take the locks of others.
     mapped: AtomicU64,
 }
 
@@ -238,8 +238,8 @@ impl VirtioFunction {
                 let needs_reset = if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 };
                 (driver().status | needs_reset).into()
             }
-            // What changes by itself in a configuration here is two bytes at once: the generation, which is for
-            // longer ones, is always the same.
+            // What changes by itself in a configuration here is two bytes at once: the generation, which is
+            // for longer ones, is always the same.
             Register::ConfigGeneration => 0,
             // Each queue's doorbell has the queue's number.
             Register::QueueSelect | Register::QueueNotifyOff => driver().queue_select.into(),

@@ -1,5 +1,5 @@
-//! Bounce buffers: aligned memory of our own, by way of which data goes that direct I/O does not take from a guest as
-//! it is.
+//! Bounce buffers: aligned memory of our own, by way of which data goes that direct I/O does not take from a
+//! guest as it is.
 
 use super::file_op::Direction;
 use super::image::DiskImage;
@@ -51,7 +51,8 @@ impl Drop for BounceBuffer {
 }
 
 impl DiskImage {
-    /// Moves data between the image, from byte `offset` on, and parts of guest RAM by way of a buffer of our own.
+    /// Moves data between the image, from byte `offset` on, and parts of guest RAM by way of a buffer of our
+    /// own.
     ///
     /// # Errors
     /// What the system says.

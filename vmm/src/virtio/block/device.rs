@@ -80,7 +80,8 @@ impl Block {
         let printable = name.bytes().filter(u8::is_ascii_graphic);
         identity.iter_mut().zip(printable).for_each(|(byte, letter)| *byte = letter);
         let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queues)];
-        // What the page cache has takes less time than a ring, and what it has not the kernel gives to threads of its own.
+        // What the page cache has takes less time than a ring, and what it has not the kernel gives to
+        // threads of its own.
         let mut aio = if aio == Aio::Auto && config.cached { Aio::Sync } else { aio };
         if image.is_on_nfs() && !config.readonly && !config.cached {
             if aio == Aio::Sync || super::io_uring().is_err() {

@@ -15,8 +15,8 @@ pub enum Direction {
 /// Something to be done to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileOp {
-    /// Move data between the image, from byte `offset` on, and `count` vectors. Whoever made the operation sees to it
-    /// that they, and what they point to, stay where they are until its result is there.
+    /// Move data between the image, from byte `offset` on, and `count` vectors. Whoever made the operation
+    /// sees to it that they, and what they point to, stay where they are until its result is there.
     Transfer {
         /// Which way.
         direction: Direction,
@@ -51,9 +51,9 @@ impl DiskImage {
             let result = match op {
                 FileOp::Transfer { direction, vectors, count, offset } => {
                     let (count, offset) = (count as libc::c_int, offset as i64);
-                    // SAFETY: `count` vectors are there, each a part of guest RAM, or of constant zeros that are only
-                    // written to the image, as the operation's maker promises; no reference into guest RAM exists that the
-                    // kernel's writes could contradict.
+                    // SAFETY: `count` vectors are there, each a part of guest RAM, or of constant zeros that
+                    // are only written to the image, as the operation's maker promises; no reference into
+                    // guest RAM exists that the kernel's writes could contradict.
                     unsafe {
                         match direction {
                             Direction::Read => libc::preadv(fd, vectors, count, offset),

@@ -86,9 +86,10 @@ impl DiskImage {
         self.geometry
     }
 
-    /// Whether it is on an NFS server. There, a process that is killed waits for no system call of its own: its lock goes
-    /// while the server may still be at its last write. What io_uring reads and writes by direct I/O keeps the file open,
-    /// and the lock held, until it is done; `fallocate` does not, by whatever way.
+    /// Whether it is on an NFS server. There, a process that is killed waits for no system call of its own:
+    /// its lock goes while the server may still be at its last write. What io_uring reads and writes by
+    /// direct I/O keeps the file open, and the lock held, until it is done; `fallocate` does
+    /// not, neither as a system call nor by io_uring.
     pub fn is_on_nfs(&self) -> bool {
         self.on_nfs
     }
@@ -101,12 +102,12 @@ impl DiskImage {
     /// Takes the lock that its use needs. Does nothing if the lock is held here.
     ///
     /// # Errors
-    /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was released before and
-    /// somebody else has used the image since, or nobody can tell.
+    /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was released
+    /// before and somebody else has used the image since, or nobody can tell.
     pub fn take_lock(&self) -> Result<(), Error> {
-        // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not heard of this
-        // host for too long, would give it anew, and the guest go on with a disk that is newer than its memory. As it is,
-        // the host's kernel fails all that is written.
+        // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not
+        // heard of this host for too long, would give it anew, and the guest go on with a disk that is newer
+        // than its memory. As it is, the host's kernel fails all that is written.
         if self.holds_lock() {
             return Ok(());
         }
@@ -139,8 +140,8 @@ impl DiskImage {
         mark::read(&self.file).map_err(|source| Error::Mark { path: self.path.clone(), source })
     }
 
-    /// Marks the image as used from here on, so that whoever released the lock before can tell. Called with the lock held.
-    /// Where the lock cannot decide between hosts, neither could the mark.
+    /// Marks the image as used from here on, so that whoever released the lock before can tell. Called with
+    /// the lock held. Where the lock cannot decide between hosts, neither could the mark.
     ///
     /// # Errors
     /// [`Error::Mark`].
@@ -224,7 +225,8 @@ impl DiskImage {
         start.ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    /// Reads from byte `offset` on, wherever that is and wherever to: for this process's own use, not for a guest's.
+    /// Reads from byte `offset` on, whatever the alignment of offset and buffer. For this process's own use,
+    /// not for a guest's.
     ///
     /// # Errors
     /// What the system says, or if the range is none of the disk's, or the lock not held.

@@ -58,8 +58,8 @@ pub struct Job {
     used_len: u32,
 }
 
-// SAFETY: the vectors' addresses, which alone keep it from being so by itself, are of guest RAM or of constant zeros,
-// which belong to no thread.
+// SAFETY: the vectors' addresses, which alone keep it from being so by itself, are of guest RAM or of
+// constant zeros, which belong to no thread.
 unsafe impl Send for Job {}
 
 impl Job {
@@ -140,8 +140,8 @@ impl Job {
         self.stage = Stage::Complete;
     }
 
-    /// Writes the request's status. Returns what the used ring has to say: the chain's head, and how many bytes of the
-    /// chain were written.
+    /// Writes the request's status. Returns what the used ring has to say: the chain's head, and how many
+    /// bytes of the chain were written.
     ///
     /// # Errors
     /// If RAM is gone.

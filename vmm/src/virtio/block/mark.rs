@@ -1,11 +1,11 @@
 //! Whether somebody else has had an image since it was given up.
 //!
-//! A lock tells who has the image now. It does not tell a source that takes it back whether the destination had it
-//! in between: one that ran the guest and died has left no lock. But what it wrote is on the disk, and memory at the
-//! source is older than that: a guest that went on from there would find another disk than it left, and ruin it. So
-//! whoever takes an image to run its guest marks it, before the guest runs, by its time of last
-//! modification: the one thing that every file system has, that all hosts see, and that anybody who writes to the
-//! image changes anyway.
+//! A lock tells who has the image now. It does not tell a source that takes it back whether the destination
+//! had it in between: one that ran the guest and died has left no lock. But what it wrote is on the disk, and
+//! memory at the source is older than that: a guest that went on from there would find another disk than it
+//! left, and ruin it. So whoever takes an image to run its guest marks it, before the guest runs, by its time
+//! of last modification: the one thing that every file system has, that all hosts see, and that anybody who
+//! writes to the image changes anyway.
 
 use super::statx::statx;
 use std::fs::File;

@@ -143,8 +143,8 @@ fn request(bench: &mut Bench, queue: usize, kind: u32, sector: u64, data: &[Buff
     (bench.bytes(STATUS, 1)[0], written)
 }
 
-/// Makes a request of one page available, with descriptors, header, status and data of its own, by its place; does not
-/// ring the doorbell.
+/// Makes a request of one page available, with descriptors, header, status and data of its own, by its place;
+/// does not ring the doorbell.
 fn offer_page(bench: &mut Bench, place: u16, kind: u32, sector: u64) {
     let at = u64::from(place);
     let mut header = [0; 16];

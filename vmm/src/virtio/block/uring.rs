@@ -1,8 +1,10 @@
-//! Several requests at a time, by an io_uring: the kernel executes some while others are taken from the queue.
+//! Several requests at a time, by an io_uring: the kernel executes some while others are taken from the
+//! queue.
 //!
-//! The queue's thread submits what the guest has made available, then waits for completions and for the doorbell alike,
-//! so that a request never waits for another. Before it lets go of the queue's lock it waits until the kernel has
-//! nothing left: whoever gets the lock, to pause, save or reset the queue, finds nothing in flight.
+//! The queue's thread submits what the guest has made available, then waits for completions and for the
+//! doorbell alike, so that a request never waits for another. Before it lets go of the queue's lock it waits
+//! until the kernel has nothing left: whoever gets the lock, to pause, save or reset the queue, finds nothing
+//! in flight.
 
 use super::device::{Disk, QUEUE_SIZE};
 use super::file_op::{Direction, FileOp};
@@ -45,8 +47,8 @@ impl Uring {
     /// If the kernel, or what this process is confined by, has none.
     pub fn new() -> io::Result<Self> {
         let uring = IoUring::builder().setup_r_disabled().build(MAX_IN_FLIGHT as u32)?;
-        // Threads that serve a guest may make few system calls (`sandbox`). A ring carries out calls of its own, and
-        // must not be a way around that.
+        // Threads that serve a guest may make few system calls (`sandbox`). A ring carries out calls of its
+        // own, and must not be a way around that.
         let mut allowed =
             [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE]
                 .map(Restriction::sqe_op);
@@ -63,8 +65,8 @@ impl Uring {
         })
     }
 
-    /// Serves a queue until the guest has made no more available, or somebody wants the queue's lock, and nothing is in
-    /// flight.
+    /// Serves a queue until the guest has made no more available, or somebody wants the queue's lock, and
+    /// nothing is in flight.
     ///
     /// # Errors
     /// As [`serve`](crate::virtio::VirtioDevice::serve) says.
@@ -108,7 +110,8 @@ impl Uring {
         }
     }
 
-    /// Where the next request goes, if there is room for one more. It stays free until it is taken off the list.
+    /// Where the next request goes, if there is room for one more. It stays free until it is taken off the
+    /// list.
     fn place(&mut self) -> Option<u16> {
         if self.free.is_empty() && self.jobs.len() < MAX_IN_FLIGHT {
             self.free.push(self.jobs.len() as u16);
@@ -131,9 +134,9 @@ impl Uring {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
         };
-        // SAFETY: a job's vectors, and guest RAM or constants, which they point to, stay until its operation has
-        // been reaped: the job is not used before, and nobody leaves `serve` while an operation is in flight. The image
-        // is open as long as its disk.
+        // SAFETY: a job's vectors, and guest RAM or constants, which they point to, stay until its operation
+        // has been reaped: the job is not used before, and nobody leaves `serve` while an operation is in
+        // flight. The image is open as long as its disk.
         let pushed = unsafe { self.uring.submission().push(&entry.user_data(u64::from(place))) };
         debug_assert!(pushed.is_ok(), "each request has one operation in flight, and the ring room for all");
         self.queued += 1;
@@ -179,8 +182,8 @@ impl Uring {
         Some((entry.user_data() as u16, usize::try_from(entry.result()).map_err(failed)))
     }
 
-    /// Waits until the kernel has nothing left, so that nothing of it touches guest RAM any more, and tells the guest of
-    /// nothing: the queue is broken until a reset.
+    /// Waits until the kernel has nothing left, so that nothing of it touches guest RAM any more, and tells
+    /// the guest of nothing: the queue is broken until a reset.
     fn drain(&mut self, queue: &mut LockedQueue<'_>) {
         while self.queued + self.submitted > 0 {
             if self.submit().is_err() {

@@ -1,5 +1,5 @@
-//! Several requests at a time, on storage that can be held up: a file system that is frozen keeps writes waiting, in the
-//! kernel, until it is thawed, and lets reads pass.
+//! Several requests at a time, on storage that can be held up: a file system that is frozen keeps writes
+//! waiting, in the kernel, until it is thawed, and lets reads pass.
 
 use super::*;
 use crate::virtio::testing::SIZE;
