@@ -9,7 +9,7 @@
 //! | `transport.rs` | the PCI function: registers, feature negotiation, reset, saving |
 //! | `registers.rs` | what the driver wrote to the transport, and its place in the BAR |
 //! | `common_config.rs` | the registers of the common configuration, by name |
-//! | `config_space.rs` | a device's configuration space |
+//! | `config_fields.rs` | the fields of a device's configuration space |
 //! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
 //! | `interrupt.rs` | telling the driver |
 //!
@@ -19,7 +19,7 @@
 
 pub mod block;
 mod common_config;
-mod config_space;
+mod config_fields;
 pub mod console;
 pub mod interrupt;
 pub mod net;

@@ -7,7 +7,7 @@ use super::state::BlockState;
 use super::uring::Uring;
 use super::{Aio, BlockConfig, Error, Geometry, Images, MAX_QUEUES};
 use crate::state::{self, Component, Kind};
-use crate::virtio::config_space::ConfigSpace;
+use crate::virtio::config_fields::ConfigFields;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -159,7 +159,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let Geometry { len, unit } = self.disk.image.geometry();
-        let space = virtio_blk_config {
+        let fields = virtio_blk_config {
             capacity: len / SECTOR,
             seg_max: MAX_SEGMENTS,
             blk_size: unit,
@@ -172,7 +172,7 @@ impl VirtioDevice for Block {
             write_zeroes_may_unmap: 1,
             ..Default::default()
         };
-        ConfigSpace(space).read(offset, data);
+        ConfigFields(fields).read(offset, data);
     }
 
     fn activate(&self, features: u64) {

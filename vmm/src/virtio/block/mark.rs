@@ -1,4 +1,4 @@
-//! Whether somebody else has had an image since it was given up.
+//! Whether somebody else has used an image since its lock was released here.
 //!
 //! A lock tells who has the image now. It does not tell a source that takes it back whether the destination
 //! had it in between: one that ran the guest and died has left no lock. But what it wrote is on the disk, and

@@ -7,7 +7,7 @@ use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
 use super::{Error, MAX_PAIRS, Negotiated, NetConfig, TapConfig};
 use crate::state::{self, Component, Kind};
-use crate::virtio::config_space::ConfigSpace;
+use crate::virtio::config_fields::ConfigFields;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
@@ -228,14 +228,14 @@ impl VirtioDevice for Net {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let NetState { mac, announce, .. } = self.lock().requested;
         let announce = if announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
-        let space = virtio_net_config {
+        let fields = virtio_net_config {
             mac: mac.0,
             status: (VIRTIO_NET_S_LINK_UP | announce) as u16,
             max_virtqueue_pairs: self.config.pairs,
             mtu: self.mtu,
             ..Default::default()
         };
-        ConfigSpace(space).read(offset, data);
+        ConfigFields(fields).read(offset, data);
     }
 
     fn activate(&self, features: u64) {

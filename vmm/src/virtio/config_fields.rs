@@ -1,4 +1,4 @@
-//! The configuration space of a device, which its driver reads and writes: one of the specification's
+//! The fields of a device's configuration space, which its driver reads: one of the specification's
 //! structures.
 
 use virtio_bindings::virtio_blk::virtio_blk_config;
@@ -7,18 +7,18 @@ use vm_memory::ByteValued;
 
 const _: () = assert!(cfg!(target_endian = "little"), "the specification's integers are little-endian");
 
-/// A structure that is a configuration space.
+/// A structure whose bytes are a configuration space.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub struct ConfigSpace<T>(pub T);
+pub struct ConfigFields<T>(pub T);
 
 // SAFETY: the structure is packed and made of integers (of structures of integers without padding, at most),
 // so that any bytes are a valid value and each of its bytes is initialised.
-unsafe impl ByteValued for ConfigSpace<virtio_blk_config> {}
+unsafe impl ByteValued for ConfigFields<virtio_blk_config> {}
 // SAFETY: as above.
-unsafe impl ByteValued for ConfigSpace<virtio_net_config> {}
+unsafe impl ByteValued for ConfigFields<virtio_net_config> {}
 
-impl<T> ConfigSpace<T>
+impl<T> ConfigFields<T>
 where
     Self: ByteValued,
 {
@@ -38,11 +38,11 @@ mod tests {
 
     #[test]
     fn any_part_of_it_can_be_read() {
-        let space =
-            ConfigSpace(virtio_net_config { mac: [1, 2, 3, 4, 5, 6], mtu: 0x1234, ..Default::default() });
+        let fields =
+            ConfigFields(virtio_net_config { mac: [1, 2, 3, 4, 5, 6], mtu: 0x1234, ..Default::default() });
         let read = |offset| {
             let mut data = [0xff; 4];
-            space.read(offset, &mut data);
+            fields.read(offset, &mut data);
             data
         };
         assert_eq!(read(3), [4, 5, 6, 0]);
