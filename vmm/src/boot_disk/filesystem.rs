@@ -2,12 +2,18 @@
 //! journal that was not played back.
 
 use super::partitions::Volume;
+use super::u32_at;
 use crate::virtio::block::DiskImage;
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
 use std::rc::Rc;
 
+/// Where a volume has its superblock.
 const SUPERBLOCK: u64 = 1024;
-const MAGIC: u16 = 0xef53;
+/// Where the superblock has the magic number.
+const MAGIC_AT: usize = 56;
+/// The magic number of ext2, ext3 and ext4, and where a volume has it.
+pub const MAGIC: u16 = 0xef53;
+pub const MAGIC_OFFSET: u64 = SUPERBLOCK + MAGIC_AT as u64;
 /// Block sizes up to 64 KiB, which is the most that Linux mounts anywhere; as the exponent over 1024.
 const MAX_BLOCK_EXPONENT: u32 = 6;
 /// Most groups of blocks, whose descriptors are kept in memory: 128 TiB of the usual 128 MiB each.
@@ -96,8 +102,8 @@ fn plausible(source: &mut Source) -> Result<bool, String> {
     }
     let mut superblock = [0; 1024];
     source.read(SUPERBLOCK, &mut superblock).map_err(|e| e.to_string())?;
-    let u32_at = |at: usize| superblock[at..at + 4].iter().rev().fold(0, |n: u32, b| n << 8 | u32::from(*b));
-    if u32_at(56) as u16 != MAGIC {
+    let u32_at = |at| u32_at(&superblock, at);
+    if u32_at(MAGIC_AT) as u16 != MAGIC {
         return Ok(false);
     }
     let (exponent, group) = (u32_at(24), u64::from(u32_at(32)));

@@ -4,6 +4,7 @@
 //! one reads tables that an untrusted guest wrote, so it announces limits instead. What it takes for a
 //! partition is checked again by the guest's own kernel, checksums included.
 
+use super::{filesystem, u32_at, u64_at};
 use crate::virtio::block::DiskImage;
 use std::fmt;
 use std::io;
@@ -12,8 +13,6 @@ use std::io;
 const MAX_ENTRIES: u32 = 1024;
 /// Sizes that an entry of a GPT may have, in bytes. 128 is usual.
 const ENTRY_SIZES: std::ops::RangeInclusive<u32> = 128..=4096;
-/// Where ext2, ext3 and ext4 have their magic number.
-const EXT_MAGIC: (u64, [u8; 2]) = (1024 + 56, [0x53, 0xef]);
 /// Types of MBR partitions that hold further tables.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 
@@ -59,8 +58,8 @@ pub fn volumes(image: &DiskImage) -> io::Result<Vec<Volume>> {
         return gpt(image, &header);
     }
     let mut magic = [0; 2];
-    image.read_exact_at(EXT_MAGIC.0, &mut magic)?;
-    if magic != EXT_MAGIC.1 && first[510..] == [0x55, 0xaa] {
+    image.read_exact_at(filesystem::MAGIC_OFFSET, &mut magic)?;
+    if u16::from_le_bytes(magic) != filesystem::MAGIC && first[510..] == [0x55, 0xaa] {
         return Ok(mbr(&first, geometry.len, unit));
     }
     Ok(vec![whole])
@@ -120,12 +119,4 @@ fn guid(b: &[u8]) -> String {
         hex(&mut b[10..16].iter()),
     ]
     .join("-")
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes[at..at + 4].iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
