@@ -9,7 +9,7 @@
 //! | `transport.rs` | the PCI function: registers, feature negotiation, reset, saving |
 //! | `registers.rs` | what the driver wrote to the transport, and its place in the BAR |
 //! | `common_config.rs` | the registers of the common configuration, by name |
-//! | `config_fields.rs` | the fields of a device's configuration space |
+//! | `structure.rs` | structures of the specification, by their fields |
 //! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
 //! | `interrupt.rs` | telling the driver |
 //!
@@ -19,13 +19,13 @@
 
 pub mod block;
 mod common_config;
-mod config_fields;
 pub mod console;
 pub mod interrupt;
 pub mod net;
 pub mod queue;
 mod registers;
 pub mod rng;
+mod structure;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -7,8 +7,8 @@ use super::state::BlockState;
 use super::uring::Uring;
 use super::{Aio, BlockConfig, Error, Geometry, Images, MAX_QUEUES};
 use crate::state::{self, Component, Kind};
-use crate::virtio::config_fields::ConfigFields;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
+use crate::virtio::structure::Structure;
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
@@ -172,7 +172,7 @@ impl VirtioDevice for Block {
             write_zeroes_may_unmap: 1,
             ..Default::default()
         };
-        ConfigFields(fields).read(offset, data);
+        Structure(fields).read_config(offset, data);
     }
 
     fn activate(&self, features: u64) {

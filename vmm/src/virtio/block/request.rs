@@ -3,19 +3,17 @@
 
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::structure::Structure;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_discard_write_zeroes,
     virtio_blk_outhdr,
 };
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
 /// Bytes of a sector, by which requests and configuration count, whatever the image's own unit is.
 pub const SECTOR: u64 = 512;
-const HEADER: usize = size_of::<virtio_blk_outhdr>();
-/// Length of a range to be discarded or zeroed, in a request that names several.
-const RANGE: usize = size_of::<virtio_blk_discard_write_zeroes>();
 /// Most buffers of one request: as many as descriptors in the queue.
 pub const MAX_BUFFERS: usize = 256;
 /// Most ranges in one request.
@@ -96,17 +94,12 @@ impl Request {
                 address = address.unchecked_add(len as u64);
             }
         }
-        let mut header = [0; HEADER];
-        if take_front(&mut self.readable, memory, &mut header) != HEADER {
-            return Err(QueueError::Request("it has no header"));
-        }
+        let header: Option<virtio_blk_outhdr> = take_front(&mut self.readable, memory);
+        let header = header.ok_or(QueueError::Request("it has no header"))?;
         let status_at = take_last_byte(&mut self.writable);
         self.status_at = status_at.ok_or(QueueError::Request("it has no status byte"))?;
-        let [kind, _, sector @ ..]: [[u8; 4]; 4] =
-            std::array::from_fn(|word| std::array::from_fn(|byte| header[word * 4 + byte]));
-        let [low, high] = sector.map(u32::from_le_bytes);
-        self.sector = u64::from(low) | u64::from(high) << 32;
-        Ok(match u32::from_le_bytes(kind) {
+        self.sector = header.sector;
+        Ok(match header.type_ {
             VIRTIO_BLK_T_IN => RequestType::Read,
             VIRTIO_BLK_T_OUT => RequestType::Write,
             VIRTIO_BLK_T_FLUSH => RequestType::Flush,
@@ -139,18 +132,12 @@ impl Request {
 
     /// The next of the ranges that the outgoing data names.
     pub fn next_range(&mut self, memory: &GuestMemory) -> Option<SectorRange> {
-        let mut bytes = [0; RANGE];
-        if take_front(&mut self.readable, memory, &mut bytes) != RANGE {
-            return None;
-        }
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let sector = u64::from(word(0)) | u64::from(word(4)) << 32;
-        let flags = word(12);
+        let range: virtio_blk_discard_write_zeroes = take_front(&mut self.readable, memory)?;
         Some(SectorRange {
-            sector,
-            sectors: word(8),
-            unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
-            unknown_flags: flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+            sector: range.sector,
+            sectors: range.num_sectors,
+            unmap: range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+            unknown_flags: range.flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
         })
     }
 
@@ -160,8 +147,13 @@ impl Request {
     }
 }
 
-/// Copies the first bytes into `buffer` and takes them off the list; how many there were.
-fn take_front(parts: &mut Vec<Segment>, memory: &GuestMemory, buffer: &mut [u8]) -> usize {
+/// Takes a structure off the front of the list, or as much as there is of one that is not whole.
+fn take_front<T: Default>(parts: &mut Vec<Segment>, memory: &GuestMemory) -> Option<T>
+where
+    Structure<T>: ByteValued,
+{
+    let mut taken = Structure(T::default());
+    let buffer = taken.as_mut_slice();
     let (mut copied, mut whole) = (0, 0);
     while copied < buffer.len()
         && let Some(part) = parts.get_mut(whole)
@@ -177,7 +169,7 @@ fn take_front(parts: &mut Vec<Segment>, memory: &GuestMemory, buffer: &mut [u8])
         }
     }
     parts.drain(..whole);
-    copied
+    (copied == buffer.len()).then_some(taken.0)
 }
 
 /// Takes the last byte off the list.

@@ -7,8 +7,8 @@ use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
 use super::{Error, MAX_PAIRS, Negotiated, NetConfig, TapConfig};
 use crate::state::{self, Component, Kind};
-use crate::virtio::config_fields::ConfigFields;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
+use crate::virtio::structure::Structure;
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -235,7 +235,7 @@ impl VirtioDevice for Net {
             mtu: self.mtu,
             ..Default::default()
         };
-        ConfigFields(fields).read(offset, data);
+        Structure(fields).read_config(offset, data);
     }
 
     fn activate(&self, features: u64) {
