@@ -147,7 +147,7 @@ impl Request {
     }
 }
 
-/// Takes a structure off the front of the list, or as much as there is of one that is not whole.
+/// Takes a structure off the front of the list, if it is there as a whole.
 fn take_front<T: Default>(parts: &mut Vec<Segment>, memory: &GuestMemory) -> Option<T>
 where
     Structure<T>: ByteValued,
@@ -168,8 +168,11 @@ where
             None => whole += 1,
         }
     }
+    if copied < buffer.len() {
+        return None;
+    }
     parts.drain(..whole);
-    (copied == buffer.len()).then_some(taken.0)
+    Some(taken.0)
 }
 
 /// Takes the last byte off the list.

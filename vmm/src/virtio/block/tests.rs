@@ -290,6 +290,7 @@ fn ranges_of(folder: &Folder) {
         let data = ranges(&bench, &[range]);
         assert_eq!(request(&mut bench, 0, kind, 0, &data), (status, 1), "{range:?}");
     }
+    ranges(&bench, &[(256, 8, 0), (272, 8, 0)]);
     let part = [Buffer::Out(DATA, 24)];
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_DISCARD, 0, &part), (IOERR, 1), "a range and a half");
     assert_eq!(folder.bytes(0, 4096), expected(0, 4096));
