@@ -1,7 +1,7 @@
-//! What the steps of a migration cost by themselves: times are for one GiB of guest memory in pages of 4 KiB, or for one
+//! What single steps of a migration cost. Times are for one GiB of guest memory in pages of 4 KiB, or for one
 //! state of a machine.
 //!
-//!     cargo bench -p bench --bench micro
+//!     cargo bench -p whimbrel-bench --bench micro
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
 use migration::dirty::{DirtySet, runs};
@@ -22,14 +22,13 @@ const GIB: u64 = 1 << 30;
 /// Words of a bitmap with a bit for each page of a GiB.
 const WORDS: usize = (GIB / PAGE_SIZE / 64) as usize;
 
-/// Words that the engine looks at in one go.
+/// Words of one chunk of the engine's scan.
 const CHUNK: usize = 32;
 
 /// Shares of memory that are dirty, in per cent.
 const SHARES: [u64; 4] = [0, 1, 50, 100];
 
-/// A bitmap in which this share of bits is set, scattered by chance: of all that are so full, such ones have the most
-/// runs but for those made to have them. The same in every run.
+/// A bitmap in which this share of bits is set at random, which gives many runs. It is the same every time.
 fn scattered(percent: u64) -> Vec<u64> {
     let mut seed = 0x9e37_79b9_7f4a_7c15u64;
     let mut chance = || {
@@ -39,7 +38,7 @@ fn scattered(percent: u64) -> Vec<u64> {
     (0..WORDS).map(|_| (0..64).fold(0, |word, bit| word | u64::from(chance() < percent) << bit)).collect()
 }
 
-/// Cuts bitmaps into extents, as a lane does chunk by chunk.
+/// Cuts bitmaps into extents, chunk by chunk, as a lane does.
 fn extents(c: &mut Criterion) {
     let mut group = c.benchmark_group("bitmap to extents");
     let mut bench = |name: String, words: Vec<u64>| {
@@ -66,7 +65,7 @@ fn extents(c: &mut Criterion) {
     group.finish();
 }
 
-/// What is done with a whole set: counting it, and adding another to it.
+/// Counts a whole set, and adds another set to it.
 fn sets(c: &mut Criterion) {
     let ram = GuestRam::new(GIB, PageSize::Small).expect("a GiB of address space");
     let mut group = c.benchmark_group("dirty set");
@@ -84,14 +83,14 @@ fn sets(c: &mut Criterion) {
     group.finish();
 }
 
-/// Puts a bitmap into a set, as far as it has room.
+/// Copies a bitmap into a set, as far as the set has room.
 fn fill(set: &mut DirtySet, words: &[u64]) {
     for region in 0..set.regions() {
         set.words_mut(region).iter_mut().zip(words).for_each(|(out, word)| *out = *word);
     }
 }
 
-/// Looks whether pages are zero.
+/// Checks whether pages are zero.
 fn zeros(c: &mut Criterion) {
     let ram = GuestRam::new(GIB, PageSize::Small).expect("a GiB of address space");
     let mut group = c.benchmark_group("zero detection");
@@ -117,7 +116,7 @@ fn count_zero(ram: &Ram) -> u64 {
     zero
 }
 
-/// Finds out which pages exist.
+/// Finds the pages that exist.
 fn existing(c: &mut Criterion) {
     let mut group = c.benchmark_group("which pages exist");
     for (name, every) in [("none", 0usize), ("all", 1), ("every other", 2)] {
@@ -141,14 +140,14 @@ fn existing(c: &mut Criterion) {
     group.finish();
 }
 
-/// A machine that has not run, or why there is none.
+/// A machine that has not run.
 fn machine(vcpus: u32) -> Result<Machine, vmm::Error> {
     let host = Host::open()?;
     let config = MachineConfig::new(&host, GIB, vcpus)?;
     Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config })
 }
 
-/// Asks KVM which pages are dirty, and makes them clean again.
+/// Reads KVM's dirty log, and clears it.
 fn harvest(c: &mut Criterion) {
     let machine = match machine(1) {
         Ok(machine) => machine,
@@ -158,7 +157,7 @@ fn harvest(c: &mut Criterion) {
     let mut group = c.benchmark_group("dirty log");
     let mut set = DirtySet::empty(&ram);
     for share in SHARES {
-        // KVM's log begins with every page dirty: what is not to be is cleared.
+        // KVM's log starts with every page dirty, so the pages that should be clean are cleared.
         machine.start_tracking().expect("a dirty log");
         let clean: Vec<u64> = scattered(share).iter().map(|word| !word).collect();
         let pages = ram.regions()[0].pages();
@@ -169,7 +168,7 @@ fn harvest(c: &mut Criterion) {
                 machine.collect_dirty(black_box(&mut set)).expect("a dirty log");
             });
         });
-        // Once more, for those who ask for other benches only: what is left out has not looked.
+        // Collected once more, because a filter may have left the bench above out.
         set.clear();
         machine.collect_dirty(&mut set).expect("a dirty log");
         let dirty = scattered(share);
@@ -178,7 +177,7 @@ fn harvest(c: &mut Criterion) {
         // A GiB of guest memory is one region of 262144 pages, whose words fit the bitmap exactly.
         assert_eq!(set.count(), expected, "KVM's log says what it was told");
         group.bench_function(BenchmarkId::new("clear", format!("{share} %")), |b| {
-            // What is clean already costs KVM nearly as much to look at: only the first time has pages to write-protect.
+            // Clean pages cost KVM nearly as much. Only the first iteration has pages to write-protect.
             b.iter(|| {
                 for (chunk, words) in dirty[..pages.div_ceil(64) as usize].chunks(CHUNK).enumerate() {
                     machine.clear_dirty(0, (chunk * CHUNK * 64) as u64, words).expect("a range of pages");
@@ -189,7 +188,7 @@ fn harvest(c: &mut Criterion) {
     group.finish();
 }
 
-/// Saves and loads the state of machines with more and more vCPUs.
+/// Saves and loads the state of machines with one to eight vCPUs.
 fn state(c: &mut Criterion) {
     let mut group = c.benchmark_group("state");
     for vcpus in [1, 2, 4, 8] {
@@ -207,13 +206,13 @@ fn state(c: &mut Criterion) {
     group.finish();
 }
 
-/// A machine with our guest at work, stopped there, and its state.
+/// A machine that was paused while our guest worked, and its state.
 fn stopped(vcpus: u32) -> Result<(Machine, Vec<u8>), vmm::Error> {
     let machine = small(vcpus)?;
     let (working_set, content) = (1 << 20, Content::Random);
     Workload { vcpus, working_set, rate: 0, hz: None, fill: 0, content, journal: 0 }.boot(&machine)?;
     machine.resume()?;
-    // Past its first pass it rewrites pages and does nothing else.
+    // After its first pass the guest only rewrites pages.
     while pages(&machine) < 10_000 {
         assert!(machine.outcome().is_none(), "the guest ended");
         std::thread::sleep(Duration::from_millis(1));
@@ -223,7 +222,7 @@ fn stopped(vcpus: u32) -> Result<(Machine, Vec<u8>), vmm::Error> {
     Ok((machine, state))
 }
 
-/// A machine whose memory costs next to nothing to move.
+/// A machine with so little memory that moving it costs next to nothing.
 fn small(vcpus: u32) -> Result<Machine, vmm::Error> {
     let host = Host::open()?;
     let config = MachineConfig::new(&host, 32 << 20, vcpus)?;
@@ -235,8 +234,8 @@ fn pages(machine: &Machine) -> u64 {
     guest::testimony(machine.memory()).map_or(0, |testimony| testimony.pages)
 }
 
-/// Moves what `source` has to a new machine over TCP; the time from the confirmation of the last write until the guest
-/// has done something there.
+/// Moves `source` to a new machine over TCP. Returns the time from the confirmation of the last write until
+/// the guest makes progress there.
 fn arrive(source: &Machine, state: &[u8], vcpus: u32) -> Duration {
     let machine = small(vcpus).expect("a machine");
     let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
@@ -252,7 +251,7 @@ fn arrive(source: &Machine, state: &[u8], vcpus: u32) -> Duration {
         TcpSource::new(listener.local_addr(), 1).connect(&session(source), &offer).expect("a plane");
     let lane = &mut here.lanes()[0];
     let len = machine.memory().ram().regions()[0].len();
-    // What the last write writes exists already.
+    // The page of the last write exists already.
     for (round, len) in [(0, len), (1, PAGE_SIZE)] {
         lane.write(&[Extent { region: 0, offset: 0, len }]).expect("a write");
         lane.post_barrier(round).expect("a barrier");
@@ -272,10 +271,10 @@ fn arrive(source: &Machine, state: &[u8], vcpus: u32) -> Duration {
     elapsed
 }
 
-/// From the last write to the guest at work: fence, load, run. What a network adds is its round trips.
+/// From the last write until the guest works again: fence, load, resume. A network adds its round trips.
 fn last_write(c: &mut Criterion) {
     let mut group = c.benchmark_group("last write to running guest");
-    // What is not timed takes a hundred times as long as what is: as few repetitions as samples need.
+    // The untimed part takes a hundred times as long as the timed part, so iterations are as few as possible.
     group.sampling_mode(SamplingMode::Flat).warm_up_time(Duration::from_millis(1));
     group.measurement_time(Duration::from_millis(15));
     for vcpus in [1, 2, 8] {

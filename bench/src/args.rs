@@ -21,22 +21,22 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// How long a guest is away when it moves, by its own clock and by the source's
+    /// Measure the blackout: how long a guest stands still when it moves, by its own clock and the source's
     Blackout(BlackoutArgs),
-    /// How fast a guest moves that has touched next to nothing of its memory
+    /// Measure how fast a guest moves that has touched next to nothing of its memory
     Untouched(UntouchedArgs),
-    /// How fast memory full of random content moves, beside iperf3 and QEMU in the same run
+    /// Measure how fast memory full of random content moves, compared with peers in the same run
     Throughput(ThroughputArgs),
-    /// Guests of every combination of what is given, and how figures grow from one to the other
+    /// Measure guests of every combination of the options, and how figures grow with the guest
     Matrix(MatrixArgs),
-    /// A transport without a guest: bandwidth, message rate, latency and processor time, as a server and a client or
-    /// between two processes of this machine
+    /// Measure a transport without a guest: bandwidth, message rate, latency and processor time, between a
+    /// server and a client or two processes of this machine
     Transport(TransportArgs),
-    /// Print what is in files that --save wrote, whole or cut off
+    /// Print the measurements in files that --save wrote, even if they are incomplete
     Show(ShowArgs),
-    /// Say which differences between two files that --save wrote are real, given their spread
+    /// Tell which differences between two files that --save wrote are significant
     Compare(CompareArgs),
-    /// Make one HTML page with plots of what is in files that --save wrote
+    /// Write one HTML page with plots of the measurements in files that --save wrote
     Report(ReportArgs),
 }
 
@@ -51,7 +51,7 @@ pub struct OutputArgs {
     pub save: Option<PathBuf>,
 }
 
-/// The program that is measured, and where results go.
+/// The program to measure, and where results go.
 #[derive(Args, Clone, Debug)]
 pub struct CommonArgs {
     /// The whimbrel program; without it, the one beside this program
@@ -65,7 +65,7 @@ impl CommonArgs {
     /// The program's path.
     ///
     /// # Errors
-    /// When there is no such file.
+    /// When the file does not exist.
     pub fn program(&self) -> anyhow::Result<PathBuf> {
         let path = match &self.whimbrel {
             Some(path) => path.clone(),
@@ -112,22 +112,22 @@ pub struct UntouchedArgs {
     pub rounds: u32,
 }
 
-/// Peers that are measured beside us, each in every round.
+/// Peers that are measured in every round.
 #[derive(Args, Clone, Debug)]
 pub struct PeerArgs {
-    /// iperf3 with zero copy over loopback
+    /// Measure iperf3 with zero copy over loopback
     #[arg(long)]
     pub iperf3: bool,
-    /// A script that migrates a paused QEMU guest and prints one line of JSON
+    /// Measure QEMU with this script, which migrates a paused guest and prints one line of JSON
     #[arg(long)]
     pub qemu_script: Option<PathBuf>,
-    /// Its multifd channels; without it, 2 when the destination is populated, else 4
+    /// QEMU's multifd channels; by default 2 for a populated destination, else 4
     #[arg(long, value_delimiter = ',', requires = "qemu_script")]
     pub multifd: Vec<u16>,
-    /// The program of Cloud Hypervisor, which then moves our guest
+    /// Measure this program of Cloud Hypervisor, which then moves our guest
     #[arg(long, value_name = "PATH")]
     pub cloud_hypervisor: Option<PathBuf>,
-    /// Its connections
+    /// Cloud Hypervisor's connections
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "cloud_hypervisor",
         value_parser = clap::value_parser!(u16).range(1..=128))]
     pub connections: Vec<u16>,
@@ -144,7 +144,7 @@ impl From<PeerArgs> for Peers {
 pub struct ThroughputArgs {
     #[command(flatten)]
     pub common: CommonArgs,
-    /// A second whimbrel program, measured in turn with the first
+    /// A second whimbrel program, which is measured alternately with the first
     #[arg(long)]
     pub against: Option<PathBuf>,
     /// Guest memory, filled with random content
@@ -154,26 +154,26 @@ pub struct ThroughputArgs {
     #[arg(long)]
     pub populate: bool,
     #[command(flatten)]
-    pub contest: ContestArgs,
+    pub comparison: ComparisonArgs,
 }
 
-/// What is compared with what, and how often.
+/// What is compared, and how often.
 #[derive(Args, Debug)]
-pub struct ContestArgs {
-    /// TCP streams, several for a comparison; 0 for the default
+pub struct ComparisonArgs {
+    /// TCP streams, or several numbers to compare; 0 for the default
     #[arg(long, value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u16).range(0..=64))]
     pub streams: Vec<u16>,
-    /// Rounds, each with one run of everything that is compared
+    /// Rounds, each with one run of every contender
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
     #[command(flatten)]
     pub peers: PeerArgs,
-    /// Do not touch and free as much memory as a run needs before each run
+    /// Do not warm memory up before each run
     #[arg(long)]
     pub no_warm_up: bool,
 }
 
-/// Whether the destination is populated before data may come.
+/// Whether the destination is populated before it accepts data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Populate {
     No,
@@ -183,14 +183,15 @@ pub enum Populate {
 /// Pages that a guest rewrites each second.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rate {
-    /// So many; 0 for as many as it can.
+    /// This number; 0 for as many as it can.
     Pages(u64),
-    /// As many as make this share of its memory.
+    /// This share of its memory, in per cent.
     Percent(f64),
 }
 
 impl Rate {
-    /// Pages a second of a guest with so much memory; at least one, since none would mean no limit.
+    /// Pages a second for a guest with this much memory. A share gives at least one page, because 0 means no
+    /// limit.
     pub fn pages(self, memory: u64) -> u64 {
         match self {
             Rate::Pages(pages) => pages,
@@ -206,7 +207,7 @@ pub struct MatrixArgs {
     /// Guest memory
     #[arg(long, short = 'm', value_delimiter = ',', default_value = "1G", value_parser = size)]
     pub memory: Vec<u64>,
-    /// What is in it
+    /// Content of the memory
     #[arg(long, value_enum, value_delimiter = ',', default_value = "random")]
     pub content: Vec<Content>,
     /// Virtual CPUs
@@ -216,91 +217,92 @@ pub struct MatrixArgs {
     /// Memory that the guest keeps rewriting while it moves; 0 for an idle guest
     #[arg(long, value_delimiter = ',', default_value = "0", value_parser = size)]
     pub working_set: Vec<u64>,
-    /// Pages of it that the guest rewrites each second, as a number or as a share of all its memory such as 1%;
-    /// 0 for as many as it can
+    /// Pages that the guest rewrites each second, as a number or as a share of its memory such as 1%; 0 for
+    /// as many as it can
     #[arg(long, value_delimiter = ',', default_value = "0", value_parser = rate)]
     pub rate: Vec<Rate>,
-    /// Timer interrupts a second on each virtual CPU; without it, the guest's default
+    /// Timer interrupts a second on each virtual CPU; by default the guest's own
     #[arg(long, value_parser = clap::value_parser!(u32).range(20..=10_000))]
     pub timer_hz: Option<u32>,
-    /// Populate the destination's memory before data may come
+    /// Populate the destination's memory before it accepts data
     #[arg(long, value_enum, value_delimiter = ',', default_value = "no")]
     pub populate: Vec<Populate>,
-    /// Which way memory goes: auto, tcp or rdma
+    /// Transport for memory: auto, tcp or rdma
     #[arg(long, value_delimiter = ',', default_value = "auto", value_parser = transport)]
     pub transport: Vec<TransportChoice>,
-    /// Address of this machine through which it goes; one of an RDMA device for RDMA
+    /// Address of this machine on which the destination listens; for RDMA, one of an RDMA device
     #[arg(long, default_value = "127.0.0.1")]
     pub via: IpAddr,
     #[command(flatten)]
-    pub contest: ContestArgs,
+    pub comparison: ComparisonArgs,
 }
 
 #[derive(Args, Debug)]
 pub struct TransportArgs {
     #[command(flatten)]
     pub output: OutputArgs,
-    /// Be the server, which is written to, until a signal ends it
+    /// Run the server, which the client writes to, until a signal ends it
     #[arg(long, short = 's', conflicts_with = "client")]
     pub server: bool,
-    /// As the server, end when standard input does
+    /// As the server, end when standard input ends
     #[arg(long, hide = true)]
     pub until_input_ends: bool,
-    /// Address on which the server listens, for RDMA one of a device's network; whoever reaches it may have this
-    /// program allocate memory
+    /// Address on which the server listens; for RDMA, one of an RDMA device. Any client that reaches it can
+    /// make the server allocate memory
     #[arg(long, short = 'B', default_value = "127.0.0.1")]
     pub bind: IpAddr,
-    /// Port of the server; with 0, the server chooses one
+    /// Port of the server; 0 lets the server choose a free one
     #[arg(long, short = 'p', default_value_t = 5204)]
     pub port: u16,
-    /// Write to the server on this host; without it, to one that is started for the purpose
+    /// Run the client with the server on this host; by default a server is started on this machine
     #[arg(long, short = 'c', value_name = "HOST")]
     pub client: Option<String>,
-    /// Which way: tcp or rdma
+    /// Transport: tcp or rdma
     #[arg(long, default_value = "tcp", value_parser = transport)]
     pub transport: TransportChoice,
-    /// Streams or queue pairs at once
+    /// Number of streams or queue pairs
     #[arg(long, short = 'P', value_delimiter = ',', default_value = "1,4",
         value_parser = clap::value_parser!(u16).range(1..=64))]
     pub parallel: Vec<u16>,
-    /// Bytes of a message, whole pages; ratios are those of the first. Up to 1M, latency is measured as well
+    /// Bytes of a message, a multiple of 4K; ratios are those of the first length. For up to 1M, latency is
+    /// measured too
     #[arg(long, short = 'l', value_delimiter = ',', default_value = "1M,4K,64K,16M", value_parser = size)]
     pub length: Vec<u64>,
     /// Messages handed to the transport at once
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub batch: u16,
-    /// Requests that a queue pair may have under way, up to 256; 0 for the default. RDMA only
+    /// Requests that a queue pair may have in flight, up to 256; 0 for the default. RDMA only
     #[arg(long, value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u32).range(0..=256))]
     pub depth: Vec<u32>,
-    /// How completions are waited for, at both sides. RDMA only
+    /// How both sides wait for completions. RDMA only
     #[arg(long, value_enum, value_delimiter = ',', default_value = "channel")]
     pub completion: Vec<Completion>,
-    /// What is measured; without it, everything that the transport has
+    /// Tests to run; by default all that the transport has
     #[arg(long, value_enum, value_delimiter = ',')]
     pub test: Vec<Test>,
-    /// Bytes of memory registered at a time, when the cost of that is measured. RDMA only
+    /// Bytes of each memory registration, for the test of registration. RDMA only
     #[arg(long, value_delimiter = ',', default_value = "2M,16M,64M", value_parser = chunk)]
     pub chunk: Vec<u64>,
-    /// Pages of the memory that is registered: 4k, 2m or 1g; the memory of all else has the first
+    /// Pages of the registered memory: 4k, 2m or 1g. Other tests use the first
     #[arg(long, value_delimiter = ',', default_value = "4k", value_parser = clap::value_parser!(PageSize))]
     pub page_size: Vec<PageSize>,
     /// Seconds of each run
     #[arg(long, short = 't', default_value_t = 1.0, value_parser = seconds)]
     pub time: f64,
-    /// Memory that is written to over and over
+    /// Memory that the client writes to, over and over
     #[arg(long, short = 'm', default_value = "256M", value_parser = size)]
     pub memory: u64,
-    /// Rounds, each with one run of everything
+    /// Rounds, each with one run of every contender
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
-    /// Run iperf3 with zero copy over loopback in every round
+    /// Measure iperf3 with zero copy over loopback in every round
     #[arg(long)]
     pub iperf3: bool,
-    /// Run perftest's ib_write_bw and ib_write_lat between the same devices in every round; the server starts its side
-    /// of it
+    /// Measure perftest's ib_write_bw and ib_write_lat between the same devices in every round; the server
+    /// starts their server side
     #[arg(long)]
     pub perftest: bool,
-    /// Copy memory in every round
+    /// Measure a copy of memory in every round
     #[arg(long)]
     pub copy: bool,
 }
@@ -321,14 +323,14 @@ pub struct CompareArgs {
     /// Least difference that matters, in per cent
     #[arg(long, value_name = "PERCENT", default_value_t = 2.0)]
     pub least: f64,
-    /// Compare figures as shares of this contender's in the same round, such as "iperf3 -Z": what the machine did
-    /// meanwhile then counts less
+    /// Compare figures relative to those of this contender in the same round, such as "iperf3 -Z", so that
+    /// disturbances of the machine count less
     #[arg(long, value_name = "CONTENDER")]
     pub relative_to: Option<String>,
     /// Compare every figure, not only those that the measurement shows
     #[arg(long)]
     pub all: bool,
-    /// Print JSON, with the differences that are not real too
+    /// Print JSON, including the differences that are not real
     #[arg(long)]
     pub json: bool,
 }
@@ -338,10 +340,10 @@ pub struct ReportArgs {
     /// Files that --save wrote
     #[arg(required = true)]
     pub files: Vec<PathBuf>,
-    /// The page, which is overwritten
+    /// The HTML file, which is overwritten
     #[arg(long, short = 'o', value_name = "FILE")]
     pub output: PathBuf,
-    /// Its title
+    /// Title of the page
     #[arg(long, default_value = "Whimbrel, measured")]
     pub title: String,
 }
@@ -352,9 +354,9 @@ fn size(text: &str) -> Result<u64, String> {
     config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
 }
 
-/// Bytes of a registration.
+/// Bytes of a memory registration.
 fn chunk(text: &str) -> Result<u64, String> {
-    let range = transport_rdma::MIN_CHUNK..=crate::transport::MOST_MEMORY;
+    let range = transport_rdma::MIN_CHUNK..=crate::transport::MAX_MEMORY;
     size(text).and_then(|chunk| {
         let fits = range.contains(&chunk) && chunk.is_power_of_two();
         if fits { Ok(chunk) } else { Err("use a power of two from 2M to 2G".into()) }
@@ -398,7 +400,7 @@ mod tests {
             panic!("another command")
         };
         assert!(args.common.output.json);
-        assert_eq!((args.contest.streams, args.memory), (vec![1, 2, 4], 4 << 30));
+        assert_eq!((args.comparison.streams, args.memory), (vec![1, 2, 4], 4 << 30));
         assert!(parse("bench throughput --streams 65").is_err());
         let line = "bench matrix -m 1G,2G --content untouched,random --rate 0,1%,500 --populate no,yes --transport tcp";
         let Command::Matrix(args) = parse(line).unwrap() else { panic!("another command") };

@@ -1,27 +1,28 @@
-//! Which differences between two measurements are real.
+//! Which differences between two measurements are significant.
 //!
-//! For every contender and figure that both have: the ratio of the new to the old (the median over all pairs of runs),
-//! and the likelihood that runs of one and the same program would differ so much in rank, raised for the number of
-//! comparisons. A difference is *real* if that is under 5 % and the ratio is further from 1 than asked for.
+//! Every figure of every contender that both measurements have is compared. The result is the ratio of new to
+//! old, which is the median over all pairs of runs, and a p-value: the probability that runs of one and the
+//! same program would differ as much in rank. P-values are adjusted for the number of comparisons. A
+//! difference is *real* if its p-value is under 5 % and its ratio is further from 1 than the options ask for.
 //!
-//! No test can tell a slower program from a slower hour of the machine. Figures may therefore be taken relative to
-//! a contender that both measurements have and that has not changed, in the same round of the same group; where that
-//! cannot be had, both programs belong into one measurement (`throughput --against`).
+//! No test can tell a slower program from a machine that was slower for an hour. Figures may therefore be
+//! taken relative to an unchanged contender that both measurements have, in the same round of the same group.
+//! Where there is none, both programs belong in one measurement (`throughput --against`).
 
 use crate::facts::Facts;
 use crate::figures::{Better, Figure};
 use crate::output::{brief, table};
 use crate::record::{Measurement, Setup};
-use crate::statistics::{Distribution, likelihood_of_chance, of_many, ratio_of_all};
+use crate::statistics::{Distribution, adjusted_p_values, p_value, ratios};
 use crate::summary;
 use anyhow::Context;
 use serde::Serialize;
 use std::fmt::Write;
 
-/// Likelihood of chance under which a difference is real.
-const BOUND: f64 = 0.05;
+/// The p-value under which a difference is real.
+const SIGNIFICANCE: f64 = 0.05;
 
-/// What a difference is.
+/// What a difference means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
@@ -29,9 +30,9 @@ pub enum Verdict {
     Better,
     /// Real and worse.
     Worse,
-    /// Real, of a figure that is neither better high nor low.
+    /// Real, but of a figure for which neither direction is better.
     Other,
-    /// Too small, or likely enough to be chance.
+    /// Too small, or not significant.
     None,
 }
 
@@ -40,7 +41,7 @@ pub enum Verdict {
 pub struct Difference {
     /// The subcommand.
     pub bench: String,
-    /// What it was compared on.
+    /// The group of the contender.
     pub group: String,
     /// The contender.
     pub who: String,
@@ -50,26 +51,26 @@ pub struct Difference {
     pub old: Distribution,
     /// After.
     pub new: Distribution,
-    /// The ratios of every new run to every old one.
+    /// The ratios of every new run to every old run.
     pub ratio: Distribution,
-    /// Likelihood that it is chance, raised for the number of comparisons.
+    /// The p-value, adjusted for the number of comparisons.
     pub chance: f64,
-    /// What it is.
+    /// What it means.
     pub verdict: Verdict,
 }
 
 /// How to compare.
 #[derive(Clone, Debug)]
-pub struct Manner {
-    /// Least distance of a ratio from 1 that matters.
+pub struct Options {
+    /// The least distance of a ratio from 1 that matters.
     pub least: f64,
-    /// Take figures relative to this contender's.
+    /// Take figures relative to those of this contender.
     pub relative_to: Option<String>,
-    /// Compare the blackout's parts and what the bench does not show as well.
+    /// Compare all figures, not only those that the measurement shows.
     pub all: bool,
 }
 
-/// One figure of one contender: the subcommand, what it is compared on, who it is, and the figure's id.
+/// One figure of one contender: the subcommand, the group, the contender and the figure's id.
 #[derive(Clone, Debug, PartialEq)]
 struct Subject {
     bench: String,
@@ -78,12 +79,12 @@ struct Subject {
     figure: String,
 }
 
-/// What a file has figures of.
-fn subjects(of: &[Measurement], manner: &Manner) -> Vec<Subject> {
+/// The figures in a file that are compared.
+fn subjects(of: &[Measurement], options: &Options) -> Vec<Subject> {
     let mut all: Vec<Subject> = Vec::new();
     for measured in of {
         let ids = summary::ids(measured);
-        let wanted = || ids.iter().filter(|id| manner.all || measured.head.show.contains(id));
+        let wanted = || ids.iter().filter(|id| options.all || measured.head.show.contains(id));
         for (setup, id) in
             measured.head.contenders.iter().flat_map(|setup| wanted().map(move |id| (setup, id)))
         {
@@ -101,8 +102,9 @@ fn subjects(of: &[Measurement], manner: &Manner) -> Vec<Subject> {
     all
 }
 
-/// Its runs in all measurements of a file, as they are or relative to another contender's in the same round.
-fn sample(of: &[Measurement], subject: &Subject, manner: &Manner) -> Vec<f64> {
+/// The values of a figure in all measurements of a file, as they are or relative to another contender's in
+/// the same round.
+fn sample(of: &[Measurement], subject: &Subject, options: &Options) -> Vec<f64> {
     let mut sample = Vec::new();
     for measured in of.iter().filter(|measured| measured.head.bench == subject.bench) {
         let column = |who: &str| {
@@ -111,7 +113,7 @@ fn sample(of: &[Measurement], subject: &Subject, manner: &Manner) -> Vec<f64> {
             Some(measured.column(place, &subject.figure))
         };
         let Some(own) = column(&subject.who) else { continue };
-        match &manner.relative_to {
+        match &options.relative_to {
             None => sample.extend(own.into_iter().flatten()),
             Some(control) if *control == subject.who => {}
             Some(control) => {
@@ -124,17 +126,21 @@ fn sample(of: &[Measurement], subject: &Subject, manner: &Manner) -> Vec<f64> {
     sample
 }
 
-/// Compares everything that both files have; where one has several measurements of a kind, their runs are pooled.
+/// Compares everything that both files have. The runs of several measurements of one kind are pooled.
 ///
 /// # Errors
-/// When they have nothing in common.
-pub fn compare(old: &[Measurement], new: &[Measurement], manner: &Manner) -> anyhow::Result<Vec<Difference>> {
+/// When the files have no contender with runs in common.
+pub fn compare(
+    old: &[Measurement],
+    new: &[Measurement],
+    options: &Options,
+) -> anyhow::Result<Vec<Difference>> {
     let difference = |subject: Subject| {
-        let (before, after) = (sample(old, &subject, manner), sample(new, &subject, manner));
+        let (before, after) = (sample(old, &subject, options), sample(new, &subject, options));
         let Subject { bench, group, who, figure } = subject;
         Some(Difference {
-            ratio: ratio_of_all(&after, &before)?,
-            chance: likelihood_of_chance(&before, &after),
+            ratio: ratios(&after, &before)?,
+            chance: p_value(&before, &after),
             old: Distribution::of(before)?,
             new: Distribution::of(after)?,
             verdict: Verdict::None,
@@ -144,24 +150,24 @@ pub fn compare(old: &[Measurement], new: &[Measurement], manner: &Manner) -> any
             figure,
         })
     };
-    let mut differences: Vec<_> = subjects(new, manner).into_iter().filter_map(difference).collect();
+    let mut differences: Vec<_> = subjects(new, options).into_iter().filter_map(difference).collect();
     anyhow::ensure!(
         !differences.is_empty(),
         "the files have no contender with runs in common{}",
-        if manner.relative_to.is_some() { " beside the one that figures are relative to" } else { "" }
+        if options.relative_to.is_some() { " beside the one that figures are relative to" } else { "" }
     );
-    let raised = of_many(&differences.iter().map(|d| d.chance).collect::<Vec<_>>());
-    for (difference, chance) in differences.iter_mut().zip(raised) {
+    let adjusted = adjusted_p_values(&differences.iter().map(|d| d.chance).collect::<Vec<_>>());
+    for (difference, chance) in differences.iter_mut().zip(adjusted) {
         difference.chance = chance;
-        difference.verdict = verdict(difference, manner);
+        difference.verdict = verdict(difference, options);
     }
     Ok(differences)
 }
 
-fn verdict(of: &Difference, manner: &Manner) -> Verdict {
+fn verdict(of: &Difference, options: &Options) -> Verdict {
     let ratio = of.ratio.median;
-    // As far from 1 downwards as upwards: half as much is as far as twice as much.
-    if of.chance >= BOUND || ratio.max(1.0 / ratio) < 1.0 + manner.least {
+    // The distance is the same in both directions: half as much is as far from 1 as twice as much.
+    if of.chance >= SIGNIFICANCE || ratio.max(1.0 / ratio) < 1.0 + options.least {
         return Verdict::None;
     }
     match (Figure::of(&of.figure).better, ratio > 1.0) {
@@ -171,7 +177,7 @@ fn verdict(of: &Difference, manner: &Manner) -> Verdict {
     }
 }
 
-/// What of the machines differs.
+/// The facts in which the machines differ.
 fn other_machine(old: &Facts, new: &Facts) -> anyhow::Result<Vec<String>> {
     let object = |facts: &Facts| -> anyhow::Result<_> {
         serde_json::to_value(facts)?.as_object().cloned().context("facts are an object")
@@ -184,14 +190,14 @@ fn other_machine(old: &Facts, new: &Facts) -> anyhow::Result<Vec<String>> {
     Ok(differs.map(tell).collect())
 }
 
-/// The comparison for people: real differences first, then how many there were that are not.
+/// The comparison as text: the real differences, then the number of comparisons.
 ///
 /// # Errors
-/// When the machines' facts cannot be compared.
+/// When the facts of the machines cannot be compared.
 pub fn text(
     old: &[Measurement],
     new: &[Measurement],
-    manner: &Manner,
+    options: &Options,
     all: &[Difference],
 ) -> anyhow::Result<String> {
     let mut text = String::new();
@@ -210,7 +216,7 @@ pub fn text(
     let mut real = table(["real differences", "old", "new", "new : old", "chance", ""]);
     for d in all.iter().filter(|d| d.verdict != Verdict::None) {
         let Figure { title, digits, .. } = Figure::of(&d.figure);
-        let digits = if manner.relative_to.is_some() { 2 } else { digits };
+        let digits = if options.relative_to.is_some() { 2 } else { digits };
         real.add_row([
             format!("{}: {}: {}: {title}", d.bench, d.group, d.who),
             brief(Some(&d.old), digits),
@@ -233,8 +239,8 @@ pub fn text(
         "{} of {} comparisons show a real difference: chance under {:.0} %, ratio at least {:.0} % from 1",
         real.row_count(),
         all.len(),
-        BOUND * 100.0,
-        manner.least * 100.0
+        SIGNIFICANCE * 100.0,
+        options.least * 100.0
     )?;
     if fewest < 5 {
         writeln!(
@@ -250,7 +256,7 @@ mod tests {
     use super::*;
     use crate::record::tests::measurement;
 
-    const PLAIN: Manner = Manner { least: 0.02, relative_to: None, all: false };
+    const PLAIN: Options = Options { least: 0.02, relative_to: None, all: false };
 
     fn spread(centre: f64) -> Vec<f64> {
         [0.97, 1.01, 0.99, 1.02, 1.0, 0.98, 1.03].map(|x| x * centre).to_vec()
@@ -261,8 +267,8 @@ mod tests {
         [measurement("migration_mib_s", &[("g", "us", &us), ("g", "peer", &peer)])]
     }
 
-    fn verdicts(old: &[Measurement], new: &[Measurement], manner: &Manner) -> Vec<(String, Verdict)> {
-        let all = compare(old, new, manner).unwrap();
+    fn verdicts(old: &[Measurement], new: &[Measurement], options: &Options) -> Vec<(String, Verdict)> {
+        let all = compare(old, new, options).unwrap();
         all.into_iter().map(|d| (d.who, d.verdict)).collect()
     }
 
@@ -273,7 +279,7 @@ mod tests {
         assert_eq!(verdicts(&old, &old, &PLAIN), named(Verdict::None, Verdict::None));
         assert_eq!(verdicts(&old, &rates(1200.0, 501.0), &PLAIN), named(Verdict::Better, Verdict::None));
         assert_eq!(verdicts(&old, &rates(800.0, 500.0), &PLAIN), named(Verdict::Worse, Verdict::None));
-        let coarse = Manner { least: 0.5, ..PLAIN };
+        let coarse = Options { least: 0.5, ..PLAIN };
         assert_eq!(verdicts(&old, &rates(800.0, 500.0), &coarse), named(Verdict::None, Verdict::None));
         let text =
             text(&old, &rates(800.0, 500.0), &PLAIN, &compare(&old, &rates(800.0, 500.0), &PLAIN).unwrap());
@@ -285,10 +291,10 @@ mod tests {
     fn a_slow_hour_is_no_slow_program() {
         let (old, slow_hour) = (rates(1000.0, 500.0), rates(700.0, 350.0));
         assert!(verdicts(&old, &slow_hour, &PLAIN).iter().all(|(_, verdict)| *verdict == Verdict::Worse));
-        let relative = Manner { relative_to: Some("peer".into()), ..PLAIN };
+        let relative = Options { relative_to: Some("peer".into()), ..PLAIN };
         assert_eq!(verdicts(&old, &slow_hour, &relative), [("us".to_string(), Verdict::None)]);
         assert_eq!(verdicts(&old, &rates(700.0, 500.0), &relative), [("us".to_string(), Verdict::Worse)]);
-        let absent = Manner { relative_to: Some("nobody".into()), ..PLAIN };
+        let absent = Options { relative_to: Some("nobody".into()), ..PLAIN };
         assert!(compare(&old, &slow_hour, &absent).is_err());
     }
 

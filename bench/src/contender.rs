@@ -1,8 +1,8 @@
-//! What is compared: us and the peers, each with the guest it moves.
+//! What is compared: Whimbrel and its peers, each with the guest that it moves.
 
-use crate::figures::{self, Figures};
+use crate::figures::Figures;
 use crate::guest::{Content, Guest};
-use crate::moves::{Move, Moved};
+use crate::moves::Move;
 use crate::peers::perftest::Perftest;
 use crate::peers::{cloud_hypervisor, iperf3, qemu};
 use crate::record::{self, Setup};
@@ -11,22 +11,22 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// One thing that is compared.
+/// A program that is compared.
 #[derive(Clone, Debug)]
 pub enum Contender {
     /// Whimbrel.
     Whimbrel(Move),
-    /// `iperf3 -Z`, which sends so many bytes over so many streams.
+    /// `iperf3 -Z`, with the bytes that it sends and its streams.
     Iperf3 { bytes: u64, streams: u16 },
     /// A paused QEMU guest of the same size and content.
     Qemu { script: PathBuf, guest: Guest, populate: bool, multifd: u16 },
-    /// A guest of Cloud Hypervisor, which is our own.
+    /// A guest of Cloud Hypervisor, which runs our own guest program.
     CloudHypervisor { binary: PathBuf, guest: Guest, populate: bool, connections: u16 },
     /// A transport without a guest.
     Transport(Probe),
-    /// `ib_write_bw` or `ib_write_lat`, towards the server at this address.
+    /// `ib_write_bw` or `ib_write_lat`, with the server at this address.
     Perftest { to: String, test: Perftest },
-    /// A copy of memory, without even a transport.
+    /// A copy of memory without any transport.
     Copy { memory: u64, time: Duration },
 }
 
@@ -38,8 +38,8 @@ impl Contender {
     pub fn run(&self) -> anyhow::Result<(Figures, Value)> {
         Ok(match self {
             Contender::Whimbrel(plan) => {
-                let moved = plan.carry_out()?;
-                (figures::of_move(&moved, plan.populate), Moved::value(&moved))
+                let moved = plan.run()?;
+                (moved.figures(plan.populate), moved.value())
             }
             Contender::Iperf3 { bytes, streams } => {
                 let said = iperf3::run(*bytes, *streams)?;
@@ -59,12 +59,13 @@ impl Contender {
         })
     }
 
-    /// Whether everything that it runs has ended with the run, so that its processor time is known.
-    pub fn is_ours_to_end(&self) -> bool {
+    /// Whether all its processes end with the run, so that their processor time is known.
+    pub fn ends_with_the_run(&self) -> bool {
         !matches!(self, Contender::Transport(_) | Contender::Perftest { .. })
     }
 
-    /// Memory in bytes that a run needs at once: both sides of a migration, and what their processes need beside.
+    /// Memory in bytes that a run needs at once: both sides of a migration, and some more for their
+    /// processes.
     pub fn needs(&self) -> u64 {
         let both = match self {
             Contender::Whimbrel(plan) => plan.guest.memory,
@@ -77,7 +78,7 @@ impl Contender {
         2 * both + (512 << 20)
     }
 
-    /// Bytes of shared memory that a run fills before it moves them; 0 if it does not.
+    /// Bytes of shared memory that a run fills before it moves them; 0 if it fills none.
     pub fn fills(&self) -> u64 {
         match self {
             Contender::Whimbrel(Move { guest, .. }) if guest.content != Content::Untouched => guest.memory,
@@ -89,20 +90,20 @@ impl Contender {
     }
 }
 
-/// What is compared on moving a guest, by what its contender is called.
+/// The setup of a contender of this name that moves a guest.
 pub fn setup(guest: &Guest, populate: bool, who: impl Into<String>) -> Setup {
     let group = format!("{guest}{}", if populate { ", destination populated" } else { "" });
     Setup { group, who: who.into(), guest: Some(guest.clone()), populate }
 }
 
-/// Peers that are measured beside us.
+/// The peers that are measured in the same run.
 #[derive(Clone, Debug, Default)]
 pub struct Peers {
     /// `iperf3 -Z`.
     pub iperf3: bool,
     /// The script that moves a QEMU guest.
     pub qemu_script: Option<PathBuf>,
-    /// Its multifd channels; empty for the usual ones.
+    /// Its multifd channels; empty for the default.
     pub multifd: Vec<u16>,
     /// Cloud Hypervisor's program.
     pub cloud_hypervisor: Option<PathBuf>,
@@ -111,11 +112,12 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// The peers that can be measured beside a guest.
+    /// The peers that are comparable for a guest.
     ///
-    /// QEMU's guest is paused and filled from outside, with random bytes or zeros, and iperf3's bytes are anything:
-    /// they can stand beside idle guests of such content only. Cloud Hypervisor runs our guest, filled from outside while
-    /// it runs, which one that rewrites its memory would not survive.
+    /// QEMU's guest is paused and filled from outside with random bytes or zeros, and iperf3 sends arbitrary
+    /// bytes. Both are comparable with idle guests of such content only. Cloud Hypervisor runs our guest,
+    /// which is filled from outside while it runs; a guest that rewrites its memory at the same time would be
+    /// damaged.
     pub fn beside(&self, guest: &Guest, populate: bool) -> Vec<(Setup, Contender)> {
         let mut all = Vec::new();
         if let Some(binary) = &self.cloud_hypervisor
@@ -154,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn peers_stand_beside_what_they_can_be_compared_with() {
+    fn peers_are_measured_where_they_are_comparable() {
         let peers = Peers { iperf3: true, qemu_script: Some("peer".into()), ..Peers::default() };
         let full = Guest::idle(1 << 30, Content::Random);
         let names = |guest: &Guest, populate| -> Vec<String> {

@@ -1,10 +1,10 @@
-//! What the machine is, as far as figures depend on it.
+//! The properties of the machine that figures depend on.
 
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::process::Command;
 
-/// Facts that go with every result.
+/// The properties that are saved with every measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Facts {
     /// This program's version.
@@ -21,11 +21,11 @@ pub struct Facts {
     pub kernel: Option<String>,
     /// Transparent huge pages for memfds: the choice in brackets.
     pub shmem_huge_pages: Option<String>,
-    /// Receive buffer of TCP sockets: least, first, most bytes.
+    /// Receive buffer of TCP sockets: minimum, default and maximum in bytes.
     pub tcp_rmem: Option<String>,
-    /// Send buffer of TCP sockets: least, first, most bytes.
+    /// Send buffer of TCP sockets: minimum, default and maximum in bytes.
     pub tcp_wmem: Option<String>,
-    /// TCP's congestion control where a program does not choose.
+    /// TCP's default congestion control.
     pub tcp_congestion: Option<String>,
     /// First line of `iperf3 --version`.
     pub iperf3: Option<String>,
@@ -34,7 +34,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Gathers them. What cannot be found out is left out.
+    /// Gathers the properties. Those that cannot be determined are `None`.
     pub fn gather() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();

@@ -1,35 +1,35 @@
-//! The guest that is moved, by us and by peers alike: what it has in memory and what it does meanwhile.
+//! The guest that is moved: the content of its memory, and what it does while it moves.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// What is in a guest's memory before it moves.
+/// The content of a guest's memory before it moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Content {
-    /// Next to nothing: the pages do not exist.
+    /// Next to nothing: most pages do not exist.
     Untouched,
     /// Zeros, in pages that exist.
     Zero,
-    /// Eight bytes all over a page, others in the next, which a compressor likes best.
+    /// Eight bytes repeated over a page, and others over the next page: the best case for a compressor.
     Repeating,
     /// Random bytes, which nothing compresses.
     Random,
 }
 
-/// What is moved.
+/// A guest to move.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Guest {
     /// Memory in bytes.
     pub memory: u64,
-    /// What is in it.
+    /// The content of its memory.
     pub content: Content,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Bytes that it keeps rewriting; 0 for an idle guest.
     pub working_set: u64,
-    /// Pages of these that it rewrites each second; 0 for as many as it can.
+    /// Pages that it rewrites each second; 0 for as many as it can.
     pub rate: u64,
     /// Timer interrupts a second on each vCPU; `None` for its default.
     pub timer_hz: Option<u32>,
@@ -63,7 +63,7 @@ impl Guest {
     }
 }
 
-/// A number of bytes in the largest unit of which it is a whole number.
+/// A number of bytes in the largest unit that gives a whole number.
 pub fn size(bytes: u64) -> String {
     [(30, "GiB"), (20, "MiB"), (10, "KiB")]
         .into_iter()
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_is_named_by_what_it_is() {
+    fn a_guest_is_described() {
         let idle = Guest::idle(8 << 30, Content::Untouched);
         assert_eq!(idle.to_string(), "8 GiB untouched, 1 vCPU, idle");
         let busy =

@@ -1,11 +1,14 @@
-//! `whimbrel-bench`: migrations measured between real processes, peers beside us in the same run.
+//! `whimbrel-bench` measures migrations between real processes, and other programs in the same run.
 
 mod args;
 mod compare;
 mod contender;
 mod facts;
 mod figures;
+mod growth;
 mod guest;
+mod log;
+mod moved;
 mod moves;
 mod output;
 mod pace;
@@ -16,6 +19,7 @@ mod record;
 mod report;
 mod statistics;
 mod summary;
+mod text;
 mod transport;
 mod usage;
 mod warm;
@@ -23,8 +27,9 @@ mod warm;
 use anyhow::Context;
 use args::{Cli, Command, OutputArgs, TransportArgs};
 use clap::Parser;
+use log::Log;
 use plan::Plan;
-use record::{Log, Measurement};
+use record::Measurement;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use std::io::{BufRead, BufReader};
@@ -57,25 +62,25 @@ fn main() -> ExitCode {
     })
 }
 
-/// Measures; success is that every run was made and none failed.
+/// Makes a measurement. It succeeds if every run was made and none failed.
 fn measure(plan: &Plan, args: &OutputArgs) -> anyhow::Result<ExitCode> {
     let mut log = Log::open(args.json, args.save.as_deref())?;
-    let measured = plan.carry_out(&mut log, &interruption()?)?;
+    let measured = plan.measure(&mut log, &interrupt_flag()?)?;
     if !args.json {
-        print!("{}", summary::text(&measured));
+        print!("{}", text::text(&measured));
     }
     let failed = measured.runs.iter().any(|run| run.failure.is_some());
     let interrupted = measured.end.as_ref().is_some_and(|end| end.interrupted);
     Ok(if failed || interrupted { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Is the server, or measures towards one.
+/// Runs the server, or measures with one.
 fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
     if args.server {
         let server = transport::server::Server::bind((args.bind, args.port).into())?;
         println!("{LISTENING}{}", server.address());
         if args.until_input_ends {
-            // However the client ends, its end of the pipe is closed.
+            // However the client ends, the kernel closes its end of the pipe.
             std::thread::spawn(|| {
                 let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
                 std::process::exit(0);
@@ -85,10 +90,10 @@ fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
             server.serve_one()?;
         }
     }
-    // Kept for as long as it is needed.
-    let (_own, to) = match &args.client {
+    // A local server runs for as long as this value lives.
+    let (_server, to) = match &args.client {
         Some(host) => (None, format!("{host}:{}", args.port)),
-        None => OwnServer::start(args.bind).map(|(own, address)| (Some(own), address))?,
+        None => LocalServer::start(args.bind).map(|(own, address)| (Some(own), address))?,
     };
     for plan in presets::transport(args, &to)? {
         let measured = measure(&plan, &args.output)?;
@@ -99,14 +104,14 @@ fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a server says before its address.
+/// What a server prints before its address.
 const LISTENING: &str = "listening on ";
 
-/// A server on this machine, which ends with its client.
-struct OwnServer(Child);
+/// A server on this machine. Dropping it ends the process.
+struct LocalServer(Child);
 
-impl OwnServer {
-    /// Starts it; returns it with its address.
+impl LocalServer {
+    /// Starts the server and returns it with its address.
     fn start(bind: IpAddr) -> anyhow::Result<(Self, String)> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut server = Process::new(program)
@@ -114,7 +119,7 @@ impl OwnServer {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .map(OwnServer)
+            .map(LocalServer)
             .context("cannot start a server")?;
         let stdout = server.0.stdout.take().context("the server has no output")?;
         let mut line = String::new();
@@ -124,16 +129,17 @@ impl OwnServer {
     }
 }
 
-impl Drop for OwnServer {
+impl Drop for LocalServer {
     fn drop(&mut self) {
-        // It may have ended by itself, by the same signal as this process.
+        // The signal that ended this process may have ended it too.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Set by the first SIGINT or SIGTERM, after which the run under way is the last; the second ends the process.
-fn interruption() -> anyhow::Result<Arc<AtomicBool>> {
+/// A flag that the first SIGINT or SIGTERM sets, after which the current run is the last. The second ends the
+/// process.
+fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         flag::register_conditional_shutdown(signal, 1, Arc::clone(&interrupted))?;
@@ -144,27 +150,27 @@ fn interruption() -> anyhow::Result<Arc<AtomicBool>> {
 
 fn show(args: &args::ShowArgs) -> anyhow::Result<ExitCode> {
     for measured in read_all(&args.files)? {
-        println!("{}", summary::text(&measured));
+        println!("{}", text::text(&measured));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is in files, what was measured several times joined.
+/// The measurements in files; repeated measurements are merged.
 fn read_all(files: &[PathBuf]) -> anyhow::Result<Vec<Measurement>> {
-    let all = files.iter().map(|path| record::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(record::joined(all.concat()))
+    let all = files.iter().map(|path| log::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(record::merged(all.concat()))
 }
 
-/// Success is that nothing is worse.
+/// Compares two files. It succeeds if nothing is worse.
 fn compare(args: &args::CompareArgs) -> anyhow::Result<ExitCode> {
-    let (old, new) = (record::read(&args.old)?, record::read(&args.new)?);
+    let (old, new) = (log::read(&args.old)?, log::read(&args.new)?);
     let least = args.least.max(0.0) / 100.0;
-    let manner = compare::Manner { least, relative_to: args.relative_to.clone(), all: args.all };
-    let differences = compare::compare(&old, &new, &manner)?;
+    let options = compare::Options { least, relative_to: args.relative_to.clone(), all: args.all };
+    let differences = compare::compare(&old, &new, &options)?;
     if args.json {
         println!("{}", serde_json::to_string(&differences)?);
     } else {
-        print!("{}", compare::text(&old, &new, &manner, &differences)?);
+        print!("{}", compare::text(&old, &new, &options, &differences)?);
     }
     let worse = differences.iter().any(|d| d.verdict == compare::Verdict::Worse);
     Ok(if worse { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -1,11 +1,11 @@
-//! Tables and figures for people.
+//! Tables and progress on a terminal.
 
 use crate::statistics::Distribution;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// A table with these columns: names to the left, figures to the right.
+/// A table with these columns. The first is aligned to the left, the others to the right.
 pub fn table<S: ToString>(columns: impl IntoIterator<Item = S>) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_HORIZONTAL_ONLY);
@@ -16,7 +16,7 @@ pub fn table<S: ToString>(columns: impl IntoIterator<Item = S>) -> Table {
     table
 }
 
-/// A distribution's cells: least, median, 90th percentile, most.
+/// The cells of a distribution: minimum, median, 90th percentile, maximum.
 pub fn cells(of: &Distribution, digits: usize) -> [String; 4] {
     [of.min, of.median, of.p90, of.max].map(|figure| format!("{figure:.digits$}"))
 }
@@ -26,10 +26,10 @@ pub fn brief(of: Option<&Distribution>, digits: usize) -> String {
     of.map_or("–".into(), |d| format!("{:.digits$} ({:.digits$} to {:.digits$})", d.median, d.min, d.max))
 }
 
-/// A bar on standard error, where that is a terminal.
+/// A progress bar on standard error, if that is a terminal.
 pub fn progress(steps: u64) -> ProgressBar {
     let bar = ProgressBar::new(steps);
-    // A template that does not parse would show in the very first run on a terminal.
+    // The template is constant: the first run on a terminal shows whether it parses.
     if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}") {
         bar.set_style(style.progress_chars("=> "));
     }

@@ -1,14 +1,16 @@
-//! Running everything that is compared, round by round.
+//! Runs all contenders, round by round.
 //!
-//! Every round runs each contender once, in an order that turns from round to round: what the machine does meanwhile
-//! then hits all alike. Each run is kept as soon as it is over. One that fails is kept as a failure, and the rest
-//! goes on; a contender that fails in two rounds running is left out of those to come.
+//! Every round runs each contender once. The order rotates from round to round, so that disturbances of the
+//! machine hit all contenders alike. Each run is saved as soon as it is over. A run that fails is saved as a
+//! failure, and the measurement goes on. A contender that fails in two consecutive rounds is left out of the
+//! rest.
 
 use crate::contender::Contender;
 use crate::facts::Facts;
 use crate::figures::{Figure, Figures};
+use crate::log::Log;
 use crate::output;
-use crate::record::{End, FORMAT, Head, Line, Log, Measurement, Run, Setup};
+use crate::record::{End, FORMAT, Head, Line, Measurement, Run, Setup};
 use crate::usage::Usage;
 use crate::{summary, warm};
 use serde_json::Value;
@@ -16,29 +18,29 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-/// Rounds running in which a contender may fail.
-const MOST_FAILURES: u32 = 2;
+/// Consecutive rounds in which a contender may fail.
+const MAX_FAILURES: u32 = 2;
 
-/// What is to be measured.
+/// A measurement to make.
 pub struct Plan {
     /// The subcommand.
     pub bench: &'static str,
-    /// Ids of the figures that matter.
+    /// Ids of the figures that are shown.
     pub show: &'static [&'static str],
     /// Rounds.
     pub rounds: u32,
     /// Whether to warm memory up before each run.
     pub warm_up: bool,
-    /// What is compared, each with what it is called.
+    /// The contenders, each with its description.
     pub contenders: Vec<(Setup, Contender)>,
 }
 
 impl Plan {
-    /// Measures.
+    /// Makes the measurement.
     ///
     /// # Errors
-    /// When a run cannot be kept. Runs that fail are no error here.
-    pub fn carry_out(&self, log: &mut Log, interrupted: &Arc<AtomicBool>) -> anyhow::Result<Measurement> {
+    /// When a run cannot be saved. A run that fails is not an error here.
+    pub fn measure(&self, log: &mut Log, interrupted: &Arc<AtomicBool>) -> anyhow::Result<Measurement> {
         let head = self.head();
         log.write(&Line::Head(Box::new(head.clone())))?;
         let mut measured = Measurement::new(head);
@@ -48,7 +50,7 @@ impl Plan {
         'rounds: for round in 0..self.rounds {
             for turn in 0..self.contenders.len() {
                 let which = (turn + round as usize) % self.contenders.len();
-                if failures[which] >= MOST_FAILURES {
+                if failures[which] >= MAX_FAILURES {
                     bar.inc(1);
                     continue;
                 }
@@ -63,12 +65,12 @@ impl Plan {
                 let result = self.run(contender);
                 let others = before.zip(Usage::now()).and_then(|(before, after)| after.of_others(&before));
                 if result.is_err() && interrupted.load(Ordering::Relaxed) {
-                    // Whoever interrupts from a terminal interrupts the processes of the run as well.
+                    // An interrupt from the terminal reaches the processes of the run as well.
                     stopped = true;
                     break 'rounds;
                 }
-                let mut run = kept(round, which, result);
-                run.others_percent = others.filter(|_| contender.is_ours_to_end());
+                let mut run = finished_run(round, which, result);
+                run.others_percent = others.filter(|_| contender.ends_with_the_run());
                 failures[which] = if run.failure.is_some() { failures[which] + 1 } else { 0 };
                 bar.suspend(|| eprintln!("{}", brief(&measured.head, setup, &run)));
                 bar.inc(1);
@@ -106,7 +108,7 @@ impl Plan {
     }
 }
 
-fn kept(round: u32, contender: usize, result: anyhow::Result<(Figures, Value)>) -> Run {
+fn finished_run(round: u32, contender: usize, result: anyhow::Result<(Figures, Value)>) -> Run {
     match result {
         Ok((figures, said)) => Run { round, contender, figures, failure: None, others_percent: None, said },
         Err(error) => {
@@ -143,9 +145,9 @@ mod tests {
     use super::*;
     use crate::contender::setup;
     use crate::guest::{Content, Guest};
-    use crate::record;
+    use crate::log;
 
-    /// A peer's script that fails until a file is there, and the file.
+    /// A plan with two peers, of which the first fails every time.
     fn plan(folder: &std::path::Path, rounds: u32) -> Plan {
         use std::os::unix::fs::PermissionsExt;
         let script = |name: &str, text: &str| {
@@ -174,13 +176,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("saved");
         let mut log = Log::open(false, Some(&path)).unwrap();
-        let measured = plan(folder.path(), 4).carry_out(&mut log, &Arc::default()).unwrap();
+        let measured = plan(folder.path(), 4).measure(&mut log, &Arc::default()).unwrap();
         let of = |which| measured.runs.iter().filter(|run| run.contender == which).collect::<Vec<_>>();
-        assert_eq!(of(0).len(), MOST_FAILURES as usize);
+        assert_eq!(of(0).len(), MAX_FAILURES as usize);
         assert!(of(0).iter().all(|run| run.failure.is_some() && run.figures.is_empty()));
         assert_eq!(of(1).len(), 4);
         assert_eq!(measured.column(1, "migration_mib_s"), [Some(512.0); 4]);
-        assert_eq!(record::read(&path).unwrap(), [measured]);
+        assert_eq!(log::read(&path).unwrap(), [measured]);
     }
 
     #[test]
@@ -188,7 +190,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut log = Log::open(false, None).unwrap();
         let interrupted = Arc::new(AtomicBool::new(true));
-        let measured = plan(folder.path(), 4).carry_out(&mut log, &interrupted).unwrap();
+        let measured = plan(folder.path(), 4).measure(&mut log, &interrupted).unwrap();
         assert!(measured.runs.is_empty());
         assert_eq!(measured.end, Some(End { interrupted: true, summary: vec![Default::default(); 2] }));
     }

@@ -1,30 +1,22 @@
-//! What was measured, one JSON object a line: a head that says what is compared and on what machine, then
-//! every run as soon as it is over, and an end. What was cut off lacks its end and is good up to there; one file may
-//! hold several measurements, one after the other.
+//! A measurement: a head that says what is compared and on which machine, the runs, and an end.
+//!
+//! Each of these is one line of JSON in a file (see [`log`](crate::log)).
 
 use crate::facts::Facts;
-use crate::figures::Figures;
+use crate::figures::{Figures, Spread};
 use crate::guest::Guest;
-use crate::summary::Spread;
-use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::fs::{self, File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
-use std::path::Path;
 
-/// The version of all this.
+/// The version of the file format.
 pub const FORMAT: u32 = 2;
 
-/// Most rounds of a measurement: columns have a place for each.
-const MOST_ROUNDS: u32 = 100_000;
-
-/// Anything that has a JSON form, as a value; what has none is null.
+/// Converts to JSON. What cannot be converted becomes null.
 pub fn value(of: impl Serialize) -> Value {
     serde_json::to_value(of).unwrap_or(Value::Null)
 }
 
-/// What is compared and where.
+/// What is compared, and on which machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Head {
     /// [`FORMAT`].
@@ -39,20 +31,21 @@ pub struct Head {
     pub rounds: u32,
     /// Whether memory was warmed up before each run.
     pub warmed_up: bool,
-    /// Ids of the figures that matter, in their order.
+    /// Ids of the figures that are shown, in their order.
     pub show: Vec<String>,
     /// Everything that is compared.
     pub contenders: Vec<Setup>,
 }
 
-/// One thing that is compared.
+/// A contender as a file describes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Setup {
-    /// What it is compared on: ratios are taken within a group, of its first contender to each of the others.
+    /// The group in which it is compared: ratios are those of the group's first contender to each of the
+    /// others.
     pub group: String,
-    /// What it is.
+    /// Its name.
     pub who: String,
-    /// The guest that moves, if one does.
+    /// The guest that it moves, if any.
     pub guest: Option<Guest>,
     /// Whether the destination is populated first.
     pub populate: bool,
@@ -65,22 +58,23 @@ pub struct Run {
     pub round: u32,
     /// Number of the contender in the head, from 0.
     pub contender: usize,
-    /// What it measured; empty if it failed.
+    /// Its figures; empty if it failed.
     pub figures: Figures,
     /// Why it failed.
     pub failure: Option<String>,
-    /// Share of all processors, in per cent, that others had meanwhile, where that is known.
+    /// The share of all processors, in per cent, that other processes used during the run, where that is
+    /// known.
     pub others_percent: Option<f64>,
-    /// Everything that the contender said of it.
+    /// The contender's own result, unchanged.
     pub said: Value,
 }
 
-/// How it ended.
+/// The end of a measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct End {
-    /// Whether somebody ended it before its last round.
+    /// Whether it was interrupted before its last round.
     pub interrupted: bool,
-    /// The distributions of each contender's figures, for programs that want nothing else.
+    /// The distributions of each contender's figures, for programs that need nothing else.
     pub summary: Vec<Spread>,
 }
 
@@ -88,7 +82,7 @@ pub struct End {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "line", rename_all = "kebab-case")]
 pub enum Line {
-    /// A measurement begins.
+    /// A measurement starts.
     Head(Box<Head>),
     /// A run is over.
     Run(Run),
@@ -96,24 +90,24 @@ pub enum Line {
     End(End),
 }
 
-/// A measurement, whole or up to where it was cut off.
+/// A measurement, complete or up to where it was cut off.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measurement {
     /// Its head.
     pub head: Head,
     /// Its runs, in the order in which they were made.
     pub runs: Vec<Run>,
-    /// Its end, if it came so far.
+    /// Its end; `None` if it was cut off.
     pub end: Option<End>,
 }
 
 impl Measurement {
-    /// One that begins.
+    /// A measurement without runs.
     pub fn new(head: Head) -> Self {
         Measurement { head, runs: Vec::new(), end: None }
     }
 
-    /// A figure of every run of a contender, by round; `None` for runs that failed or lack it.
+    /// A figure of every run of a contender, by round; `None` for runs that failed or do not have it.
     pub fn column(&self, contender: usize, id: &str) -> Vec<Option<f64>> {
         let mut column = vec![None; self.head.rounds as usize];
         for run in self.runs.iter().filter(|run| run.contender == contender) {
@@ -130,53 +124,15 @@ impl Measurement {
     }
 }
 
-/// Reads the measurements in a file.
-///
-/// # Errors
-/// When there is none in it, or a line other than the last, which may be cut off, is not one of ours.
-pub fn read(path: &Path) -> anyhow::Result<Vec<Measurement>> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    parse(&text).with_context(|| path.display().to_string())
-}
-
-fn parse(text: &str) -> anyhow::Result<Vec<Measurement>> {
-    let mut all: Vec<Measurement> = Vec::new();
-    for (number, line) in text.split_inclusive('\n').enumerate() {
-        let parsed = match serde_json::from_str(line) {
-            Ok(parsed) => parsed,
-            Err(_) if !line.ends_with('\n') => break,
-            Err(e) => bail!("line {}: {e}; is it a file that --save wrote?", number + 1),
-        };
-        match (parsed, all.last_mut()) {
-            (Line::Head(head), _) if head.format != FORMAT => {
-                bail!("line {}: format {} instead of {FORMAT}; measure again", number + 1, head.format)
-            }
-            (Line::Head(head), _) if head.rounds > MOST_ROUNDS => {
-                bail!("line {}: {} rounds, more than anybody has made", number + 1, head.rounds)
-            }
-            (Line::Head(head), _) => all.push(Measurement::new(*head)),
-            (Line::Run(run), Some(Measurement { head, runs, .. }))
-                if run.contender < head.contenders.len() && run.round < head.rounds =>
-            {
-                runs.push(run);
-            }
-            (Line::End(end), Some(last)) => last.end = Some(end),
-            (Line::Run(_) | Line::End(_), _) => bail!("line {}: a run of nothing that was begun", number + 1),
-        }
-    }
-    anyhow::ensure!(!all.is_empty(), "there is no measurement in it");
-    Ok(all)
-}
-
-/// The measurements, of which those that measured the same on the same machine are one with the rounds of all.
-pub fn joined(all: Vec<Measurement>) -> Vec<Measurement> {
-    let mut joined: Vec<Measurement> = Vec::new();
+/// Merges measurements of the same contenders on the same machine into one with the rounds of all.
+pub fn merged(all: Vec<Measurement>) -> Vec<Measurement> {
+    let mut merged: Vec<Measurement> = Vec::new();
     for mut measured in all {
         let same = |earlier: &&mut Measurement| {
             let (time, rounds) = (earlier.head.time, earlier.head.rounds);
             earlier.head == Head { time, rounds, ..measured.head.clone() }
         };
-        match joined.iter_mut().find(same) {
+        match merged.iter_mut().find(same) {
             Some(earlier) => {
                 measured.runs.iter_mut().for_each(|run| run.round += earlier.head.rounds);
                 earlier.head.rounds += measured.head.rounds;
@@ -185,64 +141,10 @@ pub fn joined(all: Vec<Measurement>) -> Vec<Measurement> {
                 let either = interrupted(earlier).zip(interrupted(&measured)).map(|(a, b)| a || b);
                 earlier.end = either.map(|interrupted| End { interrupted, summary: Vec::new() });
             }
-            None => joined.push(measured),
+            None => merged.push(measured),
         }
     }
-    joined
-}
-
-/// Writes lines as they come.
-pub struct Log {
-    file: Option<File>,
-    stdout: bool,
-}
-
-impl Log {
-    /// A log that goes to standard output, is appended to a file, both or neither.
-    ///
-    /// # Errors
-    /// When the file cannot be opened.
-    pub fn open(stdout: bool, path: Option<&Path>) -> anyhow::Result<Self> {
-        let open = |path: &Path| -> std::io::Result<File> {
-            let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
-            cut_torn_line(&mut file)?;
-            Ok(file)
-        };
-        let file = path.map(|path| open(path).with_context(|| format!("cannot write to {}", path.display())));
-        Ok(Log { file: file.transpose()?, stdout })
-    }
-
-    /// Writes a line, and has it on its way to the disk before it returns.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn write(&mut self, line: &Line) -> anyhow::Result<()> {
-        if self.file.is_none() && !self.stdout {
-            return Ok(());
-        }
-        let mut text = serde_json::to_string(line)?;
-        text.push('\n');
-        if let Some(file) = &mut self.file {
-            file.write_all(text.as_bytes()).context("cannot save a run")?;
-        }
-        if self.stdout {
-            let mut stdout = std::io::stdout().lock();
-            stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("cannot print a run")?;
-        }
-        Ok(())
-    }
-}
-
-/// Removes the rest of a line that an earlier measurement could not finish, which would spoil the next one.
-fn cut_torn_line(file: &mut File) -> std::io::Result<()> {
-    let mut text = Vec::new();
-    std::io::Read::read_to_end(file, &mut text)?;
-    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-    if whole < text.len() {
-        file.set_len(whole as u64)?;
-        file.seek(SeekFrom::End(0))?;
-    }
-    Ok(())
+    merged
 }
 
 #[cfg(test)]
@@ -288,58 +190,6 @@ pub(crate) mod tests {
         Measurement { head, runs, end: Some(End { interrupted: false, summary: Vec::new() }) }
     }
 
-    fn lines(of: &Measurement) -> Vec<Line> {
-        let head = std::iter::once(Line::Head(Box::new(of.head.clone())));
-        let ends = of.end.iter().cloned().map(Line::End);
-        head.chain(of.runs.iter().cloned().map(Line::Run)).chain(ends).collect()
-    }
-
-    #[test]
-    fn what_was_saved_is_read_also_if_it_was_cut_off() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("runs.jsonl");
-        let whole = measurement("total_ms", &[("g", "a", &[1.0, 2.0]), ("g", "b", &[3.0])]);
-        let mut log = Log::open(false, Some(&path)).unwrap();
-        lines(&whole).iter().for_each(|line| log.write(line).unwrap());
-        assert_eq!(read(&path).unwrap(), std::slice::from_ref(&whole));
-
-        // Cut off in the middle of its third line, and then continued with another measurement.
-        let text = fs::read_to_string(&path).unwrap();
-        let third = text.match_indices('\n').nth(2).unwrap().0;
-        fs::write(&path, &text[..third - 5]).unwrap();
-        let cut = &read(&path).unwrap()[0];
-        assert_eq!((cut.runs.len(), &cut.end), (1, &None));
-        let mut log = Log::open(false, Some(&path)).unwrap();
-        lines(&whole).iter().for_each(|line| log.write(line).unwrap());
-        let both = read(&path).unwrap();
-        assert_eq!((both.len(), both[0].runs.len(), &both[1]), (2, 1, &whole));
-    }
-
-    #[test]
-    fn files_of_others_are_refused() {
-        for text in ["", "{}\n", "hello\n", "{\"line\":\"end\",\"interrupted\":false,\"summary\":[]}\n"] {
-            assert!(parse(text).is_err(), "{text:?}");
-        }
-        let whole = measurement("total_ms", &[("g", "a", &[1.0])]);
-        let text = |lines: &[Line]| -> String {
-            lines.iter().map(|line| serde_json::to_string(line).unwrap() + "\n").collect()
-        };
-        let mut stranger = lines(&whole);
-        let Line::Run(run) = &mut stranger[1] else { panic!("a run") };
-        run.contender = 1;
-        assert!(parse(&text(&stranger)).is_err(), "a contender that is not in the head");
-        let mut late = lines(&whole);
-        let Line::Run(run) = &mut late[1] else { panic!("a run") };
-        run.round = 1;
-        assert!(parse(&text(&late)).is_err(), "a round that was not to be");
-        let mut endless = whole.clone();
-        endless.head.rounds = u32::MAX;
-        assert!(parse(&text(&lines(&endless))).is_err());
-        let mut old = whole.clone();
-        old.head.format = 1;
-        assert!(parse(&text(&lines(&old))).unwrap_err().to_string().contains("format 1"));
-    }
-
     #[test]
     fn what_was_measured_twice_is_one_measurement_with_more_rounds() {
         let one = measurement("total_ms", &[("g", "a", &[1.0, 2.0])]);
@@ -347,7 +197,7 @@ pub(crate) mod tests {
         two.head.time = 99;
         two.end = None;
         let other = measurement("total_ms", &[("g", "b", &[4.0])]);
-        let all = joined(vec![one, other.clone(), two]);
+        let all = merged(vec![one, other.clone(), two]);
         assert_eq!((all.len(), &all[1]), (2, &other));
         assert_eq!(all[0].column(0, "total_ms"), [Some(1.0), Some(2.0), Some(3.0)]);
         assert_eq!(all[0].end, None, "a part of it was cut off");

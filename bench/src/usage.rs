@@ -1,62 +1,63 @@
-//! Who used the processors while something was measured: us and what we started, or somebody else.
+//! How much processor time other processes used during a run.
 
 use std::fs;
 
-/// Processor time used until some moment, in seconds.
+/// Processor time used up to some moment, in seconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Usage {
-    /// By everybody.
+    /// By all processes and the kernel.
     all: f64,
-    /// By nobody.
+    /// Idle time.
     idle: f64,
-    /// By this process, and by those processes of its own that have ended.
+    /// By this process and by those of its children that have ended.
     own: f64,
 }
 
 impl Usage {
-    /// Until now; `None` where the kernel does not say.
+    /// Processor time up to now; `None` where the kernel does not report it.
     pub fn now() -> Option<Self> {
         let stat = fs::read_to_string("/proc/stat").ok()?;
         let (all, idle) = parse(&stat)?;
-        let own = [libc::RUSAGE_SELF, libc::RUSAGE_CHILDREN].into_iter().map(used).sum();
+        let own = [libc::RUSAGE_SELF, libc::RUSAGE_CHILDREN].into_iter().map(cpu_seconds).sum();
         Some(Usage { all: seconds(all), idle: seconds(idle), own })
     }
 
-    /// The share of all processors, in per cent, that others had since `earlier`. The kernel's own threads are others.
+    /// The share of all processors, in per cent, that other processes used since `earlier`. The kernel's
+    /// threads count as other processes.
     pub fn of_others(&self, earlier: &Usage) -> Option<f64> {
         let whole = (self.all - earlier.all) + (self.idle - earlier.idle);
         let others = (self.all - earlier.all) - (self.own - earlier.own);
-        // Ticks are counted in hundredths of a second, so a little less than nothing is nothing.
+        // Ticks are hundredths of a second, so the difference may come out a little below zero.
         (whole > 0.0).then(|| (100.0 * others / whole).max(0.0))
     }
 }
 
-/// The first line of `/proc/stat`: ticks in which anything ran, and in which nothing did.
+/// The first line of `/proc/stat`: busy ticks and idle ticks.
 fn parse(stat: &str) -> Option<(u64, u64)> {
     let fields = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
     let fields: Vec<u64> = fields.map_while(|field| field.parse().ok()).collect();
-    // user nice system idle iowait irq softirq steal; guest time is part of user's.
+    // The fields are user, nice, system, idle, iowait, irq, softirq, steal. User time includes guest time.
     let [user, nice, system, idle, iowait, irq, softirq, ..] = fields[..] else { return None };
     Some((user + nice + system + irq + softirq, idle + iowait))
 }
 
-/// Ticks in seconds.
+/// Converts ticks to seconds.
 fn seconds(ticks: u64) -> f64 {
     // SAFETY: the call takes no pointers.
     let each = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     ticks as f64 / each.max(1) as f64
 }
 
-/// Processor seconds of a process or a thread, in the kernel and out of it: fields 14 and 15 of its `stat`.
-pub fn ticks(stat: &str) -> Option<f64> {
-    // The second field is a name in parentheses, in which anything may be.
+/// Processor seconds of a process or a thread, user and system: fields 14 and 15 of its `stat` file.
+pub fn cpu_seconds_in(stat: &str) -> Option<f64> {
+    // The second field is a name in parentheses, which may hold any characters.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     let mut field = || fields.next()?.parse::<u64>().ok();
     Some(seconds(field()? + field()?))
 }
 
-/// Processor seconds, in the kernel and out of it.
-pub fn used(who: libc::c_int) -> f64 {
+/// Processor seconds of `RUSAGE_SELF` or `RUSAGE_CHILDREN`, user and system.
+pub fn cpu_seconds(who: libc::c_int) -> f64 {
     // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is to a structure of the right type that lives across the call.
@@ -82,9 +83,9 @@ mod tests {
     #[test]
     fn a_threads_time_is_read_whatever_its_name() {
         let stat = |name: &str| format!("7 ({name}) S 1 1 1 0 -1 0 0 0 0 0 150 50 9 9 20 0 1 0 0");
-        assert_eq!(ticks(&stat("vcpu0")), Some(seconds(200)));
-        assert_eq!(ticks(&stat("a) R 1 (b")), Some(seconds(200)));
-        assert_eq!(ticks("7 (a) S 1"), None);
+        assert_eq!(cpu_seconds_in(&stat("vcpu0")), Some(seconds(200)));
+        assert_eq!(cpu_seconds_in(&stat("a) R 1 (b")), Some(seconds(200)));
+        assert_eq!(cpu_seconds_in("7 (a) S 1"), None);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The program as it is used, on transports alone, which need no KVM: a measurement that is cut off or interrupted loses
-//! nothing, and what was saved can be shown, compared and drawn.
+//! The program as users run it, on transports alone, which need no KVM: a measurement that is killed or
+//! interrupted loses no runs, and saved measurements can be shown, compared and drawn.
 
 use std::fs;
 use std::path::Path;
@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_whimbrel-bench");
 
+/// Runs of a transport that are too short for their figures to mean anything.
+const SHORT_RUNS: [&str; 7] = ["transport", "-t", "0.05", "-m", "16M", "-P", "1"];
+
 fn run(args: &[&str]) -> Output {
     Command::new(PROGRAM).args(args).output().expect("the program")
 }
@@ -17,23 +20,11 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A long measurement whose runs are saved in `path`, once `lines` lines are there.
+/// Starts a long measurement that saves its runs in `path`; returns when the file has `lines` lines.
 fn measuring(path: &Path, lines: usize) -> Child {
     let child = Command::new(PROGRAM)
-        .args([
-            "transport",
-            "-t",
-            "0.05",
-            "-m",
-            "16M",
-            "-P",
-            "1",
-            "-l",
-            "64K,4K",
-            "--rounds",
-            "1000",
-            "--save",
-        ])
+        .args(SHORT_RUNS)
+        .args(["-l", "64K,4K", "--rounds", "1000", "--save"])
         .arg(path)
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -47,7 +38,7 @@ fn measuring(path: &Path, lines: usize) -> Child {
     child
 }
 
-/// The server that a measurement has started.
+/// The process of the server that a measurement has started.
 fn server_of(child: &Child) -> String {
     let path = format!("/proc/{0}/task/{0}/children", child.id());
     fs::read_to_string(path).unwrap().split_whitespace().next().expect("a server").to_string()
@@ -72,7 +63,7 @@ fn what_is_cut_off_keeps_its_runs() {
     let shown = text(&shown);
     assert!(shown.contains("CUT OFF"), "{shown}");
     let completed: usize = shown.split(' ').nth(2).and_then(|n| n.parse().ok()).expect("a number of runs");
-    // The head is a line too, and the last line may be torn.
+    // The head is a line too, and the last line may be incomplete.
     assert!(completed >= 3 && completed + 2 >= saved, "{saved} lines, {shown}");
 }
 
@@ -95,33 +86,20 @@ fn what_was_saved_is_compared_and_drawn() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
     let (saved, page) = (file("runs.jsonl"), file("page.html"));
-    let measured = run(&[
-        "transport",
-        "-t",
-        "0.05",
-        "-m",
-        "16M",
-        "-P",
-        "1",
-        "-l",
-        "64K",
-        "--rounds",
-        "3",
-        "--save",
-        &saved,
-    ]);
+    let three_rounds = ["-l", "64K", "--rounds", "3", "--save", &saved];
+    let measured = run(&[&SHORT_RUNS[..], &three_rounds].concat());
     assert!(measured.status.success(), "{measured:?}");
     assert!(text(&measured).contains("3 of 3 runs completed"), "{}", text(&measured));
     let same = run(&["compare", &saved, &saved]);
     assert!(same.status.success() && text(&same).contains("0 of "), "{}", text(&same));
-    // The same runs, but that every rate is a hundredth and every time a hundred times as long.
+    // The same runs, but with a hundredth of every rate and a hundred times every time.
     let slower: Vec<String> = fs::read_to_string(&saved).unwrap().lines().map(slowed).collect();
     let slow = file("slow.jsonl");
     fs::write(&slow, slower.join("\n") + "\n").unwrap();
     let worse = run(&["compare", &saved, &slow, "--json"]);
     let differences: serde_json::Value = serde_json::from_slice(&worse.stdout).unwrap();
     let all = differences.as_array().unwrap();
-    // Three runs beside three can differ by chance in one case of ten, however far they are apart.
+    // With three runs each, chance explains any difference in one case of ten.
     assert!(all.iter().all(|d| d["chance"].as_f64().unwrap() >= 0.1 && d["verdict"] == "none"), "{all:?}");
     assert!(all.iter().any(|d| d["ratio"]["median"].as_f64().unwrap() < 0.02), "{all:?}");
     assert!(run(&["report", &saved, "-o", &page]).status.success());
@@ -131,13 +109,13 @@ fn what_was_saved_is_compared_and_drawn() {
     assert!(!absent.status.success());
 }
 
-/// Every test of the transport and both references, over the lab's devices, each so short that no figure means
+/// Every test of the transport and both references, over the lab's devices, with runs too short to mean
 /// anything.
 #[test]
 #[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn rdma_is_measured_in_every_way_beside_perftest() {
     let peer = std::env::var("LAB_PEER").expect("no LAB_PEER: this test runs in the lab, by `ci/rdma`");
-    // For two sides of two sessions, since the last one's are given back in the background.
+    // For both sides of two sessions, since the previous session's pages are freed in the background.
     fs::write("/proc/sys/vm/nr_hugepages", "80").expect("huge pages");
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("runs.jsonl");
@@ -154,8 +132,8 @@ fn rdma_is_measured_in_every_way_beside_perftest() {
         let has = |one: &&serde_json::Value| one["line"] == line && one["figures"][id].as_f64() > Some(0.0);
         lines.iter().filter(has).count()
     };
-    // Two completion modes and two depths, and ib_write_bw; a barrier and a message in two modes, and ib_write_lat of
-    // both; two sizes of chunks in two of pages.
+    // Bandwidth: two completion modes by two depths, and ib_write_bw. Latency: a barrier and a message in two
+    // modes each, and ib_write_lat for both. Registration: two sizes of chunks by two of pages.
     assert_eq!(figures("run", "stream_mib_s"), 5, "{saved}");
     assert_eq!(figures("run", "latency_us"), 6, "{saved}");
     assert_eq!(figures("run", "registered_ms_per_gib"), 4, "{saved}");
@@ -163,7 +141,7 @@ fn rdma_is_measured_in_every_way_beside_perftest() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--transport rdma"), "{refused:?}");
 }
 
-/// A line with its figures changed.
+/// The line with slower figures.
 fn slowed(line: &str) -> String {
     let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
     for (name, figure) in line["figures"].as_object_mut().into_iter().flatten() {

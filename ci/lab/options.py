@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vm import LabError, Settings, parse_size
 
-# Passed on without asking; all else by --env.
+# Always passed on; other variables need --env.
 DEFAULT_ENVIRONMENT = ["PATH", "HOME", "USER", "LANG", "TERM"]
 
 
@@ -31,7 +31,7 @@ def parser(usage, description, epilog):
     add("--timeout", type=float, default=600, metavar="SECONDS", help="then the exit code is 124 (600)")
     add("--attempts", type=int, default=1, metavar="N", help="run again when the lab failed, N times in all (1)")
     add("--mtu", type=int, default=9000, metavar="BYTES", help="of the link; 1500 gives RDMA MTU 1024 (9000)")
-    add("--memlock", default="unlimited", metavar="SIZE", help="ulimit -l, felt by root too (unlimited)")
+    add("--memlock", default="unlimited", metavar="SIZE", help="ulimit -l, also for root (unlimited)")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set or pass on a variable")
     add("--rw", action="append", default=[], metavar="DIR", help="directory that the VM may write, same path inside")
     add("--load", action="append", default=[], metavar="MODULE", help="load a further kernel module")
@@ -41,8 +41,8 @@ def parser(usage, description, epilog):
         action="store_const",
         const="low",
         default="",
-        help="nested guests stay in the lower half of the address space, as Linux does not, never triple-fault, "
-        "and VMRUN never refuses them: if the command fails and any of it was seen, the emulator mixed it up, and the exit "
+        help="nested guests stay in the lower half of the address space (Linux does not), never triple-fault, and are never "
+        "refused by VMRUN; if the command fails and one of these was seen, it was the emulator's fault, and the exit "
         "code is 125",
     )
     add(
@@ -50,8 +50,8 @@ def parser(usage, description, epilog):
         dest="guests",
         action="store_const",
         const="linux",
-        help="the same for nested guests that are Linux: they never run at the address of this VM's own VMRUN, nor "
-        "triple-fault, nor does VMRUN refuse them",
+        help="the same for nested guests that are Linux: they never run at the address of this VM's own VMRUN, never "
+        "triple-fault, and are never refused by VMRUN",
     )
     add("--logs", metavar="DIR", help="keep console.log (kernel messages) and qemu.log there")
     add("-v", "--verbose", action="store_true", help="say when the command starts")

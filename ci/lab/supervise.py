@@ -57,7 +57,7 @@ class Run:
         cache = cache_directory()
         if not shutil.which("qemu-system-x86_64"):
             raise LabError(f"qemu-system-x86_64 is not there; run {HERE / 'setup'}")
-        # Every file that is open in a VM is one of QEMU's.
+        # QEMU opens a file for every file that is open in a VM.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         with tempfile.TemporaryDirectory(prefix="whimbrel-lab.") as directory:
@@ -181,8 +181,8 @@ def guarded(main):
         note(f"time is up (--timeout): {error}")
         code = TIMED_OUT
     except BrokenPipeError:
-        # Who read our output has gone; end as a program does that ignores no SIGPIPE, and
-        # keep the interpreter from writing what is left.
+        # The reader of our output has gone. End as a program does that does not ignore SIGPIPE, and keep the
+        # interpreter from writing the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except Interrupted as error:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# In every VM. All else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
+# Loaded in every VM. Everything else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
 MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm", "kvm_amd"]
 CONSOLE_TAIL_LINES = 40
-# All that QEMU can emulate, but for the two flags that tell a kernel to copy and clear by `rep movsb` and `rep stosb`:
-# emulated, they go byte by byte. Without them it takes eight bytes at a time, and memory and RDMA are twice as fast.
+# Everything that QEMU can emulate, except the two flags that make a kernel copy and clear by `rep movsb` and `rep stosb`.
+# Emulation carries these out byte by byte. Without the flags the kernel uses eight bytes at a time, and memory and RDMA
+# are twice as fast.
 CPU = "max,-erms,-fsrm"
 
 
@@ -262,7 +263,7 @@ KERNEL_COMMAND_LINE = (
     "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nowatchdog nokaslr audit=0 "
     "tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests net.ifnames=0 "
     "transparent_hugepage=madvise "
-    # A kernel that hangs ends, as one that oopses does: the emulator's fault (docs/lab.md) does either to it.
+    # A kernel that hangs panics, like one that oopses. The emulator's fault (docs/lab.md) causes either.
     "rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 )
 

@@ -1,13 +1,29 @@
 //! Control messages, their encoding and their bounds.
 //!
-//! A message is one frame on the control link: `postcard` of [`Message`], nothing after it. A
-//! frame's length is bounded before it is read ([`MAX_FRAME`]), and within a frame no collection
-//! can be longer than the bytes that are there, so a peer cannot make us allocate more than a
-//! frame's worth.
+//! A message is one frame on the control link: `postcard` of [`Message`], nothing after it. A frame's length
+//! is bounded before it is read ([`MAX_FRAME`]), bytes and texts in it cannot be longer than the frame, and
+//! lists are bounded while they are decoded. So a peer cannot make us allocate more than a small multiple of
+//! what it has sent.
+//!
+//! | bound | of what | most |
+//! |---|---|---|
+//! | [`MAX_FRAME`] | one frame | 64 MiB |
+//! | [`MAX_DESCRIPTION`] | what `describe` returns | 4 MiB |
+//! | [`MAX_STATE`] | what `save` returns | 1 GiB |
+//! | [`MAX_STATE_PART`] | the part of it in one message | 48 MiB |
+//! | [`MAX_REMARKS`] | what `after_run` returns | 1 MiB |
+//! | [`MAX_NAME`] | a transport's name | 32 bytes |
+//! | [`MAX_OFFERS`] | transports | 8 |
+//! | [`MAX_SPANS`] | parts of the blackout on one side | 64 |
+//! | [`MAX_REGIONS`] | memory regions | 64 |
+//! | [`failure::MAX_MESSAGE`](crate::failure::MAX_MESSAGE) | a failure's text that is kept | 2 KiB |
 
 use crate::failure::{Code, Failure};
-use crate::memory::{MAX_REGIONS, PAGE_SIZE, RegionLayout};
+use crate::memory::{MAX_REGIONS, RegionLayout, check_layout};
+use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
 
 /// Largest frame in bytes.
 pub const MAX_FRAME: usize = 64 << 20;
@@ -15,17 +31,27 @@ pub const MAX_FRAME: usize = 64 << 20;
 /// Largest machine description in bytes.
 pub const MAX_DESCRIPTION: usize = 4 << 20;
 
-/// Largest machine state in bytes.
-pub const MAX_STATE: usize = 48 << 20;
+/// Largest machine state in bytes. One that does not fit into one message travels in parts, if the peer has
+/// [`STATE_IN_PARTS`]. The receiver's buffer grows with what arrives.
+pub const MAX_STATE: usize = 1 << 30;
 
-/// Longest guest testimony in bytes.
-pub const MAX_TESTIMONY: usize = 1 << 20;
+/// Most bytes of a machine's state in one message.
+pub const MAX_STATE_PART: usize = 48 << 20;
+
+/// Longest remarks on a move in bytes.
+pub const MAX_REMARKS: usize = 1 << 20;
 
 /// Longest name of a transport in bytes.
 pub const MAX_NAME: usize = 32;
 
 /// Most transports that may be offered.
 pub const MAX_OFFERS: usize = 8;
+
+/// Most spans that one side may tell of.
+pub const MAX_SPANS: usize = 64;
+
+/// How the engine calls itself where the VMM gives no name of its own.
+pub(crate) const SOFTWARE: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
 
 /// Everything that crosses the control link. The order of variants is part of the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -52,17 +78,23 @@ pub enum Message {
     GaveUp(Failure),
     /// Destination, after `Running`: what the guest said of its move.
     Epilogue(Epilogue),
-    /// Source, during pre-copy and the last round: the data plane of this name is broken and another takes its
-    /// place. Answered by `Retired` once no write of it can land any more: what it still has in the network
-    /// must not overwrite what the other one brings.
+    /// Source, during pre-copy and the last round: the data plane of this name is broken and another takes
+    /// its place. Answered by `Retired` once no write of it can land any more: what it still has in the
+    /// network must not overwrite what the other one brings.
     Retire(String),
     /// Destination: it is fenced.
     Retired,
+    /// Source, before `State`: the next bytes of a state that is longer than [`MAX_STATE_PART`]; `State` has
+    /// the last. Only to a peer with [`STATE_IN_PARTS`].
+    StatePart(StatePart),
 }
 
-/// Feature bits, an empty set so far. A peer's unknown bits are ignored; both sides use the
+/// Feature bit: takes a machine's state in parts.
+pub const STATE_IN_PARTS: u64 = 1 << 0;
+
+/// Feature bits of this program. A peer's unknown bits are ignored; both sides use the
 /// intersection.
-pub const FEATURES: u64 = 0;
+pub const FEATURES: u64 = STATE_IN_PARTS;
 
 /// Greeting of either side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -77,10 +109,13 @@ pub struct Hello {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Prepare {
     /// The VMM's own description of its machine.
+    #[serde(with = "bytes")]
     pub description: Vec<u8>,
     /// RAM regions, in the order in which extents number them.
+    #[serde(deserialize_with = "at_most::<MAX_REGIONS, _, _>")]
     pub layout: Vec<RegionLayout>,
     /// Transports the source would use, best first.
+    #[serde(deserialize_with = "at_most::<MAX_OFFERS, _, _>")]
     pub transports: Vec<String>,
 }
 
@@ -97,6 +132,7 @@ pub struct Offer {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Prepared {
     /// One entry for each transport that was asked for.
+    #[serde(deserialize_with = "at_most::<MAX_OFFERS, _, _>")]
     pub offers: Vec<Offer>,
     /// Microseconds that building the shadow machine took.
     pub build_us: u64,
@@ -105,11 +141,16 @@ pub struct Prepared {
 /// The paused machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct State {
-    /// What the VMM saved, in its own encoding.
+    /// What the VMM saved, in its own encoding; what is left of it after the [`StatePart`]s.
+    #[serde(with = "bytes")]
     pub state: Vec<u8>,
     /// Digest of all RAM, if the operator asked for the comparison.
     pub digest: Option<crate::digest::Digest>,
 }
+
+/// Bytes of a machine's state, to be followed by more.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct StatePart(#[serde(with = "bytes")] pub Vec<u8>);
 
 /// A named part of the blackout on one side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -124,6 +165,7 @@ pub struct Span {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Ready {
     /// What it did since the state arrived.
+    #[serde(deserialize_with = "at_most::<MAX_SPANS, _, _>")]
     pub spans: Vec<Span>,
 }
 
@@ -131,14 +173,15 @@ pub struct Ready {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Running {
     /// What it did since `Commit` arrived.
+    #[serde(deserialize_with = "at_most::<MAX_SPANS, _, _>")]
     pub spans: Vec<Span>,
 }
 
 /// Known only some time after the switchover.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Epilogue {
-    /// The guest's own words, as JSON.
-    pub testimony: Option<String>,
+    /// What the destination's VMM has to say of the move, in its own words.
+    pub remarks: Option<String>,
     /// CPU time in microseconds that the migration cost the destination.
     pub cpu_us: u64,
     /// Bytes of guest RAM that are resident at the destination.
@@ -169,17 +212,16 @@ impl Message {
             Message::Prepare(p) if p.description.len() > MAX_DESCRIPTION => {
                 Err(malformed("description too long"))
             }
-            Message::Prepare(p) if p.layout.is_empty() || p.layout.len() > MAX_REGIONS => {
-                Err(malformed("no memory regions, or too many"))
+            Message::Prepare(p) => match check_layout(&p.layout) {
+                Ok(()) => Ok(Message::Prepare(p)),
+                Err(why) => Err(malformed(&why.to_string())),
+            },
+            Message::State(s) if s.state.len() > MAX_STATE_PART => Err(malformed("state too long")),
+            Message::StatePart(p) if p.0.is_empty() || p.0.len() > MAX_STATE_PART => {
+                Err(malformed("a part of a state that is empty or too long"))
             }
-            Message::Prepare(p) if !p.layout.iter().all(sane) => {
-                Err(malformed("a memory region that cannot be"))
-            }
-            Message::Prepare(p) if p.transports.len() > MAX_OFFERS => Err(malformed("too many transports")),
-            Message::Prepared(p) if p.offers.len() > MAX_OFFERS => Err(malformed("too many offers")),
-            Message::State(s) if s.state.len() > MAX_STATE => Err(malformed("state too long")),
-            Message::Epilogue(e) if e.testimony.as_ref().is_some_and(|t| t.len() > MAX_TESTIMONY) => {
-                Err(malformed("testimony too long"))
+            Message::Epilogue(e) if e.remarks.as_ref().is_some_and(|r| r.len() > MAX_REMARKS) => {
+                Err(malformed("remarks too long"))
             }
             Message::Retire(name) if name.len() > MAX_NAME => Err(malformed("a transport's name too long")),
             Message::Abort(f) => Ok(Message::Abort(f.bounded())),
@@ -204,20 +246,78 @@ impl Message {
             Message::Epilogue(_) => "Epilogue",
             Message::Retire(_) => "Retire",
             Message::Retired => "Retired",
+            Message::StatePart(_) => "StatePart",
         }
     }
 }
 
-fn sane(region: &RegionLayout) -> bool {
-    region.len > 0
-        && region.len.is_multiple_of(PAGE_SIZE)
-        && region.guest_address.is_multiple_of(PAGE_SIZE)
-        && region.guest_address.checked_add(region.len).is_some_and(|end| end <= 1 << 52)
+/// Decodes a list, and refuses it as soon as it has more than `MOST` elements: elements may take much more
+/// room here than in the frame.
+fn at_most<'de, const MOST: usize, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    struct List<const MOST: usize, T>(PhantomData<T>);
+
+    impl<'de, const MOST: usize, T: Deserialize<'de>> Visitor<'de> for List<MOST, T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MOST} elements")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+            let mut elements = Vec::new();
+            while let Some(element) = list.next_element()? {
+                if elements.len() == MOST {
+                    return Err(A::Error::custom(format_args!("more than {MOST} elements")));
+                }
+                elements.push(element);
+            }
+            Ok(elements)
+        }
+    }
+    deserializer.deserialize_seq(List::<MOST, T>(PhantomData))
+}
+
+/// Bytes that are copied as a whole and not one by one, as a list of numbers would be; in the frame they are
+/// the same.
+mod bytes {
+    use super::{Deserializer, Visitor, fmt};
+    use serde::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(bytes)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        struct Bytes;
+
+        impl Visitor<'_> for Bytes {
+            type Value = Vec<u8>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("bytes")
+            }
+
+            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+                Ok(bytes.to_vec())
+            }
+
+            fn visit_byte_buf<E>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+                Ok(bytes)
+            }
+        }
+        deserializer.deserialize_byte_buf(Bytes)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::PAGE_SIZE;
+    use std::cell::Cell;
 
     fn prepare() -> Message {
         Message::Prepare(Prepare {
@@ -258,15 +358,55 @@ mod tests {
         assert_eq!(Message::decode(&frame).unwrap_err().code, Code::PROTOCOL);
     }
 
+    /// Bytes as a list of numbers, which is what programs before this one sent.
+    #[derive(Serialize)]
+    enum Before {
+        #[allow(dead_code)] // only its place counts
+        Hello,
+        #[allow(dead_code)]
+        Welcome,
+        Prepare(Vec<u8>, Vec<RegionLayout>, Vec<String>),
+    }
+
+    #[test]
+    fn bytes_travel_as_they_always_did() {
+        let layout = vec![RegionLayout { guest_address: 0, len: 16 << 20 }];
+        let before = Before::Prepare(vec![1, 2, 3], layout, vec!["tcp".into()]);
+        assert_eq!(postcard::to_stdvec(&before).unwrap(), prepare().encode());
+    }
+
+    #[test]
+    fn a_list_with_too_many_elements_costs_no_memory() {
+        thread_local!(static MADE: Cell<usize> = const { Cell::new(0) });
+        struct Element;
+        impl<'de> Deserialize<'de> for Element {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                MADE.set(MADE.get() + 1);
+                u8::deserialize(deserializer).map(|_| Element)
+            }
+        }
+        let mut frame = vec![0x80, 0x80, 0x40];
+        frame.resize(3 + (1 << 20), 0);
+        let mut list = postcard::Deserializer::from_bytes(&frame);
+        assert!(at_most::<8, Element, _>(&mut list).is_err());
+        assert!(MADE.get() <= 9, "{} elements were made of a million", MADE.get());
+
+        let names = |count| {
+            let Message::Prepare(prepare) = prepare() else { unreachable!() };
+            Message::Prepare(Prepare { transports: vec![String::new(); count], ..prepare }).encode()
+        };
+        assert!(Message::decode(&names(MAX_OFFERS)).is_ok());
+        assert_eq!(Message::decode(&names(1 << 20)).unwrap_err().code, Code::PROTOCOL);
+    }
+
     #[test]
     fn impossible_regions_are_refused() {
-        for (guest_address, len) in [(0, 0), (0, 4097), (1, 4096), (u64::MAX - 4095, 4096), (1 << 52, 4096)] {
-            let message = Message::Prepare(Prepare {
-                description: vec![],
-                layout: vec![RegionLayout { guest_address, len }],
-                transports: vec![],
-            });
-            assert!(Message::decode(&message.encode()).is_err(), "{guest_address:#x} + {len:#x}");
+        let region = |guest_address| RegionLayout { guest_address, len: PAGE_SIZE };
+        for layout in [vec![], vec![region(1)], vec![region(0), region(0)], vec![region(0); MAX_REGIONS + 1]]
+        {
+            let prepare = Prepare { description: vec![], layout, transports: vec![] };
+            let frame = Message::Prepare(prepare).encode();
+            assert_eq!(Message::decode(&frame).unwrap_err().code, Code::PROTOCOL);
         }
     }
 }

@@ -3,8 +3,8 @@
 //! The [simulation](crate::simulation) throws dice and sees many long schedules. This sees *all* schedules,
 //! as long as no more than a stated number of things go wrong in each. What runs is the very code that runs
 //! in production: [`source::State`](src::State) and [`destination::State`](dst::State), unchanged. The world
-//! around them is the model: a wire in each direction, the locks of shared disks, an operator who cancels,
-//! and a killer.
+//! around them is the model: a wire in each direction, the locks of shared disks, an operator on each side
+//! who cancels, and a killer.
 //!
 //! A fault is any of these: an action fails; a wait ends too early; a message arrives twice; a send reports
 //! an error although its bytes arrive; the operator cancels; the line is cut, and each direction loses any
@@ -190,7 +190,7 @@ impl World {
             if !wire.queue.is_empty() {
                 lucks.push(Luck::Twice);
             }
-            if side == Side::Source && !self.retiring {
+            if side == Side::Destination || !self.retiring {
                 lucks.push(Luck::Cancelled);
             }
         }
@@ -390,6 +390,7 @@ impl World {
             Command::Finish(_) => return None,
             Command::Wait(_) => match luck {
                 Luck::Late => Event::Deadline,
+                Luck::Cancelled => Event::Cancel,
                 luck => self.receive(Side::Destination, luck).map_or_else(Event::LinkLost, Event::Received),
             },
             Command::Send(message) => {

@@ -23,7 +23,7 @@ const FIRST_GUESS: f64 = 125e6;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnStall {
-    /// Give the migration up; the guest runs on here.
+    /// Give the migration up; the guest continues to run here.
     #[default]
     Abort,
     /// Switch over all the same, with a blackout over the limit.
@@ -62,7 +62,7 @@ impl Default for Policy {
 pub struct RoundFacts {
     /// Bytes that travelled.
     pub sent: u64,
-    /// From the round's begin to its confirmed barrier.
+    /// From the round's beginning to its confirmed barrier.
     pub elapsed: Duration,
     /// The barrier's part of that.
     pub barrier: Duration,
@@ -150,7 +150,7 @@ impl Judge {
         } else if out_of_time {
             format!("after {:.1} s", facts.total_elapsed.as_secs_f64())
         } else if self.stalled >= self.policy.stall_rounds {
-            format!("{} rounds brought it no nearer", self.stalled)
+            format!("{} rounds made no progress", self.stalled)
         } else {
             return Decision::Again;
         };

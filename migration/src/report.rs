@@ -13,7 +13,7 @@ use std::time::Duration;
 pub struct RoundReport {
     /// Number, from 0; the final round, in the blackout, is the last.
     pub round: u32,
-    /// Bytes of pages that were dirty at its begin (in round 0: all memory).
+    /// Bytes of pages that were dirty at its beginning (in round 0: all memory).
     pub dirty: u64,
     /// Bytes that travelled.
     pub sent: u64,
@@ -71,7 +71,7 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Counters of each lane of the last transport.
     pub lanes: Vec<LaneStats>,
-    /// Microseconds from the begin to the end.
+    /// Microseconds from the beginning to the end.
     pub total_us: u64,
     /// Microseconds until the data plane was connected: greeting, building, connecting.
     pub setup_us: u64,
@@ -90,8 +90,8 @@ pub struct Report {
     pub destination_cpu_us: Option<u64>,
     /// Bytes of guest memory resident at the destination afterwards, if it said so.
     pub destination_resident: Option<u64>,
-    /// What the guest says of its move, as JSON; `None` if it keeps no record.
-    pub testimony: Option<String>,
+    /// What the destination's VMM had to say afterwards, in its own form; `None` if it said nothing.
+    pub remarks: Option<String>,
 }
 
 impl Report {
@@ -115,7 +115,7 @@ impl Report {
             source_user_us: 0,
             destination_cpu_us: None,
             destination_resident: None,
-            testimony: None,
+            remarks: None,
         }
     }
 

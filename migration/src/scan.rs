@@ -3,7 +3,7 @@
 //! Both questions are answered without making memory exist: reading a page of a memfd that was
 //! never written would allocate it, so ranges are asked of the file first.
 
-use crate::memory::{PAGE_SIZE, RamRegion};
+use crate::memory::{PAGE_SIZE, Ram, RamRegion};
 use std::os::fd::AsRawFd;
 
 /// Pages whose residence is asked for at once.
@@ -139,6 +139,26 @@ pub unsafe fn is_zero(page: *const u8) -> bool {
         }
     }
     true
+}
+
+/// Writes zeros over every page that holds something else. Pages that do not exist go on not to exist, and
+/// pages that exist go on to exist. Nobody else may be writing to `ram`.
+pub(crate) fn make_zero(ram: &Ram) {
+    for region in ram.regions() {
+        existing(region, 0, region.pages(), |first, pages| {
+            for page in first..first + pages {
+                let address = region.address().wrapping_add((page * PAGE_SIZE) as usize);
+                // SAFETY: `existing` reports only pages inside the region, whose mapping is page-aligned,
+                // writable and alive. The machine does not run and no data plane is open yet, so nobody else
+                // uses them.
+                unsafe {
+                    if !is_zero(address) {
+                        address.write_bytes(0, PAGE_SIZE as usize);
+                    }
+                }
+            }
+        });
+    }
 }
 
 #[cfg(test)]

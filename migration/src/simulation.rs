@@ -290,6 +290,8 @@ impl World {
             Command::Finish(_) => return false,
             Command::Wait(_) => {
                 if self.mishap() {
+                    Event::Cancel
+                } else if self.mishap() {
                     Event::Deadline
                 } else {
                     match self.receive(Side::Destination) {

@@ -5,10 +5,8 @@
 //! final.
 
 use crate::sides::{Guest, PATIENCE, request};
-use migration::destination::{self, Timeouts};
-use migration::link::ControlLink;
+use migration::destination::Migration;
 use migration::report::Verdict;
-use migration::transport::DestinationTransport;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -35,11 +33,9 @@ fn take(listener: &Listener) -> Arc<Machine> {
     let options = IncomingOptions { serial: SerialOutput::Null, ..IncomingOptions::default() };
     let mut host = IncomingHost::open(options).unwrap();
     let mut call = listener.next_control(PATIENCE).unwrap().unwrap();
-    let token = call.token();
-    let mut transports: Vec<Box<dyn DestinationTransport>> = vec![Box::new(TcpDestination::new(listener))];
-    let timeouts = Timeouts::default();
-    let taken = destination::receive(&mut host, &mut call, token, &mut transports, "inspector", &timeouts);
-    taken.unwrap().machine.machine()
+    let transport = TcpDestination::new(listener);
+    let taken = Migration::new(&mut host, &mut call).transport(transport).software("inspector").run();
+    taken.unwrap().conclude().machine()
 }
 
 fn verify(machine: &Machine, expected: &Guest) -> Testimony {

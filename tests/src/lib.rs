@@ -4,12 +4,13 @@
 //! | file | what it shows |
 //! |---|---|
 //! | `chain` | guests of all sizes move ten times while they rewrite their memory, and nothing is wrong |
-//! | `kill` | either side is killed at any moment: one owner, or held and says so |
-//! | `disks` | the same with a disk: at most one ever touches it, and nothing on it is lost, torn or from another time |
-//! | `nfs` | the same on an NFS server, of which each host is a client (in the lab) |
-//! | `cuts` | the line is cut, or goes dead, at any byte |
-//! | `hostile` | peers of either side that are no Whimbrel, or do not keep to the protocol |
+//! | `kill` | either side is killed at any moment: there is one owner, or the guest is held and says so |
+//! | `disks` | the same with a disk: one side at most touches it, and nothing on it is lost, torn or stale |
+//! | `nfs` | the same with the disk on an NFS server, with each host as a client (in the lab) |
+//! | `cuts` | the connection is cut, or goes silent, at any byte |
+//! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
 //! | `hosts` | destinations that could not run the guest |
+//! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
 //! | `guests` | foreign guests |
 //! | `rdma`, `memlock` | moves over RDMA, and without it (in the lab) |
@@ -21,8 +22,8 @@
 //! | `sandbox` | what a machine's process can no longer do |
 //! | `usage`, `cli`, `http` | the program as its users see it |
 //!
-//! Where a test says that a guest is as good as it was, the guest has been moved once more, into the test's own
-//! process ([`inspect`]), with all memory compared on the way, and has verified each of its pages there.
+//! If a test says that a guest is undamaged, the guest has been moved once more, into the test's own process
+//! ([`inspect`]). All memory was compared on the way, and the guest has verified each of its pages there.
 
 pub mod bridges;
 pub mod client;

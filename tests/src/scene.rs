@@ -57,7 +57,8 @@ impl Scene {
         Scene { folder: tempfile::tempdir().expect("a folder"), disk, observer, programs }
     }
 
-    /// A disk on an NFS server, of which each host is a client of its own. The lab's kernel cannot tell who touches it.
+    /// A disk on an NFS server. Each host is a client of its own. The lab's kernel cannot tell which process touches the
+    /// disk.
     ///
     /// # Panics
     /// Outside the lab.

@@ -33,7 +33,7 @@ pub struct Told {
     pub fields: String,
 }
 
-/// RARP frames that come to the switch from either host, from the begin to the end.
+/// RARP frames that come to the switch from either host, from beginning to end.
 pub struct Recording {
     folder: tempfile::TempDir,
     recorders: Vec<Child>,

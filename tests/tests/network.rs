@@ -273,7 +273,7 @@ fn hosts_without_a_suitable_tap_refuse_at_once() {
         (&["tap=tap-none"], "there is no tap tap-none"),
         (&["tap=tap-a"], "the tap tap-a is in use"),
         (&["tap=tap-b,offloads=off"], "does not offer what the guest uses: CSUM"),
-        (&["tap=tap-single"], "tap-single is no tap with 2 queue"),
+        (&["tap=tap-single"], "tap-single is not a tap with 2 queue"),
     ];
     for (number, (taps, message)) in (100..).zip(cases) {
         let (mut receiver, request) = guest.receiver(number, taps);

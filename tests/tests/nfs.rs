@@ -1,4 +1,4 @@
-//! Disks on an NFS server, of which each host is a client of its own: what `disks` shows of a local one holds there too.
+//! Disks on an NFS server, with each host as a client of its own: what `disks` shows of a local disk holds there too.
 //! In the lab.
 
 use std::fs;

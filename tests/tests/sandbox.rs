@@ -85,7 +85,7 @@ fn calls_that_take_over_hosts_end_the_process() {
         ("vcpu0", libc::SYS_execve, [1, 1, 1]),
         ("rng.0", libc::SYS_execve, [1, 1, 1]),
         ("api", libc::SYS_execveat, [1, 1, 1]),
-        ("watch", libc::SYS_ptrace, [libc::PTRACE_SEIZE as u64, 1, 0]),
+        ("signals", libc::SYS_ptrace, [libc::PTRACE_SEIZE as u64, 1, 0]),
         ("signals", libc::SYS_bpf, [0, 1, 1]),
         ("api", libc::SYS_unshare, [libc::CLONE_NEWUSER as u64, 0, 0]),
         ("api", libc::SYS_setuid, [0, 0, 0]),

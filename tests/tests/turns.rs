@@ -139,7 +139,7 @@ fn a_guest_that_does_not_converge() {
     // No switchover is that short, so every round ends over the limit.
     let limit = ["--downtime-limit", "1ms"];
     for (more, why) in [
-        (&["--on-stall", "abort"][..], "rounds brought it no nearer"),
+        (&["--on-stall", "abort"][..], "rounds made no progress"),
         (&["--max-rounds", "2"], "after 2 rounds"),
     ] {
         let ran = migrate(&source, address, &[&limit, more].concat());

@@ -19,7 +19,7 @@ fn wrong_usage() {
         &["run", "--no-such-flag"],
         &["run", "--memory", "much"],
         &["run", "--vcpus", "0"],
-        &["run", "--vcpus", "65"],
+        &["run", "--vcpus", "255"],
         &["run", "--initramfs", "file-without-kernel"],
         &["receive"],
         &["receive", "--listen", "nowhere"],
@@ -41,7 +41,7 @@ fn configuration_files_that_are_wrong() {
     let config = path.to_str().unwrap();
     run(["run", "--config", config]).refused(2, "cannot read the configuration file");
     for (content, message) in [
-        (&b"memory = '64M'\ncolour = 'red'\n"[..], "vm.toml:2: \"colour\" is no option"),
+        (&b"memory = '64M'\ncolour = 'red'\n"[..], "vm.toml:2: \"colour\" is not an option"),
         (b"memory = 'much'\n", "vm.toml:1: invalid value 'much'"),
         (b"memory = \n", "vm.toml:1: "),
         (b"\xff\xfe", "cannot read the configuration file"),
@@ -66,7 +66,9 @@ fn machines_that_cannot_be() {
     }
     run("900G").refused(1, "the host has");
     run("1000000T").refused(1, "of guest memory");
-    say::figures("machines that cannot be", "5 sizes refused");
+    whimbrel_tests::command::run(["run", "--serial", "none", "--vcpus", "65"])
+        .refused(1, "the embedded guest has at most 64");
+    say::figures("machines that cannot be", "5 sizes and a number of vCPUs refused");
 }
 
 #[test]

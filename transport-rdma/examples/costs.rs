@@ -1,13 +1,15 @@
-//! What the source's own code costs by the page and by the request, without a device: for `docs/cost-model.md`.
+//! What the source's own code costs by the page and by the request, without a device: for
+//! `docs/cost-model.md`.
 //!
 //! ```sh
-//! cargo build --release -p transport-rdma --features null-device --example costs
+//! cargo build --release -p whimbrel-transport-rdma --features null-device --example costs
 //! target/release/examples/costs                  # on a machine
 //! ci/lab/run -- target/release/examples/costs    # in the lab: how much slower an emulated CPU is
 //! target/release/examples/costs lanes pinning    # these parts only
 //! ```
-//! Every figure is of several repetitions: the median, and the least in parentheses. Only pinning needs the kernel:
-//! `io_uring` pins buffers by the same function as a registration does, and is on hosts without RDMA too.
+//! Every figure is of several repetitions: the median, and the least in parentheses. Only pinning needs the
+//! kernel: `io_uring` pins buffers by the same function as a registration does, and is on hosts without RDMA
+//! too.
 
 use migration::conformance::bed;
 use migration::dirty::{WORD_PAGES, runs};
@@ -20,7 +22,7 @@ use std::hint::black_box;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-use transport_rdma::null;
+use whimbrel_transport_rdma::null;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -49,7 +51,8 @@ fn timed<T>(work: impl FnOnce() -> T) -> Duration {
     began.elapsed()
 }
 
-/// Extents of `len` bytes with gaps as long, over the first 8 MiB from `from`: what the engine gives a lane at a time.
+/// Extents of `len` bytes with gaps as long, over the first 8 MiB from `from`: what the engine gives a lane
+/// at a time.
 fn scattered(from: u64, len: u64) -> Vec<Extent> {
     let end = from + (8 << 20);
     (from..end).step_by((2 * len) as usize).map(|offset| Extent { region: 0, offset, len }).collect()
@@ -148,7 +151,8 @@ struct Ring(OwnedFd);
 impl Ring {
     fn new() -> io::Result<Ring> {
         let mut parameters = [0u64; 15];
-        // SAFETY: the kernel reads and writes its structure of 120 bytes there, of which zeros are the defaults.
+        // SAFETY: the kernel reads and writes its structure of 120 bytes there, of which zeros are the
+        // defaults.
         let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) };
         if fd < 0 {
             return Err(io::Error::last_os_error());

@@ -11,7 +11,7 @@
 //! See `docs/rdma.md` for what they mean and how they were taken.
 
 use migration::conformance::bed;
-use migration::memory::{Extent, PAGE_SIZE, Ram, RamRegion, RegionLayout};
+use migration::memory::{Extent, PAGE_SIZE, Ram, RamFile, RamRegion, RegionLayout};
 use migration::transport::{
     DestinationPlane, DestinationTransport, Lane, Session, SourcePlane, SourceTransport, Token,
 };
@@ -23,7 +23,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-use transport_rdma::{Options, RdmaDestination, RdmaSource, Waiting, probe};
+use whimbrel_transport_rdma::{Options, RdmaDestination, RdmaSource, Waiting, probe};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -188,8 +188,9 @@ fn huge_ram(len: u64) -> Outcome<Arc<Ram>> {
     let layout = RegionLayout { guest_address: 0, len };
     // SAFETY: the mapping made above is shared, readable and writable, covers the file's `len` bytes, and
     // is never unmapped.
-    let region = unsafe { RamRegion::new(layout, address, 2 << 20, vec![file.into()], len, Arc::new(())) };
-    Ok(Arc::new(Ram::new(vec![region])))
+    let region =
+        unsafe { RamRegion::new(layout, address, 2 << 20, vec![RamFile::from(file)], len, Arc::new(())) }?;
+    Ok(Arc::new(Ram::new(vec![region])?))
 }
 
 fn barrier(arguments: &Arguments) -> Outcome<()> {

@@ -1,9 +1,9 @@
 //! The entry points of libibverbs and librdmacm, resolved when they are first needed.
 //!
-//! Nothing is linked: a program that never asks for RDMA starts on a host without the libraries, and one that
-//! asks is told what to install. Types and constants are `rdma-sys`'s, and so are the calls that go through a
-//! device's own table of operations (`ibv_post_send`, `ibv_post_recv`, `ibv_poll_cq`, `ibv_req_notify_cq`):
-//! these are inline functions in C too, and name no symbol.
+//! Nothing is linked. A program that never asks for RDMA starts on a host without the libraries, and one that
+//! asks gets an error that says what to install. Types and constants are `rdma-sys`'s, and so are the calls
+//! that go through a device's own table of operations (`ibv_post_send`, `ibv_post_recv`, `ibv_poll_cq`,
+//! `ibv_req_notify_cq`): these are inline functions in C too, and name no symbol.
 
 use libloading::Library;
 use rdma_sys::*;

@@ -1,8 +1,9 @@
 //! rdma_cm: event channels, connection identifiers and what happens to them.
 
 use crate::api::Api;
-use crate::halt::{Halt, set_nonblocking, wait_readable};
+use crate::halt::{set_nonblocking, wait_readable};
 use crate::unavailable;
+use crate::zeroed::Zeroed;
 use migration::transport::PlaneError;
 use rdma_sys::*;
 use std::io;
@@ -14,18 +15,21 @@ use std::time::{Duration, Instant};
 
 /// Most bytes of private data in a connection request over rdma_cm's TCP port space: 92 that a request of the
 /// InfiniBand connection manager has, less 36 that rdma_cm puts in front.
-pub(crate) const PRIVATE: usize = 56;
+pub(crate) const MAX_PRIVATE_DATA_BYTES: usize = 56;
 
-/// A retransmission is due when no acknowledgement has come for 4.096 µs · 2^this: half a second. rdma_cm's own
-/// choice for Ethernet (some 4 s, seven times over) would make a dead link show after half a minute.
-const ACK_TIMEOUT: u8 = 17;
+/// Private data as it is received: padded with zeros by the network.
+pub(crate) type PrivateData = [u8; MAX_PRIVATE_DATA_BYTES];
+
+/// A retransmission is due when no acknowledgement has come for 4.096 µs · 2^this: half a second. rdma_cm's
+/// own choice for Ethernet (some 4 s, seven times over) would make a dead link show after half a minute.
+const ACK_TIMEOUT_EXPONENT: u8 = 17;
 
 /// Retransmissions before a queue pair fails: all that the field holds.
-const RETRIES: u8 = 7;
+const RETRY_COUNT: u8 = 7;
 
-/// Repetitions when the receiver has no buffer, 7 meaning "for ever". Credits keep that from happening; a device
-/// with on-demand paging answers so while it fetches a page. Time-outs of ours bound the wait.
-const RNR_RETRIES: u8 = 7;
+/// Repetitions when the receiver has no buffer, 7 meaning "for ever". Credits keep that from happening; a
+/// device with on-demand paging answers so while it fetches a page. Time-outs of ours bound the wait.
+const RNR_RETRY_COUNT: u8 = 7;
 
 /// Delivers the events of its identifiers.
 pub(crate) struct EventChannel {
@@ -33,8 +37,8 @@ pub(crate) struct EventChannel {
     raw: NonNull<rdma_event_channel>,
 }
 
-// SAFETY: librdmacm's calls on a channel are thread-safe; the struct holds nothing but the pointer, which stays
-// valid until `drop`.
+// SAFETY: librdmacm's calls on a channel are thread-safe; the struct holds nothing but the pointer, which
+// stays valid until `drop`.
 unsafe impl Send for EventChannel {}
 // SAFETY: as for Send.
 unsafe impl Sync for EventChannel {}
@@ -50,13 +54,15 @@ pub(crate) struct Event {
     pub kind: rdma_cm_event_type::Type,
     /// 0, a negative errno, or a reason for a rejection.
     pub status: i32,
-    /// What the peer added, padded with zeros by the network.
-    pub private: [u8; PRIVATE],
+    /// What the peer added.
+    pub private_data: PrivateData,
     /// For a connection request: the identifier of the connection to be.
     pub incoming: Option<CmId>,
 }
 
 impl EventChannel {
+    /// Opens rdma_cm.
+    ///
     /// # Errors
     /// [`PlaneError::Unavailable`] when this host has no RDMA.
     pub(crate) fn new() -> Result<Arc<Self>, PlaneError> {
@@ -93,22 +99,27 @@ impl EventChannel {
         }
         // SAFETY: on success the library has stored a valid event, which stays so until it is acknowledged.
         let event = unsafe { &*raw };
-        let mut private = [0; PRIVATE];
+        let mut private_data = [0; MAX_PRIVATE_DATA_BYTES];
         // SAFETY: none of our identifiers is of a datagram kind, so the connected form of the union is the
         // one that is filled in.
         let given = unsafe { event.param.conn };
         if !given.private_data.is_null() {
-            let len = usize::from(given.private_data_len).min(PRIVATE);
-            // SAFETY: the library vouches for `private_data_len` bytes until the acknowledgement; `private`
-            // has room for `len`.
-            unsafe { ptr::copy_nonoverlapping(given.private_data.cast(), private.as_mut_ptr(), len) };
+            let len = usize::from(given.private_data_len).min(MAX_PRIVATE_DATA_BYTES);
+            // SAFETY: the library vouches for `private_data_len` bytes until the acknowledgement;
+            // `private_data` has room for `len`.
+            unsafe { ptr::copy_nonoverlapping(given.private_data.cast(), private_data.as_mut_ptr(), len) };
         }
         let incoming = (event.event == rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST)
             .then(|| NonNull::new(event.id))
             .flatten()
-            .map(|raw| CmId { api: self.api, raw, _channel: Arc::clone(self) });
-        let copy =
-            Event { key: Key(event.id as usize), kind: event.event, status: event.status, private, incoming };
+            .map(|raw| CmId { raw, channel: Arc::clone(self) });
+        let copy = Event {
+            key: Key(event.id as usize),
+            kind: event.event,
+            status: event.status,
+            private_data,
+            incoming,
+        };
         // SAFETY: the event is valid, and not used after this.
         unsafe { (self.api.rdma_ack_cm_event)(raw) };
         Ok(Some(copy))
@@ -117,21 +128,15 @@ impl EventChannel {
     /// Waits for the next event.
     ///
     /// # Errors
-    /// [`PlaneError::Timeout`] of `patience` at `deadline`; the reason when `halt` is set.
-    pub(crate) fn wait(
-        self: &Arc<Self>,
-        halt: &Halt,
-        deadline: Instant,
-        patience: Duration,
-    ) -> Result<Event, PlaneError> {
+    /// [`PlaneError::Timeout`] at `deadline`, with `timeout` as the time that has passed.
+    pub(crate) fn wait(self: &Arc<Self>, deadline: Instant, timeout: Duration) -> Result<Event, PlaneError> {
         let broken = |source| PlaneError::Io { what: "waiting for rdma_cm", source };
         loop {
-            halt.check()?;
             if let Some(event) = self.next().map_err(broken)? {
                 return Ok(event);
             }
-            if wait_readable([self.fd(), halt.fd()], Some(deadline)).map_err(broken)?.is_none() {
-                return Err(PlaneError::Timeout(patience));
+            if wait_readable([self.fd()], Some(deadline)).map_err(broken)?.is_none() {
+                return Err(PlaneError::Timeout(timeout));
             }
         }
     }
@@ -147,9 +152,9 @@ impl Drop for EventChannel {
 
 /// A connection, or a place to listen, of rdma_cm.
 pub(crate) struct CmId {
-    api: &'static Api,
     raw: NonNull<rdma_cm_id>,
-    _channel: Arc<EventChannel>,
+    /// Outlives the identifier.
+    channel: Arc<EventChannel>,
 }
 
 // SAFETY: librdmacm's calls on an identifier are thread-safe apart from its destruction, which needs the last
@@ -169,13 +174,14 @@ fn timeout_ms(timeout: Duration) -> i32 {
 
 impl CmId {
     pub(crate) fn new(channel: &Arc<EventChannel>) -> io::Result<CmId> {
-        let api = channel.api;
         let mut raw = ptr::null_mut();
         let space = rdma_port_space::RDMA_PS_TCP;
         // SAFETY: the channel is valid and outlives the identifier, which holds it.
-        check(unsafe { (api.rdma_create_id)(channel.raw.as_ptr(), &mut raw, ptr::null_mut(), space) })?;
+        check(unsafe {
+            (channel.api.rdma_create_id)(channel.raw.as_ptr(), &mut raw, ptr::null_mut(), space)
+        })?;
         let raw = NonNull::new(raw).ok_or(io::ErrorKind::Other)?;
-        Ok(CmId { api, raw, _channel: Arc::clone(channel) })
+        Ok(CmId { raw, channel: Arc::clone(channel) })
     }
 
     pub(crate) fn key(&self) -> Key {
@@ -201,15 +207,15 @@ impl CmId {
     pub(crate) fn bind(&self, address: SocketAddr) -> io::Result<()> {
         let mut address = Address::from(address);
         // SAFETY: the identifier is valid, and the address is a whole one of its family.
-        check(unsafe { (self.api.rdma_bind_addr)(self.raw(), address.as_mut_ptr()) })
+        check(unsafe { (self.channel.api.rdma_bind_addr)(self.raw(), address.as_mut_ptr()) })
     }
 
     /// Listens; returns the port that was chosen.
     pub(crate) fn listen(&self, backlog: i32) -> io::Result<u16> {
         // SAFETY: the identifier is valid.
-        check(unsafe { (self.api.rdma_listen)(self.raw(), backlog) })?;
+        check(unsafe { (self.channel.api.rdma_listen)(self.raw(), backlog) })?;
         // SAFETY: as above.
-        Ok(u16::from_be(unsafe { (self.api.rdma_get_src_port)(self.raw()) }))
+        Ok(u16::from_be(unsafe { (self.channel.api.rdma_get_src_port)(self.raw()) }))
     }
 
     /// This side's address.
@@ -234,70 +240,81 @@ impl CmId {
         // SAFETY: the identifier is valid; a null source address lets routing choose; the destination is a
         // whole address of its family.
         check(unsafe {
-            (self.api.rdma_resolve_addr)(self.raw(), ptr::null_mut(), to.as_mut_ptr(), timeout_ms(timeout))
+            (self.channel.api.rdma_resolve_addr)(
+                self.raw(),
+                ptr::null_mut(),
+                to.as_mut_ptr(),
+                timeout_ms(timeout),
+            )
         })
     }
 
     /// Looks for the way there. Ends in an event.
     pub(crate) fn resolve_route(&self, timeout: Duration) -> io::Result<()> {
         // SAFETY: the identifier is valid.
-        check(unsafe { (self.api.rdma_resolve_route)(self.raw(), timeout_ms(timeout)) })
+        check(unsafe { (self.channel.api.rdma_resolve_route)(self.raw(), timeout_ms(timeout)) })
     }
 
     /// Asks for a connection. Ends in an event.
-    pub(crate) fn connect(&self, private: &[u8]) -> io::Result<()> {
-        let mut parameters = parameters(private);
+    pub(crate) fn connect(&self, private_data: &[u8]) -> io::Result<()> {
+        let mut parameters = parameters(private_data);
         self.set_ack_timeout();
-        // SAFETY: the identifier is valid and has a queue pair; the parameters point to `private`, which
+        // SAFETY: the identifier is valid and has a queue pair; the parameters point to `private_data`, which
         // outlives the call.
-        check(unsafe { (self.api.rdma_connect)(self.raw(), &mut parameters) })
+        check(unsafe { (self.channel.api.rdma_connect)(self.raw(), &mut parameters) })
     }
 
     /// Takes a connection.
-    pub(crate) fn accept(&self, private: &[u8]) -> io::Result<()> {
-        let mut parameters = parameters(private);
+    pub(crate) fn accept(&self, private_data: &[u8]) -> io::Result<()> {
+        let mut parameters = parameters(private_data);
         self.set_ack_timeout();
         // SAFETY: as for `connect`.
-        check(unsafe { (self.api.rdma_accept)(self.raw(), &mut parameters) })
+        check(unsafe { (self.channel.api.rdma_accept)(self.raw(), &mut parameters) })
     }
 
     /// Turns a connection down, saying why. Whoever asked notices by himself if even that fails.
-    pub(crate) fn reject(&self, private: &[u8]) {
-        let len = private.len().min(PRIVATE) as u8;
-        // SAFETY: the identifier is valid, and `private` has `len` bytes.
-        unsafe { (self.api.rdma_reject)(self.raw(), private.as_ptr().cast(), len) };
+    pub(crate) fn reject(&self, private_data: &[u8]) {
+        let len = private_data.len().min(MAX_PRIVATE_DATA_BYTES) as u8;
+        // SAFETY: the identifier is valid, and `private_data` has `len` bytes.
+        unsafe { (self.channel.api.rdma_reject)(self.raw(), private_data.as_ptr().cast(), len) };
     }
 
     /// Tells the peer that the connection is over. Fails where there is none, which is as good.
     pub(crate) fn disconnect(&self) {
         // SAFETY: the identifier is valid.
-        unsafe { (self.api.rdma_disconnect)(self.raw()) };
+        unsafe { (self.channel.api.rdma_disconnect)(self.raw()) };
     }
 
     fn set_ack_timeout(&self) {
         const RDMA_OPTION_ID: i32 = 0;
         const RDMA_OPTION_ID_ACK_TIMEOUT: i32 = 3;
-        let mut value = ACK_TIMEOUT;
+        let mut value = ACK_TIMEOUT_EXPONENT;
         // An old kernel does not know the option: failures then show later.
         // SAFETY: the identifier is valid, and the option is the one byte that is passed.
         unsafe {
             let value = (&raw mut value).cast();
-            (self.api.rdma_set_option)(self.raw(), RDMA_OPTION_ID, RDMA_OPTION_ID_ACK_TIMEOUT, value, 1)
+            (self.channel.api.rdma_set_option)(
+                self.raw(),
+                RDMA_OPTION_ID,
+                RDMA_OPTION_ID_ACK_TIMEOUT,
+                value,
+                1,
+            )
         };
     }
 }
 
-fn parameters(private: &[u8]) -> rdma_conn_param {
-    debug_assert!(private.len() <= PRIVATE);
+fn parameters(private_data: &[u8]) -> rdma_conn_param {
+    debug_assert!(private_data.len() <= MAX_PRIVATE_DATA_BYTES);
     rdma_conn_param {
-        private_data: private.as_ptr().cast(),
-        private_data_len: private.len() as u8,
+        private_data: private_data.as_ptr().cast(),
+        private_data_len: private_data.len() as u8,
         // No reads and no atomics are ever asked for; some providers want one of each all the same.
         responder_resources: 1,
         initiator_depth: 1,
         flow_control: 1,
-        retry_count: RETRIES,
-        rnr_retry_count: RNR_RETRIES,
+        retry_count: RETRY_COUNT,
+        rnr_retry_count: RNR_RETRY_COUNT,
         srq: 0,
         qp_num: 0,
     }
@@ -305,9 +322,9 @@ fn parameters(private: &[u8]) -> rdma_conn_param {
 
 impl Drop for CmId {
     fn drop(&mut self) {
-        // SAFETY: the last owner lets go; its queue pair is gone (`QueuePair` holds its identifier and destroys
-        // the pair first), and no event of it is unacknowledged.
-        unsafe { (self.api.rdma_destroy_id)(self.raw()) };
+        // SAFETY: the last owner lets go; its queue pair is gone (`QueuePair` holds its identifier and
+        // destroys the pair first), and no event of it is unacknowledged.
+        unsafe { (self.channel.api.rdma_destroy_id)(self.raw()) };
     }
 }
 
@@ -322,8 +339,7 @@ impl Address {
 
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Self {
-        // SAFETY: all-zero bytes are a valid storage.
-        let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        let mut storage = libc::sockaddr_storage::zeroed();
         match address {
             SocketAddr::V4(v4) => {
                 let place = (&raw mut storage).cast::<libc::sockaddr_in>();

@@ -1,27 +1,27 @@
 //! Completion queues, and sleeping until they have something.
 
-use crate::domain::Domain;
+use crate::domain::ProtectionDomain;
 use crate::halt::{Halt, set_nonblocking, wait_readable};
 use crate::unavailable;
+use crate::zeroed::Zeroed;
 use migration::transport::PlaneError;
 use rdma_sys::*;
 use std::io;
-use std::mem;
 use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Completions taken at a time.
-pub(crate) const BATCH: usize = 32;
+/// Completions that are taken by one call to the device.
+const MAX_COMPLETIONS_PER_POLL: usize = 32;
 
 /// How to wait for completions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Waiting {
-    /// Sleep until the device raises an event: costs some microseconds a wait and no CPU time.
+    /// Sleep until the device raises an event. A wait takes some microseconds longer and no CPU time.
     #[default]
     Sleep,
-    /// Look again and again: a whole CPU for each lane, and the shortest waits.
+    /// Poll the completion queue all the time. Waits are the shortest, and each lane takes a whole CPU.
     BusyPoll,
 }
 
@@ -45,7 +45,7 @@ pub(crate) struct CompletionQueue {
 
 struct Channel {
     raw: NonNull<ibv_comp_channel>,
-    domain: Arc<Domain>,
+    domain: Arc<ProtectionDomain>,
 }
 
 // SAFETY: verbs on queues and channels are thread-safe; the pointers are valid until `drop`.
@@ -62,7 +62,11 @@ impl Drop for Channel {
 
 impl CompletionQueue {
     /// A queue with room for `entries` completions.
-    pub(crate) fn new(domain: &Arc<Domain>, entries: u32, waiting: Waiting) -> Result<Self, PlaneError> {
+    pub(crate) fn new(
+        domain: &Arc<ProtectionDomain>,
+        entries: u32,
+        waiting: Waiting,
+    ) -> Result<Self, PlaneError> {
         let failed = |error| unavailable::resource("making a completion queue", error);
         let api = domain.api();
         // SAFETY: the context is open while the domain lives, which the channel holds.
@@ -92,13 +96,12 @@ impl CompletionQueue {
     /// Takes completions that are there now into `into`, which is emptied first.
     ///
     /// # Errors
-    /// When one of them failed; what it says is then of no use to others.
+    /// [`PlaneError::Io`] when one of them failed, or the device does. Then `into` is incomplete.
     pub(crate) fn poll(&self, into: &mut Vec<Completion>) -> Result<(), PlaneError> {
         into.clear();
-        // SAFETY: plain data, for which zeros are valid.
-        let mut raw: [ibv_wc; BATCH] = unsafe { mem::zeroed() };
+        let mut raw = <[ibv_wc; MAX_COMPLETIONS_PER_POLL]>::zeroed();
         // SAFETY: the queue is valid, and `raw` has room for as many entries as are asked for.
-        let taken = unsafe { ibv_poll_cq(self.raw(), BATCH as i32, raw.as_mut_ptr()) };
+        let taken = unsafe { ibv_poll_cq(self.raw(), MAX_COMPLETIONS_PER_POLL as i32, raw.as_mut_ptr()) };
         if taken < 0 {
             let source = io::Error::other("the completion queue cannot be read");
             return Err(PlaneError::Io { what: "polling the RDMA device", source });
@@ -117,11 +120,12 @@ impl CompletionQueue {
         Ok(())
     }
 
-    /// Takes at least one completion into `into`, waiting for it until `deadline`. Returns false when time is
-    /// up.
+    /// Takes at least one completion into `into`. Waits for it until `deadline`, without one for ever;
+    /// returns false when time is up.
     ///
     /// # Errors
-    /// When a request failed, or with `halt`'s reason. The latter goes first: what is halted fails.
+    /// As for [`poll`](Self::poll), and the reason in `halt`. The latter goes first, since requests of a
+    /// plane that is halted fail because of that.
     pub(crate) fn wait(
         &self,
         into: &mut Vec<Completion>,
@@ -160,11 +164,11 @@ impl CompletionQueue {
         }
     }
 
-    /// Has the next completion raise an event.
+    /// Asks for an event at the next completion.
     pub(crate) fn arm(&self) -> Result<(), PlaneError> {
         // SAFETY: the queue is valid.
         let result = unsafe { ibv_req_notify_cq(self.raw(), 0) };
-        crate::device::code(result)
+        crate::device::verbs_result(result)
             .map_err(|source| PlaneError::Io { what: "arming the RDMA device", source })
     }
 
@@ -192,7 +196,7 @@ impl Drop for CompletionQueue {
     }
 }
 
-/// What a status means, for those who have to find the cause.
+/// What a status means, in words that help to find the cause.
 fn status_text(status: ibv_wc_status::Type, vendor: u32) -> String {
     use ibv_wc_status::*;
     let text = match status {

@@ -1,9 +1,10 @@
 //! What a device can do.
 
 use crate::api::Api;
+use crate::zeroed::Zeroed;
 use rdma_sys::*;
 use std::io;
-use std::mem::{self, offset_of};
+use std::mem::offset_of;
 
 /// Limits of a device and of one of its ports.
 #[derive(Clone, Copy, Debug)]
@@ -11,9 +12,9 @@ pub(crate) struct Abilities {
     /// Most memory regions.
     pub max_mr: u64,
     /// Most work requests in a queue.
-    pub max_work: u32,
-    /// Largest message, in bytes.
-    pub max_message: u32,
+    pub max_qp_wr: u32,
+    /// Largest message or RDMA write, in bytes.
+    pub max_message_bytes: u32,
     /// Whether memory can be registered without pinning it, as source and as target of writes.
     pub on_demand: bool,
 }
@@ -24,16 +25,15 @@ impl Abilities {
     /// # Safety
     /// `context` must be an open device's, and `port` one of its ports.
     pub(crate) unsafe fn of(api: &Api, context: *mut ibv_context, port: u8) -> io::Result<Abilities> {
-        // SAFETY: plain data, for which zeros are valid.
-        let mut device: ibv_device_attr = unsafe { mem::zeroed() };
+        let mut device = ibv_device_attr::zeroed();
         // SAFETY: the caller vouches for the context; `device` is where the answer goes.
-        code(unsafe { (api.ibv_query_device)(context, &mut device) })?;
+        verbs_result(unsafe { (api.ibv_query_device)(context, &mut device) })?;
         // SAFETY: as above.
         let port = unsafe { port_attributes(api, context, port) }?;
         Ok(Abilities {
             max_mr: device.max_mr.max(0) as u64,
-            max_work: device.max_qp_wr.max(0) as u32,
-            max_message: port.max_msg_sz,
+            max_qp_wr: device.max_qp_wr.max(0) as u32,
+            max_message_bytes: port.max_msg_sz,
             // SAFETY: as above.
             on_demand: unsafe { on_demand(context) },
         })
@@ -49,19 +49,17 @@ pub(crate) unsafe fn port_attributes(
     context: *mut ibv_context,
     port: u8,
 ) -> io::Result<ibv_port_attr> {
-    // SAFETY: plain data, for which zeros are valid. They matter: the entry point fills in only the fields
-    // that the first version of the structure had.
-    let mut attributes: ibv_port_attr = unsafe { mem::zeroed() };
+    // The zeros matter: the entry point fills in only the fields that the structure's first version had.
+    let mut attributes = ibv_port_attr::zeroed();
     // SAFETY: the caller vouches for the context; the old structure is a prefix of the new one.
-    code(unsafe { (api.ibv_query_port)(context, port, (&raw mut attributes).cast()) })?;
+    verbs_result(unsafe { (api.ibv_query_port)(context, port, (&raw mut attributes).cast()) })?;
     Ok(attributes)
 }
 
-/// Verbs return an errno.
-pub(crate) fn code(result: i32) -> io::Result<()> {
+/// Turns what a verb has returned into a result: 0, an errno, or -1 with `errno` set.
+pub(crate) fn verbs_result(result: i32) -> io::Result<()> {
     match result {
         0 => Ok(()),
-        // Some providers return -1 and set errno.
         negative if negative < 0 => Err(io::Error::last_os_error()),
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
@@ -69,9 +67,9 @@ pub(crate) fn code(result: i32) -> io::Result<()> {
 
 /// Whether the device pages on demand for writes over reliable connections.
 ///
-/// `ibv_query_device_ex` is an inline function that would bring the link back, since it falls back on a symbol;
-/// this does what it does as far as the device's own table goes. A device that has no such entry has no
-/// on-demand paging.
+/// `ibv_query_device_ex` is an inline function that would bring the link back, since it falls back on a
+/// symbol; this does what it does as far as the device's own table goes. A device that has no such entry has
+/// no on-demand paging.
 ///
 /// # Safety
 /// `context` must be an open device's.
@@ -87,8 +85,7 @@ unsafe fn on_demand(context: *mut ibv_context) -> bool {
         return false;
     }
     let Some(query) = extended.query_device_ex else { return false };
-    // SAFETY: plain data, for which zeros are valid.
-    let mut attributes: ibv_device_attr_ex = unsafe { mem::zeroed() };
+    let mut attributes = ibv_device_attr_ex::zeroed();
     // SAFETY: the context is valid, no input is a valid input, and the size is that of `attributes`: the
     // library fills in no more than it.
     let result =

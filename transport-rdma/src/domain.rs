@@ -1,8 +1,8 @@
 //! A protection domain: one session's memory and queue pairs on one device.
 //!
-//! A key is good only on queue pairs of its own domain. Every session has a domain of its own, so the keys that
-//! it hands out are scoped to it: another session's source, even on the same device and with the same numbers,
-//! is refused by the card.
+//! A key is good only on queue pairs of its own domain. Every session has a domain of its own, so the keys
+//! that it hands out are scoped to it: another session's source, even on the same device and with the same
+//! numbers, is refused by the card.
 
 use crate::api::Api;
 use crate::cm::{CmId, EventChannel};
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A session's protection domain.
-pub(crate) struct Domain {
+pub(crate) struct ProtectionDomain {
     api: &'static Api,
     raw: NonNull<ibv_pd>,
     abilities: Abilities,
@@ -31,11 +31,11 @@ pub(crate) struct Domain {
 }
 
 // SAFETY: verbs on a domain are thread-safe; the pointer is valid until `drop`, which needs the last owner.
-unsafe impl Send for Domain {}
+unsafe impl Send for ProtectionDomain {}
 // SAFETY: as for Send.
-unsafe impl Sync for Domain {}
+unsafe impl Sync for ProtectionDomain {}
 
-impl Domain {
+impl ProtectionDomain {
     /// A domain on the device that has the address `ip`. With `on_demand`, memory is not pinned where the
     /// device can do without.
     ///
@@ -45,7 +45,7 @@ impl Domain {
         channel: &Arc<EventChannel>,
         ip: IpAddr,
         on_demand: bool,
-    ) -> Result<Arc<Domain>, PlaneError> {
+    ) -> Result<Arc<ProtectionDomain>, PlaneError> {
         let api = channel.api();
         let anchor = CmId::new(channel).map_err(|e| unavailable::no_rdma(&e))?;
         anchor.bind(SocketAddr::new(ip, 0)).map_err(|e| unavailable::not_on_a_device(ip, &e))?;
@@ -60,7 +60,7 @@ impl Domain {
         let raw = NonNull::new(unsafe { (api.ibv_alloc_pd)(context) })
             .ok_or_else(|| unavailable::resource("making a protection domain", io::Error::last_os_error()))?;
         let on_demand = AtomicBool::new(on_demand && abilities.on_demand);
-        Ok(Arc::new(Domain { api, raw, abilities, on_demand, anchor }))
+        Ok(Arc::new(ProtectionDomain { api, raw, abilities, on_demand, anchor }))
     }
 
     pub(crate) fn api(&self) -> &'static Api {
@@ -104,7 +104,8 @@ impl Domain {
         };
         if self.on_demand() {
             let access = access | ibv_access_flags::IBV_ACCESS_ON_DEMAND.0;
-            // SAFETY: `Ram::address` has checked that all of the extent is mapped, for as long as `ram` lives.
+            // SAFETY: `Ram::address` has checked that all of the extent is mapped, for as long as `ram`
+            // lives.
             let tried = unsafe {
                 self.register(address, extent.len as usize, extent.offset, access, Arc::clone(&memory))
             };
@@ -141,7 +142,7 @@ impl Domain {
     }
 }
 
-impl Drop for Domain {
+impl Drop for ProtectionDomain {
     fn drop(&mut self) {
         // SAFETY: regions and queue pairs hold the domain, so none is left.
         unsafe { (self.api.ibv_dealloc_pd)(self.raw()) };
@@ -151,7 +152,8 @@ impl Drop for Domain {
 /// Registered memory. The card may use it until this is dropped, which can take as long as pinning did.
 pub(crate) struct MemoryRegion {
     raw: NonNull<ibv_mr>,
-    domain: Arc<Domain>,
+    domain: Arc<ProtectionDomain>,
+    /// Only held: keeps the memory mapped until it is no longer registered.
     _memory: Arc<dyn Any + Send + Sync>,
 }
 
@@ -176,8 +178,8 @@ impl MemoryRegion {
 
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
-        // SAFETY: the region is valid and nobody uses it any more. It fails only where the device is gone, and
-        // with it the registration.
+        // SAFETY: the region is valid and nobody uses it any more. It fails only where the device is gone,
+        // and with it the registration.
         unsafe { (self.domain.api.ibv_dereg_mr)(self.raw.as_ptr()) };
     }
 }

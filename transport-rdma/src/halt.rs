@@ -8,38 +8,38 @@ use std::time::{Duration, Instant};
 
 /// Why a plane stopped; what [`PlaneError`] is made of, since that cannot be cloned.
 #[derive(Debug)]
-pub(crate) enum Why {
+pub(crate) enum HaltReason {
     Interrupted,
     Io { what: &'static str, text: String },
     Protocol(String),
     Unavailable(String),
 }
 
-impl Why {
+impl HaltReason {
     pub(crate) fn error(&self) -> PlaneError {
         match self {
-            Why::Interrupted => PlaneError::Interrupted,
-            Why::Io { what, text } => PlaneError::Io { what, source: io::Error::other(text.clone()) },
-            Why::Protocol(text) => PlaneError::Protocol(text.clone()),
-            Why::Unavailable(text) => PlaneError::Unavailable(text.clone()),
+            HaltReason::Interrupted => PlaneError::Interrupted,
+            HaltReason::Io { what, text } => PlaneError::Io { what, source: io::Error::other(text.clone()) },
+            HaltReason::Protocol(text) => PlaneError::Protocol(text.clone()),
+            HaltReason::Unavailable(text) => PlaneError::Unavailable(text.clone()),
         }
     }
 }
 
-impl From<&PlaneError> for Why {
+impl From<&PlaneError> for HaltReason {
     fn from(error: &PlaneError) -> Self {
         match error {
-            PlaneError::Interrupted => Why::Interrupted,
-            PlaneError::Io { what, source } => Why::Io { what, text: source.to_string() },
-            PlaneError::Unavailable(text) => Why::Unavailable(text.clone()),
-            other => Why::Protocol(other.to_string()),
+            PlaneError::Interrupted => HaltReason::Interrupted,
+            PlaneError::Io { what, source } => HaltReason::Io { what, text: source.to_string() },
+            PlaneError::Unavailable(text) => HaltReason::Unavailable(text.clone()),
+            other => HaltReason::Protocol(other.to_string()),
         }
     }
 }
 
-/// Set once, for good. The first reason stays: what follows from it is not the cause.
+/// A reason to stop, set once and for good. The first one stays, since those that come later follow from it.
 pub(crate) struct Halt {
-    why: OnceLock<Why>,
+    reason: OnceLock<HaltReason>,
     /// Becomes readable with the reason, and is never read, so that it wakes every `poll` now and later.
     event: OwnedFd,
 }
@@ -52,27 +52,29 @@ impl Halt {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the kernel just gave us this descriptor and nobody else has it.
-        Ok(Halt { why: OnceLock::new(), event: unsafe { OwnedFd::from_raw_fd(fd) } })
+        Ok(Halt { reason: OnceLock::new(), event: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 
     /// Stops everything that looks here.
-    pub(crate) fn halt(&self, why: Why) {
+    pub(crate) fn halt(&self, reason: HaltReason) {
         // A second reason is dropped.
-        let _ = self.why.set(why);
+        let _ = self.reason.set(reason);
         let one = 1u64;
         // SAFETY: eight bytes of a local. It fails only when the counter is full, and thus readable.
         unsafe { libc::write(self.event.as_raw_fd(), (&raw const one).cast(), 8) };
     }
 
     /// The reason, if there is one.
-    pub(crate) fn why(&self) -> Option<&Why> {
-        self.why.get()
+    pub(crate) fn reason(&self) -> Option<&HaltReason> {
+        self.reason.get()
     }
 
+    /// Fails once there is a reason.
+    ///
     /// # Errors
-    /// The reason, once there is one.
+    /// The reason.
     pub(crate) fn check(&self) -> Result<(), PlaneError> {
-        self.why.get().map_or(Ok(()), |why| Err(why.error()))
+        self.reason.get().map_or(Ok(()), |reason| Err(reason.error()))
     }
 
     /// Readable once halted.
@@ -81,7 +83,8 @@ impl Halt {
     }
 }
 
-/// Which of `fds` can be read, or have failed, within `deadline` (for ever without one). None when time is up.
+/// Waits until some of `fds` can be read or have failed, and says which. `None` at `deadline`; without one it
+/// waits for ever.
 pub(crate) fn wait_readable<const N: usize>(
     fds: [RawFd; N],
     deadline: Option<Instant>,
@@ -124,7 +127,7 @@ pub(crate) fn set_nonblocking(fd: RawFd) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A lock whose holder's panic does not matter: what it guards is consistent between any two statements.
+/// Locks a mutex even if a holder has panicked: what these guard is consistent between any two statements.
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -139,8 +142,8 @@ mod tests {
         assert!(halt.check().is_ok());
         let soon = Some(Instant::now() + Duration::from_millis(5));
         assert_eq!(wait_readable([halt.fd()], soon).unwrap(), None);
-        halt.halt(Why::Interrupted);
-        halt.halt(Why::Protocol("later".into()));
+        halt.halt(HaltReason::Interrupted);
+        halt.halt(HaltReason::Protocol("later".into()));
         for _ in 0..2 {
             assert_eq!(wait_readable([halt.fd()], None).unwrap(), Some([true]));
             assert!(matches!(halt.check(), Err(PlaneError::Interrupted)));

@@ -4,14 +4,14 @@
 //! offset  0      1                          33
 //!         32     the protocol's preamble    zeros, up to what the network pads to
 //! ```
-//! The preamble is the one that begins every TCP connection of the protocol, with its magic, version, lane and
-//! session token. The length goes first since rdma_cm delivers private data padded.
+//! The preamble is the one that begins every TCP connection of the protocol, with its magic, version, lane
+//! and session token. The length goes first since rdma_cm delivers private data padded.
 
-use crate::cm::PRIVATE;
+use crate::cm::PrivateData;
 use migration::preamble::{Kind, LEN, Preamble, PreambleError, Status};
 use migration::transport::{MAX_LANES, Token};
 
-/// The number under which the connection for registrations goes.
+/// Stands for the connection for registrations where a lane has its number.
 const REGISTRATIONS: u16 = u16::MAX;
 
 /// What a connection of a session is for.
@@ -26,7 +26,7 @@ pub(crate) enum Purpose {
 /// Encoded private data.
 pub(crate) type Hello = [u8; LEN + 1];
 
-fn wrap(preamble: &Preamble) -> Hello {
+fn encode(preamble: &Preamble) -> Hello {
     let mut bytes = [0; LEN + 1];
     bytes[0] = LEN as u8;
     bytes[1..].copy_from_slice(&preamble.encode());
@@ -39,16 +39,16 @@ pub(crate) fn request(token: Token, purpose: Purpose, lanes: u16) -> Hello {
         Purpose::Lane(lane) => lane,
         Purpose::Registrations => REGISTRATIONS,
     };
-    wrap(&Preamble::data(token, lane, lanes))
+    encode(&Preamble::data(token, lane, lanes))
 }
 
-/// What a destination answers. The token is not repeated: who does not know it shall not learn it.
+/// What a destination answers. Without the token, which whoever is refused must not learn.
 pub(crate) fn refusal(status: Status) -> Hello {
-    wrap(&Preamble::data(Token([0; 16]), 0, 0).answer(status))
+    encode(&Preamble::data(Token([0; 16]), 0, 0).answer(status))
 }
 
-fn unwrap(private: &[u8; PRIVATE]) -> Result<Preamble, PreambleError> {
-    let (len, rest) = (private[0], &private[1..=LEN]);
+fn decode(private_data: &PrivateData) -> Result<Preamble, PreambleError> {
+    let (len, rest) = (private_data[0], &private_data[1..=LEN]);
     let mut bytes = [0; LEN];
     bytes.copy_from_slice(rest);
     if usize::from(len) != LEN {
@@ -61,8 +61,8 @@ fn unwrap(private: &[u8; PRIVATE]) -> Result<Preamble, PreambleError> {
 ///
 /// # Errors
 /// The status to refuse it with.
-pub(crate) fn accept(private: &[u8; PRIVATE], token: Token) -> Result<Purpose, Status> {
-    let preamble = unwrap(private).map_err(|error| match error {
+pub(crate) fn accept(private_data: &PrivateData, token: Token) -> Result<Purpose, Status> {
+    let preamble = decode(private_data).map_err(|error| match error {
         PreambleError::Version { .. } => Status::Version,
         _ => Status::Session,
     })?;
@@ -77,14 +77,14 @@ pub(crate) fn accept(private: &[u8; PRIVATE], token: Token) -> Result<Purpose, S
     if same(&preamble.token.0, &token.0) { Ok(purpose) } else { Err(Status::Session) }
 }
 
-/// Compares in a time that does not tell how much of a guess was right.
+/// Compares in a time that does not depend on how much of a guess is right.
 fn same(a: &[u8; 16], b: &[u8; 16]) -> bool {
     a.iter().zip(b).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
 }
 
-/// Why a destination refused.
-pub(crate) fn refused(private: &[u8; PRIVATE]) -> Option<&'static str> {
-    match unwrap(private) {
+/// Why a destination refused; `None` if the private data is no refusal.
+pub(crate) fn refused(private_data: &PrivateData) -> Option<&'static str> {
+    match decode(private_data) {
         Ok(Preamble { status: Status::Session, .. }) => Some("it does not know this session"),
         Ok(Preamble { status: Status::Version, .. }) => Some("it speaks another version of the protocol"),
         Ok(Preamble { status: Status::Busy, .. }) => Some("it cannot serve the connection"),
@@ -95,13 +95,14 @@ pub(crate) fn refused(private: &[u8; PRIVATE]) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cm::MAX_PRIVATE_DATA_BYTES;
 
     const TOKEN: Token = Token([7; 16]);
 
-    fn padded(hello: Hello) -> [u8; PRIVATE] {
-        let mut private = [0; PRIVATE];
-        private[..hello.len()].copy_from_slice(&hello);
-        private
+    fn padded(hello: Hello) -> PrivateData {
+        let mut private_data = [0; MAX_PRIVATE_DATA_BYTES];
+        private_data[..hello.len()].copy_from_slice(&hello);
+        private_data
     }
 
     #[test]
@@ -125,8 +126,8 @@ mod tests {
         }
         assert_eq!(accept(&padded(request(TOKEN, Purpose::Lane(4), 4)), TOKEN), Err(Status::Session));
         assert_eq!(accept(&padded(request(TOKEN, Purpose::Lane(64), 65)), TOKEN), Err(Status::Session));
-        assert_eq!(accept(&[0; PRIVATE], TOKEN), Err(Status::Session));
-        assert_eq!(accept(&[0xff; PRIVATE], TOKEN), Err(Status::Session));
+        assert_eq!(accept(&[0; MAX_PRIVATE_DATA_BYTES], TOKEN), Err(Status::Session));
+        assert_eq!(accept(&[0xff; MAX_PRIVATE_DATA_BYTES], TOKEN), Err(Status::Session));
     }
 
     #[test]
@@ -134,6 +135,6 @@ mod tests {
         let refusal = padded(refusal(Status::Session));
         assert_eq!(refused(&refusal), Some("it does not know this session"));
         assert!(refusal[1 + 16..].iter().all(|b| *b == 0));
-        assert_eq!(refused(&[0; PRIVATE]), None);
+        assert_eq!(refused(&[0; MAX_PRIVATE_DATA_BYTES]), None);
     }
 }

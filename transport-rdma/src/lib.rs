@@ -1,19 +1,18 @@
-//! Migration over RDMA: a data plane of N reliable queue pairs.
+#![doc = include_str!("../README.md")]
 //!
-//! The source writes straight from the guest's RAM into the destination's shadow RAM, by one-sided writes of
-//! the network card: no processor copies a byte on either side, and the destination does nothing per page. The
-//! control link stays on TCP; see `transport-tcp`.
+//! ## Where things are
 //!
-//! - Connections are made by rdma_cm and bound to the session by its token (`hello`).
-//! - Memory is registered chunk by chunk while earlier chunks are already being written (`source::registry`).
-//! - Lanes write, name zeros and post barriers (`source::lane`, `destination::lane`).
+//! - Connections are made by rdma_cm and bound to the session by its token (`cm`, `hello`, `source::connect`,
+//!   `destination::accept`).
+//! - Memory is registered chunk by chunk (`chunks`, `source::registry`, `destination::register`).
+//! - Lanes write, name zeros and post barriers (`source::lane`, `destination::lane`). What is in flight is
+//!   counted by `source::window` and `source::credits`.
 //! - The fence takes the queue pairs out of service (`destination`).
-//!
-//! Nothing is linked against RDMA libraries: they are looked for when a plane is first asked for (`api`), and
-//! everything that is missing is a [`PlaneError::Unavailable`](migration::transport::PlaneError::Unavailable)
-//! that says what to do, so that the engine can take TCP instead. `docs/rdma.md` has the whole picture.
+//! - RDMA libraries are looked for when a plane is first asked for (`api`). Everything that is missing is a
+//!   [`PlaneError::Unavailable`](migration::transport::PlaneError::Unavailable).
 
 mod api;
+mod buffers;
 mod chunks;
 mod cm;
 mod completions;
@@ -26,12 +25,14 @@ mod limits;
 mod message;
 mod offer;
 mod options;
+mod pages;
 pub mod probe;
 mod queue;
-mod slots;
+mod receives;
 mod source;
 mod unavailable;
 mod warm;
+mod zeroed;
 
 pub use chunks::{DEFAULT_CHUNK, MIN_CHUNK};
 pub use completions::Waiting;

@@ -1,5 +1,6 @@
 //! How much memory this process may pin.
 
+use crate::message::Refusal;
 use crate::unavailable;
 use migration::transport::PlaneError;
 use std::fs;
@@ -36,16 +37,18 @@ fn may_lock_anything() -> bool {
 /// [`PlaneError::Unavailable`] with the limit that is needed.
 pub(crate) fn check_locked_memory(bytes: u64) -> Result<(), PlaneError> {
     match locked_memory() {
-        Some(limit) if limit < bytes + OVERHEAD => Err(PlaneError::Unavailable(too_little(limit, bytes))),
+        Some(limit) if limit < bytes + OVERHEAD_BYTES => {
+            Err(PlaneError::Unavailable(too_little(limit, bytes)))
+        }
         _ => Ok(()),
     }
 }
 
-/// Locked for queues and messages, besides RAM.
-const OVERHEAD: u64 = 4 << 20;
+/// Bytes that are locked for queues and messages, besides RAM.
+const OVERHEAD_BYTES: u64 = 4 << 20;
 
 fn too_little(limit: u64, bytes: u64) -> String {
-    let needed = (bytes + OVERHEAD).div_ceil(1 << 10);
+    let needed = (bytes + OVERHEAD_BYTES).div_ceil(1 << 10);
     format!(
         "RDMA must pin guest memory, and this process may lock only {} KiB of the {needed} KiB it takes; raise \
          it (`ulimit -l {needed}`, LimitMEMLOCK=infinity in a unit), or give it CAP_IPC_LOCK",
@@ -53,8 +56,8 @@ fn too_little(limit: u64, bytes: u64) -> String {
     )
 }
 
-/// A registration failed.
-pub(crate) fn registration(error: io::Error, len: u64) -> PlaneError {
+/// A registration of `len` bytes on this side failed.
+pub(crate) fn registration_failed(error: io::Error, len: u64) -> PlaneError {
     match (error.raw_os_error(), locked_memory()) {
         (Some(libc::ENOMEM), Some(limit)) => PlaneError::Unavailable(format!(
             "{len} bytes of guest memory cannot be pinned ({error}): the limit of locked memory is {} KiB; \
@@ -67,6 +70,23 @@ pub(crate) fn registration(error: io::Error, len: u64) -> PlaneError {
         )),
         _ => unavailable::resource("registering guest memory", error),
     }
+}
+
+/// The destination could not register `len` bytes.
+pub(crate) fn refused_by_destination(len: u64, refusal: Refusal) -> PlaneError {
+    let error = io::Error::from_raw_os_error(refusal.errno);
+    PlaneError::Unavailable(match (refusal.errno, refusal.limit) {
+        (libc::ENOMEM, 0) => format!(
+            "the destination cannot pin {len} bytes of guest memory ({error}): it, its memory cgroup or its \
+             device has no more room"
+        ),
+        (libc::ENOMEM, limit) => format!(
+            "the destination cannot pin {len} bytes of guest memory ({error}): its limit of locked memory is \
+             {} KiB; raise it there with `ulimit -l` or LimitMEMLOCK=",
+            limit >> 10
+        ),
+        _ => format!("the destination cannot register {len} bytes of guest memory: {error}"),
+    })
 }
 
 #[cfg(test)]

@@ -1,20 +1,27 @@
-//! What is sent in messages; guest memory itself never is.
+//! The messages of both sides. Guest memory is never sent in one.
 //!
-//! A message fits a buffer of [`SLOT`] bytes. Its first byte says what it is; integers are little-endian.
-//! Barriers are no messages but the immediate data of an empty write.
+//! A message fits a buffer of [`MAX_MESSAGE_BYTES`]. Its first byte says what it is; integers are
+//! little-endian. A barrier is not a message, but the immediate data of an empty write.
 
-use crate::slots::SLOT;
+use crate::buffers::MAX_MESSAGE_BYTES;
 use migration::memory::Extent;
 use migration::transport::PlaneError;
 
+/// Messages that may be in flight to the destination on a lane: it has posted as many receive buffers for
+/// them, and the source as many for the answers. Barriers count.
+pub(crate) const LANE_CREDITS: usize = 32;
+
+/// The same on the connection for registrations: requests that may be unanswered.
+pub(crate) const REGISTRATION_CREDITS: usize = 32;
+
 /// Bytes of an extent in a table.
-const EXTENT: usize = 20;
+const EXTENT_BYTES: usize = 20;
 
 /// Bytes before a table of extents.
-const TABLE: usize = 4;
+const TABLE_HEADER_BYTES: usize = 4;
 
 /// Most extents in one message.
-pub(crate) const MAX_EXTENTS: usize = (SLOT - TABLE) / EXTENT;
+pub(crate) const MAX_EXTENTS: usize = (MAX_MESSAGE_BYTES - TABLE_HEADER_BYTES) / EXTENT_BYTES;
 
 /// A message, as it is received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +30,7 @@ pub(crate) enum Message<'a> {
     Zero(Extents<'a>),
     /// Source, lane: so many bytes have been written on this lane before this message.
     Progress(u64),
-    /// Destination, lane: so many messages have been dealt with; with a round, its barrier was the last.
+    /// Destination, lane: so many messages have been handled. With a round, its barrier was the last of them.
     Done { messages: u64, round: Option<u32> },
     /// Source, registrations: this chunk is going to be written to.
     Request(Extent),
@@ -46,12 +53,12 @@ pub(crate) struct Extents<'a>(&'a [u8]);
 
 impl<'a> Extents<'a> {
     pub(crate) fn iter(self) -> impl Iterator<Item = Extent> + use<'a> {
-        let (entries, _) = self.0.as_chunks::<EXTENT>();
+        let (entries, _) = self.0.as_chunks::<EXTENT_BYTES>();
         entries.iter().map(get_extent)
     }
 }
 
-fn get_extent(bytes: &[u8; EXTENT]) -> Extent {
+fn get_extent(bytes: &[u8; EXTENT_BYTES]) -> Extent {
     Extent { region: u32_at(bytes, 0), offset: u64_at(bytes, 4), len: u64_at(bytes, 12) }
 }
 
@@ -83,54 +90,54 @@ const REQUEST: u8 = 5;
 const ANNOUNCE: u8 = 6;
 
 /// Writes a table of zeros; returns the message's length. At most [`MAX_EXTENTS`].
-pub(crate) fn put_zeros(slot: &mut [u8; SLOT], extents: &[Extent]) -> usize {
+pub(crate) fn put_zeros(buffer: &mut [u8; MAX_MESSAGE_BYTES], extents: &[Extent]) -> usize {
     debug_assert!(extents.len() <= MAX_EXTENTS);
-    slot[0] = ZERO;
-    slot[1] = 0;
-    slot[2..4].copy_from_slice(&(extents.len() as u16).to_le_bytes());
-    let end = TABLE + extents.len() * EXTENT;
-    for (entry, extent) in slot[TABLE..end].chunks_exact_mut(EXTENT).zip(extents) {
+    buffer[0] = ZERO;
+    buffer[1] = 0;
+    buffer[2..4].copy_from_slice(&(extents.len() as u16).to_le_bytes());
+    let end = TABLE_HEADER_BYTES + extents.len() * EXTENT_BYTES;
+    for (entry, extent) in buffer[TABLE_HEADER_BYTES..end].chunks_exact_mut(EXTENT_BYTES).zip(extents) {
         put_extent(entry, extent);
     }
     end
 }
 
 /// Writes any message but a table of zeros; returns its length.
-pub(crate) fn put(slot: &mut [u8; SLOT], message: &Message<'_>) -> usize {
+pub(crate) fn put(buffer: &mut [u8; MAX_MESSAGE_BYTES], message: &Message<'_>) -> usize {
     match message {
         Message::Zero(extents) => {
-            slot[..TABLE].copy_from_slice(&[ZERO, 0, 0, 0]);
-            let entries = extents.0.len() / EXTENT;
-            slot[2..4].copy_from_slice(&(entries as u16).to_le_bytes());
-            slot[TABLE..TABLE + extents.0.len()].copy_from_slice(extents.0);
-            TABLE + extents.0.len()
+            buffer[..TABLE_HEADER_BYTES].copy_from_slice(&[ZERO, 0, 0, 0]);
+            let entries = extents.0.len() / EXTENT_BYTES;
+            buffer[2..4].copy_from_slice(&(entries as u16).to_le_bytes());
+            buffer[TABLE_HEADER_BYTES..TABLE_HEADER_BYTES + extents.0.len()].copy_from_slice(extents.0);
+            TABLE_HEADER_BYTES + extents.0.len()
         }
         Message::Progress(bytes) => {
-            slot[0] = PROGRESS;
-            slot[1..9].copy_from_slice(&bytes.to_le_bytes());
+            buffer[0] = PROGRESS;
+            buffer[1..9].copy_from_slice(&bytes.to_le_bytes());
             9
         }
         Message::Done { messages, round } => {
-            slot[0] = if round.is_some() { BARRIER_DONE } else { DONE };
-            slot[1..9].copy_from_slice(&messages.to_le_bytes());
-            slot[9..13].copy_from_slice(&round.unwrap_or(0).to_le_bytes());
+            buffer[0] = if round.is_some() { BARRIER_DONE } else { DONE };
+            buffer[1..9].copy_from_slice(&messages.to_le_bytes());
+            buffer[9..13].copy_from_slice(&round.unwrap_or(0).to_le_bytes());
             13
         }
         Message::Request(extent) => {
-            slot[0] = REQUEST;
-            put_extent(&mut slot[1..21], extent);
+            buffer[0] = REQUEST;
+            put_extent(&mut buffer[1..21], extent);
             21
         }
         Message::Announce { extent, outcome } => {
-            slot[0] = ANNOUNCE;
-            put_extent(&mut slot[1..21], extent);
+            buffer[0] = ANNOUNCE;
+            put_extent(&mut buffer[1..21], extent);
             let (key, errno, limit) = match outcome {
                 Ok(key) => (*key, 0, 0),
                 Err(refusal) => (0, refusal.errno.max(1) as u32, refusal.limit),
             };
-            slot[21..25].copy_from_slice(&key.to_le_bytes());
-            slot[25..29].copy_from_slice(&errno.to_le_bytes());
-            slot[29..37].copy_from_slice(&limit.to_le_bytes());
+            buffer[21..25].copy_from_slice(&key.to_le_bytes());
+            buffer[25..29].copy_from_slice(&errno.to_le_bytes());
+            buffer[29..37].copy_from_slice(&limit.to_le_bytes());
             37
         }
     }
@@ -142,9 +149,10 @@ pub(crate) fn put(slot: &mut [u8; SLOT], message: &Message<'_>) -> usize {
 /// [`PlaneError::Protocol`] for anything but a whole message of its kind.
 pub(crate) fn get(bytes: &[u8]) -> Result<Message<'_>, PlaneError> {
     let message = match (bytes.first(), bytes.len()) {
-        (Some(&ZERO), TABLE..) => {
+        (Some(&ZERO), TABLE_HEADER_BYTES..) => {
             let entries = usize::from(u16::from_le_bytes([bytes[2], bytes[3]]));
-            (bytes.len() == TABLE + entries * EXTENT).then(|| Message::Zero(Extents(&bytes[TABLE..])))
+            (bytes.len() == TABLE_HEADER_BYTES + entries * EXTENT_BYTES)
+                .then(|| Message::Zero(Extents(&bytes[TABLE_HEADER_BYTES..])))
         }
         (Some(&PROGRESS), 9) => Some(Message::Progress(u64_at(bytes, 1))),
         (Some(&kind @ (DONE | BARRIER_DONE)), 13) => {
@@ -188,14 +196,14 @@ mod tests {
 
     #[test]
     fn messages_survive_and_parts_of_them_do_not() {
-        let mut slot = [0; SLOT];
+        let mut buffer = [0; MAX_MESSAGE_BYTES];
         for message in all() {
-            let len = put(&mut slot, &message);
-            assert_eq!(get(&slot[..len]).unwrap(), message);
+            let len = put(&mut buffer, &message);
+            assert_eq!(get(&buffer[..len]).unwrap(), message);
             for end in 0..len {
-                assert!(get(&slot[..end]).is_err(), "{message:?} cut to {end}");
+                assert!(get(&buffer[..end]).is_err(), "{message:?} cut to {end}");
             }
-            assert!(get(&slot[..len + 1]).is_err());
+            assert!(get(&buffer[..len + 1]).is_err());
         }
     }
 
@@ -203,16 +211,16 @@ mod tests {
     fn tables_fit_a_buffer_and_are_whole() {
         let extents: Vec<_> =
             (0..MAX_EXTENTS as u64).map(|n| Extent { region: 1, offset: n << 12, len: 4096 }).collect();
-        let mut slot = [0; SLOT];
+        let mut buffer = [0; MAX_MESSAGE_BYTES];
         for count in [0, 1, MAX_EXTENTS] {
-            let len = put_zeros(&mut slot, &extents[..count]);
-            let Ok(Message::Zero(table)) = get(&slot[..len]) else { panic!("{count}") };
+            let len = put_zeros(&mut buffer, &extents[..count]);
+            let Ok(Message::Zero(table)) = get(&buffer[..len]) else { panic!("{count}") };
             assert!(table.iter().eq(extents[..count].iter().copied()));
             if count > 0 {
-                assert!(get(&slot[..len - 1]).is_err());
+                assert!(get(&buffer[..len - 1]).is_err());
                 // A count that promises more than there is.
-                slot[2] = slot[2].wrapping_add(1);
-                assert!(get(&slot[..len]).is_err());
+                buffer[2] = buffer[2].wrapping_add(1);
+                assert!(get(&buffer[..len]).is_err());
             }
         }
     }

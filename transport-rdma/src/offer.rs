@@ -6,6 +6,7 @@
 //! ```
 //! Integers are little-endian; an IPv4 address is written as an IPv6 one that maps it.
 
+use crate::chunks::{MAX_CHUNK_SHIFT, MIN_CHUNK_SHIFT};
 use migration::memory::MAX_REGIONS;
 use migration::transport::PlaneError;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -15,10 +16,8 @@ const MAGIC: [u8; 4] = *b"WRDM";
 /// Version of what is told here, of the private data and of the messages.
 const VERSION: u16 = 1;
 
-const HEAD: usize = 25;
-
-/// Sizes a chunk may have: from 2 MiB to 16 GiB (a huge page of some machines).
-const SHIFTS: std::ops::RangeInclusive<u8> = 21..=34;
+/// Bytes before the chunk sizes.
+const HEADER_BYTES: usize = 25;
 
 /// A destination's offer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,12 +29,13 @@ pub(crate) struct Offer {
 }
 
 impl Offer {
+    /// The bytes that a source decodes.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let ip = match self.address.ip() {
             IpAddr::V4(v4) => v4.to_ipv6_mapped(),
             IpAddr::V6(v6) => v6,
         };
-        let mut bytes = Vec::with_capacity(HEAD + self.chunk_shifts.len());
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + self.chunk_shifts.len());
         bytes.extend_from_slice(&MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&self.address.port().to_le_bytes());
@@ -51,7 +51,7 @@ impl Offer {
     /// [`PlaneError::Protocol`] for anything but an offer that makes sense.
     pub(crate) fn decode(bytes: &[u8], regions: usize) -> Result<Offer, PlaneError> {
         let wrong = |what: &str| PlaneError::Protocol(format!("the destination's RDMA offer {what}"));
-        let Some((head, shifts)) = bytes.split_first_chunk::<HEAD>() else {
+        let Some((head, shifts)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
             return Err(wrong("is too short"));
         };
         if head[..4] != MAGIC {
@@ -64,7 +64,8 @@ impl Offer {
         if regions > MAX_REGIONS || usize::from(head[24]) != regions || shifts.len() != regions {
             return Err(wrong("is for another machine"));
         }
-        if let Some(shift) = shifts.iter().find(|shift| !SHIFTS.contains(shift)) {
+        if let Some(shift) = shifts.iter().find(|shift| !(MIN_CHUNK_SHIFT..=MAX_CHUNK_SHIFT).contains(shift))
+        {
             return Err(wrong(&format!("has chunks of 2^{shift} bytes")));
         }
         let mut octets = [0; 16];

@@ -1,4 +1,4 @@
-//! What can be chosen.
+//! The options of the transport.
 
 use crate::chunks::DEFAULT_CHUNK;
 use crate::completions::Waiting;
@@ -6,23 +6,24 @@ use crate::completions::Waiting;
 /// Lanes that a source opens by default.
 pub const DEFAULT_LANES: u16 = 2;
 
-/// Work requests that a lane may have under way by default.
+/// Work requests that a lane may have in flight by default.
 pub const DEFAULT_DEPTH: u32 = 256;
 
-/// Choices of one side. Both sides may choose differently.
+/// The options of one side. Both sides may choose differently.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Queue pairs for writing; the source's choice. 0 for [`DEFAULT_LANES`].
+    /// Queue pairs for writing, at most [`MAX_LANES`](migration::transport::MAX_LANES). 0 for
+    /// [`DEFAULT_LANES`]. The source's choice counts.
     pub lanes: u16,
-    /// Work requests that a lane may have under way, at most what its queue holds ([`DEFAULT_DEPTH`], or the
-    /// device's limit); the source's choice. 0 for that.
+    /// Work requests that a lane may have in flight, at most what its queue holds: [`DEFAULT_DEPTH`], or the
+    /// device's limit if that is less. 0 for as many as the queue holds. The source's choice counts.
     pub depth: u32,
     /// How lanes wait for the device.
     pub waiting: Waiting,
-    /// Bytes of memory that are registered at a time; rounded up to a power of two and to whole pages of the
-    /// memory. The larger of both sides' is used.
+    /// Bytes of memory that are registered at a time, rounded up to a power of two, to whole pages of the
+    /// memory, and to [`MIN_CHUNK`](crate::MIN_CHUNK). The larger of both sides' choices counts.
     pub chunk: u64,
-    /// Do not pin memory where the device can do without.
+    /// Whether to leave memory unpinned where the device offers on-demand paging.
     pub on_demand: bool,
 }
 

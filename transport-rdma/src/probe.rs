@@ -57,8 +57,8 @@ pub struct Port {
     pub state: &'static str,
     /// "ethernet" (RoCE, iWARP) or "infiniband".
     pub link: &'static str,
-    /// Bytes of payload in a packet, now and at best. 1024 on RoCE means that the network interface has an MTU of
-    /// 1500.
+    /// Bytes of payload in a packet, now and at best. 1024 on RoCE means that the network interface has an
+    /// MTU of 1500.
     pub mtu: u32,
     /// See `mtu`.
     pub max_mtu: u32,
@@ -107,7 +107,7 @@ pub fn addresses(host: &Host) -> Vec<IpAddr> {
     found
 }
 
-/// Only the devices, without asking rdma_cm, which keeps a device open from then on.
+/// The devices alone. Does not ask rdma_cm, which keeps a device open from then on.
 ///
 /// # Errors
 /// Why there are none to be seen, and what to do.
@@ -138,6 +138,9 @@ pub fn devices() -> Result<Vec<Device>, String> {
     }
     Ok(devices)
 }
+
+/// Most entries of a port's table of addresses that are looked at.
+const MAX_GIDS: i32 = 1024;
 
 /// An open device.
 struct Opened {
@@ -173,7 +176,7 @@ fn device(api: &'static Api, raw: NonNull<ibv_device>) -> Device {
     let ports = (1..=u8::MAX).map_while(|number| port(&opened, &name, number)).collect();
     let abilities = abilities.map(|a| DeviceAbilities {
         max_regions: a.max_mr,
-        max_message: u64::from(a.max_message),
+        max_message: u64::from(a.max_message_bytes),
         on_demand: a.on_demand,
     });
     Device { name, abilities, ports }
@@ -194,7 +197,7 @@ fn port(device: &Opened, name: &str, number: u8) -> Option<Port> {
     const ETHERNET: u8 = 2;
     // The enumeration counts powers of two from 256 bytes on.
     let mtu = |code: u32| if (1..=5).contains(&code) { 128 << code } else { 0 };
-    let table = attributes.gid_tbl_len.clamp(0, 1024);
+    let table = attributes.gid_tbl_len.clamp(0, MAX_GIDS);
     Some(Port {
         number,
         active: attributes.state == ibv_port_state::IBV_PORT_ACTIVE,

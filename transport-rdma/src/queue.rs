@@ -2,13 +2,13 @@
 
 use crate::cm::CmId;
 use crate::completions::{CompletionQueue, Waiting};
-use crate::device::code;
-use crate::domain::Domain;
+use crate::device::verbs_result;
+use crate::domain::ProtectionDomain;
 use crate::unavailable;
+use crate::zeroed::Zeroed;
 use migration::transport::PlaneError;
 use rdma_sys::*;
 use std::io;
-use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
@@ -16,21 +16,27 @@ use std::sync::Arc;
 pub(crate) struct QueuePair {
     raw: *mut ibv_qp,
     id: Arc<CmId>,
-    domain: Arc<Domain>,
+    domain: Arc<ProtectionDomain>,
     /// After the pair itself is destroyed.
     completions: CompletionQueue,
 }
 
-// SAFETY: verbs on a queue pair are thread-safe; the pointer is valid until `drop`, which needs the last owner.
+// SAFETY: verbs on a queue pair are thread-safe; the pointer is valid until `drop`, which needs the last
+// owner.
 unsafe impl Send for QueuePair {}
 // SAFETY: as for Send.
 unsafe impl Sync for QueuePair {}
 
 impl QueuePair {
-    /// Makes a queue pair for `id`, with room for that many requests.
+    /// Makes a queue pair for `id`, with room for `sends` send requests and `receives` receive requests. Each
+    /// may have one scatter/gather element.
+    ///
+    /// # Errors
+    /// [`PlaneError::Unavailable`] or [`PlaneError::Io`] when the device has no more, or another one is asked
+    /// for than that of the domain.
     pub(crate) fn new(
         id: Arc<CmId>,
-        domain: &Arc<Domain>,
+        domain: &Arc<ProtectionDomain>,
         sends: u32,
         receives: u32,
         waiting: Waiting,
@@ -42,8 +48,7 @@ impl QueuePair {
             )));
         }
         let completions = CompletionQueue::new(domain, sends + receives, waiting)?;
-        // SAFETY: plain data, for which zeros are valid.
-        let mut attributes: ibv_qp_init_attr = unsafe { mem::zeroed() };
+        let mut attributes = ibv_qp_init_attr::zeroed();
         attributes.send_cq = completions.raw();
         attributes.recv_cq = completions.raw();
         attributes.qp_type = ibv_qp_type::IBV_QPT_RC;
@@ -66,7 +71,10 @@ impl QueuePair {
         &self.completions
     }
 
-    /// Posts a chain of sends.
+    /// Posts a chain of send requests.
+    ///
+    /// # Errors
+    /// When the device refuses one of them; those before it have been taken.
     ///
     /// # Safety
     /// The chain must be well-formed; what its entries point to must be registered in the pair's domain and
@@ -74,7 +82,7 @@ impl QueuePair {
     pub(crate) unsafe fn post_send(&self, first: *mut ibv_send_wr) -> io::Result<()> {
         let mut bad = ptr::null_mut();
         // SAFETY: the pair is valid, and the caller vouches for the chain.
-        code(unsafe { ibv_post_send(self.raw, first, &mut bad) })
+        verbs_result(unsafe { ibv_post_send(self.raw, first, &mut bad) })
     }
 
     /// Posts one message, which leaves a completion with this number.
@@ -82,8 +90,7 @@ impl QueuePair {
     /// # Safety
     /// The message's buffer must be registered and be left alone until the request is complete.
     pub(crate) unsafe fn post_message(&self, id: u64, mut message: ibv_sge) -> io::Result<()> {
-        // SAFETY: plain data, for which zeros are valid.
-        let mut request: ibv_send_wr = unsafe { mem::zeroed() };
+        let mut request = ibv_send_wr::zeroed();
         request.wr_id = id;
         request.sg_list = &mut message;
         request.num_sge = 1;
@@ -101,7 +108,7 @@ impl QueuePair {
         let mut request = ibv_recv_wr { wr_id: id, next: ptr::null_mut(), sg_list: &mut buffer, num_sge: 1 };
         let mut bad = ptr::null_mut();
         // SAFETY: the pair is valid, the request is a chain of one, and the caller vouches for the buffer.
-        code(unsafe { ibv_post_recv(self.raw, &mut request, &mut bad) })
+        verbs_result(unsafe { ibv_post_recv(self.raw, &mut request, &mut bad) })
     }
 
     /// Takes the pair out of service, for good and at once.
@@ -114,16 +121,13 @@ impl QueuePair {
     /// # Errors
     /// When the device says no, and the pair may be alive.
     pub(crate) fn reset(&self) -> io::Result<()> {
-        // SAFETY: plain data, for which zeros are valid.
-        let mut attributes: ibv_qp_attr = unsafe { mem::zeroed() };
+        let mut attributes = ibv_qp_attr::zeroed();
         attributes.qp_state = ibv_qp_state::IBV_QPS_RESET;
         let mask = ibv_qp_attr_mask::IBV_QP_STATE.0 as i32;
         // SAFETY: the pair is valid; the mask says that only the state is read.
-        code(unsafe { (self.domain.api().ibv_modify_qp)(self.raw, &mut attributes, mask) })
+        verbs_result(unsafe { (self.domain.api().ibv_modify_qp)(self.raw, &mut attributes, mask) })
     }
-}
 
-impl QueuePair {
     /// Destroys the pair. Once this has succeeded the device does nothing for it any more, as after
     /// [`reset`](Self::reset).
     ///
@@ -137,9 +141,9 @@ impl QueuePair {
         if self.raw.is_null() {
             return Ok(());
         }
-        // SAFETY: whoever calls is the pair's only owner, and nobody uses it after this; `rdma_destroy_qp` would
-        // destroy it in the same way.
-        code(unsafe { (self.domain.api().ibv_destroy_qp)(self.raw) })?;
+        // SAFETY: whoever calls is the pair's only owner, and nobody uses it after this; `rdma_destroy_qp`
+        // would destroy it in the same way.
+        verbs_result(unsafe { (self.domain.api().ibv_destroy_qp)(self.raw) })?;
         self.raw = ptr::null_mut();
         // SAFETY: the identifier is valid; this tells librdmacm that it has no queue pair any more.
         unsafe { (*self.id.raw()).qp = ptr::null_mut() };
@@ -149,9 +153,9 @@ impl QueuePair {
 
 impl Drop for QueuePair {
     fn drop(&mut self) {
-        // Where it fails the device is gone; librdmacm shall not try again with a pair that nobody has in hand.
+        // Where it fails the device is gone. Then librdmacm must not try again with a pair that nobody owns.
         if self.destroy_raw().is_err() {
-            // SAFETY: the identifier is valid.
+            // SAFETY: the identifier is valid, since the pair holds it.
             unsafe { (*self.id.raw()).qp = ptr::null_mut() };
         }
     }

@@ -3,10 +3,12 @@
 use crate::api::Api;
 use std::thread;
 
-/// Does, in a thread of its own, what the first use of RDMA in a process begins with: loads the libraries, and has
-/// them look for devices, for which they load every provider that is installed. That needs nothing of a migration,
-/// so it can be done while a destination waits for a guest, or a source for its destination. What is wrong is said
-/// to whoever asks for RDMA in earnest.
+/// Loads the RDMA libraries, and has them look for devices, in a thread of its own. For that they load every
+/// provider that is installed.
+///
+/// The first use of RDMA in a process begins with this, and takes the longer for it. It needs nothing of a
+/// migration, so it can be done while a destination waits for a guest, or a source for its destination. What
+/// fails here fails again at the first use, which says what is missing.
 ///
 /// No device stays open: one that comes or goes afterwards is seen.
 pub fn warm_up() {

@@ -5,7 +5,7 @@ mod common;
 use common::Devices;
 use migration::conformance::Bed;
 use migration::conformance::bed::{extent, resident, scramble};
-use transport_rdma::{DEFAULT_CHUNK, MIN_CHUNK, Options, Waiting};
+use whimbrel_transport_rdma::{DEFAULT_CHUNK, MIN_CHUNK, Options, Waiting};
 
 /// Pinning makes memory exist, so only chunks that are written to are pinned: on both sides.
 #[test]

@@ -9,8 +9,8 @@ use migration::memory::Ram;
 use std::io;
 use std::sync::Arc;
 
-/// RAM that this process can neither read nor write, until this is dropped. Nor can the kernel on its behalf: a
-/// system call that copies from or to it fails. What a device has pinned it reaches all the same.
+/// RAM that this process can neither read nor write, until this is dropped. Nor can the kernel on its behalf:
+/// a system call that copies from or to it fails. What a device has pinned it reaches all the same.
 struct Untouchable(Arc<Ram>);
 
 impl Untouchable {
@@ -28,8 +28,8 @@ impl Drop for Untouchable {
 
 fn protect(ram: &Ram, access: i32) {
     for region in ram.regions() {
-        // SAFETY: the region is a mapping of its own, to which nobody holds references; whoever dereferences a
-        // pointer to it meanwhile gets a signal, which is what this test is about.
+        // SAFETY: the region is a mapping of its own, to which nobody holds references; whoever dereferences
+        // a pointer to it meanwhile gets a signal, which is what this test is about.
         let result = unsafe { libc::mprotect(region.address().cast(), region.len() as usize, access) };
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
     }

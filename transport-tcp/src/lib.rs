@@ -1,11 +1,11 @@
 //! Migration over TCP: the control link, and a data plane of N streams.
 //!
 //! One port of the destination takes all connections; their preambles tell them apart
-//! ([`listener`]). What travels in a data stream is told in [`frame`].
+//! ([`listener`]). [`frame`] describes what travels in a data stream.
 //!
-//! A program that makes its connections by itself hands them over: the control link's to [`StreamLink`], the
-//! lanes' to [`TcpSource::from_streams`], [`TcpDestination::from_streams`] or a [`LaneAcceptor`]. They may be
-//! stream sockets of any family.
+//! A program that makes its connections by itself hands them over: the control link's to [`StreamLink`], and
+//! the lanes' to [`TcpSource::from_streams`], [`TcpDestination::from_streams`] or a [`LaneAcceptor`]. They
+//! may be stream sockets of any family.
 
 mod acceptor;
 mod destination;

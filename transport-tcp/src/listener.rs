@@ -1,8 +1,8 @@
 //! One port for everything.
 //!
-//! Each accepted connection gets a short-lived thread that reads its preamble, so that a caller who
-//! says nothing delays nobody else; their number and their patience are bounded. A control connection
-//! becomes a session, if there is room for one more; a data connection goes to the session of its token.
+//! Each accepted connection gets a short-lived thread that reads its preamble, so that a silent caller delays
+//! nobody else. The number of these threads, and how long they wait, are bounded. A control connection
+//! becomes a session if there is room for one more. A data connection goes to the session of its token.
 
 use crate::Error;
 use crate::acceptor::LaneAcceptor;
@@ -216,7 +216,8 @@ impl Shared {
         // Without a thread the connection is closed, as if there were too many.
         let _ = thread::Builder::new().name("preamble".into()).spawn(move || {
             let _pending = pending;
-            // A caller that breaks off or talks nonsense is no event for us: it was told, if it listens.
+            // A caller that breaks off or sends nonsense needs no report here. It has been answered, if it
+            // listens.
             let _ = shared.admit(stream, peer);
         });
     }

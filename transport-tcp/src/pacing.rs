@@ -1,25 +1,25 @@
-//! No pacing where nothing is gained by it.
+//! Avoids pacing where it gains nothing.
 //!
-//! BBR sends by a clock: the kernel arms a timer for every few packets, so that a long line's queues stay
-//! short. On a line that is short anyway the timers are all there is to it, and they are not cheap. Over
-//! loopback in a virtual machine, where arming one leaves the machine, they took half of what a migration can
-//! carry; see `docs/measurements.md`. So data streams of a host whose default is BBR take another algorithm
-//! if their peer is near. Every other default stays, as a network may depend on it (DCTCP), and so does BBR
-//! on long lines.
+//! BBR sends by a clock: the kernel sets a timer for every few packets, so that the queues of a long line
+//! stay short. On a short line there are no such queues, and the timers only cost. Over loopback in a virtual
+//! machine, where setting one leaves the machine, they took half of what a migration can carry; see
+//! `docs/measurements.md`. So data streams of a host whose default is BBR use another algorithm if their peer
+//! is near. Every other default stays, because a network may depend on it (DCTCP), and so does BBR on long
+//! lines.
 
 use socket2::Socket;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-/// Up to this round trip a peer is near: within a site, where queues are short.
+/// A peer is near up to this round trip: within a site, where queues are short.
 const NEAR: Duration = Duration::from_millis(2);
 
-/// Instead of BBR, best first: Linux's usual choice, and the one that everybody may choose.
+/// What replaces BBR, best first: Linux's usual choice, and the one that every user may choose.
 const UNPACED: [&[u8]; 2] = [b"cubic", b"reno"];
 
-/// Stops pacing on a connection that has had its first exchange, if it paces for nothing. What cannot be
-/// found out or changed stays as it is: that is slower, and works.
+/// Stops pacing on a connection that has had its first exchange, if pacing gains nothing there. If the round
+/// trip is unknown, or the algorithm cannot be changed, the connection stays as it is: slower, but working.
 pub fn stop_if_near(socket: &Socket) {
     let paces = socket.tcp_congestion().is_ok_and(|name| name.starts_with(b"bbr"));
     if paces && least_round_trip(socket).is_ok_and(|time| time <= NEAR) {

@@ -1,23 +1,23 @@
-//! Placing what arrives in guest RAM, with as little work as the kernel lets us.
+//! Places what arrives in guest RAM, with as little work as the kernel allows.
 //!
-//! **Memory that exists** is received into through its mapping: one copy, from the socket's buffers to
-//! the guest's page.
+//! **Memory that exists** is received into through its mapping: one copy, from the socket's buffers to the
+//! guest's page.
 //!
-//! **Memory that does not exist yet** would be made to by a page fault for each page, and cleared, only to
-//! be overwritten at once. So large extents of it are written to the memfd as to a file instead, by `splice`
-//! through a pipe: the kernel then allocates a page knowing that all of it will be written. It is the same
-//! single copy, without the fault and without the clearing.
+//! **Memory that does not exist yet** would need a page fault for each page, which clears the page only for
+//! it to be overwritten at once. So large extents of such memory are written to the memfd as to a file, by
+//! `splice` through a pipe. The kernel then allocates a page knowing that all of it will be written. This is
+//! the same single copy, without the fault and without the clearing.
 //!
-//! The kernel lets one thread at a time write to a file, and lets the others spin for their turn. So guest
-//! RAM is in several files, and the source sends from each in turn; and a stream that finds another one at
-//! its file does not wait: it has the extent's pages made in one go (`MADV_POPULATE_WRITE`, which spares the
-//! single faults and needs no such lock) and receives into them through the mapping. That is more work than
-//! writing the file, and less than an idle processor.
+//! The kernel lets only one thread at a time write to a file, and the others spin. So guest RAM is in several
+//! files, and the source sends from each in turn. A stream that finds another one at its file does not wait:
+//! it makes the extent's pages exist in one call (`MADV_POPULATE_WRITE`, which avoids the single faults and
+//! needs no such lock) and receives into them through the mapping. That is more work than writing the file,
+//! and better than an idle processor.
 //!
-//! **Low water.** A receiver that is woken for each 64 KiB spends as much on waking up as on copying. So in
-//! the middle of a large frame it asks to be woken for [`BATCH_BYTES`] bytes or more. It may ask so only
-//! while at least that many bytes of the frame are still to come, or it would sleep for ever over the frame's
-//! end.
+//! **Low water.** A receiver that is woken for each 64 KiB spends as much time on waking up as on copying. So
+//! in the middle of a large frame it asks to be woken for [`BATCH_BYTES`] bytes or more. It may do so only
+//! while at least that many bytes of the frame are still to come; otherwise it would sleep for ever over the
+//! frame's end.
 
 use crate::iovec::{self, MAX_IOVECS};
 use migration::memory::{Extent, PAGE_SIZE, Piece, Ram, RamRegion};
@@ -30,10 +30,10 @@ use std::sync::{Mutex, MutexGuard, TryLockError};
 /// Bytes to be woken for in the middle of a frame.
 const BATCH_BYTES: u64 = 512 << 10;
 
-/// From this length on it is worth asking whether an extent exists.
+/// From this length on, it is worth asking whether an extent exists.
 const MIN_SPLICE_BYTES: u64 = 64 << 10;
 
-/// Whose turn it is to write to each part of each region; shared by all streams of a session.
+/// Whose turn it is to write to each part of each region. All streams of a session share it.
 pub(crate) struct Turns(Vec<Vec<Mutex<()>>>);
 
 impl Turns {
@@ -46,7 +46,7 @@ impl Turns {
     fn try_take(&self, region: u32, part: usize) -> Option<MutexGuard<'_, ()>> {
         match self.0[region as usize][part].try_lock() {
             Ok(turn) => Some(turn),
-            // Whoever panicked with it writes no more.
+            // A stream that panicked with the turn writes no more.
             Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
@@ -105,7 +105,7 @@ impl Placer {
             }
         }
         self.receive(stream, &mut iovecs[..filled])?;
-        // The next frame's head is to be noticed at once.
+        // The next frame's head must be noticed at once.
         self.wake_at(stream, 1)
     }
 

@@ -1,9 +1,9 @@
 //! The source's streams.
 //!
-//! Large extents go by `sendfile` from the guest's memfd: the kernel puts references to the guest's
-//! own pages into the socket, and nothing is copied on this side. That a page may change before it
-//! leaves is within the contract. Small extents, and memory whose file cannot be sent (hugetlbfs), go
-//! by `sendmsg` from the mapping, many at a time.
+//! Large extents are sent with `sendfile` from the guest's memfd: the kernel puts references to the guest's
+//! own pages into the socket, and nothing is copied on this side. A page may change before it leaves; the
+//! contract allows that. Small extents, and memory whose file cannot be sent (hugetlbfs), are sent with
+//! `sendmsg` from the mapping, many at a time.
 
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::iovec::{self, MAX_IOVECS};
@@ -20,11 +20,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Streams that a source opens by default. Over loopback on two cores four carry 1.06 (1.01 to 1.23) of what
-/// two do to memory that is populated, and up to 1.6 of it to memory that is not; see `docs/measurements.md`.
+/// Streams that a source opens by default. Over loopback on two cores, four streams carry 1.06 times (1.01 to
+/// 1.23) as much as two to populated memory, and up to 1.6 times as much to memory that is not; see
+/// `docs/measurements.md`.
 pub const DEFAULT_STREAMS: u16 = 4;
 
-/// From this length on an extent goes by `sendfile`; below, the call costs more than the copy.
+/// From this length on, an extent is sent with `sendfile`; below it, the call costs more than the copy.
 const MIN_SENDFILE_BYTES: u64 = 32 << 10;
 
 /// Streams to the destination.
@@ -173,9 +174,9 @@ impl TcpLane {
         }
     }
 
-    /// Reads what the destination says once it has all that was sent before. The socket may hold megabytes of
-    /// that, so on a slow line the answer may be long in coming: only a peer that takes nothing for the time
-    /// that the stream waits is silent.
+    /// Reads the destination's answer, which comes once it has everything that was sent before. The socket
+    /// may hold megabytes of that, so on a slow line the answer may take long. A peer counts as silent only
+    /// if it accepts nothing during the time that the stream waits.
     fn read_patiently(&mut self, bytes: &mut [u8]) -> io::Result<()> {
         let mut unconfirmed = self.unconfirmed()?;
         let mut read = 0;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// How long a caller may take for its preamble.
 pub const MAX_PREAMBLE_WAIT: Duration = Duration::from_secs(5);
 
-/// How long the network of whoever has called may be gone before the connection counts as lost.
+/// How long a caller's network may be gone before the connection counts as lost.
 pub const MAX_SILENCE: Duration = Duration::from_secs(20);
 
 /// What the other end is called where it has no address.
@@ -50,9 +50,9 @@ macro_rules! impl_stream {
 
 impl_stream! { TcpStream UnixStream Socket }
 
-/// Prepares a socket. A write waits at most `silence`. Over TCP also: no Nagle, because a message that waits
-/// for another's acknowledgement costs 40 ms of blackout; keep-alive and user time-out, so that a peer whose
-/// network went away is noticed after `silence`, not after hours.
+/// Prepares a socket. A write waits at most `silence`. For TCP it also switches Nagle's algorithm off,
+/// because a message that waits for another's acknowledgement costs 40 ms of blackout, and sets keep-alive
+/// and the user time-out, so that a peer whose network has gone is noticed after `silence`, not after hours.
 pub fn prepare(socket: &Socket, silence: Duration) -> io::Result<()> {
     if socket.protocol()? == Some(Protocol::TCP) {
         socket.set_tcp_nodelay(true)?;

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::thread;
-use transport_tcp::{LaneAcceptor, Listener, TcpDestination, TcpSource};
+use whimbrel_transport_tcp::{LaneAcceptor, Listener, TcpDestination, TcpSource};
 
 struct Tcp(Listener);
 

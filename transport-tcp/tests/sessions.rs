@@ -10,7 +10,7 @@ use std::net::Ipv4Addr;
 use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
-use transport_tcp::{Call, Error, Listener, TcpDestination, TcpSource, connect_control};
+use whimbrel_transport_tcp::{Call, Error, Listener, TcpDestination, TcpSource, connect_control};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -18,7 +18,7 @@ fn listener(sessions: usize) -> Listener {
     Listener::bind_for(sessions, (Ipv4Addr::LOCALHOST, 0).into()).unwrap()
 }
 
-fn call(listener: &Listener, token: u8) -> Result<transport_tcp::Connection, Error> {
+fn call(listener: &Listener, token: u8) -> Result<whimbrel_transport_tcp::Connection, Error> {
     connect_control(&listener.local_addr().to_string(), Token([token; 16]), PATIENCE)
 }
 
@@ -56,9 +56,9 @@ fn machines_arrive_side_by_side() {
             .collect();
         receiving.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    for (number, arrival) in arrivals {
+    for (number, arrived) in arrivals {
         assert!(machines[number].changes() > 0, "memory did not change while it moved");
-        assert!(arrival.machine.runs && machines[number].equals(&arrival.machine.ram), "machine {number}");
+        assert!(arrived.runs && machines[number].equals(&arrived.ram), "machine {number}");
     }
 }
 

@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::thread;
 use std::time::Duration;
-use transport_tcp::{LaneAcceptor, Stream, StreamLink, TcpDestination, TcpSource};
+use whimbrel_transport_tcp::{LaneAcceptor, Stream, StreamLink, TcpDestination, TcpSource};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -31,7 +31,7 @@ fn moves<S: Stream + Into<OwnedFd> + 'static>(pair: impl Fn() -> (S, S)) {
     let (lanes, their_lanes): (Vec<S>, Vec<S>) = (0..3).map(|_| pair()).unzip();
     let machine = Memory::new(1);
     let token = Token([7; 16]);
-    let arrival = thread::scope(|scope| {
+    let arrived = thread::scope(|scope| {
         let destination = scope.spawn(|| {
             let mut link = StreamLink::accept(their_control, PATIENCE).unwrap();
             assert_eq!(link.token(), token, "the source has told its token");
@@ -44,7 +44,7 @@ fn moves<S: Stream + Into<OwnedFd> + 'static>(pair: impl Fn() -> (S, S)) {
         destination.join().unwrap().unwrap()
     });
     assert!(machine.changes() > 0, "memory did not change while it moved");
-    assert!(arrival.machine.runs && machine.equals(&arrival.machine.ram));
+    assert!(arrived.runs && machine.equals(&arrived.ram));
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn lanes_are_handed_over_when_they_come() {
     let token = Token([8; 16]);
     let acceptor = LaneAcceptor::new();
     let destination = TcpDestination::from_acceptor(&acceptor);
-    let arrival = thread::scope(|scope| {
+    let arrived = thread::scope(|scope| {
         let to = listener.local_addr().unwrap();
         scope.spawn(move || {
             for stream in listener.incoming().take(2) {
@@ -81,7 +81,7 @@ fn lanes_are_handed_over_when_they_come() {
         assert_eq!((report.verdict, report.failure), (Verdict::Moved, None));
         arrival.join().unwrap().unwrap()
     });
-    assert!(arrival.machine.runs && machine.equals(&arrival.machine.ram));
+    assert!(arrived.runs && machine.equals(&arrived.ram));
 }
 
 #[test]

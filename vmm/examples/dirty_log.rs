@@ -1,7 +1,7 @@
 //! What KVM's dirty log costs by the page on this machine: for `docs/cost-model.md`.
 //!
 //! ```sh
-//! cargo run --release -p vmm --example dirty_log
+//! cargo run --release -p whimbrel-vmm --example dirty_log
 //! ```
 //! Nothing of the machine's memory is mapped by KVM, so that clearing has no page to write-protect: what is measured
 //! is the calls and the bitmaps. The median of several repetitions, and the least in parentheses.
@@ -10,7 +10,7 @@ use migration::dirty::DirtySet;
 use migration::machine::SourceMachine;
 use std::error::Error;
 use std::time::Instant;
-use vmm::{Host, Machine, MachineConfig, SerialOutput};
+use whimbrel_vmm::{Host, Machine, MachineConfig, SerialOutput};
 
 const GIB: u64 = 1 << 30;
 

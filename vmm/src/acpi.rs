@@ -11,7 +11,8 @@
 //! | DSDT | the host bridge and its window, the serial port, the value for "soft off" |
 
 use crate::devices::{RESET_COMMAND, RESET_PORT, SERIAL_PORT};
-use crate::memory::{GuestMemory, layout};
+use crate::memory::GuestMemory;
+use crate::memory::layout::{self, RSDP};
 use crate::pci::CONFIG_ADDRESS_PORT;
 use crate::power::{CONTROL_PORT, EVENT_PORT, SCI, SOFT_OFF};
 use crate::serial;
@@ -28,8 +29,6 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, madt};
 use vm_memory::{Bytes, GuestAddress};
 
-/// Where the root pointer is: in the range that firmware without a better way is searched for it.
-pub const RSDP: GuestAddress = GuestAddress(0xe_0000);
 /// Where the tables follow, on the alignment that the FACS needs.
 const TABLES: u64 = RSDP.0 + 64;
 /// Where they must end: the legacy area does.

@@ -1,10 +1,10 @@
 //! What the destination must know of a machine before it can build its twin.
 
+use crate::component::{Error as StateError, strict};
 use crate::error::Error;
 use crate::machine::{Machine, MachineConfig};
 use crate::memory::PageSize;
 use crate::serial::SerialOutput;
-use crate::state::{Error as StateError, strict};
 use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};

@@ -12,11 +12,12 @@
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
 
 use crate::error::Error;
+use crate::lock::lock;
 use crate::pci::{Bus, CONFIG_ADDRESS_PORT, Function};
-use crate::power::{self, Power};
+use crate::power::{self, Power, Request};
 use crate::serial::SerialPort;
 use crate::virtio::{VirtioDevice, VirtioFunction};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// First port of the serial port's eight.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -24,15 +25,6 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const RESET_PORT: u16 = 0x64;
 /// The command that pulses the CPU's reset line.
 pub const RESET_COMMAND: u8 = 0xfe;
-
-/// What a write asks of the machine as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// Start over.
-    Reset,
-    /// End.
-    PowerOff,
-}
 
 /// All devices that are not KVM's.
 pub struct Devices {
@@ -133,7 +125,7 @@ impl Devices {
     }
 
     fn running(&self) -> MutexGuard<'_, bool> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.running)
     }
 
     /// Tells the network that the guest is here, unless it is paused. A pause waits for this: once

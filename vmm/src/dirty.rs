@@ -4,17 +4,17 @@
 //! range just before they are read: a page is write-protected for as short a time as can be, and
 //! starting to track write-protects nothing at all, since every page counts as dirty at first.
 
-use crate::error::{Error, What};
-use crate::ioctl;
-use crate::machine::set_memory_slot;
-use crate::memory::GuestRam;
+use crate::error::Error;
+use crate::ioctl::{self, KvmContext, KvmError};
+use crate::lock::lock;
+use crate::memory::{GuestRam, slot};
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
 use migration::dirty::DirtySet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Dirty tracking of one machine.
 pub(crate) struct DirtyTracking {
@@ -37,19 +37,19 @@ impl DirtyTracking {
         }
         let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         cap.args[0] = u64::from(wanted);
-        vm.enable_cap(&cap).what("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")?;
+        vm.enable_cap(&cap).context("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")?;
         Ok(DirtyTracking { vm: vm.clone(), scratch: Mutex::new(Vec::new()) })
     }
 
     /// Starts tracking; every page counts as dirty. Starting again starts afresh.
-    pub fn start(&self, ram: &GuestRam) -> Result<(), Error> {
+    pub fn start(&self, ram: &GuestRam) -> Result<(), KvmError> {
         let largest = ram.ram().regions().iter().map(|r| r.pages().div_ceil(64)).max().unwrap_or(0);
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = lock(&self.scratch);
         *scratch = vec![0; largest as usize];
         for region in 0..ram.ram().regions().len() {
             // Off and on again: KVM makes a new log, all set, only then.
-            set_memory_slot(&self.vm, ram, region, 0)?;
-            set_memory_slot(&self.vm, ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
+            slot::set(&self.vm, ram, region, 0)?;
+            slot::set(&self.vm, ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
             if let Some(log) = ram.write_log(region) {
                 // Nothing is lost: KVM's log says "dirty" for every page from here on.
                 log.reset();
@@ -59,18 +59,18 @@ impl DirtyTracking {
     }
 
     /// Stops tracking.
-    pub fn stop(&self, ram: &GuestRam) -> Result<(), Error> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn stop(&self, ram: &GuestRam) -> Result<(), KvmError> {
+        let mut scratch = lock(&self.scratch);
         *scratch = Vec::new();
-        (0..ram.ram().regions().len()).try_for_each(|region| set_memory_slot(&self.vm, ram, region, 0))
+        slot::set_all(&self.vm, ram)
     }
 
     /// Adds every page written since it was last cleared. Allocates nothing.
-    pub fn collect(&self, ram: &GuestRam, set: &mut DirtySet) -> Result<(), Error> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn collect(&self, ram: &GuestRam, set: &mut DirtySet) -> Result<(), KvmError> {
+        let mut scratch = lock(&self.scratch);
         for (number, region) in ram.ram().regions().iter().enumerate().take(set.regions()) {
             ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
-                .what("KVM_GET_DIRTY_LOG")?;
+                .context("KVM_GET_DIRTY_LOG")?;
             let words = set.words_mut(number);
             words.iter_mut().zip(scratch.iter()).for_each(|(out, word)| *out |= word);
             if let Some(log) = ram.write_log(number) {
@@ -81,18 +81,26 @@ impl DirtyTracking {
     }
 
     /// Clears the pages of `words`, whose first is page `first_page`, a multiple of 64.
-    pub fn clear(&self, ram: &GuestRam, region: usize, first_page: u64, words: &[u64]) -> Result<(), Error> {
+    pub fn clear(
+        &self,
+        ram: &GuestRam,
+        region: usize,
+        first_page: u64,
+        words: &[u64],
+    ) -> Result<(), KvmError> {
         let out_of_range = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
         let total = ram.ram().regions().get(region).map_or(0, |r| r.pages());
         let pages = total.saturating_sub(first_page).min(words.len() as u64 * 64);
         if pages == 0 || !first_page.is_multiple_of(64) {
-            return Err(out_of_range()).what("a range of pages to clear that lies outside guest memory");
+            let call = "a range of pages to clear that lies outside guest memory";
+            return Err(KvmError { call, source: out_of_range() });
         }
         // The VMM's own log first: a write between the two is then at worst sent twice.
         if let Some(log) = ram.write_log(region) {
             log.clear(first_page, words);
         }
-        let pages = u32::try_from(pages).map_err(|_| out_of_range()).what("KVM_CLEAR_DIRTY_LOG")?;
-        ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words).what("KVM_CLEAR_DIRTY_LOG")
+        let pages = u32::try_from(pages).map_err(|_| out_of_range()).context("KVM_CLEAR_DIRTY_LOG")?;
+        ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
+            .context("KVM_CLEAR_DIRTY_LOG")
     }
 }

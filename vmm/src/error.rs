@@ -1,6 +1,9 @@
 //! What can go wrong with a machine.
 
-use crate::{cpuid, loader, machine::Outcome, memory, state, virtio};
+use crate::component;
+use crate::ioctl::KvmError;
+use crate::vcpu::outcome::Outcome;
+use crate::{cpuid, loader, memory, serial, virtio};
 use migration::{Code, Failure};
 use std::io;
 
@@ -35,26 +38,16 @@ pub enum Error {
     Loader(#[from] loader::Error),
     /// Saved state that cannot be used.
     #[error(transparent)]
-    State(#[from] state::Error),
+    State(#[from] component::Error),
     /// A CPU that cannot stand in for the one the guest was promised.
     #[error(transparent)]
     Cpu(#[from] cpuid::Incompatible),
     /// KVM refused a call.
-    #[error("KVM refused {what}: {source}")]
-    Kvm {
-        /// The call.
-        what: &'static str,
-        /// What it said.
-        source: io::Error,
-    },
-    /// The serial port's output or input.
-    #[error("cannot use {path} for the serial port: {source}")]
-    Serial {
-        /// The file.
-        path: String,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The serial port's output.
+    #[error(transparent)]
+    Serial(#[from] serial::OpenError),
     /// A console's output or input.
     #[error("cannot use {path} for the console: {source}")]
     Console {
@@ -99,7 +92,7 @@ impl Error {
             Error::VcpuCount { .. } | Error::Cpu(_) => Code::CPU,
             Error::Memory(_) => Code::MEMORY,
             Error::Loader(_) | Error::NotPaused => Code::OTHER,
-            Error::State(_) | Error::Kvm { .. } => Code::STATE,
+            Error::State(_) | Error::Kvm(_) => Code::STATE,
             Error::Disk(
                 virtio::block::Error::Held { .. }
                 | virtio::block::Error::UsedElsewhere { .. }
@@ -109,7 +102,7 @@ impl Error {
             ) => Code::DISKS,
             Error::Disk(_)
             | Error::Net(_)
-            | Error::Serial { .. }
+            | Error::Serial(_)
             | Error::Console { .. }
             | Error::DeviceCount { .. } => Code::DEVICE,
             Error::Ended(_) | Error::Stopped => Code::GUEST_ENDED,
@@ -120,23 +113,5 @@ impl Error {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Failure::new(error.code(), error)
-    }
-}
-
-/// Names the KVM call that failed.
-pub(crate) trait What<T> {
-    /// Turns the error into [`Error::Kvm`] for the call `what`.
-    fn what(self, what: &'static str) -> Result<T, Error>;
-}
-
-impl<T> What<T> for Result<T, kvm_ioctls::Error> {
-    fn what(self, what: &'static str) -> Result<T, Error> {
-        self.map_err(|error| Error::Kvm { what, source: io::Error::from_raw_os_error(error.errno()) })
-    }
-}
-
-impl<T> What<T> for io::Result<T> {
-    fn what(self, what: &'static str) -> Result<T, Error> {
-        self.map_err(|source| Error::Kvm { what, source })
     }
 }

@@ -22,8 +22,9 @@ const REQUIRED: &[(Cap, &str)] = &[
     (Cap::AdjustClock, "an adjustable kvmclock"),
 ];
 
-/// Local APIC IDs are eight bits in the MP table, 255 is broadcast, and the IOAPIC takes one.
-const MAX_VCPUS: usize = 254;
+/// Most vCPUs a machine can have anywhere: local APIC IDs are eight bits in the MP table, 255 is broadcast,
+/// and the IOAPIC takes one.
+pub const MAX_VCPUS: u8 = 254;
 
 /// /dev/kvm, open, with everything this crate needs.
 pub struct Host {
@@ -56,7 +57,7 @@ impl Host {
     /// Most vCPUs a machine can have here.
     pub fn most_vcpus(&self) -> u8 {
         // The `min` keeps it within a byte.
-        self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()).clamp(1, MAX_VCPUS) as u8
+        self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()).clamp(1, MAX_VCPUS.into()) as u8
     }
 
     /// Checks a number of vCPUs.

@@ -7,9 +7,9 @@ use crate::guest::{self, When};
 use crate::host::Host;
 use crate::machine::Machine;
 use crate::serial::SerialOutput;
-use crate::state::msr;
+use crate::vcpu::msr;
 use crate::virtio::LocalConfig;
-use migration::machine::{DestinationHost, DestinationMachine};
+use migration::machine::{Arbiter, DestinationHost, DestinationMachine};
 use migration::memory::{Ram, RegionLayout};
 use migration::{Code, Failure};
 use std::sync::Arc;
@@ -46,7 +46,8 @@ impl IncomingHost {
 
     fn shadow(&self, description: &[u8], layout: &[RegionLayout]) -> Result<Machine, Failure> {
         let description = Description::decode(description)?;
-        let missing = cpuid::missing_features(description.cpuid(), &cpuid::baseline(self.host.kvm())?);
+        let ours = cpuid::baseline(self.host.kvm()).map_err(Error::from)?;
+        let missing = cpuid::missing_features(description.cpuid(), &ours);
         if !missing.is_empty() {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }
@@ -106,8 +107,13 @@ impl DestinationMachine for IncomingMachine {
         Ok(self.machine.load(state)?)
     }
 
-    fn take_disks(&mut self) -> Result<(), Failure> {
-        Ok(self.machine.take_disk_locks()?)
+    fn memory_is_zero(&self) -> bool {
+        // Its memfds are new, and only a boot would write to them.
+        true
+    }
+
+    fn arbiter(&self) -> Option<&dyn Arbiter> {
+        Some(&*self.machine)
     }
 
     fn run(&mut self) -> Result<(), Failure> {
@@ -118,7 +124,8 @@ impl DestinationMachine for IncomingMachine {
         self.machine.announce();
     }
 
-    fn testimony(&mut self) -> Option<String> {
+    /// What the guest says of its move, as JSON, if it keeps such a record.
+    fn after_run(&mut self) -> Option<String> {
         guest::testimony(self.machine.memory())?;
         std::thread::sleep(AFTERMATH);
         guest::set_phase(self.machine.memory(), When::After);

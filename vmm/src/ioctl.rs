@@ -1,5 +1,5 @@
 //! The KVM calls that kvm-ioctls does not have on x86, and those that it has only in a form that
-//! allocates on every call.
+//! allocates on every call; and the error that every refused KVM call becomes.
 
 use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -15,6 +15,34 @@ ioctl_iow_nr!(KVM_SET_XSAVE, KVMIO, 0xa5, kvm_xsave);
 ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kvm_xsave);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+
+/// KVM refused a call.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM refused {call}: {source}")]
+pub struct KvmError {
+    /// The call.
+    pub call: &'static str,
+    /// What it said.
+    pub source: io::Error,
+}
+
+/// Names the KVM call that failed.
+pub(crate) trait KvmContext<T> {
+    /// Turns the error into a [`KvmError`] that names `call`.
+    fn context(self, call: &'static str) -> Result<T, KvmError>;
+}
+
+impl<T> KvmContext<T> for Result<T, kvm_ioctls::Error> {
+    fn context(self, call: &'static str) -> Result<T, KvmError> {
+        self.map_err(|error| KvmError { call, source: io::Error::from_raw_os_error(error.errno()) })
+    }
+}
+
+impl<T> KvmContext<T> for io::Result<T> {
+    fn context(self, call: &'static str) -> Result<T, KvmError> {
+        self.map_err(|source| KvmError { call, source })
+    }
+}
 
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -5,8 +5,8 @@
 //! [`incoming`] builds what the engine moves in.
 
 pub mod acpi;
-pub mod announce;
 pub mod boot_disk;
+pub mod component;
 pub mod cpuid;
 mod description;
 pub mod devices;
@@ -17,6 +17,7 @@ pub mod host;
 pub mod incoming;
 mod ioctl;
 pub mod loader;
+mod lock;
 pub mod machine;
 pub mod memory;
 mod outgoing;
@@ -31,7 +32,9 @@ pub mod virtio;
 
 pub use error::Error;
 pub use host::Host;
+pub use ioctl::KvmError;
 pub use loader::{Boot, Image};
-pub use machine::{Crash, Machine, MachineConfig, Outcome};
+pub use machine::{Machine, MachineConfig};
 pub use memory::PageSize;
 pub use serial::SerialOutput;
+pub use vcpu::outcome::{Crash, Outcome};

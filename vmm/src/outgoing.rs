@@ -3,10 +3,11 @@
 use crate::description::Description;
 use crate::error::Error;
 use crate::guest::{self, When};
-use crate::machine::{Crash, Machine, Outcome};
+use crate::machine::Machine;
+use crate::vcpu::outcome::{Crash, Outcome};
 use migration::Failure;
 use migration::dirty::DirtySet;
-use migration::machine::SourceMachine;
+use migration::machine::{Arbiter, SourceMachine};
 use migration::memory::Ram;
 use std::sync::Arc;
 
@@ -34,19 +35,19 @@ impl SourceMachine for Machine {
     }
 
     fn start_tracking(&self) -> Result<(), Failure> {
-        Ok(self.tracking.start(self.memory())?)
+        Ok(self.tracking.start(self.memory()).map_err(Error::from)?)
     }
 
     fn stop_tracking(&self) -> Result<(), Failure> {
-        Ok(self.tracking.stop(self.memory())?)
+        Ok(self.tracking.stop(self.memory()).map_err(Error::from)?)
     }
 
     fn collect_dirty(&self, set: &mut DirtySet) -> Result<(), Failure> {
-        Ok(self.tracking.collect(self.memory(), set)?)
+        Ok(self.tracking.collect(self.memory(), set).map_err(Error::from)?)
     }
 
     fn clear_dirty(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), Failure> {
-        Ok(self.tracking.clear(self.memory(), region, first_page, words)?)
+        Ok(self.tracking.clear(self.memory(), region, first_page, words).map_err(Error::from)?)
     }
 
     fn pause(&self) -> Result<(), Failure> {
@@ -67,21 +68,29 @@ impl SourceMachine for Machine {
         Ok(Machine::save(self)?)
     }
 
-    fn has_arbiter(&self) -> bool {
-        Machine::disk_locks_decide(self)
+    fn arbiter(&self) -> Option<&dyn Arbiter> {
+        Some(self)
     }
 
-    fn release_disks(&self) -> Result<(), Failure> {
-        Ok(Machine::release_disk_locks(self)?)
-    }
-
-    fn take_disks(&self) -> Result<(), Failure> {
-        Ok(Machine::take_disk_locks(self)?)
-    }
-
-    fn switchover_begins(&self) {
+    fn before_pause(&self) {
         // What is durable before the pause need not be made so during it.
         self.shared.devices.flush_disks();
         guest::set_phase(self.memory(), When::During);
+    }
+}
+
+/// The locks of all disks. Of one that cannot decide anything, such as a local block device, what was written
+/// is made durable all the same, and it is given up with the others.
+impl Arbiter for Machine {
+    fn decides(&self) -> bool {
+        self.disk_locks_decide()
+    }
+
+    fn release(&self) -> Result<(), Failure> {
+        Ok(self.release_disk_locks()?)
+    }
+
+    fn take(&self) -> Result<(), Failure> {
+        Ok(self.take_disk_locks()?)
     }
 }

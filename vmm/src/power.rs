@@ -8,9 +8,9 @@
 //!
 //! An event that is enabled holds ACPI's interrupt line up until the guest has cleared it.
 
-use crate::devices::Request;
+use crate::lock::lock;
 use serde::{Deserialize, Serialize};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// First port of the PM1 event registers.
 pub const EVENT_PORT: u16 = 0x600;
@@ -30,6 +30,15 @@ const POWER_BUTTON: u16 = 1 << 8;
 
 /// In PM1 control: events raise the SCI. Always set, as there is no other mode.
 const SCI_ENABLE: u16 = 1;
+
+/// What a write asks of the machine as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Start over.
+    Reset,
+    /// End.
+    PowerOff,
+}
 
 /// The registers as they are saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +71,7 @@ impl Power {
     }
 
     fn lock(&self) -> MutexGuard<'_, PowerState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Presses the power button. False if the guest does not listen to it, and nothing was done.

@@ -8,7 +8,7 @@ mod output;
 
 pub use output::Output;
 
-use crate::error::Error;
+use crate::lock::lock;
 use input::Gate;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use vm_superio::serial::SerialState as Registers;
 use vm_superio::{Serial, Trigger};
 
@@ -51,6 +51,16 @@ impl SerialOutput {
             SerialOutput::Null => ("nowhere".into(), Ok(Output::null())),
         }
     }
+}
+
+/// The output of the port cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use {path} for the serial port: {source}")]
+pub struct OpenError {
+    /// The file.
+    pub path: String,
+    /// What the system said.
+    pub source: io::Error,
 }
 
 /// The port's interrupt line.
@@ -100,19 +110,14 @@ pub struct SerialState {
     input: Vec<u8>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing that holds these locks can leave what they protect half changed.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl SerialPort {
     /// A port with its registers at reset.
     ///
     /// # Errors
-    /// [`Error::Serial`] if the output cannot be opened.
-    pub fn new(vm: Arc<VmFd>, output: &SerialOutput) -> Result<Self, Error> {
+    /// If the output cannot be opened.
+    pub fn new(vm: Arc<VmFd>, output: &SerialOutput) -> Result<Self, OpenError> {
         let (path, output) = output.open();
-        let output = output.map_err(|source| Error::Serial { path, source })?;
+        let output = output.map_err(|source| OpenError { path, source })?;
         let line = Arc::new(Line { vm, live: AtomicBool::new(true) });
         let gate = Gate::default();
         let port = Serial::with_events(LineTrigger(line.clone()), gate.clone(), output.clone());
@@ -140,15 +145,15 @@ impl SerialPort {
     /// room for: what the port has goes along with its state, what it has not is still in the input.
     ///
     /// # Errors
-    /// [`Error::Thread`] if the thread cannot be started.
+    /// If the thread cannot be started.
     pub fn attach_input(
         &self,
         input: File,
         filter: impl FnMut(u8) -> Option<u8> + Send + 'static,
-    ) -> Result<(), Error> {
+    ) -> io::Result<()> {
         let (port, gate) = (Arc::downgrade(&self.port), self.gate.clone());
         let feed = move || input::feed(&port, &gate, input, filter);
-        std::thread::Builder::new().name("serial-input".into()).spawn(feed).map_err(Error::Thread)?;
+        std::thread::Builder::new().name("serial-input".into()).spawn(feed)?;
         Ok(())
     }
 

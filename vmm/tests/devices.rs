@@ -9,10 +9,10 @@ use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use migration::{Code, Failure};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
-use vmm::virtio::block::{BlockConfig, Images};
-use vmm::virtio::{DeviceConfig, LocalConfig};
-use vmm::{Machine, SerialOutput};
+use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
+use whimbrel_vmm::virtio::block::{BlockConfig, Images};
+use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
+use whimbrel_vmm::{Machine, SerialOutput};
 
 const LEN: u64 = 4 << 20;
 
@@ -30,6 +30,11 @@ fn disk(folder: &Path, name: &str) -> DeviceConfig {
     }
 }
 
+/// The code of what the engine is told when the disks are not to be had.
+fn refusal(taken: Result<(), whimbrel_vmm::Error>) -> Code {
+    Failure::from(taken.unwrap_err()).code
+}
+
 /// A host that takes in guests with disks below these folders.
 fn host(folders: &[&Path]) -> IncomingHost {
     let images = Images::Below(folders.iter().map(PathBuf::from).collect());
@@ -44,7 +49,7 @@ fn shadow(source: &Machine, folders: &[&Path]) -> Result<IncomingMachine, Failur
 
 /// The parts in which two states of one vCPU differ, time aside.
 fn differences(a: &[u8], b: &[u8]) -> Vec<String> {
-    let (a, b) = (vmm::state::timeless(a, 1).unwrap(), vmm::state::timeless(b, 1).unwrap());
+    let (a, b) = (whimbrel_vmm::state::timeless(a, 1).unwrap(), whimbrel_vmm::state::timeless(b, 1).unwrap());
     assert_eq!(a.len(), b.len());
     a.into_iter().zip(b).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
@@ -58,8 +63,8 @@ fn hop(source: &Machine, folders: &[&Path]) -> Arc<Machine> {
     target.load(&saved).unwrap();
     let again = target.machine().save().unwrap();
     assert_eq!(differences(&saved, &again), [""; 0], "saved, loaded and saved again");
-    SourceMachine::release_disks(source).unwrap();
-    target.take_disks().unwrap();
+    source.release_disk_locks().unwrap();
+    target.machine().take_disk_locks().unwrap();
     source.stop();
     target.run().unwrap();
     target.machine()
@@ -153,32 +158,32 @@ fn nobody_runs_without_all_of_its_disks() {
     assert!(refused.message.contains(&format!("process {}", std::process::id())), "{refused}");
 
     // A destination may be built beside it, but gets the disks only when they are given up.
-    let mut target = shadow(&source, &[folder.path()]).unwrap();
-    assert_eq!(target.take_disks().unwrap_err().code, Code::DISKS);
-    assert!(SourceMachine::release_disks(&source).is_err(), "not while it runs");
+    let target = shadow(&source, &[folder.path()]).unwrap();
+    assert_eq!(refusal(target.machine().take_disk_locks()), Code::DISKS);
+    assert!(source.release_disk_locks().is_err(), "not while it runs");
     SourceMachine::pause(&source).unwrap();
-    SourceMachine::release_disks(&source).unwrap();
+    source.release_disk_locks().unwrap();
 
     // One that gets only one of two has not used it: the source may go on.
     let DeviceConfig::Block(shared) = disk(folder.path(), "b") else { unreachable!("a disk") };
     let reader = DeviceConfig::Block(BlockConfig { readonly: true, ..shared });
     let reader = machine_with_devices(16, 1, vec![reader]);
     reader.take_disk_locks().unwrap();
-    assert_eq!(target.take_disks().unwrap_err().code, Code::DISKS);
-    assert!(SourceMachine::take_disks(&source).is_err(), "nor does the source get both");
+    assert_eq!(refusal(target.machine().take_disk_locks()), Code::DISKS);
+    assert!(source.take_disk_locks().is_err(), "nor does the source get both");
     drop(reader);
-    SourceMachine::take_disks(&source).unwrap();
+    source.take_disk_locks().unwrap();
     SourceMachine::resume(&source).unwrap();
     wait_above(&source, TICKS, peek(&source, TICKS) + 2);
     drop(target);
 
     // One that gets both may have run: the source has neither, and would go on from memory that is older than
     // they are.
-    let mut target = shadow(&source, &[folder.path()]).unwrap();
+    let target = shadow(&source, &[folder.path()]).unwrap();
     SourceMachine::pause(&source).unwrap();
-    SourceMachine::release_disks(&source).unwrap();
-    target.take_disks().unwrap();
-    assert_eq!(SourceMachine::take_disks(&source).unwrap_err().code, Code::DISKS);
+    source.release_disk_locks().unwrap();
+    target.machine().take_disk_locks().unwrap();
+    assert_eq!(refusal(source.take_disk_locks()), Code::DISKS);
     let held: Failure = Machine::resume(&source).unwrap_err().into();
     assert_eq!(held.code, Code::DISKS, "not even by force");
     drop(target);
@@ -197,11 +202,14 @@ fn nobody_runs_without_all_of_its_disks() {
 
 #[test]
 fn more_devices_than_the_bus_has_places_are_refused() {
-    let host = vmm::Host::open().unwrap();
-    let config = vmm::MachineConfig::new(&host, 16 << 20, 1).unwrap();
+    let host = whimbrel_vmm::Host::open().unwrap();
+    let config = whimbrel_vmm::MachineConfig::new(&host, 16 << 20, 1).unwrap();
     let build = |count| {
         let devices = vec![DeviceConfig::Rng; count];
-        Machine::build(&host, vmm::MachineConfig { serial: SerialOutput::Null, devices, ..config.clone() })
+        Machine::build(
+            &host,
+            whimbrel_vmm::MachineConfig { serial: SerialOutput::Null, devices, ..config.clone() },
+        )
     };
     assert!(build(31).is_ok());
     assert!(build(32).err().unwrap().to_string().contains("at most 31"));

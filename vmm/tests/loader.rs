@@ -3,7 +3,7 @@
 mod common;
 
 use common::{guests, machine, pvh_elf};
-use vmm::{Boot, Error, Image, Machine, loader};
+use whimbrel_vmm::{Boot, Error, Image, Machine, loader};
 
 fn boot_bytes(machine: &Machine, image: Vec<u8>) -> Result<(), Error> {
     let kernel = Image::Bytes(image.into());

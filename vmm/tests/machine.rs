@@ -6,7 +6,7 @@ use common::guests::{self, AP_LOOPS, BACKWARDS, BAD_READS, LOOPS, TICKS};
 use common::{boot, machine, machine_with, peek, wait_above};
 use migration::machine::SourceMachine;
 use std::time::Duration;
-use vmm::{Crash, Error, Host, Machine, MachineConfig, Outcome, SerialOutput, memory};
+use whimbrel_vmm::{Crash, Error, Host, Machine, MachineConfig, Outcome, SerialOutput, memory};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 

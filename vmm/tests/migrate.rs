@@ -8,8 +8,8 @@ use migration::dirty::DirtySet;
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::incoming::{IncomingHost, IncomingOptions};
-use vmm::{Machine, SerialOutput};
+use whimbrel_vmm::incoming::{IncomingHost, IncomingOptions};
+use whimbrel_vmm::{Machine, SerialOutput};
 
 /// A paused machine's twin, not running yet.
 fn twin(source: &Machine) -> Arc<Machine> {
@@ -17,6 +17,11 @@ fn twin(source: &Machine) -> Arc<Machine> {
     let mut host = IncomingHost::open(options).unwrap();
     let layout = source.memory().ram().layout();
     let mut shadow = host.build(&source.describe().unwrap(), &layout).unwrap();
+    // What it says of its memory, and what the engine then leaves out, is true.
+    assert!(shadow.memory_is_zero());
+    for region in shadow.machine().memory().ram().regions() {
+        migration::scan::existing(region, 0, region.pages(), |first, _| panic!("page {first:#x} exists"));
+    }
     copy_ram(source, &shadow.machine());
     shadow.load(&Machine::save(source).unwrap()).unwrap();
     shadow.machine()
@@ -134,8 +139,8 @@ fn state_that_is_cut_or_changed_is_refused_and_never_panics() {
 
 #[test]
 fn a_host_refuses_a_cpu_it_does_not_have() {
-    let host = vmm::Host::open().unwrap();
-    let mut config = vmm::MachineConfig::new(&host, 16 << 20, 1).unwrap();
+    let host = whimbrel_vmm::Host::open().unwrap();
+    let mut config = whimbrel_vmm::MachineConfig::new(&host, 16 << 20, 1).unwrap();
     config.serial = SerialOutput::Null;
     // Itanium emulation: a bit that no KVM offers.
     config.cpuid.iter_mut().filter(|e| e.function == 1).for_each(|e| e.edx |= 1 << 30);
@@ -216,7 +221,7 @@ fn a_second_save_after_a_load_is_equal_but_for_time() {
 
 /// The parts in which two states of two vCPUs differ, time aside.
 fn differences(a: &[u8], b: &[u8]) -> Vec<String> {
-    let (a, b) = (vmm::state::timeless(a, 2).unwrap(), vmm::state::timeless(b, 2).unwrap());
+    let (a, b) = (whimbrel_vmm::state::timeless(a, 2).unwrap(), whimbrel_vmm::state::timeless(b, 2).unwrap());
     assert_eq!(a.len(), b.len());
     a.into_iter().zip(b).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }

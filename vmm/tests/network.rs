@@ -9,11 +9,10 @@ use common::{boot, copy_ram, peek, wait_above};
 use migration::Code;
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use std::time::Duration;
-use vmm::announce::Announcing;
-use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
-use vmm::virtio::net::{Mac, NetConfig, TapConfig};
-use vmm::virtio::{DeviceConfig, LocalConfig};
-use vmm::{Host, Machine, MachineConfig, SerialOutput};
+use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
+use whimbrel_vmm::virtio::net::{Announcing, Mac, NetConfig, TapConfig};
+use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
+use whimbrel_vmm::{Host, Machine, MachineConfig, SerialOutput};
 use wire::{HEADER, Wire, add_tap, wait_up, with_taps};
 
 /// The waits between rounds, in milliseconds: short, so that the test is.
@@ -82,15 +81,15 @@ fn the_network_is_told_by_whoever_has_the_guest_and_nobody_else() {
         assert_eq!(said(), nothing);
         // Given up and taken back: it may have run there for a moment.
         SourceMachine::pause(&source).unwrap();
-        SourceMachine::release_disks(&source).unwrap();
-        SourceMachine::take_disks(&source).unwrap();
+        source.release_disk_locks().unwrap();
+        source.take_disk_locks().unwrap();
         assert_eq!(said(), nothing);
         SourceMachine::resume(&source).unwrap();
         let [first, second] = [1, 2].map(|number| vec![mac(number); ROUNDS]);
         assert_eq!(said(), [first.clone(), second.clone(), vec![], vec![]]);
 
         SourceMachine::pause(&source).unwrap();
-        SourceMachine::release_disks(&source).unwrap();
+        source.release_disk_locks().unwrap();
         target.announce();
         assert_eq!(said(), nothing, "not before it runs");
         target.run().unwrap();

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::{Machine, SerialOutput};
+use whimbrel_vmm::{Machine, SerialOutput};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -56,7 +56,7 @@ fn no_input_is_lost_or_doubled_when_a_guest_moves() {
     let saved = source.save().unwrap();
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(unread(&reader), 10, "a paused machine takes nothing");
-    let timeless = |state: &[u8]| vmm::state::timeless(state, 1).unwrap();
+    let timeless = |state: &[u8]| whimbrel_vmm::state::timeless(state, 1).unwrap();
     assert_eq!(timeless(&source.save().unwrap()), timeless(&saved));
 
     let target = machine_with(16, 1, SerialOutput::File(said.clone()));

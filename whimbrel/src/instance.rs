@@ -1,8 +1,34 @@
-//! One running virtual machine as its operators see it: its state, and at most one migration.
+//! One virtual machine as its operators see it: its state, and at most one migration at a time.
+//!
+//! | state | the guest |
+//! |---|---|
+//! | running | runs here |
+//! | migrating | runs here while its memory travels, and is paused here for the blackout |
+//! | paused | is paused here by an operator |
+//! | held | is paused here, was handed over, and may run at the destination |
+//! | moved | runs at the destination; only the report is left here |
+//! | ended | has powered off, crashed or been stopped |
+//!
+//! An instance begins *running*: its guest has just been booted here, or has just arrived. An operator may
+//! pause and resume it as often as wanted. A migration begins only from running, and as long as it lasts the
+//! guest can be neither paused nor resumed from outside, so that nobody but the engine touches the machine in
+//! the blackout. When the destination says that the guest runs there, the instance is *moved* and its machine
+//! is stopped for good. [`Instance::wait`] then returns, and the process stays a little longer, for somebody
+//! to fetch the report.
+//!
+//! What goes wrong leads to one of these states:
+//!
+//! - A migration that fails or is cancelled before the guest was handed over leads back to *running*; another
+//!   may follow.
+//! - If the guest was handed over and the destination falls silent, nobody here can know whether it runs
+//!   there. It is *held*: only an operator, who can know, resumes it by force or ends the process.
+//! - A guest that ends by itself is *ended*. A migration that is under way then fails, since nothing is left
+//!   to move.
+//! - A process that is told to quit calls a migration off, if that is still possible, and stops its machine
+//!   whatever the state is.
 
 use crate::api::model::{Migration, MigrationRequest, Vm, VmState};
 use crate::transports;
-use crossbeam_channel::{Receiver, Sender, bounded};
 use migration::monitor::{Monitor, Phase};
 use migration::report::{Report, Verdict};
 use migration::source::{Options, Timeouts};
@@ -13,7 +39,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use vmm::guest;
-use vmm::machine::{Machine, Outcome};
+use vmm::{Machine, Outcome};
 
 /// Name and version, as told to peers.
 pub const SOFTWARE: &str = concat!("whimbrel ", env!("CARGO_PKG_VERSION"));
@@ -32,10 +58,11 @@ pub enum End {
     Quit,
 }
 
-/// What an operator or a migration has done to the machine.
+/// What an operator or a migration has made of the guest. That it is being moved is seen by its migration,
+/// which has no report yet, and that it has ended by its machine.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Hold {
-    None,
+enum State {
+    Running,
     Paused,
     Held,
     Moved,
@@ -50,7 +77,9 @@ struct Attempt {
 }
 
 struct Inner {
-    hold: Hold,
+    state: State,
+    /// An operator wants the process to end.
+    quit: bool,
     attempt: Option<Attempt>,
 }
 
@@ -59,7 +88,6 @@ pub struct Instance {
     name: String,
     machine: Arc<Machine>,
     inner: Mutex<Inner>,
-    ends: (Sender<End>, Receiver<End>),
     report_seen: AtomicBool,
 }
 
@@ -68,29 +96,11 @@ fn busy(message: &str) -> Failure {
 }
 
 impl Instance {
-    /// An instance of a machine that runs.
-    ///
-    /// # Errors
-    /// When no thread can be started to watch it.
-    pub fn new(name: String, machine: Arc<Machine>) -> Result<Arc<Self>, Failure> {
-        let inner = Inner { hold: Hold::None, attempt: None };
-        // One place for each way to end: none is ever lost, and nobody waits to report one.
-        let ends = bounded(3);
-        let instance = Arc::new(Instance {
-            name,
-            machine: Arc::clone(&machine),
-            inner: Mutex::new(inner),
-            ends,
-            report_seen: AtomicBool::new(false),
-        });
-        let guest_ended = instance.ends.0.clone();
-        thread::Builder::new()
-            .name("watch".into())
-            .spawn(move || {
-                let _ = guest_ended.try_send(End::Guest(machine.wait()));
-            })
-            .map_err(|e| Failure::new(Code::HOST, format_args!("cannot start a thread: {e}")))?;
-        Ok(instance)
+    /// An instance of a machine that runs. There is nothing in it that could fail: a guest that has just
+    /// arrived runs nowhere else any more.
+    pub fn new(name: String, machine: Arc<Machine>) -> Arc<Self> {
+        let inner = Inner { state: State::Running, quit: false, attempt: None };
+        Arc::new(Instance { name, machine, inner: Mutex::new(inner), report_seen: AtomicBool::new(false) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -102,25 +112,32 @@ impl Instance {
         &self.machine
     }
 
-    /// Waits until the process has nothing left to do.
+    /// Waits until the process has nothing left to do. The machine has ended by then, in whatever way: it is
+    /// stopped when the guest has moved, and when the process is to quit.
     pub fn wait(&self) -> End {
-        self.ends.1.recv().unwrap_or(End::Quit)
+        let outcome = self.machine.wait();
+        let inner = self.lock();
+        match inner.state {
+            State::Moved => End::Moved,
+            _ if inner.quit => End::Quit,
+            _ => End::Guest(outcome),
+        }
     }
 
     /// What it is doing.
     pub fn status(&self) -> Vm {
         let inner = self.lock();
         let migrating = inner.attempt.as_ref().is_some_and(|a| a.report.is_none());
-        let state = match inner.hold {
-            Hold::Moved => VmState::Moved,
-            Hold::Held => VmState::Held,
+        let state = match inner.state {
+            State::Moved => VmState::Moved,
+            State::Held => VmState::Held,
             _ if self.machine.outcome().is_some() => VmState::Ended,
             _ if migrating => VmState::Migrating,
-            Hold::Paused => VmState::Paused,
-            Hold::None => VmState::Running,
+            State::Paused => VmState::Paused,
+            State::Running => VmState::Running,
         };
-        let guest = match inner.hold {
-            Hold::Moved => None,
+        let guest = match inner.state {
+            State::Moved => None,
             _ => guest::testimony(self.machine.memory()),
         };
         Vm {
@@ -141,8 +158,8 @@ impl Instance {
         let mut inner = self.lock();
         inner.refuse_unless_ours()?;
         self.machine.pause()?;
-        if inner.hold == Hold::None {
-            inner.hold = Hold::Paused;
+        if inner.state == State::Running {
+            inner.state = State::Paused;
         }
         Ok(())
     }
@@ -154,13 +171,13 @@ impl Instance {
     pub fn resume(&self, force: bool) -> Result<(), Failure> {
         let mut inner = self.lock();
         inner.refuse_unless_ours()?;
-        if inner.hold == Hold::Held && !force {
+        if inner.state == State::Held && !force {
             return Err(busy(
                 "the guest was handed over and may run at the destination; make sure that it does not, then force",
             ));
         }
         self.machine.resume()?;
-        inner.hold = Hold::None;
+        inner.state = State::Running;
         Ok(())
     }
 
@@ -171,7 +188,7 @@ impl Instance {
     pub fn shutdown(&self) -> Result<(), Failure> {
         let inner = self.lock();
         inner.refuse_unless_ours()?;
-        if inner.hold != Hold::None {
+        if inner.state != State::Running {
             return Err(busy("the guest is paused and would not notice; resume it first"));
         }
         if self.machine.press_power_button() {
@@ -196,7 +213,8 @@ impl Instance {
                 thread::sleep(Duration::from_millis(10));
             }
         }
-        let _ = self.ends.0.try_send(End::Quit);
+        self.lock().quit = true;
+        self.machine.stop();
     }
 
     /// Starts to move the guest away.
@@ -208,9 +226,9 @@ impl Instance {
             .map_err(|e| Failure::new(Code::HOST, format_args!("the kernel has no random numbers: {e}")))?;
         let mut inner = self.lock();
         inner.refuse_unless_ours()?;
-        match inner.hold {
-            Hold::None => {}
-            Hold::Paused => return Err(busy("the guest is paused; resume it first")),
+        match inner.state {
+            State::Running => {}
+            State::Paused => return Err(busy("the guest is paused; resume it first")),
             _ => return Err(busy("the guest is held; decide about it first")),
         }
         if let Some(outcome) = self.machine.outcome() {
@@ -274,10 +292,10 @@ impl Instance {
         };
         let moved = report.verdict == Verdict::Moved;
         let mut inner = self.lock();
-        inner.hold = match report.verdict {
-            Verdict::Moved => Hold::Moved,
-            Verdict::Held => Hold::Held,
-            Verdict::Stayed => inner.hold,
+        inner.state = match report.verdict {
+            Verdict::Moved => State::Moved,
+            Verdict::Held => State::Held,
+            Verdict::Stayed => inner.state,
         };
         if let Some(attempt) = &mut inner.attempt {
             attempt.report = Some(report);
@@ -285,7 +303,6 @@ impl Instance {
         self.report_seen.store(false, Ordering::Release);
         drop(inner);
         if moved {
-            let _ = self.ends.0.try_send(End::Moved);
             // Its vCPUs are parked for good; nothing but the report is left of it here.
             self.machine.stop();
         }
@@ -320,7 +337,7 @@ impl Instance {
 
 impl Inner {
     fn refuse_unless_ours(&self) -> Result<(), Failure> {
-        if self.hold == Hold::Moved {
+        if self.state == State::Moved {
             return Err(Failure::new(Code::GUEST_ENDED, "the guest runs elsewhere now"));
         }
         if self.attempt.as_ref().is_some_and(|a| a.report.is_none()) {
@@ -338,5 +355,51 @@ impl Attempt {
             progress: self.monitor.progress(),
             report: self.report.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm::guest::{Content, Workload};
+    use vmm::{Host, MachineConfig, SerialOutput};
+
+    /// An instance of a machine in which the embedded guest runs, idle.
+    fn instance() -> Arc<Instance> {
+        let host = Host::open().unwrap();
+        let config = MachineConfig::new(&host, 32 << 20, 1).unwrap();
+        let machine = Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config }).unwrap();
+        let idle = Workload {
+            vcpus: 1,
+            working_set: 0,
+            rate: 0,
+            hz: None,
+            fill: 0,
+            content: Content::Random,
+            journal: 0,
+        };
+        idle.boot(&machine).unwrap();
+        machine.resume().unwrap();
+        Instance::new("test".into(), Arc::new(machine))
+    }
+
+    #[test]
+    fn whoever_waits_learns_why_the_process_may_end() {
+        let end = |cause: fn(&Instance)| {
+            let instance = instance();
+            let waiting = thread::spawn({
+                let instance = Arc::clone(&instance);
+                move || instance.wait()
+            });
+            cause(&instance);
+            (waiting.join().unwrap(), instance.status().state)
+        };
+        assert_eq!(end(Instance::quit), (End::Quit, VmState::Ended));
+        assert_eq!(end(|i| i.machine.stop()), (End::Guest(Outcome::Stopped), VmState::Ended));
+        let moved = |instance: &Instance| {
+            instance.lock().state = State::Moved;
+            instance.quit();
+        };
+        assert_eq!(end(moved), (End::Moved, VmState::Moved), "also if it is to quit");
     }
 }

@@ -1,9 +1,9 @@
-//! What the `whimbrel` program is made of: one virtual machine as its operators see it, and the HTTP API
-//! that they reach it by.
+//! The parts of the `whimbrel` program: one virtual machine as its operators see it, and the HTTP API by
+//! which they reach it.
 //!
-//! [`instance`] is one machine of the `vmm` crate with at most one migration, [`api`] serves it and asks
-//! it, and [`transports`] says which data planes a migration may use. [`node`] runs the program as a child
-//! process, for benchmarks and tests. [`doctor`] examines the host.
+//! [`instance`] is one machine of the `vmm` crate with at most one migration. [`api`] is the HTTP API, its
+//! server and its client. [`transports`] says which data planes a migration may use. [`node`] runs the
+//! program as a child process, for benchmarks and tests. [`doctor`] examines the host.
 
 pub mod api;
 pub mod doctor;

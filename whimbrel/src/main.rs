@@ -7,6 +7,6 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     match cli::config::parse(std::env::args_os()) {
         Ok(cli) => cli::run(cli),
-        Err(wrong) => wrong.exit(),
+        Err(error) => error.exit(),
     }
 }

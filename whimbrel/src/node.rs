@@ -59,6 +59,27 @@ pub enum Error {
     },
 }
 
+/// How often a process is asked whether something has happened.
+const POLL: Duration = Duration::from_millis(10);
+
+/// Asks again and again until there is an answer.
+fn poll<T>(
+    what: &'static str,
+    patience: Duration,
+    mut answer: impl FnMut() -> Result<Option<T>, Error>,
+) -> Result<T, Error> {
+    let deadline = Instant::now() + patience;
+    loop {
+        if let Some(answer) = answer()? {
+            return Ok(answer);
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Timeout { what, patience });
+        }
+        thread::sleep(POLL);
+    }
+}
+
 /// A child process that holds, or will hold, a virtual machine. Dropping it kills the process.
 pub struct Node {
     program: PathBuf,
@@ -223,18 +244,7 @@ impl Node {
         patience: Duration,
         wanted: impl Fn(&Testimony) -> bool,
     ) -> Result<Testimony, Error> {
-        let deadline = Instant::now() + patience;
-        loop {
-            if let Some(guest) = self.status()?.guest
-                && wanted(&guest)
-            {
-                return Ok(guest);
-            }
-            if Instant::now() >= deadline {
-                return Err(Error::Timeout { what, patience });
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
+        poll(what, patience, || Ok(self.status()?.guest.filter(&wanted)))
     }
 
     /// Starts a migration.
@@ -274,17 +284,8 @@ impl Node {
     /// # Errors
     /// [`Error::Timeout`], or when the API is gone.
     pub fn wait_migration(&self, patience: Duration) -> Result<Migration, Error> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let migration = self.migration()?;
-            if migration.report.is_some() {
-                return Ok(migration);
-            }
-            if Instant::now() >= deadline {
-                return Err(Error::Timeout { what: "the migration's end", patience });
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
+        let ended = |migration: &Migration| migration.report.is_some();
+        poll("the migration's end", patience, || Ok(Some(self.migration()?).filter(ended)))
     }
 
     /// Ends the machine and its process.
@@ -301,20 +302,8 @@ impl Node {
     /// # Errors
     /// [`Error::Timeout`].
     pub fn wait_exit(&mut self, patience: Duration) -> Result<ExitStatus, Error> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let status = self
-                .child
-                .try_wait()
-                .map_err(|source| Error::Process { program: self.program.clone(), source })?;
-            if let Some(status) = status {
-                return Ok(status);
-            }
-            if Instant::now() >= deadline {
-                return Err(Error::Timeout { what: "the process's end", patience });
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
+        let failed = |source| Error::Process { program: self.program.clone(), source };
+        poll("the process's end", patience, || self.child.try_wait().map_err(failed))
     }
 
     /// `kill -9`.

@@ -5,8 +5,8 @@ use migration::transport::{DestinationTransport, SourceTransport};
 use transport_rdma::{Options, RdmaDestination, RdmaSource, Waiting};
 use transport_tcp::{Call, Connection, Listener, TcpDestination, TcpSource};
 
-/// What a source may use towards the other end of `connection`. With [`TransportChoice::Auto`] TCP stands
-/// behind RDMA, from the beginning or from the moment that RDMA breaks.
+/// What a source may use to reach the other end of `connection`. With [`TransportChoice::Auto`], TCP takes
+/// over from RDMA, at the start or when RDMA breaks.
 pub fn source(request: &MigrationRequest, connection: &Connection) -> Vec<Box<dyn SourceTransport>> {
     let rdma = || -> Box<dyn SourceTransport> {
         let waiting = waiting(request.busy_poll);
@@ -20,7 +20,7 @@ pub fn source(request: &MigrationRequest, connection: &Connection) -> Vec<Box<dy
     }
 }
 
-/// Begins what `source` will need, while the destination is called and builds its machine.
+/// Starts to prepare what `source` will need, while the destination is called and builds its machine.
 pub fn warm_up(request: &MigrationRequest) {
     if request.transport != TransportChoice::Tcp {
         transport_rdma::warm_up();
@@ -30,8 +30,8 @@ pub fn warm_up(request: &MigrationRequest) {
 /// What a destination has for the source that made `call`; the source chooses.
 pub fn destination(call: &Call, listener: &Listener, busy_poll: bool) -> Vec<Box<dyn DestinationTransport>> {
     let mut transports: Vec<Box<dyn DestinationTransport>> = Vec::new();
-    // RDMA goes to the address that the source has called: that is the network it was told to use. A
-    // connection that has no address any more is about to fail by itself.
+    // RDMA uses the address that the source has called, because this is the network that the operator chose.
+    // A connection that has no address any more is about to fail by itself.
     if let Ok(local) = call.local() {
         let options = Options { waiting: waiting(busy_poll), ..Options::default() };
         transports.push(Box::new(RdmaDestination::new(local.ip(), options)));

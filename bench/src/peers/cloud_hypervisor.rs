@@ -1,12 +1,12 @@
-//! A guest of Cloud Hypervisor, moved over TCP between two processes of a binary that is given by its path.
+//! A guest of Cloud Hypervisor, moved over TCP between two of its processes.
 //!
-//! It runs our own bare-metal guest, which starts wherever a PVH kernel does, with the same command line. What is to be
-//! in its memory is written there from outside, through the memfds that the source's process has for it. Times are
-//! those of its own events (`--event-monitor`), on the source's clock as ours are: from the begin of the migration, and from
-//! the pause, to the destination's word that the guest runs.
+//! It runs our own bare-metal guest, which boots like any PVH kernel, with the same command line. The content
+//! of the guest's memory is written from outside, through the memfds of the source's process. Times come from
+//! Cloud Hypervisor's own events (`--event-monitor`) and are on the source's clock, as ours are. They run
+//! from the start of the migration or from the pause until the destination reports that the guest runs.
 //!
-//! Its destination makes memory when the source's configuration has arrived there, so with `prefault` that is part of
-//! its time. The moment at which all memory exists is seen from outside and the time until then told apart.
+//! The destination allocates memory when the source's configuration arrives, so with `prefault` that is part
+//! of the migration. The time until all memory exists is observed from outside and reported separately.
 
 use super::free_port;
 use crate::figures::{self, Figures};
@@ -24,25 +24,26 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vmm::guest::{ELF, Workload};
 
-/// How long a process may take to serve its API, to make memory and to start a guest.
-const READY: Duration = Duration::from_secs(120);
+/// How long a process may take to serve its API, to allocate memory and to start a guest.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long the guest runs before it is filled and moved: it starts within a few hundredths of a second.
-const SETTLE: Duration = Duration::from_secs(1);
+/// How long the guest runs before it is filled and moved; it starts within a few hundredths of a second.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
 
 /// How long a migration may take.
-const PATIENCE: Duration = Duration::from_secs(600);
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Between two looks.
-const STEP: Duration = Duration::from_millis(2);
+/// Time between two checks.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// What is left alone at the begin of each of its files: the guest's own image and what the VMM told it lie there.
+/// Bytes at the start of each memory file that are not filled, because the guest's image and its boot data
+/// lie there.
 const LOW: u64 = 8 << 20;
 
-/// Bytes written at a time.
+/// Bytes of each write.
 const BLOCK: usize = 1 << 20;
 
-/// One of its processes, killed if it is still there when this is dropped.
+/// A process of Cloud Hypervisor. Dropping it kills the process.
 struct Process {
     child: Child,
     api: PathBuf,
@@ -59,20 +60,20 @@ impl Drop for Process {
 
 /// Processor seconds of a process.
 #[derive(Clone, Copy)]
-struct Used {
+struct CpuTime {
     all: f64,
-    /// Those of the threads that run the guest.
+    /// Those of the vCPU threads.
     guest: f64,
 }
 
-impl Used {
-    /// What is counted of our processes, too.
-    fn own(self) -> f64 {
+impl CpuTime {
+    /// Those that our reports count as well: all but the vCPU threads.
+    fn of_the_vmm(self) -> f64 {
         self.all - self.guest
     }
 }
 
-/// Moves a guest like `guest`; returns what is to be known of it.
+/// Moves a guest like `guest` and returns its times.
 ///
 /// # Errors
 /// When the binary does not run, or the migration fails.
@@ -82,26 +83,27 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
     fs::write(&kernel, ELF).context("cannot write the guest's image")?;
     let mut source = Process::start(binary, folder.path(), "source", &options(guest, &kernel, populate))?;
     let target = Process::start(binary, folder.path(), "target", &[])?;
-    // Whatever makes memory exist beforehand is over then.
+    // Memory that is populated beforehand exists from then on.
     source.wait_event("booted")?;
-    thread::sleep(SETTLE);
+    thread::sleep(SETTLE_TIME);
     fill(source.child.id(), guest)?;
     let address = format!("tcp:127.0.0.1:{}", free_port()?);
     let _receiving = target.ask("vm.receive-migration", &json!({ "receiver_url": address }))?;
     target.wait_event("migration-receive-ready")?;
-    let before = (source.used()?, target.used()?);
-    // A process that ends is seen for the last time without its threads, whose time is in the whole all the same.
+    let before = (source.cpu_time()?, target.cpu_time()?);
+    // A process that ends may be read without its threads; their time is in the total all the same.
     let mut used = before.0;
     let request = json!({ "destination_url": address, "connections": connections });
     let began = Instant::now();
     let _sending = source.ask("vm.send-migration", &request)?;
     let mut built = None;
     loop {
-        used = source.used().map_or(used, |now| Used { all: now.all, guest: now.guest.max(used.guest) });
+        used =
+            source.cpu_time().map_or(used, |now| CpuTime { all: now.all, guest: now.guest.max(used.guest) });
         if populate && built.is_none() && target.resident() >= guest.memory {
             built = Some(began.elapsed());
         }
-        // Looked at before its events: what it says, it says before it ends.
+        // Checked before the events, because a process writes its last event before it ends.
         let gone = source.child.try_wait()?.is_some();
         if source.event("migration-finished")?.is_some() {
             break;
@@ -109,11 +111,14 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
         if gone || source.event("migration-failed")?.is_some() {
             bail!("the migration failed: {}{}", source.errors(), target.errors());
         }
-        ensure!(began.elapsed() < PATIENCE, "the migration did not end within {PATIENCE:?}");
-        thread::sleep(STEP);
+        ensure!(
+            began.elapsed() < MIGRATION_TIMEOUT,
+            "the migration did not end within {MIGRATION_TIMEOUT:?}"
+        );
+        thread::sleep(POLL_INTERVAL);
     }
     target.wait_event("resumed")?;
-    let after = (used, target.used()?);
+    let after = (used, target.cpu_time()?);
     let at = |name| source.event(name)?.with_context(|| format!("it did not say when {name} was"));
     let (started, paused, finished) = (at("migration-started")?, at("pausing")?, at("migration-finished")?);
     let version = Command::new(binary).arg("--version").output().map(|it| it.stdout).unwrap_or_default();
@@ -123,12 +128,12 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
         "total_s": finished - started,
         "blackout_s": finished - paused,
         "build_s": built.map(|built| built.as_secs_f64()),
-        "cpu_source_s": after.0.own() - before.0.own(),
-        "cpu_target_s": after.1.own() - before.1.own(),
+        "cpu_source_s": after.0.of_the_vmm() - before.0.of_the_vmm(),
+        "cpu_target_s": after.1.of_the_vmm() - before.1.of_the_vmm(),
     }))
 }
 
-/// Its options for a guest like ours.
+/// Cloud Hypervisor's options for a guest like ours.
 fn options(guest: &Guest, kernel: &Path, populate: bool) -> Vec<String> {
     let workload = Workload {
         vcpus: guest.vcpus,
@@ -139,7 +144,7 @@ fn options(guest: &Guest, kernel: &Path, populate: bool) -> Vec<String> {
         content: vmm::guest::Content::Random,
         journal: 0,
     };
-    // The configuration travels: what is said of memory holds for the destination too.
+    // The configuration moves with the guest, so options for memory hold for the destination too.
     let prefault = if populate { "on" } else { "off" };
     let options = [
         ("--kernel", kernel.display().to_string()),
@@ -162,7 +167,8 @@ impl Process {
             .arg(format!("path={}", events.display()))
             .arg("--log-file")
             .arg(&log)
-            // Its filter of system calls knows those of one C library, and kills it for another's.
+            // Its seccomp filter allows the system calls of one C library and kills processes that use
+            // another.
             .args(["--seccomp", "false"])
             .args(options)
             .stdin(Stdio::null())
@@ -170,7 +176,7 @@ impl Process {
             .spawn()
             .with_context(|| format!("cannot run {}", binary.display()))?;
         let mut process = Process { child, api, events, log };
-        let deadline = Instant::now() + READY;
+        let deadline = Instant::now() + START_TIMEOUT;
         while UnixStream::connect(&process.api).is_err() {
             ensure!(
                 process.child.try_wait()?.is_none(),
@@ -178,7 +184,7 @@ impl Process {
                 process.errors()
             );
             ensure!(Instant::now() < deadline, "the {name}'s Cloud Hypervisor does not answer");
-            thread::sleep(STEP);
+            thread::sleep(POLL_INTERVAL);
         }
         Ok(process)
     }
@@ -190,7 +196,7 @@ impl Process {
         log.lines().filter(|line| line.contains("ERROR")).map(|line| format!("{line}\n")).collect()
     }
 
-    /// Asks for something. What comes of it is seen by its events, but whoever asks has to stay until it is over.
+    /// Sends a request. Events tell the result, but the connection must stay open until the request is done.
     fn ask(&self, what: &str, body: &Value) -> anyhow::Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.api).context("Cloud Hypervisor does not answer")?;
         let body = body.to_string();
@@ -203,32 +209,33 @@ impl Process {
         Ok(stream)
     }
 
-    /// When an event was the last time, in seconds on its clock; `None` if it has not been.
+    /// The time of the last event of this name, in seconds on the process's clock; `None` if there was none.
     fn event(&self, name: &str) -> anyhow::Result<Option<f64>> {
         Ok(event_in(&fs::read_to_string(&self.events).context("cannot read its events")?, name))
     }
 
     fn wait_event(&self, name: &str) -> anyhow::Result<()> {
-        let deadline = Instant::now() + READY;
+        let deadline = Instant::now() + START_TIMEOUT;
         while self.event(name)?.is_none() {
             ensure!(Instant::now() < deadline, "Cloud Hypervisor has not said {name}");
-            thread::sleep(STEP);
+            thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
 
-    /// Processor seconds until now.
-    fn used(&self) -> anyhow::Result<Used> {
+    /// Processor seconds so far.
+    fn cpu_time(&self) -> anyhow::Result<CpuTime> {
         let id = self.child.id();
         let stat = fs::read_to_string(format!("/proc/{id}/stat")).context("Cloud Hypervisor is gone")?;
-        let all = usage::ticks(&stat).context("cannot read its processor time")?;
+        let all = usage::cpu_seconds_in(&stat).context("cannot read its processor time")?;
         let threads = fs::read_dir(format!("/proc/{id}/task"))?.flatten();
         let stats = threads.filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok());
-        let guest = stats.filter(|stat| stat.contains("(vcpu")).filter_map(|stat| usage::ticks(&stat)).sum();
-        Ok(Used { all, guest })
+        let guest =
+            stats.filter(|stat| stat.contains("(vcpu")).filter_map(|stat| usage::cpu_seconds_in(&stat)).sum();
+        Ok(CpuTime { all, guest })
     }
 
-    /// Bytes of shared memory that it has mapped and that exist.
+    /// Bytes of resident shared memory.
     fn resident(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
         let kib = status
@@ -238,7 +245,7 @@ impl Process {
     }
 }
 
-/// The last event of this name in what the event monitor wrote, of which the end may be missing.
+/// The time of the last event of this name in the event monitor's output, whose last event may be incomplete.
 fn event_in(text: &str, name: &str) -> Option<f64> {
     let events = serde_json::Deserializer::from_str(text).into_iter::<Value>().map_while(Result::ok);
     let event = events.filter(|event| event["event"] == name).last()?;
@@ -246,7 +253,7 @@ fn event_in(text: &str, name: &str) -> Option<f64> {
     Some(stamp["secs"].as_f64()? + stamp["nanos"].as_f64()? / 1e9)
 }
 
-/// Fills the guest's memory through the files of the process that has it.
+/// Fills the guest's memory through the files of its process.
 fn fill(process: u32, guest: &Guest) -> anyhow::Result<()> {
     let mut block = vec![0u8; BLOCK];
     let mut random = fastrand::Rng::with_seed(guest.memory);
@@ -268,7 +275,7 @@ fn fill(process: u32, guest: &Guest) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The memfds of a process that are guest memory, each once, with their sizes.
+/// The memfds of a process that hold guest memory, each once, with their sizes.
 fn memory_files(process: u32) -> anyhow::Result<Vec<(File, u64)>> {
     use std::os::unix::fs::MetadataExt;
     let mut files: Vec<(File, u64)> = Vec::new();
@@ -288,8 +295,8 @@ fn memory_files(process: u32) -> anyhow::Result<Vec<(File, u64)>> {
     Ok(files)
 }
 
-/// MiB a second over the time to move, without the time until a populated destination had its memory; the blackout by the
-/// source's clock; and CPU seconds of both sides for each GiB.
+/// The rate in MiB a second, without the time in which a populated destination got its memory; the blackout
+/// by the source's clock; and CPU seconds of both sides per GiB.
 pub fn figures(said: &Value) -> Figures {
     let number = |name: &str| said[name].as_f64();
     let moving = number("total_s").map(|total| total - number("build_s").unwrap_or(0.0)).filter(|s| *s > 0.0);

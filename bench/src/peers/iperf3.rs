@@ -1,7 +1,7 @@
-//! `iperf3 -Z` over loopback: what streams with zero copy reach.
+//! `iperf3 -Z` over loopback: TCP streams with zero copy.
 //!
-//! It sends one block of a file again and again and receives into one buffer of 128 KiB, so its data
-//! stays in the caches: a migration has to read and write all of memory for the same bytes.
+//! It sends one block of a file again and again and receives into one buffer of 128 KiB, so its data stays in
+//! the caches. A migration has to read and write all of memory for the same number of bytes.
 
 use super::free_port;
 use crate::figures::{self, Figures};
@@ -10,21 +10,21 @@ use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 
-/// Ends the server, whatever happens.
+/// The server. Dropping it ends the process.
 struct Server(Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // With `-1` it has ended by itself, unless the client failed.
+        // With --one-off it has ended by itself, unless the client failed.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Sends `bytes` over `streams` streams; returns what iperf3 says of it.
+/// Sends `bytes` over `streams` streams and returns iperf3's result.
 ///
 /// # Errors
-/// When iperf3 is not there or fails.
+/// When iperf3 is not installed or fails.
 pub fn run(bytes: u64, streams: u16) -> anyhow::Result<Value> {
     let port = free_port()?.to_string();
     let mut server = Command::new("iperf3")
@@ -59,7 +59,7 @@ pub fn run(bytes: u64, streams: u16) -> anyhow::Result<Value> {
     Ok(said["end"].clone())
 }
 
-/// MiB a second as the receiver counted them, and CPU seconds of both sides for each GiB.
+/// MiB a second as the receiver counts them, and CPU seconds of both sides per GiB.
 pub fn figures(said: &Value) -> Figures {
     let rate = |sum: &Value| Some(sum["bits_per_second"].as_f64()? / 8.0 / f64::from(1 << 20));
     let used = &said["cpu_utilization_percent"];

@@ -1,10 +1,11 @@
-//! `ib_write_bw` and `ib_write_lat` of perftest: what a device does when nothing but it is measured.
+//! `ib_write_bw` and `ib_write_lat` of perftest: what the RDMA devices alone can do.
 //!
-//! They run between the devices that a session of ours would use: those of the two ends of the control connection. The
-//! server's side is started by our server, so that it works between two hosts.
+//! They run between the devices that our transport would use, which are those of the two ends of the control
+//! connection. Our server starts their server side, so that they work between two hosts.
 //!
-//! `ib_write_lat` tells half of the time there and back, ours all of it until the confirmation; so what it says is
-//! doubled. It looks for the arrival in memory, without a completion or a sleeping thread.
+//! `ib_write_lat` reports half of a round trip, while our transport reports the whole time until the
+//! confirmation. Its times are therefore doubled. It polls memory for the arrival, without completions or
+//! sleeping threads.
 
 use super::free_port;
 use crate::figures::{self, Figures};
@@ -17,29 +18,35 @@ use std::thread;
 use std::time::{Duration, Instant};
 use transport_rdma::probe;
 
-/// How long the server's side may take to listen.
-const LISTENING: Duration = Duration::from_secs(20);
+/// How long the server side may take to listen.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Between two looks whether it does.
-const STEP: Duration = Duration::from_millis(20);
+/// Time between two checks whether it listens.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Most bytes of a message.
-const MOST_SIZE: u64 = 1 << 30;
+/// The most bytes of a message.
+const MAX_SIZE: u64 = 1 << 30;
 
-/// Bytes that bandwidth has under way in all, within these numbers of messages on each queue pair. By its own default
-/// these are 128, of which it posts all before it looks for the first completion: a device whose driver does its work in
-/// the posting thread, as soft-RoCE does, would have completed nothing in the time. No link holds more than this.
+/// Bytes that the bandwidth test has in flight in all, which is more than any link holds.
+///
+/// By default it posts 128 messages on each queue pair before it polls for the first completion. A device
+/// whose driver works in the posting thread, as soft-RoCE's does, would then complete nothing in the time of
+/// a test.
 const WINDOW: u64 = 8 << 20;
+
+/// The fewest and the most messages that each queue pair has in flight.
 const DEPTHS: (u64, u64) = (2, 128);
 
-/// From this size on every message is counted by itself, and not by the hundred.
+/// From this message size on, perftest counts every message by itself and not in hundreds.
 const COUNTED: u64 = 64 << 10;
 
-/// Bytes that a measurement of latency sends in all, within these numbers of messages.
+/// Bytes that the latency test sends in all.
 const LATENCY_BYTES: u64 = 64 << 20;
+
+/// The fewest and the most messages of the latency test.
 const LATENCY_MESSAGES: (u64, u64) = (20, 1000);
 
-/// Which of its programs.
+/// A program of perftest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tool {
@@ -49,23 +56,23 @@ pub enum Tool {
     Latency,
 }
 
-/// One run of it.
+/// One run of perftest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Perftest {
-    /// Which program.
+    /// The program.
     pub tool: Tool,
     /// Bytes of a message.
     pub size: u64,
-    /// Queue pairs, of bandwidth.
+    /// Queue pairs of the bandwidth test.
     pub queue_pairs: u16,
-    /// Seconds, of bandwidth.
+    /// Seconds of the bandwidth test.
     pub seconds: u64,
 }
 
-/// The server's side, which ends when this is dropped.
-pub struct Listening(Child);
+/// The server side. Dropping it ends the process.
+pub struct Server(Child);
 
-impl Drop for Listening {
+impl Drop for Server {
     fn drop(&mut self) {
         // It has ended by itself, unless the client failed.
         let _ = self.0.kill();
@@ -82,9 +89,9 @@ impl Perftest {
         }
     }
 
-    /// The command on the device that has the address `local`.
+    /// The command line for the device that has the address `local`.
     fn command(&self, local: IpAddr, port: u16) -> anyhow::Result<Command> {
-        ensure!((1..=MOST_SIZE).contains(&self.size), "{} cannot send {} bytes", self.name(), self.size);
+        ensure!((1..=MAX_SIZE).contains(&self.size), "{} cannot send {} bytes", self.name(), self.size);
         let (device, device_port, gid) = device(local)?;
         let mut command = Command::new(self.name());
         command.args(["-F", "-d", &device, "-i", &device_port.to_string(), "-x", &gid.to_string()]);
@@ -112,27 +119,27 @@ impl Perftest {
         format!("cannot run {}; install perftest, or leave --perftest out", self.name())
     }
 
-    /// Starts the server's side on the device that has the address `local`; returns it with its port.
+    /// Starts the server side on the device that has the address `local`; returns it with its port.
     ///
     /// # Errors
-    /// When there is no perftest or no such device.
-    pub fn listen(&self, local: IpAddr) -> anyhow::Result<(Listening, u16)> {
+    /// When perftest is not installed or no device has the address.
+    pub fn listen(&self, local: IpAddr) -> anyhow::Result<(Server, u16)> {
         let port = free_port()?;
         let mut command = self.command(local, port)?;
         command.stdout(Stdio::null()).stderr(Stdio::inherit());
-        let mut server = command.spawn().map(Listening).with_context(|| self.absent())?;
-        let deadline = Instant::now() + LISTENING;
+        let mut server = command.spawn().map(Server).with_context(|| self.absent())?;
+        let deadline = Instant::now() + LISTEN_TIMEOUT;
         while !listens(port) {
             if let Some(status) = server.0.try_wait()? {
                 bail!("the server's {} ended at once: {status}", self.name());
             }
             ensure!(Instant::now() < deadline, "the server's {} does not listen", self.name());
-            thread::sleep(STEP);
+            thread::sleep(POLL_INTERVAL);
         }
         Ok((server, port))
     }
 
-    /// Runs the client's side on the device that has the address `local`.
+    /// Runs the client side on the device that has the address `local`.
     ///
     /// # Errors
     /// When it fails.
@@ -148,21 +155,21 @@ impl Perftest {
             said.trim(),
             String::from_utf8_lossy(&stderr).trim()
         );
-        // Under a line of dashes.
+        // The result is below a line of dashes.
         let row =
             || said.lines().rfind(|line| !line.is_empty() && !line.starts_with('-')).unwrap_or("nothing");
         self.figures(&said).with_context(|| format!("{} printed no result but {}", self.name(), row().trim()))
     }
 
-    /// Its result: the row that begins with the size of a message.
+    /// Reads the result, which is in the row that begins with the size of a message.
     fn figures(&self, said: &str) -> Option<Figures> {
         let row = said.lines().find_map(|line| {
             let row: Vec<f64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
-            // Nothing at all is what it says when no message was completed in the time.
+            // It prints zeros when no message was completed in the time.
             (row.first() == Some(&(self.size as f64)) && row.get(3).is_some_and(|it| *it > 0.0))
                 .then_some(row)
         })?;
-        // What it calls MB is 2^20 bytes.
+        // What perftest calls MB is 2^20 bytes.
         Some(match self.tool {
             Tool::Bandwidth => figures::named([
                 ("stream_mib_s", Some(row[3])),
@@ -181,7 +188,7 @@ impl Perftest {
     }
 }
 
-/// Name, port and place in the port's table of GIDs of the RDMA device that has an address; RoCE v2, where it has both.
+/// Name, port and GID index of the RDMA device that has an address. RoCE v2 is preferred.
 fn device(address: IpAddr) -> anyhow::Result<(String, u8, u32)> {
     let devices = probe::devices().map_err(anyhow::Error::msg)?;
     let gids = devices.iter().flat_map(|device| {
@@ -196,7 +203,8 @@ fn device(address: IpAddr) -> anyhow::Result<(String, u8, u32)> {
         .with_context(|| format!("{address} is on no RDMA device of this host"))
 }
 
-/// Whether anybody listens on a port of this host. Connecting to it would be the connection that perftest waits for.
+/// Whether a program listens on a port of this host. A connection would not do, because perftest would take
+/// it for its client.
 fn listens(port: u16) -> bool {
     let port = format!(":{port:04X}");
     ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|path| {

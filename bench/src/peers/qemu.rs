@@ -1,7 +1,8 @@
-//! A QEMU guest, moved by a script that is given by its path.
+//! A QEMU guest, which a script moves.
 //!
-//! The script takes `--mib`, `--uri`, `--multifd`, `--fill random|zero` and `--prefault` and prints one line of JSON,
-//! of which `status`, `mib`, `total_s`, `cpu_source_s` and `cpu_target_s` are used.
+//! The script takes `--mib`, `--uri`, `--multifd`, `--fill random|zero` and `--prefault`. It prints one line
+//! of JSON with
+//! `status`, `mib`, `total_s`, `cpu_source_s` and `cpu_target_s`.
 
 use super::free_port;
 use crate::figures::{self, Figures};
@@ -11,10 +12,10 @@ use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Moves a guest like `guest`; returns what the script says.
+/// Moves a guest like `guest` and returns the script's result.
 ///
 /// # Errors
-/// When the script fails, or the migration that it made.
+/// When the script or its migration fails.
 pub fn run(script: &Path, guest: &Guest, multifd: u16, prefault: bool) -> anyhow::Result<Value> {
     let mut command = Command::new(script);
     command
@@ -40,8 +41,8 @@ fn parse(output: &str) -> anyhow::Result<Value> {
     Ok(said)
 }
 
-/// MiB a second: guest memory over QEMU's own `total-time`, which runs from the command to the end of
-/// the migration, set-up included; and CPU seconds of both sides for each GiB.
+/// MiB a second and CPU seconds of both sides per GiB. The rate is guest memory over QEMU's own `total-time`,
+/// which runs from the command to the end of the migration and includes the set-up.
 pub fn figures(said: &Value) -> Figures {
     let seconds = said["total_s"].as_f64().filter(|s| *s > 0.0);
     let mib = said["mib"].as_f64();

@@ -1,8 +1,8 @@
-//! Single runs: the rounds of a migration, its blackout as a waterfall, and the guest's own time.
+//! Single runs: the rounds of a migration, its blackout as a waterfall, and the guest's work over time.
 
 use super::plots::{self, Bar, Series};
 use crate::guest::size;
-use crate::pace::Look;
+use crate::pace::Sample;
 use crate::record::{Measurement, Run};
 use crate::statistics::Distribution;
 use anyhow::Context;
@@ -11,10 +11,10 @@ use migration::report::Report;
 use serde_json::Value;
 use vmm::guest::Testimony;
 
-/// Milliseconds of an interval of the guest's own timeline.
+/// Milliseconds of each interval of the guest's own timeline.
 const INTERVAL: f64 = 10.0;
 
-/// A run of each contender that tells a migration's whole story; of at most so many.
+/// A typical migration of each contender, for at most `most` contenders.
 ///
 /// # Errors
 /// When a run cannot be drawn.
@@ -23,9 +23,9 @@ pub fn of(measured: &Measurement, names: &[String], most: usize) -> anyhow::Resu
     for (which, name) in names.iter().enumerate() {
         if all.len() < most
             && let Some(run) = typical(measured, which)
-            && let Some(story) = Story::of(&run.said)
+            && let Some(migration) = Migration::of(&run.said)
         {
-            all.push((name, run.round, story.markup().with_context(|| name.clone())?));
+            all.push((name, run.round, migration.markup().with_context(|| name.clone())?));
         }
     }
     Ok(html! {
@@ -38,7 +38,7 @@ pub fn of(measured: &Measurement, names: &[String], most: usize) -> anyhow::Resu
     })
 }
 
-/// The run whose time is nearest to the median.
+/// The run whose time is closest to the median.
 fn typical(of: &Measurement, which: usize) -> Option<&Run> {
     let time = |run: &Run| run.figures.get("total_ms").copied();
     let runs = || of.completed().filter(|run| run.contender == which);
@@ -47,22 +47,19 @@ fn typical(of: &Measurement, which: usize) -> Option<&Run> {
     runs().min_by(|a, b| far(a).total_cmp(&far(b)))
 }
 
-/// What is known of a migration.
-struct Story {
+/// A migration as a run recorded it.
+struct Migration {
     report: Report,
     testimony: Testimony,
-    pace: Vec<Look>,
+    pace: Vec<Sample>,
 }
 
-impl Story {
-    /// Of what a contender said, if it was one of ours.
+impl Migration {
+    /// Reads what a contender said; `None` if it was not Whimbrel.
     fn of(said: &Value) -> Option<Self> {
-        let mut report = said.clone();
         let field = |name: &str| said.get(name).cloned().unwrap_or_default();
-        // In a report by itself, the testimony is a text.
-        *report.get_mut("testimony")? = Value::Null;
-        Some(Story {
-            report: serde_json::from_value(report).ok()?,
+        Some(Migration {
+            report: serde_json::from_value(said.clone()).ok()?,
             testimony: serde_json::from_value(field("testimony")).ok()?,
             pace: serde_json::from_value(field("pace")).unwrap_or_default(),
         })
@@ -72,7 +69,7 @@ impl Story {
         let pace = self.pace()?;
         Ok(html! {
             h3 { "Its rounds" }
-            (PreEscaped(plots::bars("milliseconds from the begin", &self.rounds())?))
+            (PreEscaped(plots::bars("milliseconds from the start", &self.rounds())?))
             h3 { "Its blackout, by the source's clock" }
             (PreEscaped(plots::bars("milliseconds from the pause", &self.waterfall())?))
             h3 { "What the guest did in each 10 ms of its own time, until it was asked" }
@@ -84,7 +81,7 @@ impl Story {
         })
     }
 
-    /// Set-up, rounds and blackout; what lies between them is decisions.
+    /// Set-up, rounds and blackout. The gaps between them are the time of decisions.
     fn rounds(&self) -> Vec<Bar> {
         let Report { rounds, setup_us, total_us, blackout_us, .. } = &self.report;
         let ms = |us: u64| us as f64 / 1e3;
@@ -123,7 +120,7 @@ impl Story {
     }
 
     fn pace(&self) -> anyhow::Result<Option<String>> {
-        let between = |pair: &[Look]| {
+        let between = |pair: &[Sample]| {
             let ms = pair[1].ms - pair[0].ms;
             (ms > 0.0).then(|| (pair[1].ms, pair[1].done.saturating_sub(pair[0].done) as f64 / ms))
         };
@@ -137,7 +134,7 @@ impl Story {
     }
 }
 
-/// Bytes to three digits or so.
+/// Bytes, rounded to about three digits.
 fn rounded(bytes: u64) -> String {
     let unit = [30, 20, 10].into_iter().find(|shift| bytes >> shift >= 10).unwrap_or(0);
     size(bytes >> unit << unit)
@@ -146,42 +143,25 @@ fn rounded(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::moved::tests::{moved, round};
+    use crate::record;
     use migration::message::Span;
-    use migration::report::RoundReport;
-    use migration::{Code, Failure};
-    use serde_json::json;
 
     #[test]
     fn spans_follow_each_other_and_so_do_rounds() {
-        let mut report = Report::not_begun(Failure::new(Code::OTHER, ""), 1 << 30);
-        let round = |round, sent, elapsed_us| RoundReport {
-            round,
-            dirty: sent,
-            sent,
-            zero: 4096,
-            untouched: 0,
-            elapsed_us,
-            barrier_us: 0,
-            remaining: 0,
-            predicted_blackout_us: 0,
-        };
+        let mut moved = moved();
+        let report = &mut moved.report;
         report.rounds = vec![round(0, 1 << 30, 500_000), round(1, 20 << 10, 1000)];
+        report.rounds[1].zero = 4096;
         report.spans = ["pause", "state"].map(|name| Span { name: name.into(), us: 500 }).to_vec();
         (report.setup_us, report.total_us, report.blackout_us) = (10_000, 520_000, 1500);
-        let mut said = crate::record::value(&report);
-        assert!(Story::of(&said).is_none(), "no testimony");
-        said["testimony"] = json!({
-            "state": "running", "clean": true, "problems": [], "vcpus": 1, "working_set": 4096, "pages": 0,
-            "passes": 0, "verified": 0, "samples": 0, "ticks": 0, "longest_gap_us": [0.0, 0.0, 0.0],
-            "usual_gaps": { "count": 1, "median_us": 1.0, "p99_us": 1.0, "p999_us": 1.0 },
-            "switchover_gaps": { "count": 1, "median_us": 1.0, "p99_us": 1.0, "p999_us": 1.0 },
-            "long_gaps": [], "timeline": [1, 2, 0, 4],
-        });
-        let story = Story::of(&said).unwrap();
+        moved.testimony.timeline = vec![1, 2, 0, 4];
+        assert!(Migration::of(&record::value(&moved.report)).is_none(), "no testimony");
+        let migration = Migration::of(&moved.value()).unwrap();
         let ranges = |bars: Vec<Bar>| bars.into_iter().map(|bar| bar.range).collect::<Vec<_>>();
-        assert_eq!(ranges(story.waterfall()), [0.0..0.5, 0.5..1.0]);
-        assert_eq!(ranges(story.rounds()), [0.0..10.0, 10.0..510.0, 518.5..520.0]);
-        assert_eq!(story.rounds()[2].name, "blackout with round 1: 20 KiB sent, 4 KiB zero");
-        assert!(story.markup().unwrap().into_string().contains("<svg"));
+        assert_eq!(ranges(migration.waterfall()), [0.0..0.5, 0.5..1.0]);
+        assert_eq!(ranges(migration.rounds()), [0.0..10.0, 10.0..510.0, 518.5..520.0]);
+        assert_eq!(migration.rounds()[2].name, "blackout with round 1: 20 KiB sent, 4 KiB zero");
+        assert!(migration.markup().unwrap().into_string().contains("<svg"));
     }
 }

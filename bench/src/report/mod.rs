@@ -1,20 +1,21 @@
-//! A page for people: one HTML file with all that it needs in it.
+//! A report: one HTML file that needs no other file.
 
 mod details;
 mod plots;
 
 use crate::facts::Facts;
-use crate::figures::Figure;
+use crate::figures::{Figure, Spread};
+use crate::growth::{self, Growth};
 use crate::output::brief;
 use crate::record::{self, Measurement, Setup};
 use crate::statistics::Distribution;
-use crate::summary::{self, Growth, Spread};
+use crate::summary;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use plots::{Series, Strip};
 use std::time::{Duration, UNIX_EPOCH};
 
-/// Contenders of a measurement of which single runs are shown.
-const MOST_DETAILS: usize = 3;
+/// The most contenders of a measurement whose single runs are shown.
+const MAX_DETAILS: usize = 3;
 
 const STYLE: &str = "body{font:15px/1.45 sans-serif;max-width:940px;margin:2em auto;padding:0 1em;color:#222}\
     h2{margin-top:2.5em;border-top:2px solid #0072b2;padding-top:.5em}h3{margin:1.6em 0 .3em}\
@@ -22,7 +23,7 @@ const STYLE: &str = "body{font:15px/1.45 sans-serif;max-width:940px;margin:2em a
     td:first-child,th:first-child{text-align:left}.warn{color:#a33;font-weight:bold}.note{color:#555}\
     summary{cursor:pointer;margin:.4em 0}svg{max-width:100%;height:auto}";
 
-/// The page about these measurements.
+/// The page for these measurements.
 ///
 /// # Errors
 /// When a plot cannot be drawn.
@@ -50,7 +51,7 @@ pub fn page(title: &str, all: &[Measurement]) -> anyhow::Result<String> {
     Ok(page.into_string())
 }
 
-/// The machines on which was measured, each once.
+/// The machines of the measurements, each once.
 fn machines(all: &[Measurement]) -> Vec<&Facts> {
     let mut machines: Vec<&Facts> = Vec::new();
     for measured in all {
@@ -85,16 +86,16 @@ fn section(of: &Measurement) -> anyhow::Result<Markup> {
     let time = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(head.time));
     let single = head.contenders.len() == 1;
     let plots = if single { single_plot(of, &spreads)? } else { plots_by_figure(of, &spreads, &names)? };
-    let growths = summary::growths(of);
+    let growths = growth::growths(of);
     let growing = growth_plots(of)?;
-    let details = details::of(of, &names, MOST_DETAILS)?;
+    let details = details::of(of, &names, MAX_DETAILS)?;
     Ok(html! {
         h2 { (head.bench) }
         p.note {
             (time) "; " (of.completed().count()) " of " (planned) " runs completed, in " (head.rounds) " rounds"
             @if head.warmed_up { "; memory warmed up before each run" }
         }
-        @if let Some(others) = summary::others(of) { p.note { (summary::tell_others(&others)) "." } }
+        @if let Some(others) = summary::others(of) { p.note { (summary::describe_others(&others)) "." } }
         @match &of.end {
             None => p.warn { "Cut off: the measurement has no end." },
             Some(end) if end.interrupted => p.warn { "Interrupted before its last round." },
@@ -111,7 +112,7 @@ fn section(of: &Measurement) -> anyhow::Result<Markup> {
     })
 }
 
-/// What all contenders have in common, since their names leave it out.
+/// What all contenders have in common, which their names leave out.
 fn common(setups: &[Setup]) -> Markup {
     let same = |part: fn(&Setup) -> &String| setups.iter().all(|setup| part(setup) == part(&setups[0]));
     html! {
@@ -124,7 +125,7 @@ fn common(setups: &[Setup]) -> Markup {
     }
 }
 
-/// The figures that matter, as far as any contender has them.
+/// The figures to show that any contender has.
 fn shown<'a>(of: &'a Measurement, spreads: &[Spread]) -> Vec<&'a String> {
     of.head.show.iter().filter(|id| spreads.iter().any(|spread| spread.contains_key(*id))).collect()
 }
@@ -164,14 +165,14 @@ fn strip(name: &str, of: &Measurement, which: usize, id: &str) -> Option<Strip> 
     Some(Strip { name: name.into(), runs, median })
 }
 
-/// One contender: all its times in one plot.
+/// One plot with all times of a single contender.
 fn single_plot(of: &Measurement, spreads: &[Spread]) -> anyhow::Result<Markup> {
     let times = shown(of, spreads).into_iter().filter(|id| id.ends_with("_ms"));
     let rows: Vec<Strip> = times.filter_map(|id| strip(&Figure::of(id).title, of, 0, id)).collect();
     Ok(html! { (PreEscaped(plots::strips("milliseconds", &rows)?)) })
 }
 
-/// Several contenders: a plot for each figure.
+/// A plot for each figure of several contenders.
 fn plots_by_figure(of: &Measurement, spreads: &[Spread], names: &[String]) -> anyhow::Result<Markup> {
     let mut all = Vec::new();
     for id in shown(of, spreads) {
@@ -194,10 +195,10 @@ fn growth_table(growths: &[Growth]) -> Markup {
     }
 }
 
-/// Each figure that grows, over what it grows with.
+/// A plot for each figure that grows with the guest's size.
 fn growth_plots(of: &Measurement) -> anyhow::Result<Markup> {
     let mut all = Vec::new();
-    for (axis, id, families) in summary::grown(of) {
+    for (axis, id, families) in growth::families_by_figure(of) {
         let series: Vec<Series> = families
             .into_iter()
             .map(|(name, members)| {

@@ -1,4 +1,4 @@
-//! Plots as SVG, to stand in a page.
+//! Plots as SVG.
 
 use anyhow::anyhow;
 use plotters::coord::Shift;
@@ -8,12 +8,16 @@ use std::ops::Range;
 
 const WIDTH: u32 = 920;
 
-/// Room to the left of rows, for their names, and at the right end, for the last number of the axis.
+/// Width of the names to the left of rows.
 const NAMES: u32 = 390;
+
+/// Margin at the right end, for the last number of the axis.
 const RIGHT: u32 = 30;
 
-/// Height of a row and of all that is not rows.
+/// Height of a row.
 const ROW: u32 = 24;
+
+/// Height of everything but the rows.
 const FRAME: u32 = 50;
 
 const FONT: (&str, u32) = ("sans-serif", 13);
@@ -44,11 +48,11 @@ pub struct Strip {
 pub struct Bar {
     /// Its name.
     pub name: String,
-    /// From where to where it goes.
+    /// From where to where it reaches.
     pub range: Range<f64>,
 }
 
-/// Points, each a run or a moment.
+/// Points and a line.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Series {
     /// Its name.
@@ -66,7 +70,7 @@ type Chart<'a, 'b> = ChartContext<
     Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
 >;
 
-/// Draws on a fresh area; plotters' errors borrow from the area and have to be told before it is gone.
+/// Draws on a new area. Errors of plotters borrow from the area, so they are converted while it lives.
 fn draw(height: u32, on: impl FnOnce(&Area<'_>) -> anyhow::Result<()>) -> anyhow::Result<String> {
     let mut svg = String::new();
     {
@@ -81,23 +85,25 @@ fn cannot(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("cannot draw: {error}")
 }
 
-/// From 0 or the least value to the greatest, and a little more at the end, so that nothing lies on the frame.
+/// The range of an axis: from 0 or the least value to a little beyond the greatest, so that nothing lies on
+/// the frame.
 fn span(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (least, most) =
         values.filter(|x| x.is_finite()).fold((0.0f64, 0.0f64), |(a, b), x| (a.min(x), b.max(x)));
     if least == most { 0.0..1.0 } else { least..most + (most - least) * 0.04 }
 }
 
-/// A name cut to the room there is for it.
+/// A name, cut to the width that it has.
 fn short(name: &str) -> String {
-    const MOST: usize = 62;
-    if name.chars().count() <= MOST {
+    const MAX: usize = 62;
+    if name.chars().count() <= MAX {
         return name.into();
     }
-    name.chars().take(MOST - 1).chain(['…']).collect()
+    name.chars().take(MAX - 1).chain(['…']).collect()
 }
 
-/// A chart of rows with their names to the left; row `n` lies around y = `n` + 0.5, the first on top.
+/// A chart of rows with their names to the left. The centre of row `n` is at y = `n` + 0.5, and the first row
+/// is on top.
 fn rows<'a, 'b>(
     area: &'a Area<'b>,
     axis: &str,
@@ -128,7 +134,7 @@ fn rows<'a, 'b>(
     Ok(chart)
 }
 
-/// Every run as a dot, medians as upright lines.
+/// Every run as a dot, and medians as vertical lines.
 pub fn strips(axis: &str, strips: &[Strip]) -> anyhow::Result<String> {
     let names: Vec<&str> = strips.iter().map(|strip| strip.name.as_str()).collect();
     draw(strips.len() as u32 * ROW + FRAME, |area| {
@@ -164,7 +170,7 @@ pub fn bars(axis: &str, bars: &[Bar]) -> anyhow::Result<String> {
     })
 }
 
-/// Curves over one axis, with upright lines where something happens.
+/// Curves over one axis, with vertical lines at the marks.
 pub fn curves(x: &str, y: &str, all: &[Series], marks: &[(f64, &str)]) -> anyhow::Result<String> {
     draw(260, |area| {
         let points = || all.iter().flat_map(|series| series.points.iter().chain(&series.line));

@@ -1,6 +1,6 @@
-//! The side that writes and measures.
+//! The client, which writes and measures.
 
-use super::{Answer, Ask, MOST_MEMORY, PATIENCE, Terms, cpu_us, receive, send};
+use super::{MAX_MEMORY, REPLY_TIMEOUT, Reply, Request, SessionConfig, cpu_us, receive, send};
 use crate::figures::{self, Figures};
 use crate::guest::size;
 use crate::peers::perftest::Perftest;
@@ -21,55 +21,56 @@ use whimbrel::api::model::TransportChoice;
 const MIB: f64 = (1 << 20) as f64;
 const GIB: f64 = (1 << 30) as f64;
 
-/// Bytes of each write of the pass that makes everything exist and known to the devices.
-const STEP: u64 = 1 << 20;
+/// Bytes of each write of the warm-up.
+const WARM_UP_WRITE: u64 = 1 << 20;
 
-/// Between two calls of a server that is busy.
-const AGAIN: Duration = Duration::from_millis(20);
+/// Time between two attempts to connect to a busy server.
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What is measured.
+/// A test of a transport.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Test {
-    /// How much all lanes together write, one message after the other without waiting.
+    /// What all lanes write together, message after message without waiting.
     Bandwidth,
-    /// How long one message takes until the destination has confirmed that it is placed; of size 0, a barrier alone.
+    /// How long it takes until the destination confirms that a message is in memory. A message of size 0 is a
+    /// barrier alone.
     Latency,
-    /// What it costs to register memory that exists, at both sides.
+    /// What it costs to register populated memory at both sides.
     Registration,
 }
 
-/// One run.
+/// One run of a test.
 #[derive(Clone, Debug, Serialize)]
 pub struct Probe {
     /// The server, as `host:port`.
     pub to: String,
-    /// What the server is asked for.
-    pub terms: Terms,
-    /// Lanes: streams or queue pairs.
+    /// The session.
+    pub terms: SessionConfig,
+    /// Number of lanes, which are streams or queue pairs.
     pub streams: u16,
     /// Bytes of a message.
     pub size: u64,
-    /// Messages handed over at once.
+    /// Messages handed to the transport at once.
     pub batch: u16,
-    /// Requests that a queue pair may have under way, 0 for the default.
+    /// Requests that a queue pair may have in flight, 0 for the default.
     pub depth: u32,
-    /// How long.
+    /// How long it runs.
     pub time: Duration,
-    /// What.
+    /// The test.
     pub test: Test,
 }
 
 impl Probe {
-    /// Carries it out.
+    /// Runs the test.
     ///
     /// # Errors
     /// When the server cannot be reached, refuses, or the transport breaks.
     pub fn run(&self) -> anyhow::Result<Figures> {
         ensure!(self.size.is_multiple_of(PAGE_SIZE), "messages are whole pages: use a multiple of 4 KiB");
         let memory = self.terms.memory;
-        let share = memory.min(MOST_MEMORY) / u64::from(self.streams.max(1)) / PAGE_SIZE * PAGE_SIZE;
-        // Extents that are written at once must not overlap.
+        let share = memory.min(MAX_MEMORY) / u64::from(self.streams.max(1)) / PAGE_SIZE * PAGE_SIZE;
+        // Extents of one batch must not overlap.
         ensure!(
             self.size * u64::from(self.batch) <= share,
             "{} streams with {} messages of {} do not fit into {}; use more --memory",
@@ -80,24 +81,24 @@ impl Probe {
         );
         ensure!(self.size > 0 || self.test != Test::Bandwidth, "messages of no bytes have no bandwidth");
         let token = Token::random()?;
-        let mut link = call(&self.to, token)?;
-        send(&mut link, &Ask::Open(self.terms))?;
-        let offer = match receive(&mut link, PATIENCE)? {
-            Answer::Open { offer } => offer,
-            Answer::Refused { why } => bail!("the server refused: {why}"),
-            Answer::Cpu { .. } | Answer::Perftest { .. } => bail!("the server answered something else"),
+        let mut link = connect(&self.to, token)?;
+        send(&mut link, &Request::Open(self.terms))?;
+        let offer = match receive(&mut link, REPLY_TIMEOUT)? {
+            Reply::Open { offer } => offer,
+            Reply::Refused { why } => bail!("the server refused: {why}"),
+            Reply::Cpu { .. } | Reply::Perftest { .. } => bail!("the server answered something else"),
         };
         let ram = GuestRam::new(memory, self.terms.pages)?;
         for region in ram.ram().regions() {
             // SAFETY: the whole mapping, to which nobody holds references.
             unsafe { std::ptr::write_bytes(region.address(), 0xa5, region.len() as usize) };
         }
-        let session = Session { token, ram: ram.ram().clone(), timeout: PATIENCE };
+        let session = Session { token, ram: ram.ram().clone(), timeout: REPLY_TIMEOUT };
         let mut plane = self.connect(&link, &session, &offer)?;
         if self.test == Test::Registration {
             return self.registration(plane.as_mut());
         }
-        pass(plane.as_mut(), memory)?;
+        warm_up(plane.as_mut(), memory)?;
         let before = (cpu_us(), server_cpu(&mut link)?);
         let mut figures = if self.test == Test::Bandwidth {
             self.bandwidth(plane.as_mut(), share)?
@@ -133,7 +134,7 @@ impl Probe {
         })
     }
 
-    /// Each lane writes to its own share, over and over.
+    /// Each lane writes to its own share of memory, over and over.
     fn bandwidth(&self, plane: &mut dyn SourcePlane, share: u64) -> anyhow::Result<Figures> {
         let began = Instant::now();
         let messages = thread::scope(|scope| {
@@ -143,9 +144,9 @@ impl Probe {
                 .zip((0u64..).map(|lane| lane * share))
                 .map(|(lane, begin)| scope.spawn(move || self.drive(lane.as_mut(), begin, share, began)))
                 .collect();
-            let joined =
+            let merged =
                 threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a lane panicked")));
-            joined.map(|result| Ok(result??)).sum::<anyhow::Result<u64>>()
+            merged.map(|result| Ok(result??)).sum::<anyhow::Result<u64>>()
         })?;
         let seconds = began.elapsed().as_secs_f64();
         let bytes = (messages * self.size) as f64;
@@ -156,7 +157,7 @@ impl Probe {
         ]))
     }
 
-    /// Writes until the time is over and everything is confirmed; the number of messages.
+    /// Writes until the time is over and everything is confirmed; returns the number of messages.
     fn drive(&self, lane: &mut dyn Lane, begin: u64, share: u64, began: Instant) -> Result<u64, PlaneError> {
         let places = share / self.size;
         let at =
@@ -193,10 +194,10 @@ impl Probe {
         ]))
     }
 
-    /// One lane writes a message and waits until it is placed, again and again.
+    /// One lane writes a message and waits for its confirmation, over and over.
     fn latency(&self, plane: &mut dyn SourcePlane) -> anyhow::Result<Figures> {
         let lane = plane.lanes().first_mut().context("the transport has no lanes")?;
-        // A nanosecond to a minute, to three digits.
+        // From a nanosecond to a minute, with three digits.
         let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
         let places = self.terms.memory / self.size.max(PAGE_SIZE);
         let began = Instant::now();
@@ -223,53 +224,53 @@ impl Probe {
     }
 }
 
-/// Calls the server, which may still be putting the last session's memory away.
-fn call(to: &str, token: Token) -> anyhow::Result<Connection> {
-    let deadline = Instant::now() + PATIENCE;
+/// Connects to the server, which may be busy while it frees the last session's memory.
+fn connect(to: &str, token: Token) -> anyhow::Result<Connection> {
+    let deadline = Instant::now() + REPLY_TIMEOUT;
     loop {
-        match connect_control(to, token, PATIENCE) {
-            Err(Error::Busy { .. }) if Instant::now() < deadline => thread::sleep(AGAIN),
+        match connect_control(to, token, REPLY_TIMEOUT) {
+            Err(Error::Busy { .. }) if Instant::now() < deadline => thread::sleep(RETRY_INTERVAL),
             result => return Ok(result?),
         }
     }
 }
 
-/// Writes everything once on the first lane, so that memory exists at both sides and is registered.
-fn pass(plane: &mut dyn SourcePlane, memory: u64) -> anyhow::Result<()> {
+/// Writes all memory once on the first lane, so that it is populated and registered at both sides.
+fn warm_up(plane: &mut dyn SourcePlane, memory: u64) -> anyhow::Result<()> {
     let lane = plane.lanes().first_mut().context("the transport has no lanes")?;
-    for offset in (0..memory).step_by(STEP as usize) {
-        lane.write(&[Extent { region: 0, offset, len: STEP.min(memory - offset) }])?;
+    for offset in (0..memory).step_by(WARM_UP_WRITE as usize) {
+        lane.write(&[Extent { region: 0, offset, len: WARM_UP_WRITE.min(memory - offset) }])?;
     }
     lane.post_barrier(0)?;
     Ok(lane.wait_barrier(0)?)
 }
 
 fn server_cpu(link: &mut Connection) -> anyhow::Result<u64> {
-    send(link, &Ask::Cpu)?;
-    match receive(link, PATIENCE)? {
-        Answer::Cpu { us } => Ok(us),
+    send(link, &Request::Cpu)?;
+    match receive(link, REPLY_TIMEOUT)? {
+        Reply::Cpu { us } => Ok(us),
         _ => bail!("the server answered something else"),
     }
 }
 
-/// Runs perftest towards the server at `to`.
+/// Runs perftest with the server at `to`.
 ///
 /// # Errors
-/// When the server refuses or has no perftest, or it fails here.
+/// When the server refuses, or perftest is missing or fails at either side.
 pub fn perftest(to: &str, test: &Perftest) -> anyhow::Result<Figures> {
-    let mut link = call(to, Token::random()?)?;
-    send(&mut link, &Ask::Perftest(*test))?;
-    match receive(&mut link, PATIENCE)? {
-        Answer::Perftest { port } => test.run(link.local()?.ip(), SocketAddr::new(link.peer().ip(), port)),
-        Answer::Refused { why } => bail!("the server refused: {why}"),
-        Answer::Cpu { .. } | Answer::Open { .. } => bail!("the server answered something else"),
+    let mut link = connect(to, Token::random()?)?;
+    send(&mut link, &Request::Perftest(*test))?;
+    match receive(&mut link, REPLY_TIMEOUT)? {
+        Reply::Perftest { port } => test.run(link.local()?.ip(), SocketAddr::new(link.peer().ip(), port)),
+        Reply::Refused { why } => bail!("the server refused: {why}"),
+        Reply::Cpu { .. } | Reply::Open { .. } => bail!("the server answered something else"),
     }
 }
 
-/// Copies memory from one place to another: what a processor reaches without any transport.
+/// Copies memory, which shows what a processor reaches without any transport.
 ///
 /// # Errors
-/// When there is not so much memory.
+/// When the machine cannot address as much memory.
 pub fn copy(memory: u64, time: Duration) -> anyhow::Result<Figures> {
     let len = usize::try_from(memory)?;
     let from = vec![0xa5u8; len];

@@ -1,6 +1,6 @@
-//! A transport by itself, without a guest: between two processes of this program, on one machine or two.
+//! A transport without a guest, between two processes of this program on one machine or two.
 //!
-//! The server gives its memory to one client at a time, for as long as the client's control connection lasts; the
+//! The server gives memory to one client at a time, for as long as the client's control connection lasts. The
 //! client opens a session for each run. Control messages are JSON.
 
 pub mod client;
@@ -18,39 +18,39 @@ use transport_rdma::Waiting;
 use vmm::memory::PageSize;
 use whimbrel::api::model::TransportChoice;
 
-/// Most memory of a session in bytes: it lies in one region below the hole that a machine's memory has.
-pub const MOST_MEMORY: u64 = 2 << 30;
+/// The most memory of a session in bytes: one region must hold it, below the gap that a machine's memory has.
+pub const MAX_MEMORY: u64 = 2 << 30;
 
-/// How long either side waits for the other's next word while something is to be done for it.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long either side waits for a reply.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What both sides of a session have to agree on.
+/// What both sides of a session must agree on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Terms {
-    /// Which way.
+pub struct SessionConfig {
+    /// The transport.
     pub transport: TransportChoice,
-    /// Bytes that are written to over and over.
+    /// Bytes of memory that the client writes to, over and over.
     pub memory: u64,
-    /// What backs them.
+    /// The pages of that memory.
     pub pages: PageSize,
-    /// How RDMA's completions are waited for.
+    /// How RDMA's completions are awaited.
     pub completion: Completion,
     /// Bytes of memory that RDMA registers at a time, 0 for the default.
     pub chunk: u64,
 }
 
-/// How RDMA's completions are waited for.
+/// How RDMA's completions are awaited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Completion {
-    /// Sleep until the completion channel has an event.
+    /// Sleep until the completion channel reports an event.
     #[default]
     Channel,
-    /// Look again and again: one processor a queue pair.
+    /// Poll without sleeping, which takes one processor for each queue pair.
     BusyPoll,
 }
 
-impl Terms {
+impl SessionConfig {
     fn rdma(&self) -> transport_rdma::Options {
         let waiting = match self.completion {
             Completion::Channel => Waiting::Sleep,
@@ -61,27 +61,27 @@ impl Terms {
     }
 }
 
-/// What a client asks for.
+/// What a client asks the server for.
 #[derive(Debug, Serialize, Deserialize)]
-enum Ask {
-    /// Memory to write to.
-    Open(Terms),
-    /// The other side of perftest.
+enum Request {
+    /// Memory to write to: a session.
+    Open(SessionConfig),
+    /// The server side of perftest.
     Perftest(Perftest),
-    /// How much processor time the server has used until now.
+    /// The processor time that the server has used so far.
     Cpu,
 }
 
-/// What the server says.
+/// What the server replies.
 #[derive(Debug, Serialize, Deserialize)]
-enum Answer {
-    /// How to connect.
+enum Reply {
+    /// A session, and how to connect to it.
     Open { offer: Vec<u8> },
-    /// On which port perftest listens.
+    /// The port on which perftest listens.
     Perftest { port: u16 },
-    /// Microseconds of the whole process.
+    /// Processor time of the whole process in microseconds.
     Cpu { us: u64 },
-    /// It cannot be done.
+    /// The request was refused.
     Refused { why: String },
 }
 
@@ -94,9 +94,9 @@ fn receive<T: DeserializeOwned>(link: &mut dyn ControlLink, wait: Duration) -> a
     serde_json::from_slice(&frame).context("the other side said what this version does not know")
 }
 
-/// Processor time in microseconds that this process has used until now.
+/// Processor time in microseconds that this process has used so far.
 fn cpu_us() -> u64 {
-    (usage::used(libc::RUSAGE_SELF) * 1e6) as u64
+    (usage::cpu_seconds(libc::RUSAGE_SELF) * 1e6) as u64
 }
 
 #[cfg(test)]
@@ -109,11 +109,11 @@ mod tests {
     fn probe(to: String, test: Test, size: u64, streams: u16) -> Probe {
         let (memory, chunk, completion) = (16 << 20, 0, Completion::Channel);
         let (transport, pages) = (TransportChoice::Tcp, PageSize::Small);
-        let terms = Terms { transport, memory, pages, completion, chunk };
+        let terms = SessionConfig { transport, memory, pages, completion, chunk };
         Probe { to, terms, streams, size, batch: 3, depth: 0, time: Duration::from_millis(200), test }
     }
 
-    /// A server that serves until the tests are over.
+    /// A server that serves until the tests end.
     fn server() -> String {
         let server = Server::bind((std::net::Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let address = server.address().to_string();
@@ -140,9 +140,9 @@ mod tests {
     fn what_cannot_be_is_refused_by_either_side() {
         let usual = probe(server(), Test::Bandwidth, 4096, 1);
         let refused = |terms| Probe { terms, ..usual.clone() }.run().unwrap_err().to_string();
-        let huge = refused(Terms { memory: 1 << 60, ..usual.terms });
+        let huge = refused(SessionConfig { memory: 1 << 60, ..usual.terms });
         assert!(huge.contains("too much memory"), "{huge}");
-        let chunk = refused(Terms { chunk: u64::MAX, ..usual.terms });
+        let chunk = refused(SessionConfig { chunk: u64::MAX, ..usual.terms });
         assert!(chunk.contains("chunks"), "{chunk}");
         let odd = probe("127.0.0.1:1".into(), Test::Bandwidth, 1000, 1);
         assert!(odd.run().unwrap_err().to_string().contains("4 KiB"));

@@ -1,6 +1,6 @@
-//! The side that is written to.
+//! The server, which is written to.
 
-use super::{Answer, Ask, MOST_MEMORY, PATIENCE, Terms, cpu_us, receive, send};
+use super::{MAX_MEMORY, REPLY_TIMEOUT, Reply, Request, SessionConfig, cpu_us, receive, send};
 use crate::guest::size;
 use crate::peers::perftest::Perftest;
 use anyhow::{Context, bail, ensure};
@@ -15,8 +15,8 @@ use transport_tcp::{Call, Listener, TcpDestination};
 use vmm::memory::GuestRam;
 use whimbrel::api::model::TransportChoice;
 
-/// Between two looks whether anybody has called or said anything.
-const LOOK: Duration = Duration::from_secs(1);
+/// How long the server waits for a connection or a request before it looks again.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A listening server.
 pub struct Server {
@@ -27,23 +27,23 @@ impl Server {
     /// Listens on `address`; port 0 chooses a free one.
     ///
     /// # Errors
-    /// When that cannot be done.
+    /// When the address cannot be bound.
     pub fn bind(address: SocketAddr) -> anyhow::Result<Self> {
         Ok(Server { listener: Listener::bind(address)? })
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     pub fn address(&self) -> SocketAddr {
         self.listener.local_addr()
     }
 
-    /// Waits for a client and serves it to its end.
+    /// Waits for a client and serves it until it leaves.
     ///
     /// # Errors
-    /// When no more clients can be taken. What goes wrong with one is told on standard error.
+    /// When the listener fails. An error with one client goes to standard error.
     pub fn serve_one(&self) -> anyhow::Result<()> {
         let call = loop {
-            if let Some(call) = self.listener.next_control(LOOK)? {
+            if let Some(call) = self.listener.next_control(POLL_INTERVAL)? {
                 break call;
             }
         };
@@ -55,25 +55,25 @@ impl Server {
     }
 
     fn serve(&self, mut call: Call) -> anyhow::Result<()> {
-        let terms = match receive(&mut call, PATIENCE)? {
-            Ask::Open(terms) => terms,
-            Ask::Perftest(test) => return serve_perftest(&mut call, &test),
-            Ask::Cpu => bail!("the client asked for something before it opened a session"),
+        let terms = match receive(&mut call, REPLY_TIMEOUT)? {
+            Request::Open(terms) => terms,
+            Request::Perftest(test) => return serve_perftest(&mut call, &test),
+            Request::Cpu => bail!("the client asked for something before it opened a session"),
         };
-        // Memory and plane live until the client is gone.
+        // Memory and plane live until the client leaves.
         let (_memory, mut plane) = match self.open(&call, &terms) {
             Ok((ram, offer, plane)) => {
-                send(&mut call, &Answer::Open { offer })?;
+                send(&mut call, &Reply::Open { offer })?;
                 (ram, plane)
             }
             Err(error) => return refuse(&mut call, &error),
         };
         loop {
-            match call.receive(LOOK) {
+            match call.receive(POLL_INTERVAL) {
                 Ok(None) => {}
                 Ok(Some(frame)) => match from_slice(&frame)? {
-                    Ask::Cpu => send(&mut call, &Answer::Cpu { us: cpu_us() })?,
-                    Ask::Open(_) | Ask::Perftest(_) => bail!("the client opened a session twice"),
+                    Request::Cpu => send(&mut call, &Reply::Cpu { us: cpu_us() })?,
+                    Request::Open(_) | Request::Perftest(_) => bail!("the client opened a session twice"),
                 },
                 Err(LinkError::Closed) => return plane.fence().context("cannot end the session"),
                 Err(error) => return Err(error.into()),
@@ -81,19 +81,19 @@ impl Server {
         }
     }
 
-    /// Makes memory, populated, and opens it to the client.
+    /// Allocates and populates memory, and offers it to the client.
     fn open(
         &self,
         call: &Call,
-        terms: &Terms,
+        terms: &SessionConfig,
     ) -> anyhow::Result<(GuestRam, Vec<u8>, Box<dyn DestinationPlane>)> {
-        ensure!(terms.memory <= MOST_MEMORY, "too much memory: use at most {}", size(MOST_MEMORY));
-        ensure!(terms.chunk <= MOST_MEMORY, "chunks are at most {}", size(MOST_MEMORY));
+        ensure!(terms.memory <= MAX_MEMORY, "too much memory: use at most {}", size(MAX_MEMORY));
+        ensure!(terms.chunk <= MAX_MEMORY, "chunks are at most {}", size(MAX_MEMORY));
         let ram = GuestRam::new(terms.memory, terms.pages)?;
         ram.populate(thread::available_parallelism().map_or(1, usize::from))?;
-        let session = Session { token: call.token(), ram: ram.ram().clone(), timeout: PATIENCE };
+        let session = Session { token: call.token(), ram: ram.ram().clone(), timeout: REPLY_TIMEOUT };
         let (offer, plane) = match terms.transport {
-            // RDMA goes to the address that the client has called.
+            // RDMA uses the address to which the client has connected.
             TransportChoice::Rdma => {
                 RdmaDestination::new(call.local()?.ip(), terms.rdma()).offer(&session)?
             }
@@ -106,18 +106,18 @@ impl Server {
 }
 
 fn refuse(call: &mut Call, error: &anyhow::Error) -> anyhow::Result<()> {
-    send(call, &Answer::Refused { why: format!("{error:#}") })
+    send(call, &Reply::Refused { why: format!("{error:#}") })
 }
 
-/// Has perftest listen until the client is gone.
+/// Runs the server side of perftest until the client leaves.
 fn serve_perftest(call: &mut Call, test: &Perftest) -> anyhow::Result<()> {
     let (_listening, port) = match test.listen(call.local()?.ip()) {
         Ok(listening) => listening,
         Err(error) => return refuse(call, &error),
     };
-    send(call, &Answer::Perftest { port })?;
+    send(call, &Reply::Perftest { port })?;
     loop {
-        match call.receive(LOOK) {
+        match call.receive(POLL_INTERVAL) {
             Ok(None) => {}
             Ok(Some(_)) => bail!("the client asked for something while perftest runs"),
             Err(LinkError::Closed) => return Ok(()),

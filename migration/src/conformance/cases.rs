@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Long enough for what is in flight between the two ends to land, if it could.
 const IN_FLIGHT: Duration = Duration::from_millis(300);
 
-/// Within this a broken connection shows, whatever the session's own patience.
+/// A broken connection must be noticed within this time, whatever the session's own time-out is.
 const SOON: Duration = Duration::from_secs(10);
 
 /// Extents of many shapes: one page, neighbours, both ends of both regions, and one that is large.
@@ -103,7 +103,7 @@ pub fn zeros_are_named_and_make_nothing_exist(fixture: &dyn Fixture) {
     assert_eq!(bed.differences(), []);
 }
 
-/// The guest runs on: whatever arrives meanwhile, a last write after it has stopped makes it right.
+/// The guest keeps running. Whatever arrives meanwhile, a last write after it has stopped corrects it.
 pub fn memory_may_change_while_it_travels(fixture: &dyn Fixture) {
     let mut bed = Bed::new(fixture, 1);
     let all = extent(0, 0, 512);
@@ -255,7 +255,7 @@ pub fn nothing_lands_after_the_fence(fixture: &dyn Fixture) {
     assert_eq!(read(&bed.shadow, &extent(1, 0, 4)), vec![0; 4 * PAGE_SIZE as usize]);
 }
 
-/// Whoever knows the token comes too late after the fence.
+/// After the fence, even a caller who knows the token comes too late.
 pub fn nobody_joins_after_the_fence(fixture: &dyn Fixture) {
     let mut bed = Bed::with_patience(fixture, 1, Duration::from_secs(2));
     bed.destination.fence().unwrap();
@@ -308,7 +308,7 @@ pub fn sessions_are_apart(fixture: &dyn Fixture) {
     assert_eq!(bed.differences(), []);
 }
 
-/// A confirmation that does not come is not waited for longer than the session's patience.
+/// A lane waits for a missing confirmation no longer than the session's time-out.
 pub fn silence_is_noticed(fixture: &dyn Fixture) {
     let patience = Duration::from_millis(400);
     let mut bed = Bed::with_patience(fixture, 1, patience);
@@ -354,7 +354,7 @@ pub fn a_destination_that_goes_away_is_noticed(fixture: &dyn Fixture) {
         thread::sleep(Duration::from_millis(1));
     }
     assert!(lane.wait_barrier(1).is_err());
-    // Whoever has the memory now may reuse it: nothing of the dropped plane holds it or writes to it.
+    // The memory's owner may reuse it now: nothing of the dropped plane holds it or writes to it.
     let before = snapshot(&shadow);
     thread::sleep(IN_FLIGHT);
     assert!(snapshot(&shadow) == before);
@@ -402,7 +402,7 @@ pub fn lanes_count_what_they_carry(fixture: &dyn Fixture) {
     assert_eq!(bed.plane.lanes()[1].stats().bytes, 0);
 }
 
-/// A lane in a wrapper, as somebody has it who counts bytes or caps a rate.
+/// A lane in a wrapper, such as one that counts bytes or caps a rate.
 struct Wrapped {
     inner: Box<dyn Lane>,
     bytes: Arc<AtomicU64>,

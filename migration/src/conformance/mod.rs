@@ -2,7 +2,7 @@
 //!
 //! A transport's crate implements [`Fixture`] and has [`conformance_suite!`](crate::conformance_suite)
 //! make a test of each [case](cases). The cases run both ends in one process, on RAM of their own, and
-//! know nothing of the transport but the contract: a new transport passes them unchanged, or it is none.
+//! know nothing of the transport but the contract. A new transport must pass them unchanged.
 
 pub mod bed;
 pub mod cases;

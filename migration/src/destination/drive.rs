@@ -1,92 +1,51 @@
 //! Carries the destination's state machine out with a real machine, link and transports.
 
+use super::Arrival;
+use super::migration::Timeouts;
+use super::monitor::{Monitor, Phase};
 use super::state::{Command, Event, Outcome, State, Waiting};
 use crate::digest;
 use crate::failure::{Code, Failure};
 use crate::link::ControlLink;
-use crate::machine::{DestinationHost, DestinationMachine};
-use crate::memory::{PAGE_SIZE, Ram};
+use crate::machine::{Arbiter, DestinationHost, DestinationMachine};
 use crate::message::{
-    self, Epilogue, Hello, MAX_TESTIMONY, Message, Offer, Prepare, Prepared, Ready, Running, Span,
+    self, Hello, MAX_STATE, Message, Offer, Prepare, Prepared, Ready, Running, Span, StatePart,
 };
 use crate::report::thread_cpu;
 use crate::scan;
-use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session, Token};
+use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session};
 use std::time::{Duration, Instant};
 
-/// How often a long wait looks whether data still arrives.
-const ACTIVITY_POLL: Duration = Duration::from_millis(500);
+/// How often a wait looks whether data still arrives, and whether it has been cancelled. Messages wake it at
+/// once.
+const POLL: Duration = Duration::from_millis(50);
 
-/// How long the source may be silent.
-#[derive(Clone, Debug)]
-pub struct Timeouts {
-    /// Between the messages of the beginning, and for `Commit`.
-    pub answer: Duration,
-    /// While data is expected: with neither data nor a message.
-    pub silence: Duration,
-    /// Waiting for a barrier's confirmation to be taken off our hands, and the like.
-    pub data: Duration,
+/// What the VMM chose.
+pub(super) struct Options {
+    pub(super) software: String,
+    pub(super) timeouts: Timeouts,
 }
 
-impl Default for Timeouts {
-    fn default() -> Self {
-        Timeouts {
-            answer: Duration::from_secs(10),
-            silence: Duration::from_secs(60),
-            data: Duration::from_secs(10),
-        }
-    }
-}
-
-/// A guest that has arrived and runs.
-pub struct Arrival<M> {
-    /// The machine.
-    pub machine: M,
-    /// Who sent it, as the source called itself.
-    pub sender: String,
-    cpu: Duration,
-}
-
-impl<M: DestinationMachine> Arrival<M> {
-    /// Tells the source what the guest says of its move. Takes up to a second; losing the link
-    /// meanwhile changes nothing.
-    pub fn conclude(&mut self, link: &mut dyn ControlLink) -> Option<String> {
-        let testimony = self.machine.testimony().filter(|t| t.len() <= MAX_TESTIMONY);
-        let epilogue = Epilogue {
-            testimony: testimony.clone(),
-            cpu_us: self.cpu.as_micros() as u64,
-            resident: resident(&self.machine.ram()),
-        };
-        // The guest runs here whether or not the source hears of it.
-        let _ = link.send(&Message::Epilogue(epilogue).encode());
-        testimony
-    }
-}
-
-/// Takes in the guest that the source at the other end of `link` sends. Returns when it runs here,
-/// or with the reason why it never will.
-///
-/// # Errors
-/// The reason; the shadow machine has been discarded.
-pub fn receive<H: DestinationHost>(
-    host: &mut H,
-    link: &mut dyn ControlLink,
-    token: Token,
-    transports: &mut [Box<dyn DestinationTransport>],
-    software: &str,
-    timeouts: &Timeouts,
-) -> Result<Arrival<H::Machine>, Failure> {
+/// Takes in the guest that the source at the other end of `link` sends.
+pub(super) fn drive<'a, 'o, H: DestinationHost>(
+    host: &'a mut H,
+    link: &'a mut dyn ControlLink,
+    transports: Vec<Box<dyn DestinationTransport>>,
+    options: &'o Options,
+    monitor: &'o Monitor,
+) -> Result<Arrival<'a, H::Machine>, Failure> {
     let cpu = thread_cpu();
-    let hello = Hello { software: software.to_string(), features: message::FEATURES };
+    let hello = Hello { software: options.software.clone(), features: message::FEATURES };
     let mut driver = Driver {
         host,
         link,
-        token,
         transports,
-        timeouts,
+        timeouts: &options.timeouts,
+        monitor,
         sender: String::new(),
         machine: None,
         planes: Vec::new(),
+        parts: Vec::new(),
         fence: None,
     };
     let mut state = State::new(hello);
@@ -100,35 +59,33 @@ pub fn receive<H: DestinationHost>(
     };
     let plane_cpu: u64 = driver.planes.iter().map(|p| p.cpu_us()).sum();
     let cpu = thread_cpu().since(cpu).all + Duration::from_micros(plane_cpu);
-    match (outcome, driver.machine) {
+    let Driver { link, sender, machine, .. } = driver;
+    match (outcome, machine) {
         (Outcome::Running, Some(mut machine)) => {
             machine.announce();
-            Ok(Arrival { machine, sender: driver.sender, cpu })
+            monitor.enter(Phase::Arrived);
+            Ok(Arrival::new(machine, link, sender, cpu))
         }
         (Outcome::Running, None) => Err(Failure::new(Code::OTHER, "the machine is gone")),
-        (Outcome::Discarded(why), _) => Err(why),
+        (Outcome::Discarded(why), _) => {
+            monitor.enter(Phase::Discarded);
+            Err(why)
+        }
     }
 }
 
-/// Bytes of RAM that exist in memory.
-fn resident(ram: &Ram) -> u64 {
-    let mut pages = 0;
-    for region in ram.regions() {
-        scan::existing(region, 0, region.pages(), |_, n| pages += n);
-    }
-    pages * PAGE_SIZE
-}
-
-struct Driver<'a, H: DestinationHost> {
+struct Driver<'a, 'o, H: DestinationHost> {
     host: &'a mut H,
     link: &'a mut dyn ControlLink,
-    token: Token,
-    transports: &'a mut [Box<dyn DestinationTransport>],
-    timeouts: &'a Timeouts,
+    transports: Vec<Box<dyn DestinationTransport>>,
+    timeouts: &'o Timeouts,
+    monitor: &'o Monitor,
     sender: String,
     /// Dropped after the planes that write into its RAM.
     machine: Option<H::Machine>,
     planes: Vec<Box<dyn DestinationPlane>>,
+    /// What has arrived of a state that comes in parts.
+    parts: Vec<u8>,
     fence: Option<Span>,
 }
 
@@ -142,7 +99,7 @@ fn timed<T>(name: &str, work: impl FnOnce() -> T) -> (T, Span) {
     (result, Span { name: name.into(), us: began.elapsed().as_micros() as u64 })
 }
 
-impl<H: DestinationHost> Driver<'_, H> {
+impl<H: DestinationHost> Driver<'_, '_, H> {
     fn carry_out(&mut self, command: Command) -> Event {
         let result = match command {
             Command::Wait(waiting) => return self.wait(waiting),
@@ -156,7 +113,11 @@ impl<H: DestinationHost> Driver<'_, H> {
             Command::Retire(name) => self.retire(&name).map(|()| Event::Done),
             Command::Fence => self.fence().map(|()| Event::Done),
             Command::Load(state) => self.load(&state).map(Event::Loaded),
-            Command::TakeDisks => self.with_machine(H::Machine::take_disks).map(|()| Event::Done),
+            Command::TakeDisks => {
+                self.monitor.enter(Phase::Committed);
+                self.with_machine(|machine| machine.arbiter().map_or(Ok(()), Arbiter::take))
+                    .map(|()| Event::Done)
+            }
             Command::Run => {
                 let (result, span) = timed("run", || self.with_machine(H::Machine::run));
                 result.map(|()| Event::Started(Running { spans: vec![span] }))
@@ -165,6 +126,7 @@ impl<H: DestinationHost> Driver<'_, H> {
                 // The planes first: their threads and devices write into the machine's RAM.
                 self.planes.clear();
                 self.machine = None;
+                self.parts = Vec::new();
                 Ok(Event::Done)
             }
             Command::Finish(_) => Ok(Event::Done),
@@ -186,13 +148,17 @@ impl<H: DestinationHost> Driver<'_, H> {
         let began = Instant::now();
         let machine = self.host.build(&prepare.description, &prepare.layout)?;
         let ram = machine.ram();
+        self.monitor.built(ram.len());
         if ram.layout() != prepare.layout {
             return Err(Failure::new(
                 Code::MEMORY,
                 "the memory layout that was asked for does not fit the machine",
             ));
         }
-        let session = Session { token: self.token, ram, timeout: self.timeouts.data };
+        if !machine.memory_is_zero() {
+            scan::make_zero(&ram);
+        }
+        let session = Session { token: self.link.token(), ram, timeout: self.timeouts.data };
         self.machine = Some(machine);
         let mut offers = Vec::new();
         for transport in
@@ -246,38 +212,91 @@ impl<H: DestinationHost> Driver<'_, H> {
     fn wait(&mut self, waiting: Waiting) -> Event {
         let limit = match waiting {
             Waiting::Hello | Waiting::Prepare | Waiting::Commit => self.timeouts.answer,
-            Waiting::State => self.timeouts.silence,
+            Waiting::State => {
+                self.monitor.enter(Phase::Receiving);
+                self.timeouts.silence
+            }
         };
         let mut deadline = Instant::now() + limit;
         let mut placed = 0;
         loop {
+            // Even if a message is there already: one that says `Commit` is answered by `GaveUp`, and the
+            // guest goes back.
+            if self.monitor.cancelled() {
+                return Event::Cancel;
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Event::Deadline;
             }
-            match self.link.receive(left.min(ACTIVITY_POLL)) {
-                Ok(Some(frame)) => return self.received(&frame),
-                Ok(None) if waiting == Waiting::State => {
-                    let now_placed: u64 = self.planes.iter().map(|p| p.bytes_placed()).sum();
-                    if now_placed != placed {
-                        placed = now_placed;
-                        deadline = Instant::now() + limit;
-                    }
-                }
-                Ok(None) => {}
+            let frame = match self.link.receive(left.min(POLL)) {
+                Ok(frame) => frame,
                 Err(error) => return Event::LinkLost(error.into()),
+            };
+            let placed_before = placed;
+            placed = self.planes.iter().map(|p| p.bytes_placed()).sum();
+            self.monitor.placed(placed);
+            let alive = match frame.map(|frame| self.received(&frame, waiting)) {
+                Some(Ok(Some(message))) => return Event::Received(message),
+                Some(Err(why)) => return Event::LinkLost(why),
+                Some(Ok(None)) => true,
+                None => waiting == Waiting::State && placed != placed_before,
+            };
+            if alive {
+                deadline = Instant::now() + limit;
             }
         }
     }
 
-    fn received(&mut self, frame: &[u8]) -> Event {
-        match Message::decode(frame) {
-            Ok(Message::Hello(hello)) => {
-                self.sender = Failure::new(Code::OTHER, &hello.software).message;
-                Event::Received(Message::Hello(hello))
+    /// The message in a frame, or `None` if it is a part of a state, of which more has to come.
+    fn received(&mut self, frame: &[u8], waiting: Waiting) -> Result<Option<Message>, Failure> {
+        match Message::decode(frame)? {
+            Message::StatePart(part) if waiting == Waiting::State => {
+                append(&mut self.parts, &part).map(|()| None)
             }
-            Ok(message) => Event::Received(message),
-            Err(why) => Event::LinkLost(why),
+            Message::State(last) => {
+                self.monitor.enter(Phase::Switchover);
+                self.whole(last).map(|state| Some(Message::State(state)))
+            }
+            Message::Hello(hello) => {
+                self.sender = Failure::new(Code::OTHER, &hello.software).message;
+                Ok(Some(Message::Hello(hello)))
+            }
+            message => Ok(Some(message)),
         }
+    }
+
+    /// The whole state, of which `last` has the end.
+    fn whole(&mut self, mut last: message::State) -> Result<message::State, Failure> {
+        if !self.parts.is_empty() {
+            append(&mut self.parts, &StatePart(std::mem::take(&mut last.state)))?;
+            last.state = std::mem::take(&mut self.parts);
+        }
+        Ok(last)
+    }
+}
+
+/// Adds a part of a state to those before it, if there may be so much.
+fn append(parts: &mut Vec<u8>, StatePart(part): &StatePart) -> Result<(), Failure> {
+    if parts.len() + part.len() > MAX_STATE {
+        return Err(Failure::new(
+            Code::PROTOCOL,
+            format_args!("the machine's state is longer than {MAX_STATE} bytes, the most that is taken"),
+        ));
+    }
+    parts.extend_from_slice(part);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_without_an_end_is_refused_before_memory_is_taken_for_it() {
+        // Zeros that nobody has touched: address space, no memory.
+        let mut parts = vec![0; MAX_STATE - 1];
+        append(&mut parts, &StatePart(vec![1])).unwrap();
+        assert_eq!(append(&mut parts, &StatePart(vec![1])).unwrap_err().code, Code::PROTOCOL);
     }
 }

@@ -1,9 +1,14 @@
 //! The destination's side of a migration.
 
+mod arrival;
 mod drive;
+mod migration;
+mod monitor;
 mod state;
 
-pub use drive::{Arrival, Timeouts, receive};
+pub use arrival::Arrival;
+pub use migration::{Migration, Timeouts};
+pub use monitor::{Monitor, Phase, Progress};
 #[cfg(test)]
 pub(crate) use state::Sabotage;
 pub use state::{Command, Event, Outcome, State, Waiting};

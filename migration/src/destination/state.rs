@@ -5,7 +5,7 @@
 //! ```text
 //!  Hello → Welcome → Prepare → Build → Prepared → (data arrives) → State → Fence → Load → Ready
 //!                                      (Retire → Retired, where the source changes the transport)
-//!     │ any failure, Abort, link lost, silence                                         │
+//!     │ any failure, Abort, link lost, silence, cancelled                              │
 //!     ▼                                                                              Commit
 //!  Discard → GaveUp → Discarded ◄── refused ── TakeDisks ◄─────────────────────────────┘
 //!     ▲                                            │ all taken
@@ -23,7 +23,7 @@ use crate::message::{self, Hello, Message, Prepare, Prepared, Ready, Running};
 /// What the driver is to do. Each command is answered by exactly one event.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// Wait for a message. → `Received`, `LinkLost` or `Deadline`
+    /// Wait for a message. → `Received`, `LinkLost`, `Deadline` or `Cancel`
     Wait(Waiting),
     /// Send a message. → `Done` or `LinkLost`
     Send(Message),
@@ -35,7 +35,7 @@ pub enum Command {
     Fence,
     /// Restore the state. → `Loaded` or `Failed`
     Load(Box<message::State>),
-    /// Take all disk locks or none. → `Done` or `Failed`
+    /// Take all disk locks or none, of a machine that has an arbiter. → `Done` or `Failed`
     TakeDisks,
     /// Run the guest. → `Started` or `Failed`
     Run,
@@ -79,6 +79,8 @@ pub enum Event {
     LinkLost(Failure),
     /// The wait took too long.
     Deadline,
+    /// The operator does not want the guest. Only answers a `Wait`.
+    Cancel,
 }
 
 /// How it ended.
@@ -212,6 +214,7 @@ impl State {
                 self.discard(why.context("the source called the migration off"))
             }
             (_, Event::LinkLost(why) | Event::Failed(why)) => self.discard(why),
+            (_, Event::Cancel) => self.discard(Failure::new(Code::CANCELLED, "cancelled at the destination")),
             (_, Event::Deadline) => self.discard(Failure::new(Code::TIMEOUT, "the source fell silent")),
             (_, Event::Received(message)) => self.discard(Failure::new(
                 Code::PROTOCOL,

@@ -6,9 +6,12 @@ use super::state::{Command, Event, Outcome, State, Waiting};
 use crate::digest;
 use crate::failure::{Code, Failure};
 use crate::link::ControlLink;
-use crate::machine::SourceMachine;
+use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
-use crate::message::{self, Hello, MAX_DESCRIPTION, MAX_FRAME, MAX_STATE, Message, Offer, Prepare, Span};
+use crate::message::{
+    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS, Span,
+    StatePart,
+};
 use crate::monitor::{Monitor, Phase};
 use crate::policy::Policy;
 use crate::report::{CpuTime, Declined, Report, Verdict, thread_cpu};
@@ -19,7 +22,7 @@ use std::time::{Duration, Instant};
 /// How often a wait looks whether it has been cancelled. Messages wake it at once.
 const CANCEL_POLL: Duration = Duration::from_millis(50);
 
-/// How long the guest's own words are waited for, after it has moved.
+/// How long the destination's last words are waited for, after the guest has moved.
 const EPILOGUE: Duration = Duration::from_secs(5);
 
 /// How long a destination that closed its data connections is given to say why.
@@ -88,6 +91,7 @@ pub fn migrate(
         transports,
         precopy: None,
         declined: Vec::new(),
+        features: 0,
         build_us: 0,
         setup: None,
         blackout_began: None,
@@ -97,7 +101,7 @@ pub fn migrate(
     };
     let cpu = thread_cpu();
     let hello = Hello { software: software.to_string(), features: message::FEATURES };
-    let mut state = State::new(hello, machine.has_arbiter());
+    let mut state = State::new(hello, machine.arbiter().is_some_and(Arbiter::decides));
     let mut command = state.handle(Event::Start);
     let outcome = loop {
         if let Command::Finish(outcome) = command {
@@ -123,6 +127,8 @@ struct Driver<'a> {
     transports: Vec<Box<dyn SourceTransport>>,
     precopy: Option<Precopy<'a>>,
     declined: Vec<Declined>,
+    /// Feature bits that both sides have.
+    features: u64,
     build_us: u64,
     setup: Option<Duration>,
     blackout_began: Option<Instant>,
@@ -163,7 +169,7 @@ impl<'a> Driver<'a> {
     fn carry_out(&mut self, command: Command) -> Event {
         let name = match &command {
             Command::Pause => {
-                self.machine.switchover_begins();
+                self.machine.before_pause();
                 self.monitor.update(|p| p.phase = Phase::Switchover);
                 self.blackout_began = Some(Instant::now());
                 "pause"
@@ -205,19 +211,8 @@ impl<'a> Driver<'a> {
                 Ok(prepare) => Event::Described(Box::new(prepare)),
                 Err(why) => Event::Failed(why),
             },
-            Command::Send(message) => {
-                let frame = message.encode();
-                if frame.len() > MAX_FRAME {
-                    return Event::LinkLost(Failure::new(
-                        Code::STATE,
-                        "the machine's state is too long to send",
-                    ));
-                }
-                match self.link.send(&frame) {
-                    Ok(()) => Event::Done,
-                    Err(error) => Event::LinkLost(error.into()),
-                }
-            }
+            Command::Send(Message::State(state)) => self.send_state(state),
+            Command::Send(message) => self.send(&message),
             Command::Wait(waiting) => self.wait(waiting),
             Command::Connect(offers) => event(self.connect(offers)),
             Command::Precopy => self.memory(Precopy::run),
@@ -227,14 +222,34 @@ impl<'a> Driver<'a> {
                 Ok(state) => Event::Saved(Box::new(state)),
                 Err(why) => Event::Failed(why),
             },
-            Command::ReleaseDisks => event(self.machine.release_disks()),
-            Command::TakeDisks => event(self.machine.take_disks()),
+            Command::ReleaseDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::release)),
+            Command::TakeDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::take)),
             Command::Resume => {
                 self.blackout_us = 0;
                 event(self.machine.resume())
             }
             Command::Finish(_) => Event::Done,
         }
+    }
+
+    fn send(&mut self, message: &Message) -> Event {
+        match self.link.send(&message.encode()) {
+            Ok(()) => Event::Done,
+            Err(error) => Event::LinkLost(error.into()),
+        }
+    }
+
+    /// Sends a state, in parts if it does not fit into one message.
+    fn send_state(&mut self, mut state: message::State) -> Event {
+        let last = state.state.len().saturating_sub(1) / MAX_STATE_PART * MAX_STATE_PART;
+        for part in state.state[..last].chunks(MAX_STATE_PART) {
+            match self.send(&Message::StatePart(StatePart(part.to_vec()))) {
+                Event::Done => {}
+                lost => return lost,
+            }
+        }
+        state.state.drain(..last);
+        self.send(&Message::State(state))
     }
 
     fn describe(&mut self) -> Result<Prepare, Failure> {
@@ -277,8 +292,15 @@ impl<'a> Driver<'a> {
 
     fn save(&mut self) -> Result<message::State, Failure> {
         let state = self.machine.save()?;
-        if state.len() > MAX_STATE {
-            return Err(Failure::new(Code::STATE, "the machine's state is too long to send"));
+        let most = if self.features & STATE_IN_PARTS != 0 { MAX_STATE } else { MAX_STATE_PART };
+        if state.len() > most {
+            return Err(Failure::new(
+                Code::STATE,
+                format_args!(
+                    "the machine's state of {} bytes is too long: {most} can be sent there",
+                    state.len()
+                ),
+            ));
         }
         let digest = self.options.compare_memory.then(|| digest::of(self.ram));
         Ok(message::State { state, digest })
@@ -304,6 +326,10 @@ impl<'a> Driver<'a> {
                     Ok(Message::Prepared(prepared)) => {
                         self.build_us = prepared.build_us;
                         return Event::Received(Message::Prepared(prepared));
+                    }
+                    Ok(Message::Welcome(hello)) => {
+                        self.features = hello.features & message::FEATURES;
+                        return Event::Received(Message::Welcome(hello));
                     }
                     Ok(message) => return Event::Received(message),
                     Err(why) => return Event::LinkLost(why),
@@ -339,7 +365,7 @@ impl<'a> Driver<'a> {
             spans: self.spans,
             destination_cpu_us: epilogue.as_ref().map(|e| e.cpu_us),
             destination_resident: epilogue.as_ref().map(|e| e.resident),
-            testimony: epilogue.and_then(|e| e.testimony),
+            remarks: epilogue.and_then(|e| e.remarks),
             ..Report::not_begun(Failure::new(Code::OTHER, ""), self.ram.len())
         };
         if let Some(mut precopy) = self.precopy {

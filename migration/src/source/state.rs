@@ -1,9 +1,9 @@
 //! The source's state machine: who owns the guest, and what happens next.
 //!
-//! It does no I/O and reads no clock. [`State::handle`] takes one event and returns one command;
-//! whoever drives it carries the command out and comes back with the event that it led to. The
-//! real driver ([`super::drive`]) uses sockets and KVM, the simulation ([`crate::simulation`]) uses
-//! dice, and the rule of ownership is proved on the same code that runs in production.
+//! It does no I/O and reads no clock. [`State::handle`] takes one event and returns one command. The driver
+//! carries the command out and returns with the event that resulted. The real driver ([`super::drive`]) uses
+//! sockets and KVM, the simulation ([`crate::simulation`]) uses dice, so the rule of ownership is checked on
+//! the same code that runs in production.
 //!
 //! ```text
 //!  Describe → Hello → Welcome → Prepare → Prepared → Connect → Precopy
@@ -279,7 +279,7 @@ impl State {
                 self.give_up(why.context("the destination gave the guest back"))
             }
             (_, Event::LinkLost(why)) => {
-                self.uncertain(why.context("the line was cut after the guest was handed over"))
+                self.uncertain(why.context("the connection was lost after the guest was handed over"))
             }
             (_, Event::Deadline) => self.uncertain(Failure::new(
                 Code::TIMEOUT,
@@ -293,7 +293,7 @@ impl State {
     /// Tells the destination, then goes the way back.
     fn abort(&mut self, why: Failure) -> Command {
         if matches!(self.step, Step::SendAbort | Step::TakeDisks | Step::Resume | Step::Finished) {
-            // A driver that breaks its rules on the way back gets no second try at it.
+            // A driver that breaks its rules on the way back gets no second attempt.
             return self.finish(Outcome::Held(why));
         }
         self.failure.get_or_insert(why.clone());

@@ -1,12 +1,12 @@
 //! Taking a session's connections, and noticing when they end.
 
+use super::endpoint::Endpoint;
 use super::{Connection, Plane};
 use crate::cm::{CmId, Event, EventChannel};
 use crate::halt::{lock, wait_readable};
 use crate::hello::{self, Purpose};
+use crate::message::{LANE_CREDITS, REGISTRATION_CREDITS};
 use crate::queue::QueuePair;
-use crate::slots::Slots;
-use crate::source::{LANE_CREDITS, REGISTRATION_CREDITS};
 use crate::unavailable;
 use migration::preamble::Status;
 use migration::report::thread_cpu;
@@ -30,15 +30,14 @@ impl Plane {
     fn serve_events(self: &Arc<Self>, channel: &Arc<EventChannel>) -> io::Result<()> {
         loop {
             while let Some(event) = channel.next()? {
-                self.event(event);
+                self.handle_event(event);
                 self.accepting.note();
             }
             if lock(&self.connections).closed {
                 return Ok(());
             }
-            // A plane that a lane's failure has halted still has to see its connections end.
-            let failed = self.halt.why().is_some();
-            if failed {
+            // A plane that a lane's failure has halted still has to end its connections.
+            if self.halt.reason().is_some() {
                 self.retire();
                 return Ok(());
             }
@@ -46,12 +45,11 @@ impl Plane {
         }
     }
 
-    fn event(self: &Arc<Self>, event: Event) {
+    fn handle_event(self: &Arc<Self>, event: Event) {
         match event.kind {
             RDMA_CM_EVENT_CONNECT_REQUEST => {
-                let Some(id) = event.incoming else { return };
-                let id = Arc::new(id);
-                let joined = hello::accept(&event.private, self.session.token)
+                let Some(id) = event.incoming.map(Arc::new) else { return };
+                let joined = hello::accept(&event.private_data, self.session.token)
                     .and_then(|purpose| self.join(&id, purpose));
                 if let Err(status) = joined {
                     id.reject(&hello::refusal(status));
@@ -97,7 +95,6 @@ impl Plane {
     }
 
     fn serve(self: &Arc<Self>, id: &Arc<CmId>, purpose: Purpose) -> Result<Connection, PlaneError> {
-        let buffers = |error| unavailable::resource("registering message buffers", error);
         let (credits, name) = match purpose {
             Purpose::Lane(lane) => (LANE_CREDITS, format!("receive-{lane}")),
             Purpose::Registrations => (REGISTRATION_CREDITS, "rdma-register".into()),
@@ -105,15 +102,13 @@ impl Plane {
         let depth = credits as u32;
         let waiting = if purpose == Purpose::Registrations { Default::default() } else { self.waiting };
         let queue = Arc::new(QueuePair::new(Arc::clone(id), &self.domain, depth, depth, waiting)?);
-        let sends = Slots::new(&self.domain, credits).map_err(buffers)?;
-        let receives = Slots::new(&self.domain, credits).map_err(buffers)?;
-        let mut post = super::lane::Post::new(Arc::clone(&queue), sends, receives)?;
+        let mut endpoint = Endpoint::new(Arc::clone(&queue), &self.domain, credits)?;
         id.accept(&[]).map_err(|e| unavailable::resource("accepting an RDMA connection", e))?;
         let plane = Arc::clone(self);
         let thread = thread::Builder::new().name(name).spawn(move || {
             let result = match purpose {
-                Purpose::Lane(_) => plane.serve_lane(&mut post),
-                Purpose::Registrations => plane.serve_registrations(&mut post),
+                Purpose::Lane(_) => plane.serve_lane(&mut endpoint),
+                Purpose::Registrations => plane.serve_registrations(&mut endpoint),
             };
             if purpose != Purpose::Registrations {
                 plane.lanes_cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);

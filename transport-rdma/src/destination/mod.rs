@@ -1,13 +1,14 @@
 //! The destination's side: what it offers, and the plane that its source writes into.
 
 mod accept;
+mod endpoint;
 mod lane;
 mod register;
 
-use crate::chunks::least_shifts;
+use crate::chunks::min_chunk_shifts;
 use crate::cm::{CmId, EventChannel};
-use crate::domain::{Domain, MemoryRegion};
-use crate::halt::{Halt, Why, lock};
+use crate::domain::{MemoryRegion, ProtectionDomain};
+use crate::halt::{Halt, HaltReason, lock};
 use crate::hello::Purpose;
 use crate::limits;
 use crate::offer::Offer;
@@ -24,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-/// RDMA on the device that has the address to which the source has connected.
+/// Receives over RDMA, on the device that has the address to which the source has connected.
 pub struct RdmaDestination {
     local: IpAddr,
     options: Options,
@@ -44,17 +45,17 @@ impl DestinationTransport for RdmaDestination {
     }
 
     fn offer(&mut self, session: &Session) -> Result<(Vec<u8>, Box<dyn DestinationPlane>), PlaneError> {
-        let (offer, served) = self.serve(session)?;
-        Ok((offer, Box::new(served)))
+        let (offer, plane) = self.serve(session)?;
+        Ok((offer, Box::new(plane)))
     }
 }
 
 impl RdmaDestination {
-    /// Makes a plane for a session, and what tells a source of it.
-    pub(crate) fn serve(&self, session: &Session) -> Result<(Vec<u8>, Served), PlaneError> {
+    /// Makes a plane for a session, and the offer that tells a source how to connect to it.
+    pub(crate) fn serve(&self, session: &Session) -> Result<(Vec<u8>, RdmaDestinationPlane), PlaneError> {
         let broken = |source| PlaneError::Io { what: "preparing for RDMA connections", source };
         let channel = EventChannel::new()?;
-        let domain = Domain::open(&channel, self.local, self.options.on_demand)?;
+        let domain = ProtectionDomain::open(&channel, self.local, self.options.on_demand)?;
         if !domain.on_demand() {
             limits::check_locked_memory(session.ram.len())?;
         }
@@ -64,7 +65,7 @@ impl RdmaDestination {
         let port = listener
             .listen(MAX_LANES as i32 + 1)
             .map_err(|e| unavailable::resource("listening for RDMA connections", e))?;
-        let chunk_shifts = least_shifts(&session.ram, self.options.chunk, domain.abilities().max_mr);
+        let chunk_shifts = min_chunk_shifts(&session.ram, self.options.chunk, domain.abilities().max_mr);
         let offer = Offer { address: SocketAddr::new(self.local, port), chunk_shifts };
         let plane = Arc::new(Plane {
             session: session.clone(),
@@ -85,7 +86,7 @@ impl RdmaDestination {
             .name("rdma-accept".into())
             .spawn(move || accepting.accept(&channel, listener))
             .map_err(broken)?;
-        Ok((offer.encode(), Served { plane, accept: Some(accept) }))
+        Ok((offer.encode(), RdmaDestinationPlane { plane, accept: Some(accept) }))
     }
 }
 
@@ -107,16 +108,19 @@ struct Connections {
 
 /// Destroys the queue pair of a connection that could not be taken to RESET, because of `error`.
 ///
-/// A device that was removed is the case in point. Drivers that let go of processes at once (those of cards do,
-/// soft-RoCE's does not) leave a process with a dead handle: Linux answers EIO to every command *but one that
-/// destroys*. That EIO alone proves nothing. It is given from the moment at which the device is taken from the
-/// process, and only thereafter the kernel destroys the process's queue pairs, one by one; in between they still
-/// write. The answer to destroying does prove it: the kernel gives it under the lock that it holds for all of
-/// that clearing away, when the pair is destroyed, whether by this command or before it. And a pair that does not
-/// exist writes nothing. It is so in Linux since 4.20; dirty tracking wants 5.7 anyway.
+/// This is for a device that was removed. Drivers of cards then take the device away from its processes at
+/// once (soft-RoCE's does not): Linux answers EIO to every command of the process, except to one that
+/// destroys.
+///
+/// The EIO alone does not prove that the pair is dead. It is given from the moment at which the device is
+/// taken away. Only then does the kernel destroy the process's queue pairs, one by one, and in between they
+/// still write. The answer to the command that destroys does prove it: the kernel gives it under the lock
+/// that it holds for all of that, when the pair is destroyed, whether by this command or before it. A pair
+/// that does not exist writes nothing. Linux does so since 4.20.
 ///
 /// # Errors
-/// When the pair may still exist: `error`, with what was said to the attempt to destroy it.
+/// [`PlaneError::Io`] with `error`, and with that of the attempt to destroy it, when the pair may still
+/// exist.
 fn destroy(connection: &mut Connection, error: io::Error) -> Result<(), PlaneError> {
     let what = "taking an RDMA queue pair out of service";
     // Nobody else may have a pair in hand that is about to go. Threads of a plane that is shut end soon.
@@ -142,14 +146,14 @@ struct Plane {
     session: Session,
     waiting: crate::completions::Waiting,
     chunk_shifts: Vec<u8>,
-    domain: Arc<Domain>,
+    domain: Arc<ProtectionDomain>,
     halt: Halt,
     connections: Mutex<Connections>,
     /// What is registered, by region and offset.
     regions: Mutex<BTreeMap<(u32, u64), (Extent, MemoryRegion)>>,
     placed: AtomicU64,
-    /// Of the lanes' threads, which have ended when it is asked for. Those that register and take connections go on
-    /// after the fence.
+    /// Of the lanes' threads, which have ended when it is asked for. Those that register and take connections
+    /// go on after the fence.
     lanes_cpu_us: AtomicU64,
     registering: CpuMeter,
     accepting: CpuMeter,
@@ -170,7 +174,8 @@ impl Plane {
     ///   connection and are dropped. It stays there: nothing here ever takes a pair out of RESET, and rdma_cm
     ///   only does so for a connection that is being made.
     /// - Or it is destroyed (`destroy`), if the call that should take it to RESET has failed.
-    /// - The only threads of ours that write to memory are the lanes', which clear pages, and they have ended.
+    /// - The only threads of ours that write to memory are the lanes', which clear pages, and they have
+    ///   ended.
     ///
     /// So the keys need not be revoked for the guest to be safe; taking the registrations down, which takes
     /// time, is left for later.
@@ -182,12 +187,12 @@ impl Plane {
     fn shut_by(&self, reset: impl Fn(&QueuePair) -> io::Result<()>) -> Result<(), PlaneError> {
         let mut connections = lock(&self.connections);
         connections.closed = true;
-        self.halt.halt(Why::Interrupted);
+        self.halt.halt(HaltReason::Interrupted);
         let mut result = Ok(());
-        let mut stubborn = Vec::new();
+        let mut not_reset = Vec::new();
         for (number, connection) in connections.all.iter().enumerate() {
             if let Some(Err(error)) = connection.queue.as_deref().map(&reset) {
-                stubborn.push((number, error));
+                not_reset.push((number, error));
             }
         }
         for connection in &mut connections.all {
@@ -201,7 +206,7 @@ impl Plane {
                 result = Err(PlaneError::Protocol("a receiving thread panicked".into()));
             }
         }
-        for (number, error) in stubborn {
+        for (number, error) in not_reset {
             destroy(&mut connections.all[number], error)?;
         }
         result
@@ -220,20 +225,20 @@ impl Plane {
 
     /// Something is wrong: nothing of this plane is of use any more.
     fn fail(&self, error: &PlaneError) {
-        if self.halt.why().is_none() {
+        if self.halt.reason().is_none() {
             lock(&self.error).get_or_insert(error.to_string());
-            self.halt.halt(Why::from(error));
+            self.halt.halt(HaltReason::from(error));
         }
     }
 }
 
 /// The plane as the engine has it.
-pub(crate) struct Served {
+pub(crate) struct RdmaDestinationPlane {
     plane: Arc<Plane>,
     accept: Option<JoinHandle<()>>,
 }
 
-impl Served {
+impl RdmaDestinationPlane {
     /// The fence, with another call in the place of the one that takes a queue pair to RESET.
     pub(crate) fn fence_by(
         &mut self,
@@ -254,7 +259,7 @@ impl Served {
     }
 }
 
-impl DestinationPlane for Served {
+impl DestinationPlane for RdmaDestinationPlane {
     fn name(&self) -> &'static str {
         crate::NAME
     }
@@ -280,9 +285,9 @@ impl DestinationPlane for Served {
     }
 }
 
-impl Drop for Served {
+impl Drop for RdmaDestinationPlane {
     fn drop(&mut self) {
-        // Who drops a plane without a fence does not run the guest.
+        // A fence that fails is of no consequence: whoever drops a plane without one does not run the guest.
         let _ = self.fence();
     }
 }

@@ -1,7 +1,7 @@
 //! Registering the chunks that the source asks for.
 
 use super::Plane;
-use super::lane::{Answer, Post};
+use super::endpoint::{Answer, Endpoint};
 use crate::halt::lock;
 use crate::limits;
 use crate::message::{self, Message, Refusal};
@@ -10,8 +10,8 @@ use migration::transport::PlaneError;
 
 impl Plane {
     /// Serves requests until the plane is halted.
-    pub(super) fn serve_registrations(&self, post: &mut Post) -> Result<(), PlaneError> {
-        post.serve(self, |immediate, content| match (immediate, message::get(content)) {
+    pub(super) fn serve_registrations(&self, endpoint: &mut Endpoint) -> Result<(), PlaneError> {
+        endpoint.serve(&self.halt, |immediate, content| match (immediate, message::get(content)) {
             (None, Ok(Message::Request(extent))) => {
                 let answer = self.register(extent);
                 self.registering.note();
@@ -38,8 +38,8 @@ impl Plane {
         Ok(Some(Message::Announce { extent, outcome }))
     }
 
-    /// A source may ask for whole chunks, and for each byte once, so that it cannot make this side pin or keep
-    /// more than the machine's RAM.
+    /// A source may ask for whole chunks, and for each byte once, so that it cannot make this side pin or
+    /// keep more than the machine's RAM.
     fn check(&self, extent: &Extent) -> Result<(), PlaneError> {
         let region = self.session.ram.check(extent)?;
         let chunk = 1u64 << self.chunk_shifts[extent.region as usize];

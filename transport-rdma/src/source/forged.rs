@@ -3,18 +3,20 @@
 
 use super::{RdmaPlane, connect};
 use crate::cm::{CmId, EventChannel};
-use crate::destination::Served;
-use crate::domain::{Domain, MemoryRegion};
+use crate::destination::RdmaDestinationPlane;
+use crate::domain::{MemoryRegion, ProtectionDomain};
 use crate::halt::Halt;
 use crate::hello::{self, Purpose};
 use crate::offer::Offer;
 use crate::queue::QueuePair;
+use crate::zeroed::Zeroed;
 use crate::{Options, RdmaDestination, probe};
 use migration::conformance::bed::{extent, ram, read, scramble};
 use migration::memory::Ram;
 use migration::transport::{DestinationPlane, PlaneError, Session, SourcePlane, Token};
 use rdma_sys::*;
 use std::net::IpAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,7 +27,7 @@ struct Honest {
     session: Session,
     shadow: Arc<Ram>,
     offer: Vec<u8>,
-    destination: Served,
+    destination: RdmaDestinationPlane,
     plane: RdmaPlane,
     /// The destination's key for the first chunk.
     key: u32,
@@ -44,7 +46,7 @@ impl Honest {
         lane.write(&[extent(0, 0, 1)]).unwrap();
         lane.post_barrier(0).unwrap();
         lane.wait_barrier(0).unwrap();
-        let key = plane.registry.keys(0).unwrap().expect("a chunk that was written").remote;
+        let key = plane.registry.keys(0).expect("a chunk that was written").rkey;
         Honest { session, shadow, offer, destination, plane, key }
     }
 }
@@ -54,7 +56,6 @@ struct Intruder {
     halt: Halt,
     queue: QueuePair,
     memory: MemoryRegion,
-    _channel: Arc<EventChannel>,
 }
 
 impl Intruder {
@@ -62,19 +63,17 @@ impl Intruder {
         let channel = EventChannel::new().unwrap();
         let halt = Halt::new().unwrap();
         let id = Arc::new(CmId::new(&channel).unwrap());
-        let wait = || channel.wait(&halt, Instant::now() + PATIENCE, PATIENCE).unwrap().kind;
+        let wait = || channel.wait(Instant::now() + PATIENCE, PATIENCE).unwrap().kind;
         id.resolve_address(Offer::decode(offer, 2).unwrap().address, PATIENCE).unwrap();
         assert_eq!(wait(), rdma_cm_event_type::RDMA_CM_EVENT_ADDR_RESOLVED);
         id.resolve_route(PATIENCE).unwrap();
         assert_eq!(wait(), rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED);
-        let domain = Domain::open(&channel, id.local_ip().unwrap(), false).unwrap();
+        let domain = ProtectionDomain::open(&channel, id.local_ip().unwrap(), false).unwrap();
         let queue = QueuePair::new(Arc::clone(&id), &domain, 4, 4, Default::default()).unwrap();
         let memory = domain.register_ram(&session.ram, &extent(0, 0, 64), false).unwrap();
         id.connect(&hello::request(session.token, Purpose::Lane(lane), lane + 1)).unwrap();
         match wait() {
-            rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED => {
-                Ok(Intruder { halt, queue, memory, _channel: channel })
-            }
+            rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED => Ok(Intruder { halt, queue, memory }),
             other => Err(other),
         }
     }
@@ -83,8 +82,7 @@ impl Intruder {
     fn write(&self, address: u64, key: u32) -> Result<(), PlaneError> {
         let page = extent(0, 32, 2);
         let mut sge = ibv_sge { addr: page.offset, length: page.len as u32, lkey: self.memory.lkey() };
-        // SAFETY: plain data, for which zeros are valid.
-        let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
+        let mut request = ibv_send_wr::zeroed();
         request.sg_list = &mut sge;
         request.num_sge = 1;
         request.opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE;
@@ -166,7 +164,7 @@ fn a_fence_holds_where_queue_pairs_cannot_be_reset() {
     });
 }
 
-fn worth_nothing_after(fence: impl FnOnce(&mut Served) -> Result<(), PlaneError>) {
+fn worth_nothing_after(fence: impl FnOnce(&mut RdmaDestinationPlane) -> Result<(), PlaneError>) {
     let to = device();
     let mut honest = Honest::new(to);
     let intruder = Intruder::join(&honest.session, &honest.offer, 5).unwrap();
@@ -200,4 +198,87 @@ fn a_failed_queue_pair_is_noticed() {
     assert!(began.elapsed() < PATIENCE, "noticed late: {result:?}");
     assert!(honest.destination.error().is_some(), "the destination does not know");
     honest.destination.fence().unwrap();
+}
+
+/// What the kernel holds of RDMA on this host, a line for each device. Without contexts: librdmacm keeps
+/// devices open.
+fn held_resources() -> Vec<String> {
+    let output = Command::new("rdma").args(["resource", "show"]).output().expect("rdma, of iproute2");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let without_contexts = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let kept = words.chunks(2).filter(|pair| pair[0] != "ctx");
+        kept.map(|pair| pair.join(" ")).collect::<Vec<_>>().join(" ")
+    };
+    let lines: Vec<String> = String::from_utf8_lossy(&output.stdout).lines().map(without_contexts).collect();
+    assert!(lines.iter().any(|line| line.contains(" qp ") && line.contains(" mr ")), "{lines:?}");
+    lines
+}
+
+/// A connection that fails in its last phase gives back the identifiers, queue pairs and memory of all before
+/// it.
+#[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
+fn a_refused_connection_leaves_nothing_behind() {
+    let honest = Honest::new(device());
+    let stranger = Session { token: Token::random().unwrap(), ..honest.session.clone() };
+    let refused = || {
+        let Err(error) = connect::connect(&stranger, &honest.offer, &Options::default()) else {
+            panic!("a stranger was let in");
+        };
+        assert!(error.to_string().contains("does not know this session"), "{error}");
+    };
+    // The first makes librdmacm open what it keeps open.
+    refused();
+    let before = settled_resources();
+    (0..3).for_each(|_| refused());
+    assert_eq!(settled_resources(), before);
+}
+
+/// The same once the destination has let go of the identifiers of those that it refused, which takes a
+/// moment.
+fn settled_resources() -> Vec<String> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut last = held_resources();
+    loop {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = held_resources();
+        if now == last {
+            return now;
+        }
+        assert!(Instant::now() < deadline, "resources keep changing: {last:?}, then {now:?}");
+        last = now;
+    }
+}
+
+/// Whoever has taken a lane out of its plane keeps a queue pair that the plane's end has put out of service.
+#[test]
+#[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
+fn a_lane_that_outlives_its_plane_sends_nothing() {
+    let Honest { mut plane, destination, .. } = Honest::new(device());
+    let taken = std::mem::take(&mut plane.lanes.lanes);
+    drop(plane);
+    // The destination has noticed too, or its queue pairs would be among these.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let states = queue_pair_states();
+        if states == ["RESET"; 2] {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{states:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop((taken, destination));
+    settled_resources();
+    assert_eq!(queue_pair_states(), [""; 0]);
+}
+
+/// The states of all reliable queue pairs of this host.
+fn queue_pair_states() -> Vec<String> {
+    let output = Command::new("rdma").args(["resource", "show", "qp"]).output().expect("rdma, of iproute2");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout);
+    let reliable = text.lines().filter(|line| line.contains(" type RC "));
+    let state = |line: &str| line.split_once(" state ")?.1.split_whitespace().next().map(str::to_string);
+    reliable.filter_map(state).collect()
 }

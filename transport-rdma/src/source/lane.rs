@@ -1,170 +1,129 @@
-//! A lane: writes, zeros and barriers on one queue pair.
+//! A lane of the source: writes, zeros and barriers on one queue pair.
 //!
-//! Requests are collected into chains and posted a chain at a time. Only some of them are signalled, that is,
-//! leave a completion: a queue pair completes in order, so that one completion stands for all before it.
+//! Work requests are collected in a [`Chain`] and posted a chain at a time. The [`Window`] bounds what is in
+//! flight and says which requests are signalled. [`Credits`] see to it that the destination has a receive
+//! buffer for every message. [`Barriers`] remembers what the destination has confirmed.
 //!
-//! **Messages never overrun the destination.** It has posted [`CREDITS`] buffers, and says every so often how
-//! many messages it has dealt with and posted anew. No more than the difference is ever under way; barriers
-//! count as messages, since each uses up a buffer. Each message of ours brings at most one answer, so that as
-//! many buffers on this side suffice.
+//! Each message of ours brings at most one answer, so that as many receive buffers on this side suffice.
 
+use super::barriers::Barriers;
+use super::chain::Chain;
+use super::credits::Credits;
 use super::registry::{Keys, Registry};
+use super::window::Window;
+use crate::buffers::{MAX_MESSAGE_BYTES, MessageBuffers};
 use crate::completions::Completion;
-use crate::halt::Why;
-use crate::message::{self, MAX_EXTENTS, Message};
+use crate::domain::ProtectionDomain;
+use crate::halt::HaltReason;
+use crate::message::{self, LANE_CREDITS, MAX_EXTENTS, Message};
+use crate::pages::check_whole_pages;
 use crate::queue::QueuePair;
-use crate::slots::{SLOT, Slots};
-use migration::memory::{Extent, PAGE_SIZE};
+use crate::receives::ReceiveQueue;
+use migration::memory::Extent;
 use migration::transport::{Lane, LaneStats, PlaneError};
-use rdma_sys::*;
-use std::collections::VecDeque;
-use std::io;
-use std::ptr;
+use rdma_sys::ibv_sge;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Messages that may be under way at once.
-pub(crate) const CREDITS: usize = 32;
-
-/// Requests in a chain.
-const CHAIN: usize = 32;
-
-/// Bytes that may be under way. Beyond what any link holds (400 Gb/s over 100 µs are 5 MB), with room for the
+/// Bytes that may be in flight. Beyond what any link holds (400 Gb/s over 100 µs are 5 MB), with room for the
 /// lane's thread to look at its next pages meanwhile.
-const WINDOW: u64 = 32 << 20;
+const MAX_BYTES_IN_FLIGHT: u64 = 32 << 20;
 
-/// A request is signalled when this much has been posted since the last one that was.
-const SIGNAL_BYTES: u64 = 1 << 20;
+/// After this many bytes the destination is told how many there are, so that it sees its source alive.
+const PROGRESS_INTERVAL_BYTES: u64 = 16 << 20;
 
-/// After this much the destination is told how much there is, so that it sees its source alive.
-const PROGRESS_BYTES: u64 = 16 << 20;
-
-/// Marks the completions of receives.
-const RECEIVE: u64 = 1 << 63;
+/// What a lane may ask of its device.
+#[derive(Clone, Copy)]
+pub(super) struct LaneLimits {
+    /// Largest RDMA write, in bytes; a multiple of the page size.
+    pub max_write_bytes: u64,
+    /// Most work requests in flight, at most what the queue pair has room for.
+    pub max_requests: u32,
+    /// How long the destination may take to answer.
+    pub timeout: Duration,
+}
 
 pub(super) struct RdmaLane {
     registry: Arc<Registry>,
+    /// The queue pair goes before the buffers that it may still use: first this owner, then the last one,
+    /// which is inside `receives`.
     queue: Arc<QueuePair>,
-    /// Buffers of messages to be sent and to be received.
-    sends: Slots,
-    receives: Slots,
-    timeout: Duration,
-    /// Largest write, in bytes.
-    max_message: u64,
-    depth: u64,
-    /// The chain that is being collected. Entries point into `sges` at their own index.
-    requests: Box<[ibv_send_wr]>,
-    sges: Box<[ibv_sge]>,
-    filled: usize,
-    /// Requests and bytes put into chains, and of these, completed.
-    pushed: u64,
-    pushed_bytes: u64,
-    completed: u64,
-    completed_bytes: u64,
-    /// Signalled requests that are not complete: how many requests and bytes each stands for.
-    marks: VecDeque<(u64, u64)>,
-    marked: (u64, u64),
-    /// Messages put into chains, and of these, dealt with by the destination.
-    messages: u64,
-    done: u64,
-    /// Barriers that are posted, and those that are confirmed and nobody has waited for.
-    posted: VecDeque<u32>,
-    confirmed: VecDeque<u32>,
-    /// Bytes that the destination has been told of.
-    told: u64,
+    receives: ReceiveQueue,
+    sends: MessageBuffers,
+    limits: LaneLimits,
+    chain: Chain,
+    window: Window,
+    credits: Credits,
+    barriers: Barriers,
+    /// Of `stats.bytes`, those that the destination has been told of.
+    reported_bytes: u64,
     completions: Vec<Completion>,
     stats: LaneStats,
-    /// Registrations are the plane's; its first lane reports them.
-    first: bool,
+    /// Whether this lane's figures include the registrations, which are the plane's.
+    reports_registrations: bool,
 }
 
-// SAFETY: the raw pointers inside `requests` point to the lane's own `sges`, which move with it on the heap.
-unsafe impl Send for RdmaLane {}
-
 impl RdmaLane {
-    /// A lane on `queue`, whose receives are posted here: before the connection is made.
+    /// A lane on `queue`. Posts its receive buffers, which comes before the connection is made.
+    ///
+    /// # Errors
+    /// [`PlaneError::Unavailable`] when there is no memory for the buffers, [`PlaneError::Io`] when they
+    /// cannot be posted.
     pub(super) fn new(
         queue: Arc<QueuePair>,
-        sends: Slots,
-        receives: Slots,
+        domain: &Arc<ProtectionDomain>,
         registry: Arc<Registry>,
-        limits: (u64, u32),
-        timeout: Duration,
-        first: bool,
+        limits: LaneLimits,
+        reports_registrations: bool,
     ) -> Result<RdmaLane, PlaneError> {
-        let (max_message, depth) = limits;
-        // SAFETY: plain data, for which zeros are valid.
-        let request = || unsafe { std::mem::zeroed::<ibv_send_wr>() };
-        let lane = RdmaLane {
+        Ok(RdmaLane {
             registry,
+            receives: ReceiveQueue::new(Arc::clone(&queue), domain, LANE_CREDITS)?,
             queue,
-            sends,
-            receives,
-            timeout,
-            max_message,
-            depth: u64::from(depth),
-            requests: (0..CHAIN).map(|_| request()).collect(),
-            sges: vec![ibv_sge { addr: 0, length: 0, lkey: 0 }; CHAIN].into(),
-            filled: 0,
-            pushed: 0,
-            pushed_bytes: 0,
-            completed: 0,
-            completed_bytes: 0,
-            marks: VecDeque::new(),
-            marked: (0, 0),
-            messages: 0,
-            done: 0,
-            posted: VecDeque::new(),
-            confirmed: VecDeque::new(),
-            told: 0,
+            sends: MessageBuffers::new(domain, LANE_CREDITS)?,
+            limits,
+            chain: Chain::new(),
+            window: Window::new(limits.max_requests, MAX_BYTES_IN_FLIGHT),
+            credits: Credits::new(LANE_CREDITS),
+            barriers: Barriers::default(),
+            reported_bytes: 0,
             completions: Vec::new(),
             stats: LaneStats::default(),
-            first,
-        };
-        (0..lane.receives.count()).try_for_each(|slot| lane.post_receive(slot))?;
-        Ok(lane)
+            reports_registrations,
+        })
     }
 
-    fn post_receive(&self, slot: usize) -> Result<(), PlaneError> {
-        // SAFETY: the buffer is registered for local writing, and left alone until its completion.
-        unsafe { self.queue.post_receive(RECEIVE | slot as u64, self.receives.sge(slot, SLOT)) }
-            .map_err(|source| PlaneError::Io { what: "posting a buffer", source })
-    }
-
-    /// Whatever fails takes the plane with it; a wait that was too long does not, it may be tried again.
-    fn guard<T>(&self, result: Result<T, PlaneError>) -> Result<T, PlaneError> {
+    /// Stops the plane if `result` is a failure. Exceptions are extents that were refused before anything was
+    /// sent, and waits that were too long, which may be tried again.
+    fn stop_on_failure<T>(&self, result: Result<T, PlaneError>) -> Result<T, PlaneError> {
         if let Err(error) = &result
             && !matches!(error, PlaneError::OutOfBounds(_) | PlaneError::Timeout(_))
         {
-            self.registry.halt(Why::from(error));
+            self.registry.stop(HaltReason::from(error));
         }
         result
     }
 
     fn check(&self, extents: &[Extent]) -> Result<(), PlaneError> {
-        for extent in extents {
-            self.registry.ram().check(extent)?;
-            if extent.offset % PAGE_SIZE != 0 || extent.len % PAGE_SIZE != 0 {
-                return Err(PlaneError::Protocol(format!("{extent:?} is not made of whole pages")));
-            }
-        }
-        self.registry.halted().check()
+        extents.iter().try_for_each(|extent| check_whole_pages(self.registry.ram(), extent))?;
+        self.registry.halt().check()
     }
 
     fn write_checked(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
         for extent in extents {
             let (mut at, end) = (extent.offset, extent.offset + extent.len);
             while at < end {
-                let (chunk, chunk_end) = self.registry.find(extent.region, at);
-                let keys = match self.registry.keys(chunk)? {
+                let (chunk, chunk_end) = self.registry.chunk_at(extent.region, at);
+                self.registry.request(chunk)?;
+                let keys = match self.registry.keys(chunk) {
                     Some(keys) => keys,
                     None => {
                         // What is ready travels while we wait.
                         self.flush()?;
-                        self.registry.wait(chunk, self.timeout)?
+                        self.registry.wait_for_keys(chunk, self.limits.timeout)?
                     }
                 };
-                let len = (end - at).min(chunk_end - at).min(self.max_message);
+                let len = (end - at).min(chunk_end - at).min(self.limits.max_write_bytes);
                 self.push_write(at, len as u32, keys)?;
                 at += len;
             }
@@ -174,17 +133,13 @@ impl RdmaLane {
 
     fn push_write(&mut self, at: u64, len: u32, keys: Keys) -> Result<(), PlaneError> {
         self.make_room(u64::from(len))?;
+        let admitted = self.window.push(u64::from(len), false);
         // Both keys are for the chunk's extent under addresses that are offsets into the region.
-        self.sges[self.filled] = ibv_sge { addr: at, length: len, lkey: keys.local };
-        let request = &mut self.requests[self.filled];
-        request.opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE;
-        request.num_sge = 1;
-        request.wr.rdma.remote_addr = at;
-        request.wr.rdma.rkey = keys.remote;
-        self.push(u64::from(len), false);
+        let local = ibv_sge { addr: at, length: len, lkey: keys.lkey };
+        self.chain.write(admitted, local, at, keys.rkey);
         self.stats.bytes += u64::from(len);
-        self.registry.moving();
-        if self.stats.bytes - self.told >= PROGRESS_BYTES {
+        self.registry.note_first_write();
+        if self.stats.bytes - self.reported_bytes >= PROGRESS_INTERVAL_BYTES {
             self.push_progress()?;
         }
         Ok(())
@@ -192,169 +147,122 @@ impl RdmaLane {
 
     fn push_progress(&mut self) -> Result<(), PlaneError> {
         let bytes = self.stats.bytes;
-        self.push_message(|slot| message::put(slot, &Message::Progress(bytes)))?;
-        self.told = bytes;
+        self.push_message(|buffer| message::put(buffer, &Message::Progress(bytes)))?;
+        self.reported_bytes = bytes;
         Ok(())
     }
 
     /// Puts a message into the chain once the destination has a buffer for it.
-    fn push_message(&mut self, put: impl FnOnce(&mut [u8; SLOT]) -> usize) -> Result<(), PlaneError> {
-        self.await_credit()?;
-        self.make_room(0)?;
-        let slot = (self.messages % CREDITS as u64) as usize;
-        // SAFETY: the buffer's last message is CREDITS messages ago, which the destination has dealt with: it
-        // has arrived, and what the device may still repeat of it is dropped as a duplicate.
-        let len = put(unsafe { self.sends.get_mut(slot) });
-        self.sges[self.filled] = self.sends.sge(slot, len);
-        let request = &mut self.requests[self.filled];
-        request.opcode = ibv_wr_opcode::IBV_WR_SEND;
-        request.num_sge = 1;
-        self.messages += 1;
-        self.push(0, false);
+    fn push_message(
+        &mut self,
+        put: impl FnOnce(&mut [u8; MAX_MESSAGE_BYTES]) -> usize,
+    ) -> Result<(), PlaneError> {
+        let buffer = self.take_credit()?;
+        // SAFETY: `Credits` has given this buffer out, so the destination has handled the last message from
+        // it. That one has arrived; should the device repeat it, the peer's drops it as a duplicate.
+        let len = put(unsafe { self.sends.get_mut(buffer) });
+        let admitted = self.window.push(0, false);
+        self.chain.send(admitted, self.sends.sge(buffer, len));
         Ok(())
     }
 
     fn push_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
-        if self.told != self.stats.bytes {
+        if self.reported_bytes != self.stats.bytes {
             self.push_progress()?;
         }
-        self.await_credit()?;
-        self.make_room(0)?;
-        // An empty write needs no key and no address. The destination's device completes it after all that
-        // came before it on this queue pair is in memory.
-        let request = &mut self.requests[self.filled];
-        request.opcode = ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM;
-        request.num_sge = 0;
-        request.imm_data_invalidated_rkey_union.imm_data = round.to_be();
-        request.wr.rdma.remote_addr = 0;
-        request.wr.rdma.rkey = 0;
-        self.messages += 1;
-        self.posted.push_back(round);
-        self.push(0, true);
+        // It uses up a receive buffer like a message, and no send buffer.
+        self.take_credit()?;
+        // The destination's device completes it after all that came before it on this queue pair is in
+        // memory.
+        let admitted = self.window.push(0, true);
+        self.chain.write_immediate(admitted, round);
+        self.barriers.post(round);
         self.flush()
     }
 
-    /// Waits until the destination has a buffer for one more message.
-    fn await_credit(&mut self) -> Result<(), PlaneError> {
-        while self.messages - self.done >= CREDITS as u64 {
+    /// Waits until one more message may be in flight. Returns the send buffer for it.
+    fn take_credit(&mut self) -> Result<usize, PlaneError> {
+        // First, since a credit that is taken has to be used. Waiting for a credit only makes more room.
+        self.make_room(0)?;
+        loop {
+            if let Some(buffer) = self.credits.take() {
+                return Ok(buffer);
+            }
             self.flush()?;
-            self.reap()?;
+            self.wait_completions()?;
         }
-        Ok(())
     }
 
-    /// Waits until one more request of `len` bytes may be under way.
+    /// Waits until one more request of `len` bytes may be in flight, and the chain has a place for it.
     fn make_room(&mut self, len: u64) -> Result<(), PlaneError> {
-        if self.filled == CHAIN {
+        if self.chain.is_full() {
             self.flush()?;
         }
-        while self.pushed - self.completed >= self.depth
-            || (self.pushed_bytes + len - self.completed_bytes > WINDOW && !self.marks.is_empty())
-        {
+        while !self.window.has_room(len) {
             self.flush()?;
-            self.reap()?;
+            self.wait_completions()?;
         }
         Ok(())
     }
 
-    /// Makes the entry at `filled` part of the chain.
-    fn push(&mut self, bytes: u64, signal: bool) {
-        self.pushed += 1;
-        self.pushed_bytes += bytes;
-        let (requests, marked_bytes) = self.marked;
-        let due =
-            self.pushed - requests >= self.depth / 4 || self.pushed_bytes - marked_bytes >= SIGNAL_BYTES;
-        let request = &mut self.requests[self.filled];
-        request.wr_id = self.pushed;
-        request.send_flags = 0;
-        if signal || due {
-            request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
-            self.marked = (self.pushed, self.pushed_bytes);
-            self.marks.push_back(self.marked);
-        }
-        self.filled += 1;
-    }
-
-    /// Posts the chain, and takes what completions there are.
+    /// Posts the chain, and handles the completions that there are.
     fn flush(&mut self) -> Result<(), PlaneError> {
-        if self.filled == 0 {
+        if self.chain.is_empty() {
             return Ok(());
         }
-        for index in 0..self.filled {
-            self.requests[index].sg_list = &mut self.sges[index];
-            self.requests[index].next =
-                if index + 1 < self.filled { &mut self.requests[index + 1] } else { ptr::null_mut() };
-        }
-        // SAFETY: the chain ends at the last filled entry, and every entry points to its own scatter element.
-        // Those are guest memory under a key of a chunk that is registered until the registry goes, which the
-        // lane holds, or message buffers, which the lane holds as well; see `push_message` for their reuse.
-        // What they hold is only read, and racing guest writes are the contract's own.
-        unsafe { self.queue.post_send(&mut self.requests[0]) }
+        let requests = self.chain.len() as u64;
+        // SAFETY: the requests read guest memory under a key of a chunk that is registered until the registry
+        // goes, which the lane holds, or message buffers, which the lane holds as well; `push_message` says
+        // when they are used again. Writes of the guest meanwhile are part of the contract: nothing in this
+        // process reads what the device does.
+        unsafe { self.chain.post(&self.queue) }
             .map_err(|source| PlaneError::Io { what: "posting RDMA requests", source })?;
-        self.stats.requests += self.filled as u64;
-        self.filled = 0;
-        self.stats.max_in_flight = self.stats.max_in_flight.max(self.pushed - self.completed);
+        self.stats.requests += requests;
+        self.stats.max_in_flight = self.stats.max_in_flight.max(self.window.in_flight());
         self.queue.completions().poll(&mut self.completions)?;
-        self.take()
+        self.handle_completions()
     }
 
-    /// Waits for completions.
-    fn reap(&mut self) -> Result<(), PlaneError> {
-        let deadline = Instant::now() + self.timeout;
+    /// Waits for completions, and handles them.
+    fn wait_completions(&mut self) -> Result<(), PlaneError> {
+        let timeout = self.limits.timeout;
+        let deadline = Some(Instant::now() + timeout);
         let completions = self.queue.completions();
-        if !completions.wait(&mut self.completions, self.registry.halted(), Some(deadline))? {
-            return Err(PlaneError::Timeout(self.timeout));
+        if !completions.wait(&mut self.completions, self.registry.halt(), deadline)? {
+            return Err(PlaneError::Timeout(timeout));
         }
-        self.take()
+        self.handle_completions()
     }
 
-    fn take(&mut self) -> Result<(), PlaneError> {
+    fn handle_completions(&mut self) -> Result<(), PlaneError> {
         for at in 0..self.completions.len() {
             let completion = self.completions[at];
-            if completion.id & RECEIVE == 0 {
-                while let Some(&(requests, bytes)) = self.marks.front()
-                    && requests <= completion.id
-                {
-                    self.marks.pop_front();
-                    (self.completed, self.completed_bytes) = (requests, bytes);
-                }
-            } else {
-                self.receive((completion.id & !RECEIVE) as usize, completion.len)?;
+            match ReceiveQueue::filled(&completion) {
+                Some(buffer) => self.handle_answer(buffer, &completion)?,
+                None => self.window.complete(completion.id),
             }
         }
         Ok(())
     }
 
-    fn receive(&mut self, slot: usize, len: usize) -> Result<(), PlaneError> {
-        // SAFETY: the receive is complete, so the buffer is ours until it is posted again below.
-        let bytes = unsafe { self.receives.get(slot, len) };
+    fn handle_answer(&mut self, buffer: usize, completion: &Completion) -> Result<(), PlaneError> {
+        // SAFETY: the completion is of this queue pair. The buffer is posted again only below, where the
+        // message is no longer in use.
+        let bytes = unsafe { self.receives.message(buffer, completion) };
         let Message::Done { messages, round } = message::get(bytes)? else {
-            return Err(PlaneError::Protocol("an answer that is none".into()));
+            return Err(PlaneError::Protocol("the destination's message on a lane is no answer".into()));
         };
-        if messages < self.done || messages > self.messages {
-            return Err(PlaneError::Protocol(format!("{messages} of {} messages done", self.messages)));
-        }
-        if let Some(round) = round {
-            if self.posted.pop_front() != Some(round) {
-                return Err(PlaneError::Protocol(format!("barrier {round} is confirmed out of turn")));
-            }
-            self.confirmed.push_back(round);
-        }
         // The buffer first: the credit lets us send what brings the next answer.
-        self.post_receive(slot)?;
-        self.done = messages;
-        Ok(())
+        self.receives.post(buffer)?;
+        self.credits.release(messages)?;
+        round.map_or(Ok(()), |round| self.barriers.confirm(round))
     }
 
     fn wait_confirmed(&mut self, round: u32) -> Result<(), PlaneError> {
-        loop {
-            while let Some(confirmed) = self.confirmed.pop_front() {
-                if confirmed == round {
-                    return Ok(());
-                }
-            }
-            self.reap()?;
+        while !self.barriers.take_confirmed(round) {
+            self.wait_completions()?;
         }
+        Ok(())
     }
 }
 
@@ -362,41 +270,36 @@ impl Lane for RdmaLane {
     fn write(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
         self.check(extents)?;
         let result = self.write_checked(extents);
-        self.guard(result)
+        self.stop_on_failure(result)
     }
 
     fn zero(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
         self.check(extents)?;
         for some in extents.chunks(MAX_EXTENTS) {
-            let result = self.push_message(|slot| message::put_zeros(slot, some));
-            self.guard(result)?;
+            let result = self.push_message(|buffer| message::put_zeros(buffer, some));
+            self.stop_on_failure(result)?;
             self.stats.zero_bytes += some.iter().map(|e| e.len).sum::<u64>();
         }
         let result = self.flush();
-        self.guard(result)
+        self.stop_on_failure(result)
     }
 
     fn post_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
-        self.registry.halted().check()?;
+        self.registry.halt().check()?;
         let result = self.push_barrier(round);
-        self.guard(result)
+        self.stop_on_failure(result)
     }
 
     fn wait_barrier(&mut self, round: u32) -> Result<(), PlaneError> {
         let result = self.wait_confirmed(round);
-        self.guard(result)
+        self.stop_on_failure(result)
     }
 
     fn stats(&self) -> LaneStats {
         let mut stats = self.stats.clone();
-        if self.first {
-            (stats.registration_us, stats.registration_overlap_us) = self.registry.spent();
+        if self.reports_registrations {
+            (stats.registration_us, stats.registration_overlap_us) = self.registry.registration_us();
         }
         stats
     }
-}
-
-/// Turns a failure to make buffers into one of the plane.
-pub(super) fn buffers(error: io::Error) -> PlaneError {
-    crate::unavailable::resource("registering message buffers", error)
 }

@@ -1,18 +1,20 @@
-//! A device that carries nothing: requests complete as they are posted, and messages are answered at once. What a
-//! lane takes on it is what this crate's code takes, on any machine; a real device adds what its driver does for a
-//! request and a completion. Only `examples/costs.rs` uses it, and nothing of it is ever freed.
+//! A device that carries nothing: requests complete as they are posted, and messages are answered at once.
+//! What a lane takes on it is what this crate's code takes, on any machine; a real device adds what its
+//! driver does for a request and a completion. Only `examples/costs.rs` uses it, and nothing of it is ever
+//! freed.
 
-use super::lane::{self, CREDITS, RdmaLane};
-use super::registry::{self, Registry};
+use super::lane::{LaneLimits, RdmaLane};
+use super::registry::{MAX_REQUESTS_IN_QUEUE, Registry};
 use crate::api::Api;
-use crate::chunks::{DEFAULT_CHUNK, Grid, least_shifts};
+use crate::buffers::MAX_MESSAGE_BYTES;
+use crate::chunks::{ChunkMap, DEFAULT_CHUNK, min_chunk_shifts};
 use crate::cm::{CmId, EventChannel};
-use crate::domain::Domain;
+use crate::domain::ProtectionDomain;
 use crate::halt::Halt;
-use crate::message::{self, Message};
+use crate::message::{self, LANE_CREDITS, Message, REGISTRATION_CREDITS};
 use crate::options::DEFAULT_DEPTH;
 use crate::queue::QueuePair;
-use crate::slots::{SLOT, Slots};
+use crate::zeroed::Zeroed;
 use migration::memory::Ram;
 use migration::transport::{Lane, PlaneError};
 use rdma_sys::*;
@@ -31,30 +33,32 @@ use std::time::Duration;
 pub fn lane(ram: &Arc<Ram>) -> Result<Box<dyn Lane>, PlaneError> {
     let broken = |source| PlaneError::Io { what: "preparing a device that carries nothing", source };
     let channel = EventChannel::on(api()?)?;
-    let domain = Domain::open(&channel, Ipv4Addr::LOCALHOST.into(), false)?;
+    let domain = ProtectionDomain::open(&channel, Ipv4Addr::LOCALHOST.into(), false)?;
     let identifier = || {
         let id = CmId::new(&channel).map_err(broken)?;
         id.bind((Ipv4Addr::LOCALHOST, 0).into()).map_err(broken)?;
         Ok::<_, PlaneError>(Arc::new(id))
     };
-    let grid = Grid::new(ram, &least_shifts(ram, DEFAULT_CHUNK, domain.abilities().max_mr));
-    let (chunks, credits) = (grid.len(), registry::CREDITS as u32);
-    let queue = QueuePair::new(identifier()?, &domain, 2 * credits, credits, Default::default())?;
+    let map = ChunkMap::new(ram, &min_chunk_shifts(ram, DEFAULT_CHUNK, domain.abilities().max_mr));
+    let chunks = map.len();
+    let (sends, receives) = (MAX_REQUESTS_IN_QUEUE as u32, REGISTRATION_CREDITS as u32);
+    let queue = QueuePair::new(identifier()?, &domain, sends, receives, Default::default())?;
     let halt = Halt::new().map_err(broken)?;
-    let registry = Registry::new(Arc::clone(ram), Arc::clone(&domain), grid, Arc::new(queue), halt);
-    let registry = Arc::new(registry.map_err(lane::buffers)?);
+    let registry = Registry::new(Arc::clone(ram), Arc::clone(&domain), map, Arc::new(queue), halt)?;
+    let registry = Arc::new(registry);
     let registering = Arc::clone(&registry);
-    thread::spawn(move || registering.register());
+    thread::spawn(move || registering.register_queued());
+    let timeout = Duration::from_secs(60);
     for chunk in 0..chunks {
-        registry.keys(chunk)?;
-        registry.sent()?;
-        registry.answer(chunk)?;
-        registry.wait(chunk, Duration::from_secs(60))?;
+        registry.request(chunk)?;
+        registry.handle_sent()?;
+        registry.answer_without_destination(chunk)?;
+        registry.wait_for_keys(chunk, timeout)?;
     }
-    let queue = QueuePair::new(identifier()?, &domain, DEFAULT_DEPTH, CREDITS as u32, Default::default())?;
-    let slots = || Slots::new(&domain, CREDITS).map_err(lane::buffers);
-    let (limits, timeout) = ((1 << 31, DEFAULT_DEPTH), Duration::from_secs(60));
-    Ok(Box::new(RdmaLane::new(Arc::new(queue), slots()?, slots()?, registry, limits, timeout, true)?))
+    let queue =
+        QueuePair::new(identifier()?, &domain, DEFAULT_DEPTH, LANE_CREDITS as u32, Default::default())?;
+    let limits = LaneLimits { max_write_bytes: 1 << 31, max_requests: DEFAULT_DEPTH, timeout };
+    Ok(Box::new(RdmaLane::new(Arc::new(queue), &domain, registry, limits, true)?))
 }
 
 /// What a completion queue and its queue pair know.
@@ -68,8 +72,8 @@ struct State {
 
 impl State {
     fn complete(&mut self, id: u64, len: usize) {
-        // SAFETY: plain data, for which zeros are valid, and mean success.
-        let mut completion: ibv_wc = unsafe { std::mem::zeroed() };
+        // A status of zero means success.
+        let mut completion = ibv_wc::zeroed();
         (completion.wr_id, completion.byte_len) = (id, len as u32);
         self.completions.push_back(completion);
     }
@@ -77,12 +81,12 @@ impl State {
     /// What a destination answers: to every barrier, and to as many messages as it says one word for.
     fn answer(&mut self, round: Option<u32>) {
         self.messages += 1;
-        if round.is_none() && !self.messages.is_multiple_of(CREDITS as u64 / 2) {
+        if round.is_none() && !self.messages.is_multiple_of(LANE_CREDITS as u64 / 2) {
             return;
         }
         // The registrations' queue pair has no buffers: it is answered by hand.
         let Some((id, address)) = self.receives.pop_front() else { return };
-        let mut buffer = [0; SLOT];
+        let mut buffer = [0; MAX_MESSAGE_BYTES];
         let len = message::put(&mut buffer, &Message::Done { messages: self.messages, round });
         // SAFETY: the buffer is posted, and so the device's; it has room for any message.
         unsafe { ptr::copy_nonoverlapping(buffer.as_ptr(), address as *mut u8, len) };
@@ -144,9 +148,8 @@ unsafe extern "C" fn req_notify_cq(_queue: *mut ibv_cq, _solicited: c_int) -> c_
 }
 
 /// Something of C's that lives for ever, zero at first.
-fn zeroed<T>() -> &'static mut T {
-    // SAFETY: used for structures of C that hold integers, pointers and optional functions.
-    Box::leak(Box::new(unsafe { std::mem::zeroed() }))
+fn leaked<T: Zeroed>() -> &'static mut T {
+    Box::leak(Box::new(T::zeroed()))
 }
 
 fn api() -> Result<&'static Api, PlaneError> {
@@ -198,7 +201,7 @@ unsafe extern "C" fn ibv_query_port(
 }
 
 unsafe extern "C" fn ibv_alloc_pd(_context: *mut ibv_context) -> *mut ibv_pd {
-    zeroed()
+    leaked()
 }
 
 unsafe extern "C" fn ibv_reg_mr_iova(
@@ -208,7 +211,7 @@ unsafe extern "C" fn ibv_reg_mr_iova(
     _iova: u64,
     _access: c_int,
 ) -> *mut ibv_mr {
-    zeroed()
+    leaked()
 }
 
 /// A descriptor that is never readable.
@@ -218,7 +221,7 @@ fn silent() -> c_int {
 }
 
 unsafe extern "C" fn ibv_create_comp_channel(_context: *mut ibv_context) -> *mut ibv_comp_channel {
-    let channel: &mut ibv_comp_channel = zeroed();
+    let channel: &mut ibv_comp_channel = leaked();
     channel.fd = silent();
     channel
 }
@@ -230,14 +233,14 @@ unsafe extern "C" fn ibv_create_cq(
     channel: *mut ibv_comp_channel,
     _vector: c_int,
 ) -> *mut ibv_cq {
-    let queue: &mut ibv_cq = zeroed();
+    let queue: &mut ibv_cq = leaked();
     let state = Box::into_raw(Box::<State>::default()).cast();
     (queue.context, queue.channel, queue.cq_context) = (context, channel, state);
     queue
 }
 
 unsafe extern "C" fn rdma_create_event_channel() -> *mut rdma_event_channel {
-    let channel: &mut rdma_event_channel = zeroed();
+    let channel: &mut rdma_event_channel = leaked();
     channel.fd = silent();
     channel
 }
@@ -248,7 +251,7 @@ unsafe extern "C" fn rdma_create_id(
     _user: *mut c_void,
     _space: rdma_port_space::Type,
 ) -> c_int {
-    let id: &mut rdma_cm_id = zeroed();
+    let id: &mut rdma_cm_id = leaked();
     id.channel = channel;
     // SAFETY: the caller wants it there.
     unsafe { *into = id };
@@ -259,7 +262,7 @@ unsafe extern "C" fn rdma_bind_addr(id: *mut rdma_cm_id, _address: *mut libc::so
     // One device for all.
     static CONTEXT: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
     let context = CONTEXT.get_or_init(|| {
-        let context: &mut ibv_context = zeroed();
+        let context: &mut ibv_context = leaked();
         context.ops.post_send = Some(post_send);
         context.ops.post_recv = Some(post_recv);
         context.ops.poll_cq = Some(poll_cq);
@@ -276,7 +279,7 @@ unsafe extern "C" fn rdma_create_qp(
     _domain: *mut ibv_pd,
     attributes: *mut ibv_qp_init_attr,
 ) -> c_int {
-    let pair: &mut ibv_qp = zeroed();
+    let pair: &mut ibv_qp = leaked();
     // SAFETY: the identifier and the completion queue are of the functions above.
     unsafe {
         pair.context = (*id).verbs;

@@ -4,7 +4,7 @@
 use migration::conformance::Fixture;
 use migration::transport::{DestinationTransport, SourceTransport};
 use std::net::IpAddr;
-use transport_rdma::{Options, RdmaDestination, RdmaSource, probe};
+use whimbrel_transport_rdma::{Options, RdmaDestination, RdmaSource, probe};
 
 /// RDMA devices of this host.
 pub struct Devices {

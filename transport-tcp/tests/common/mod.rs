@@ -1,7 +1,7 @@
 //! A machine that is nothing but memory, for moving through streams of every kind.
 
 use migration::conformance::bed::{REGION_PAGES, extent, ram, ram_of, read, scramble};
-use migration::destination::{self, Arrival};
+use migration::destination::Migration;
 use migration::dirty::DirtySet;
 use migration::link::ControlLink;
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
@@ -76,10 +76,6 @@ impl SourceMachine for Memory {
         Ok(())
     }
 
-    fn clear_dirty(&self, _region: usize, _first_page: u64, _words: &[u64]) -> Result<(), Failure> {
-        Ok(())
-    }
-
     fn pause(&self) -> Result<(), Failure> {
         self.paused.store(true, Ordering::Relaxed);
         Ok(())
@@ -146,11 +142,6 @@ pub fn send(
 pub fn receive(
     link: &mut dyn ControlLink,
     transport: impl DestinationTransport + 'static,
-) -> Result<Arrival<Arrived>, Failure> {
-    let token = link.token();
-    let transports: &mut [Box<dyn DestinationTransport>] = &mut [Box::new(transport)];
-    let timeouts = destination::Timeouts::default();
-    let mut arrival = destination::receive(&mut Host, link, token, transports, "test", &timeouts)?;
-    arrival.conclude(link);
-    Ok(arrival)
+) -> Result<Arrived, Failure> {
+    Ok(Migration::new(&mut Host, link).transport(transport).run()?.conclude())
 }

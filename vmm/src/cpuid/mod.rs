@@ -11,10 +11,9 @@ mod topology;
 
 pub use compare::{Incompatible, missing_features};
 
+use crate::ioctl::{KvmContext, KvmError};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
-
-use crate::error::{Error, What};
 
 /// XCR0 components that a guest never gets: AMX tile configuration and data.
 const XCR0_AMX: u64 = 1 << 17 | 1 << 18;
@@ -22,9 +21,9 @@ const XCR0_AMX: u64 = 1 << 17 | 1 << 18;
 /// The baseline of this host, before vCPUs get their identities.
 ///
 /// # Errors
-/// [`Error::Kvm`] if KVM cannot say what it supports.
-pub fn baseline(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, Error> {
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).what("KVM_GET_SUPPORTED_CPUID")?;
+/// [`KvmError`] if KVM cannot say what it supports.
+pub fn baseline(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
     let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
     Ok(stabilise(supported.as_slice(), deadline_timer))
 }
@@ -33,13 +32,13 @@ pub fn baseline(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, Error> {
 /// package.
 ///
 /// # Errors
-/// [`Error::Kvm`] for more entries than KVM takes.
-pub fn for_vcpu(baseline: &[kvm_cpuid_entry2], index: u8, vcpus: u8) -> Result<CpuId, Error> {
+/// [`KvmError`] for more entries than KVM takes.
+pub fn for_vcpu(baseline: &[kvm_cpuid_entry2], index: u8, vcpus: u8) -> Result<CpuId, KvmError> {
     let mut entries = baseline.to_vec();
     topology::apply(&mut entries, index, vcpus);
     CpuId::from_entries(&entries)
         .map_err(|_| std::io::Error::from_raw_os_error(libc::E2BIG))
-        .what("the CPUID table, which is too long")
+        .context("the CPUID table, which is too long")
 }
 
 /// Width in bits of a guest-physical address; 36 where the CPU does not say.

@@ -22,7 +22,8 @@ pub(crate) mod abi {
 }
 
 use crate::memory::GuestRam;
-use abi::{Cpu, Header, MAGIC, MAX_VCPUS, PAGE, REPORT_ADDRESS, VERSION};
+pub use abi::MAX_VCPUS;
+use abi::{Cpu, Header, MAGIC, PAGE, REPORT_ADDRESS, VERSION};
 use std::mem::offset_of;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 

@@ -1,4 +1,4 @@
-//! What the guest's report comes to.
+//! What the embedded guest reports about itself.
 
 use super::abi::{self, Cpu, Header};
 use super::gaps::{self, Gaps, LongGap};
@@ -9,8 +9,8 @@ const BEFORE: usize = abi::PHASE_BEFORE as usize;
 const DURING: usize = abi::PHASE_DURING as usize;
 const AFTER: usize = abi::PHASE_AFTER as usize;
 
-/// Seconds after which a vCPU that has not looked at the clock while others did has lost its timer for
-/// good: it sleeps, and cannot notice by itself.
+/// A vCPU that has not looked at the clock for so many seconds, while others have, has lost its timer for
+/// good. It sleeps, and cannot notice by itself.
 const SILENCE: u64 = 2;
 
 /// The guest's own account of itself. All times in microseconds of guest time.
@@ -149,7 +149,7 @@ fn wrong(what: &str, bad: &abi::BadPage) -> String {
     format!("{what} {page} should be of generation {expected}; its word {word} holds {held}")
 }
 
-/// A bar for each two intervals, as high as the most that was done in any.
+/// A bar for each pair of intervals, relative to the interval in which most was done.
 fn bars(timeline: &[u64]) -> String {
     const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let pairs: Vec<u64> = timeline.chunks(2).map(|pair| pair.iter().fold(0, |a, b| a.max(*b))).collect();

@@ -30,7 +30,7 @@ pub enum Content {
 /// What the embedded guest is to do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {
-    /// Virtual CPUs, which it has to be told.
+    /// Virtual CPUs, which it has to be told. Beyond [`MAX_VCPUS`](super::MAX_VCPUS) it starts none.
     pub vcpus: u32,
     /// Bytes that it keeps rewriting and checking; 0 for an idle guest. Cut down to the RAM there is.
     pub working_set: u64,
@@ -72,7 +72,7 @@ impl Workload {
     }
 
     /// Fills RAM. The working set lies at the
-    /// end of low memory and at the begin of high memory, so low memory is filled from its begin and
+    /// end of low memory and at the beginning of high memory, so low memory is filled from its beginning and
     /// high memory up to its end; the guest's first pass overwrites what it needs.
     fn fill(&self, machine: &Machine) {
         let mut left = self.fill / PAGE * PAGE;

@@ -4,8 +4,8 @@ use super::{
     Boot, COMMAND_LINE, Entry, Error, HIGH_MEMORY, MAX_COMMAND_LINE, ZERO_PAGE, load_initramfs, low_memory,
     memmap, write_command_line,
 };
-use crate::acpi;
 use crate::memory::GuestMemory;
+use crate::memory::layout::RSDP;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{BzImage, KernelLoader};
 use std::io::Cursor;
@@ -58,7 +58,7 @@ pub fn load(
         header.ramdisk_image = initramfs.address.0 as u32;
         header.ramdisk_size = initramfs.len as u32;
     }
-    let mut params = boot_params { hdr: header, acpi_rsdp_addr: acpi::RSDP.0, ..Default::default() };
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: RSDP.0, ..Default::default() };
     let ranges = memmap::ranges(memory);
     for (range, slot) in ranges.iter().zip(&mut params.e820_table) {
         *slot = boot_e820_entry { addr: range.start, size: range.len, r#type: range.kind };

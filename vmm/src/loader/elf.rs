@@ -4,8 +4,8 @@ use super::{
     Boot, COMMAND_LINE, Entry, Error, MAX_COMMAND_LINE, MODULE_LIST, PVH_MEMORY_MAP, START_INFO,
     load_initramfs, low_memory, memmap, write_command_line,
 };
-use crate::acpi;
 use crate::memory::GuestMemory;
+use crate::memory::layout::RSDP;
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
@@ -60,7 +60,7 @@ fn write_start_info(memory: &GuestMemory, initramfs: Option<super::Initramfs>) -
         magic: START_MAGIC,
         version: 1, // with a memory map
         cmdline_paddr: COMMAND_LINE.0,
-        rsdp_paddr: acpi::RSDP.0,
+        rsdp_paddr: RSDP.0,
         memmap_paddr: PVH_MEMORY_MAP.0,
         memmap_entries: ranges.len() as u32,
         ..Default::default()

@@ -1,6 +1,7 @@
 //! The state a boot vCPU is in at a kernel's first instruction.
 
-use crate::error::{Error, What};
+use super::Error;
+use crate::ioctl::KvmContext;
 use crate::memory::GuestMemory;
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -61,9 +62,9 @@ impl Entry {
         let (cs, ds, tss) = (code_segment(code), data_segment(), task_segment());
         let gdt = [0, 0, descriptor(&cs), descriptor(&ds), descriptor(&tss)];
         for (entry, at) in gdt.into_iter().zip((GDT.0..).step_by(8)) {
-            memory.write_obj(entry, GuestAddress(at)).map_err(crate::loader::Error::from)?;
+            memory.write_obj(entry, GuestAddress(at))?;
         }
-        let mut sregs = vcpu.get_sregs().what("KVM_GET_SREGS")?;
+        let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
         (sregs.cs, sregs.tr) = (cs, tss);
         (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (ds, ds, ds, ds, ds);
         (sregs.gdt.base, sregs.gdt.limit) = (GDT.0, (size_of_val(&gdt) - 1) as u16);
@@ -88,13 +89,13 @@ impl Entry {
                 (regs.rsp, regs.rbp) = (STACK, STACK);
             }
         }
-        vcpu.set_sregs(&sregs).what("KVM_SET_SREGS")?;
-        vcpu.set_regs(&regs).what("KVM_SET_REGS")
+        vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")?;
+        Ok(vcpu.set_regs(&regs).context("KVM_SET_REGS")?)
     }
 }
 
 /// Maps the first 4 GiB one to one, in pages of 2 MiB.
-fn write_page_tables(memory: &GuestMemory) -> Result<(), crate::loader::Error> {
+fn write_page_tables(memory: &GuestMemory) -> Result<(), Error> {
     memory.write_obj(PDPT.0 | PRESENT_WRITABLE, PML4)?;
     for gib in 0..4u64 {
         let directory = DIRECTORIES.0 + gib * 0x1000;

@@ -22,6 +22,7 @@ pub mod mptable;
 
 pub use entry::Entry;
 
+use crate::ioctl::KvmError;
 use crate::memory::GuestMemory;
 use std::borrow::Cow;
 use std::fs;
@@ -136,6 +137,9 @@ pub enum Error {
     /// RAM could not be written.
     #[error("cannot write boot data to guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
+    /// KVM refused to put the vCPU at the kernel's door.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
 }
 
 /// An initial RAM disk in guest RAM.

@@ -4,35 +4,35 @@
 //! [`Machine::build`]. A machine built so is parked: it either boots a kernel or is loaded with
 //! another machine's state, and both then start by [`Machine::resume`].
 
+mod announce;
 mod config;
-pub(crate) mod control;
-mod outcome;
 
 pub use config::MachineConfig;
-pub use outcome::{Crash, Outcome};
 
 use crate::acpi;
-use crate::announce;
 use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
-use crate::error::{Error, What};
+use crate::error::Error;
 use crate::host::Host;
+use crate::ioctl::{KvmContext, KvmError};
 use crate::loader::{self, Boot};
+use crate::lock::lock;
 use crate::memory::{self, GuestRam};
 use crate::pci::{KvmPlatform, Platform};
 use crate::power::{Power, SCI};
 use crate::sandbox;
 use crate::serial::SerialPort;
-use crate::state::{self, msr};
-use crate::vcpu::Vcpu;
+use crate::state;
+use crate::vcpu::control::{self, Control, KickTarget, Phase};
+use crate::vcpu::outcome::Outcome;
+use crate::vcpu::{Vcpu, msr};
 use crate::virtio;
-use control::{Control, KickTarget, Phase};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -73,10 +73,6 @@ pub struct Machine {
     given_up: AtomicBool,
 }
 
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Machine {
     /// Builds a machine, parked, with nothing in its RAM.
     ///
@@ -92,7 +88,7 @@ impl Machine {
         control::install_kick_handler().map_err(Error::Thread)?;
         let ram = GuestRam::new(config.memory, config.pages)?;
         let vm = Arc::new(create_vm(host)?);
-        add_memory_slots(&vm, &ram)?;
+        memory::slot::set_all(&vm, &ram)?;
         let tracking = DirtyTracking::new(&vm)?;
         let platform: Arc<dyn Platform> = Arc::new(KvmPlatform(vm.clone()));
         let virtio = virtio::transport::functions(&config.devices, &config.local, &platform, ram.memory())?;
@@ -108,10 +104,10 @@ impl Machine {
                 let cpuid = cpuid::for_vcpu(&config.cpuid, index, vcpus)?;
                 Vcpu::new(&vm, index, &cpuid, config.tsc_khz, &msrs).map(Mutex::new)
             })
-            .collect::<Result<Vec<_>, Error>>()?;
+            .collect::<Result<Vec<_>, KvmError>>()?;
         let (tsc_khz, saved_msrs) = {
             let boot_vcpu = lock(&vcpus[0]);
-            (boot_vcpu.fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
+            (boot_vcpu.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
         };
         let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
         let mut machine = Machine {
@@ -139,7 +135,7 @@ impl Machine {
         loader::mptable::write(self.ram.memory(), vcpus)?;
         acpi::write(self.ram.memory(), vcpus).map_err(loader::Error::from)?;
         let boot_vcpu = lock(&self.shared.vcpus[0]);
-        entry.apply(&boot_vcpu.fd, self.ram.memory())
+        Ok(entry.apply(&boot_vcpu.fd, self.ram.memory())?)
     }
 
     /// Presses the guest's power button. False if it does not listen to it.
@@ -177,7 +173,14 @@ impl Machine {
 
     /// Tells the network, in the background, where the guest is from now on.
     pub fn announce(&self) {
-        announce::start(&self.shared, &self.config.local.announcing);
+        let machine = Arc::downgrade(&self.shared);
+        announce::start(self.config.local.announcing, move || {
+            let Some(shared) = machine.upgrade() else { return false };
+            if shared.is_running() {
+                shared.devices.announce();
+            }
+            true
+        });
     }
 
     /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no
@@ -271,7 +274,8 @@ impl Machine {
     /// [`Error::NotPaused`], or what KVM refused.
     pub fn save(&self) -> Result<Vec<u8>, Error> {
         let _guard = self.guard_paused()?;
-        state::save(&self.shared)
+        let Shared { vm, vcpus, devices, .. } = &*self.shared;
+        Ok(state::save(vm, vcpus, devices)?)
     }
 
     /// Restores what [`save`](Self::save) saved. RAM must be in place. Whole for a machine that has
@@ -281,7 +285,8 @@ impl Machine {
     /// [`Error::State`] for a state that is not one of an equal machine; [`Error::NotPaused`].
     pub fn load(&self, state: &[u8]) -> Result<(), Error> {
         let mut interrupted = self.guard_paused()?;
-        state::load(&self.shared, state)?;
+        let Shared { vm, vcpus, devices, .. } = &*self.shared;
+        state::load(vm, vcpus, devices, state)?;
         *interrupted = true;
         Ok(())
     }
@@ -365,31 +370,12 @@ fn run_vcpu(shared: &Shared, index: usize) {
 }
 
 fn create_vm(host: &Host) -> Result<VmFd, Error> {
-    let vm = host.kvm().create_vm().what("KVM_CREATE_VM")?;
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).what("KVM_SET_IDENTITY_MAP_ADDR")?;
-    vm.set_tss_address(TSS_ADDRESS).what("KVM_SET_TSS_ADDR")?;
-    vm.create_irq_chip().what("KVM_CREATE_IRQCHIP")?;
+    let vm = host.kvm().create_vm().context("KVM_CREATE_VM")?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
+    vm.set_tss_address(TSS_ADDRESS).context("KVM_SET_TSS_ADDR")?;
+    vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
     // With the dummy, KVM answers port 0x61 as well, by which guests calibrate against the PIT.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).what("KVM_CREATE_PIT2")?;
+    vm.create_pit2(pit).context("KVM_CREATE_PIT2")?;
     Ok(vm)
-}
-
-/// The memory slot of region number `region`, with or without dirty logging.
-pub(crate) fn set_memory_slot(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Result<(), Error> {
-    let region_info = &ram.ram().regions()[region];
-    let slot = kvm_userspace_memory_region {
-        slot: region as u32,
-        flags,
-        guest_phys_addr: region_info.layout().guest_address,
-        memory_size: region_info.len(),
-        userspace_addr: region_info.address() as u64,
-    };
-    // SAFETY: the range is a whole mapping of guest RAM, which the machine keeps for longer than
-    // any vCPU can run; nobody holds references into it.
-    unsafe { vm.set_user_memory_region(slot) }.what("KVM_SET_USER_MEMORY_REGION")
-}
-
-fn add_memory_slots(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
-    (0..ram.ram().regions().len()).try_for_each(|region| set_memory_slot(vm, ram, region, 0))
 }

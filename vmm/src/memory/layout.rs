@@ -5,11 +5,14 @@
 
 use super::Error;
 use migration::memory::RegionLayout;
+use vm_memory::GuestAddress;
 
 /// Least RAM a machine may have, in bytes.
 pub const MIN_RAM: u64 = 16 << 20;
 /// RAM comes in multiples of this many bytes.
 pub const RAM_UNIT: u64 = 1 << 20;
+/// Where ACPI's root pointer is: in the range that firmware without a better way is searched for it.
+pub const RSDP: GuestAddress = GuestAddress(0xe_0000);
 /// Most RAM below 4 GiB, and the start of the hole.
 pub const HOLE_START: u64 = 3 << 30;
 /// Where RAM goes on above the hole.

@@ -4,26 +4,27 @@
 //! (`SEEK_DATA`), to send it by file (`sendfile`), and to share it with other processes. Nothing is
 //! touched when it is mapped: RAM that the guest never wrote costs nothing here and is never sent.
 //!
-//! A region of small pages is made of several memfds ([`PARTS`]), mapped one behind the other: a destination fills
-//! RAM that does not exist yet by writing to the file, and the kernel lets one thread at a time write to a file. KVM
-//! and `vm-memory` see one region all the same, so that a device's buffer may lie anywhere.
+//! A region of small pages is made of several memfds (see [`RamRegion`]), mapped one behind the other: a
+//! destination fills RAM that does not exist yet by writing to the file, and the kernel lets one thread at a
+//! time write to a file. KVM and `vm-memory` see one region all the same, so that a device's buffer may lie
+//! anywhere.
 
 pub mod host;
 pub mod layout;
 mod populate;
+pub(crate) mod slot;
 pub mod write_log;
 
 pub use write_log::WriteLog;
 
-use migration::memory::{PAGE_SIZE, Ram, RamRegion, RegionLayout};
+use migration::memory::{self, MemoryError, PAGE_SIZE, Ram, RamFile, RamRegion, RegionLayout};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 /// Guest memory as `vm-memory` sees it, with the VMM's own writes logged.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<WriteLog>;
@@ -154,6 +155,9 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+    /// The migration engine refused it.
+    #[error(transparent)]
+    Refused(#[from] MemoryError),
     /// vm-memory refused the regions.
     #[error("cannot map guest memory: {0}")]
     Map(#[from] vm_memory::mmap::MmapRegionError),
@@ -195,7 +199,7 @@ impl GuestRam {
             described.push(ram);
         }
         let memory = GuestMemory::from_arc_regions(mapped)?;
-        Ok(GuestRam { memory, ram: Arc::new(Ram::new(described)), pages })
+        Ok(GuestRam { memory, ram: Arc::new(Ram::new(described)?), pages })
     }
 
     /// RAM for the VMM's own, logged accesses.
@@ -221,17 +225,10 @@ impl GuestRam {
 
 type Mapped = (Arc<GuestRegionMmap<WriteLog>>, RamRegion);
 
-/// Memfds behind a region of small pages: twice the default number of streams, for which two streams rarely
-/// meet at one of them.
-const PARTS: u64 = 8;
-
-/// What a part's length is a multiple of, in bytes: no piece that the engine hands to a stream lies in two parts.
-const PART_UNIT: u64 = 8 << 20;
-
 fn map_region(number: usize, layout: RegionLayout, pages: PageSize) -> Result<Mapped, Error> {
     let len = layout.len as usize;
     let (builder, part_len, files) = if pages == PageSize::Small {
-        let part_len = layout.len.div_ceil(PARTS).next_multiple_of(PART_UNIT);
+        let part_len = memory::part_len(layout.len);
         let starts = (0..layout.len).step_by(part_len as usize);
         let sizes = starts.map(|start| part_len.min(layout.len - start));
         let files: Result<Vec<File>, Error> =
@@ -255,7 +252,9 @@ fn map_region(number: usize, layout: RegionLayout, pages: PageSize) -> Result<Ma
     let mapping = builder.build()?;
     let address = NonNull::new(mapping.as_ptr()).ok_or_else(|| Error::last("map"))?;
     if pages == PageSize::Small {
-        map_parts(&mapping, part_len, &files)?;
+        // SAFETY: the range is exactly the mapping built above, which nobody has used yet; what takes its
+        // place goes away with it.
+        unsafe { memory::map_parts(address, layout.len, part_len, &files) }?;
     }
     // A core dump with the guest's memory in it would be as large as the guest, and its secrets.
     // SAFETY: the range is exactly the mapping built above; the advice changes no content.
@@ -264,46 +263,15 @@ fn map_region(number: usize, layout: RegionLayout, pages: PageSize) -> Result<Ma
     }
     let region =
         Arc::new(GuestRegionMmap::new(mapping, GuestAddress(layout.guest_address)).ok_or(Error::Layout)?);
-    let files = files.into_iter().map(OwnedFd::from).collect();
-    // SAFETY: the mapping is shared, readable and writable, covers the files one behind the other, `part_len` bytes
-    // of each and what is left of the last, and lives as long as `region`, of which the owner below is a reference.
-    let ram = unsafe { RamRegion::new(layout, address, pages.bytes(), files, part_len, region.clone()) };
+    let files = files.into_iter().map(RamFile::from).collect();
+    // SAFETY: the mapping is shared, readable and writable, covers the files one behind the other, `part_len`
+    // bytes of each and what is left of the last, and lives as long as `region`, of which the owner below is
+    // a reference.
+    let ram = unsafe { RamRegion::new(layout, address, pages.bytes(), files, part_len, region.clone())? };
     Ok((region, ram))
-}
-
-/// Maps `files` one behind the other in the place of an anonymous mapping.
-fn map_parts(mapping: &MmapRegion<WriteLog>, part_len: u64, files: &[File]) -> Result<(), Error> {
-    for (start, file) in (0..mapping.size()).step_by(part_len as usize).zip(files) {
-        let len = (part_len as usize).min(mapping.size() - start);
-        let (at, access) = (mapping.as_ptr().wrapping_add(start), libc::PROT_READ | libc::PROT_WRITE);
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
-        // SAFETY: the range lies inside the mapping, which nobody has used yet; the one that takes its place goes
-        // away with it.
-        let mapped = unsafe { libc::mmap(at.cast(), len, access, flags, file.as_raw_fd(), 0) };
-        if mapped == libc::MAP_FAILED {
-            return Err(Error::last("map"));
-        }
-    }
-    Ok(())
 }
 
 fn create_memfd(region: usize, part: usize, len: u64, pages: PageSize) -> Result<File, Error> {
     let name = std::ffi::CString::new(format!("guest-ram-{region}.{part}")).unwrap_or_default();
-    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | pages.memfd_flags();
-    // SAFETY: `name` is a valid C string for the duration of the call.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(Error::last("create the file of"));
-    }
-    // SAFETY: the kernel just gave us this descriptor and nobody else has it.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(len).map_err(|source| Error::System { what: "size", source })?;
-    // Whoever else comes to hold the file must not be able to cut it off under our mapping, which
-    // would turn our next access into SIGBUS.
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: F_ADD_SEALS takes an integer; the descriptor is ours.
-    if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } != 0 {
-        return Err(Error::last("seal"));
-    }
-    Ok(file)
+    Ok(memory::memfd(&name, len, pages.memfd_flags())?)
 }

@@ -66,7 +66,7 @@ impl Bitmap for WriteLog {
         let first = offset >> PAGE_SHIFT;
         let last = (offset.saturating_add(len - 1) >> PAGE_SHIFT).min(self.pages - 1);
         for page in first..=last {
-            // Release: whoever sees the bit sees the write it stands for.
+            // Release: a thread that sees the bit also sees the write that it stands for.
             self.words[page >> WORD_SHIFT].fetch_or(1 << (page % 64), Ordering::Release);
         }
     }

@@ -1,4 +1,4 @@
-//! One function's configuration space: 256 bytes, of which the guest may change what a mask says.
+//! One function's configuration space: 256 bytes. A mask says which bits the guest may change.
 //!
 //! A BAR needs nothing beyond that mask: its low bits are fixed, and a guest that writes all ones
 //! to learn its size reads them back.

@@ -16,10 +16,11 @@ pub(crate) mod recorder;
 
 pub use platform::{KvmPlatform, Platform};
 
+use crate::lock::lock;
 use crate::memory::layout;
 use config::{ConfigSpace, Identity};
 use serde::{Deserialize, Serialize};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The port that says what [`CONFIG_DATA_PORT`] is about.
 pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
@@ -80,7 +81,7 @@ impl Bus {
     }
 
     fn lock(&self) -> MutexGuard<'_, BusState> {
-        self.address.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.address)
     }
 
     /// The device number and the register that the data port at `port` now is.

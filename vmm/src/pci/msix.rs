@@ -7,8 +7,9 @@
 //! to set up in the blackout. It costs the caller one system call, as the write to an irqfd does.
 
 use super::Platform;
+use crate::lock::lock;
 use serde::{Deserialize, Serialize};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// ID of the capability.
 pub const CAPABILITY: u8 = 0x11;
@@ -68,7 +69,7 @@ impl Msix {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// How many entries the table has.

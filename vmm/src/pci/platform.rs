@@ -1,6 +1,6 @@
 //! What a function needs of the machine around it.
 
-use crate::error::{Error, What};
+use crate::ioctl::{KvmContext, KvmError};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::sync::Arc;
@@ -15,8 +15,8 @@ pub trait Platform: Send + Sync {
     /// coming to the function.
     ///
     /// # Errors
-    /// [`Error::Kvm`].
-    fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), Error>;
+    /// [`KvmError`].
+    fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), KvmError>;
 
     /// Undoes [`add_doorbell`](Self::add_doorbell).
     fn remove_doorbell(&self, address: u64, doorbell: &EventFd);
@@ -32,9 +32,9 @@ impl Platform for KvmPlatform {
         let _ = self.0.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() });
     }
 
-    fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), Error> {
+    fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), KvmError> {
         let at = IoEventAddress::Mmio(address);
-        self.0.register_ioevent(doorbell, &at, NoDatamatch).what("KVM_IOEVENTFD")
+        self.0.register_ioevent(doorbell, &at, NoDatamatch).context("KVM_IOEVENTFD")
     }
 
     fn remove_doorbell(&self, address: u64, doorbell: &EventFd) {

@@ -1,7 +1,7 @@
 //! A platform without KVM, for tests of registers: it remembers what it was told.
 
 use super::Platform;
-use crate::error::Error;
+use crate::ioctl::KvmError;
 use std::sync::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -28,7 +28,7 @@ impl Platform for Recorder {
         self.messages.lock().unwrap().push((address, data));
     }
 
-    fn add_doorbell(&self, address: u64, _: &EventFd) -> Result<(), Error> {
+    fn add_doorbell(&self, address: u64, _: &EventFd) -> Result<(), KvmError> {
         self.doorbells.lock().unwrap().push(address);
         Ok(())
     }

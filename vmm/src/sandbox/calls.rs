@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 /// Calls, and for each the conditions on its arguments: one of the rules must hold, if there are any.
 type Calls = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// What neither this program nor a library has any business with, and what whoever has taken over a process tries
-/// first: other programs, other processes, the kernel, the system's settings, namespaces and mounts.
+/// Calls that neither this program nor a library ever needs, and that somebody who has taken over a process
+/// tries first: other programs, other processes, the kernel, the system's settings, namespaces and mounts.
 const FATAL: &[i64] = &[
     // other programs
     SYS_execve,
@@ -80,7 +80,8 @@ const FATAL: &[i64] = &[
     SYS_setfsgid,
 ];
 
-/// What threads that serve a guest need: work on files that others have opened, memory, waiting, and ending.
+/// What threads that serve a guest need: working on files that others have opened, memory, waiting, and
+/// ending.
 const SERVING: &[i64] = &[
     // files and devices that are open
     SYS_ioctl,
@@ -130,8 +131,8 @@ const SERVING: &[i64] = &[
     SYS_exit_group,
 ];
 
-/// What the others need beside that: opening files, talking, threads, and what libraries of RDMA devices, of name
-/// resolution and the C library may want to know.
+/// What the other threads need in addition: opening files, talking, threads, and what the C library and the
+/// libraries of RDMA devices and of name resolution may ask for.
 const FURTHER: &[i64] = &[
     // files
     SYS_open,
@@ -269,12 +270,12 @@ const FURTHER: &[i64] = &[
     SYS_uname,
     SYS_sysinfo,
     SYS_getrlimit,
-    // fewer rights yet
+    // giving up further rights
     SYS_capset,
     SYS_seccomp,
 ];
 
-/// What `prctl` may be used for: names of threads, of memory, and fewer rights.
+/// What `prctl` may be used for: naming threads and memory, and giving up rights.
 const PRCTL: &[c_int] = &[
     PR_SET_NAME,
     PR_GET_NAME,
@@ -286,8 +287,8 @@ const PRCTL: &[c_int] = &[
     PR_GET_NO_NEW_PRIVS,
 ];
 
-/// Sockets of migrations, of the API, of taps, of name resolution, and by which libraries of RDMA devices ask the
-/// kernel. No raw ones, no keys to the kernel's rarer corners.
+/// Sockets of migrations, of the API, of taps and of name resolution, and those by which libraries of RDMA
+/// devices ask the kernel. No raw sockets, and none that reach rarely used parts of the kernel.
 const SOCKETS: &[c_int] = &[AF_UNIX, AF_INET, AF_INET6, AF_NETLINK];
 
 /// What ends the process.
@@ -307,7 +308,7 @@ pub fn fatal() -> Result<Calls, BackendError> {
 /// None; the library cannot know.
 pub fn serving() -> Result<Calls, BackendError> {
     let mut calls = plain(SERVING);
-    // No new code: whatever a guest can make these threads do, it has to do with what is there.
+    // No new code: a guest that takes one of these threads over has only the code that is there.
     let no_code = rule(2, SeccompCmpOp::MaskedEq(PROT_EXEC as u64), 0)?;
     calls.insert(SYS_mmap, vec![no_code.clone()]);
     calls.insert(SYS_mprotect, vec![no_code]);
@@ -323,8 +324,8 @@ pub fn all() -> Result<Calls, BackendError> {
     let mut calls = plain(SERVING);
     calls.append(&mut plain(FURTHER));
     calls.insert(SYS_tgkill, vec![own_process()?]);
-    // Threads, and no processes nor namespaces. `clone3` has its flags in memory, where no filter can look: the C
-    // library does with `clone` where that one is lacking.
+    // Threads, but neither processes nor namespaces. `clone3` has its flags in memory, where no filter can
+    // look. The C library uses `clone` if `clone3` is missing.
     const NAMESPACES: c_int = CLONE_NEWNS
         | CLONE_NEWUTS
         | CLONE_NEWIPC
@@ -335,7 +336,7 @@ pub fn all() -> Result<Calls, BackendError> {
     let looked_at = (CLONE_THREAD | NAMESPACES) as u64;
     let thread = rule(0, SeccompCmpOp::MaskedEq(looked_at), CLONE_THREAD as u64)?;
     calls.insert(SYS_clone, vec![thread]);
-    // One's own limits: also the way in which the C library asks for the size of a stack.
+    // The process's own limits. The C library also asks for the size of a stack in this way.
     calls.insert(SYS_prlimit64, vec![rule(0, SeccompCmpOp::Eq, 0)?]);
     let one_of = |allowed: &[c_int]| {
         allowed.iter().map(|value| rule(0, SeccompCmpOp::Eq, *value as u64)).collect::<Result<Vec<_>, _>>()

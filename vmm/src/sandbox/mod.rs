@@ -1,25 +1,27 @@
-//! What the process of a virtual machine may still do: whoever breaks out of a guest, or misleads this process from
-//! the network, finds little to go on with.
+//! What the process of a virtual machine may still do. Somebody who breaks out of a guest, or misleads this
+//! process from the network, finds few system calls and few privileges.
 //!
-//! Three system call filters lie over each other, and the strictest answer counts (`calls.rs` has the lists):
+//! Three system call filters apply at once, and the strictest answer counts (`calls.rs` has the lists):
 //!
-//! | who | what | otherwise |
+//! | threads | may make | any other call |
 //! |---|---|---|
-//! | all threads | none of what takes over hosts and processes | the kernel kills the process, and logs it |
-//! | all threads | what this program and the libraries of an RDMA device use | `ENOSYS` |
-//! | vCPUs and queues | what work on open files needs | `ENOSYS` |
+//! | all threads | no call that takes over hosts or processes | the kernel kills the process, and logs it |
+//! | all threads | the calls of this program and of the libraries of RDMA devices | `ENOSYS` |
+//! | vCPUs and queues | the calls that work on open files needs | `ENOSYS` |
 //!
-//! The middle one does not kill. What a library may call some day is not known beforehand: providers of RDMA devices
-//! are loaded when a migration begins, and the C library is the host's. Guests must not die of a call that a newer one
-//! tries first. Upon `ENOSYS` libraries do without, as they do on a kernel that has never heard of the call. That also
-//! is the answer to calls by the numbers of the x32 ABI, which no list has; those of other architectures kill.
+//! The second filter does not kill, because nobody knows beforehand which calls a library may make one day.
+//! Providers of RDMA devices are loaded when a migration begins, and the C library is the host's. A guest
+//! must not die because a newer library tries another call first. Libraries treat `ENOSYS` as they do on a
+//! kernel that has never had the call, and use another way. Calls by the numbers of the x32 ABI, which are on
+//! no list, get the same answer. Calls of other architectures kill.
 //!
-//! The lists hold from the start, since a receiver, which peers may call before any guest is there, needs until then
-//! what a migration needs later. So do privileges: threads that serve a guest have none (`privileges.rs`). All of it is
-//! inherited by threads, and none can be taken back.
+//! The lists hold from the start, because peers may call a receiver before any guest is there. So they must
+//! allow from the start what a migration needs later. The same holds for privileges; only threads that serve
+//! a guest have none (`privileges.rs`). Threads inherit all of this, and nothing can be taken back.
 //!
-//! Most of it costs next to nothing: the kernel works out when a filter is installed which calls it allows whatever
-//! their arguments, and does not run it for those. Of those that a running guest makes only `ioctl` has a condition.
+//! Most of it costs next to nothing. When a filter is installed, the kernel finds out which calls it allows
+//! whatever their arguments are, and does not run it for them. Of the calls that a running guest makes, only
+//! `ioctl` has a condition.
 
 mod calls;
 mod privileges;
@@ -29,7 +31,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::OnceLock;
 
-/// What happens upon a system call that is not on the lists.
+/// What happens if a system call is not on the lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// It is refused, or ends the process.
@@ -44,7 +46,9 @@ pub enum Mode {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel has no filters.
-    #[error("this kernel does not filter system calls ({0}); start with --seccomp off to do without")]
+    #[error(
+        "this kernel does not filter system calls ({0}); start with --seccomp off to run without filters"
+    )]
     Filter(#[from] seccompiler::Error),
     /// A list is no filter.
     #[error("a list of system calls is wrong: {0}")]
@@ -60,7 +64,7 @@ pub enum Error {
 /// The filter for threads that serve a guest, once [`enter`] has made one.
 static SERVING: OnceLock<BpfProgram> = OnceLock::new();
 
-/// Confines this thread and all that it starts from now on. To be called before there are others.
+/// Confines this thread and all threads that it starts from now on. Call it before there are other threads.
 ///
 /// # Errors
 /// [`Error`].
@@ -83,8 +87,8 @@ pub fn enter(mode: Mode) -> Result<(), Error> {
     Ok(())
 }
 
-/// Confines the current thread to serving a guest; does nothing in a process that has not been confined. Ends the
-/// process where that fails: no guest is served by a thread that is not.
+/// Confines the current thread to serving a guest. Does nothing in a process that has not been confined. Ends
+/// the process if this fails, because no unconfined thread may serve a guest.
 pub(crate) fn serve() {
     let Some(filter) = SERVING.get() else { return };
     let confined =
@@ -95,10 +99,10 @@ pub(crate) fn serve() {
     }
 }
 
-/// Whether this kernel can kill a process upon a call that a filter names.
+/// Whether this kernel can kill a process for a call that a filter names.
 ///
 /// # Errors
-/// What it said.
+/// The kernel's answer.
 pub fn available() -> io::Result<()> {
     let action = libc::SECCOMP_RET_KILL_PROCESS;
     // SAFETY: the operation reads one u32, which lives across the call.

@@ -1,6 +1,7 @@
 //! Input, from wherever it comes to the port.
 
-use super::{Port, lock};
+use super::Port;
+use crate::lock::lock;
 use crate::poll::poll;
 use std::fs::File;
 use std::io::{ErrorKind, Read};

@@ -6,6 +6,7 @@
 //! kept here, and a thread that lives for as long as there is such a backlog writes it. Only what a backlog
 //! of [`MAX_BACKLOG`] bytes cannot take is lost.
 
+use crate::lock::lock;
 use crate::poll::poll;
 use std::collections::VecDeque;
 use std::fs::File;
@@ -82,8 +83,7 @@ impl Output {
 
 impl Inner {
     fn backlog(&self) -> MutexGuard<'_, Backlog> {
-        // Nothing that holds it can leave it half changed.
-        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.backlog)
     }
 
     fn lose(&self, bytes: usize) {

@@ -9,11 +9,11 @@
 //! All vCPUs' TSCs are moved by the same amount, by their offsets, so that they stay as much in
 //! step as they were: two writes of IA32_TSC would leave the time between the writes between them.
 
-use super::msr::{self, IA32_TSC};
 use super::vcpu::VcpuState;
-use crate::error::{Error, What};
-use crate::ioctl;
+use crate::component::Error;
+use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
+use crate::vcpu::msr::{self, IA32_TSC};
 use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::{Cap, VmFd};
 use serde::{Deserialize, Serialize};
@@ -41,17 +41,17 @@ fn realtime() -> u64 {
 }
 
 impl ClockState {
-    pub fn save(vm: &VmFd, boot_vcpu: &Vcpu) -> Result<Self, Error> {
+    pub fn save(vm: &VmFd, boot_vcpu: &Vcpu) -> Result<Self, KvmError> {
         let guest_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
         let tsc_realtime = realtime();
-        let clock = vm.get_clock().what("KVM_GET_CLOCK")?;
+        let clock = vm.get_clock().context("KVM_GET_CLOCK")?;
         let has_realtime = clock.flags & KVM_CLOCK_REALTIME != 0;
         Ok(ClockState {
             kvmclock: clock.clock,
             kvmclock_realtime: has_realtime.then_some(clock.realtime),
             guest_tsc,
             tsc_realtime,
-            tsc_khz: boot_vcpu.fd.get_tsc_khz().what("KVM_GET_TSC_KHZ")?,
+            tsc_khz: boot_vcpu.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?,
         })
     }
 
@@ -74,13 +74,13 @@ impl ClockState {
             // An old kernel on either side: KVM itself recognises writes of nearly the same value
             // to several vCPUs and keeps them in step.
             for vcpu in vcpus {
-                msr::write(&mut *vcpu, IA32_TSC, self.tsc_at(realtime()))?;
+                msr::write(&vcpu.fd, vcpu.index, IA32_TSC, self.tsc_at(realtime()))?;
             }
             return Ok(());
         }
         // Real time first: the TSC is read a moment later, and setting it a moment too low loses
         // that moment, where too high would add it on every move.
-        let current_offset = ioctl::get_tsc_offset(&boot_vcpu.fd).what("KVM_VCPU_TSC_OFFSET")?;
+        let current_offset = ioctl::get_tsc_offset(&boot_vcpu.fd).context("KVM_VCPU_TSC_OFFSET")?;
         let now = realtime();
         let current_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
         let boot_offset = current_offset.wrapping_add(self.tsc_at(now)).wrapping_sub(current_tsc);
@@ -88,13 +88,13 @@ impl ClockState {
             // A guest may have given its vCPUs different TSCs; that difference is kept.
             let ahead = state.tsc_offset.unwrap_or(0).wrapping_sub(boot_saved.tsc_offset.unwrap_or(0));
             let offset = boot_offset.wrapping_add(ahead);
-            ioctl::set_tsc_offset(&vcpu.fd, offset).what("KVM_VCPU_TSC_OFFSET")?;
+            ioctl::set_tsc_offset(&vcpu.fd, offset).context("KVM_VCPU_TSC_OFFSET")?;
         }
         Ok(())
     }
 
     /// Sets kvmclock to its saved value plus what has passed since.
-    pub fn load(&self, vm: &VmFd) -> Result<(), Error> {
+    pub fn load(&self, vm: &VmFd) -> Result<(), KvmError> {
         let takes_realtime = vm.check_extension_int(Cap::AdjustClock) as u32 & KVM_CLOCK_REALTIME != 0;
         let mut clock = kvm_clock_data { clock: self.kvmclock, ..Default::default() };
         match self.kvmclock_realtime {
@@ -107,7 +107,7 @@ impl ClockState {
                 clock.clock = self.kvmclock.saturating_add(elapsed);
             }
         }
-        vm.set_clock(&clock).what("KVM_SET_CLOCK")
+        vm.set_clock(&clock).context("KVM_SET_CLOCK")
     }
 }
 

@@ -1,6 +1,6 @@
 //! The interrupt controllers and the timer, all KVM's.
 
-use crate::error::{Error, What};
+use crate::ioctl::{KvmContext, KvmError};
 use kvm_bindings::{kvm_irqchip, kvm_pit_state2};
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -15,19 +15,19 @@ pub struct IrqchipState {
 }
 
 impl IrqchipState {
-    pub fn save(vm: &VmFd) -> Result<Self, Error> {
+    pub fn save(vm: &VmFd) -> Result<Self, KvmError> {
         let mut chips = [kvm_irqchip::default(); CHIPS as usize];
         for (chip_id, chip) in (0..CHIPS).zip(&mut chips) {
             chip.chip_id = chip_id;
-            vm.get_irqchip(chip).what("KVM_GET_IRQCHIP")?;
+            vm.get_irqchip(chip).context("KVM_GET_IRQCHIP")?;
         }
         Ok(IrqchipState { chips })
     }
 
-    pub fn load(&self, vm: &VmFd) -> Result<(), Error> {
+    pub fn load(&self, vm: &VmFd) -> Result<(), KvmError> {
         for (chip_id, chip) in (0..CHIPS).zip(self.chips) {
             // The position says which chip it is, whatever the state claims.
-            vm.set_irqchip(&kvm_irqchip { chip_id, ..chip }).what("KVM_SET_IRQCHIP")?;
+            vm.set_irqchip(&kvm_irqchip { chip_id, ..chip }).context("KVM_SET_IRQCHIP")?;
         }
         Ok(())
     }
@@ -38,12 +38,12 @@ impl IrqchipState {
 pub struct PitState(kvm_pit_state2);
 
 impl PitState {
-    pub fn save(vm: &VmFd) -> Result<Self, Error> {
-        Ok(PitState(vm.get_pit2().what("KVM_GET_PIT2")?))
+    pub fn save(vm: &VmFd) -> Result<Self, KvmError> {
+        Ok(PitState(vm.get_pit2().context("KVM_GET_PIT2")?))
     }
 
-    pub fn load(&self, vm: &VmFd) -> Result<(), Error> {
-        vm.set_pit2(&self.0).what("KVM_SET_PIT2")
+    pub fn load(&self, vm: &VmFd) -> Result<(), KvmError> {
+        vm.set_pit2(&self.0).context("KVM_SET_PIT2")
     }
 
     /// The state without the host times at which its channels were loaded.

@@ -16,52 +16,49 @@
 //! priority (which KVM works out only when it needs it), IA32_TSC, and what in the PIT and in KVM's clock derives from the host's time at the moment of reading.
 
 mod clock;
-mod component;
 mod irqchip;
-pub(crate) mod msr;
 pub mod vcpu;
 
-pub use component::{Component, Error, Kind};
-pub(crate) use component::{payload, strict};
-
-use crate::error::Error as MachineError;
-use crate::machine::{Shared, lock};
+use crate::component::{Component, Error, Kind, check, decode, encode, payload};
+use crate::devices::Devices;
+use crate::lock::lock;
 use crate::pci::BusState;
 use crate::power::PowerState;
 use crate::serial::SerialState;
+use crate::vcpu::Vcpu;
 use clock::ClockState;
-use component::{check, decode, encode};
 use irqchip::{IrqchipState, PitState};
+use kvm_ioctls::VmFd;
+use std::sync::Mutex;
 use vcpu::VcpuState;
 
 /// Saves the state of a machine whose vCPUs are all parked.
-pub(crate) fn save(shared: &Shared) -> Result<Vec<u8>, MachineError> {
-    let mut components = Vec::with_capacity(shared.vcpus.len() + 4);
-    for vcpu in &shared.vcpus {
+pub(crate) fn save(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices) -> Result<Vec<u8>, Error> {
+    let mut components = Vec::with_capacity(vcpus.len() + 4);
+    for vcpu in vcpus {
         let mut vcpu = lock(vcpu);
         let index = vcpu.index;
         components.push(Component::new(Kind::Vcpu, index, &VcpuState::save(&mut vcpu)?)?);
     }
-    components.push(Component::new(Kind::Irqchip, 0, &IrqchipState::save(&shared.vm)?)?);
-    components.push(Component::new(Kind::Pit, 0, &PitState::save(&shared.vm)?)?);
-    let devices = &shared.devices;
+    components.push(Component::new(Kind::Irqchip, 0, &IrqchipState::save(vm)?)?);
+    components.push(Component::new(Kind::Pit, 0, &PitState::save(vm)?)?);
     components.push(Component::new(Kind::Serial, 0, &devices.serial().save())?);
     components.push(Component::new(Kind::Power, 0, &devices.power().save())?);
     components.push(Component::new(Kind::Pci, 0, &devices.pci().save())?);
     for function in devices.virtio() {
         components.extend(function.save()?);
     }
-    let boot_vcpu = lock(&shared.vcpus[0]);
-    components.push(Component::new(Kind::Clock, 0, &ClockState::save(&shared.vm, &boot_vcpu)?)?);
-    Ok(encode(&components)?)
+    let boot_vcpu = lock(&vcpus[0]);
+    components.push(Component::new(Kind::Clock, 0, &ClockState::save(vm, &boot_vcpu)?)?);
+    encode(&components)
 }
 
 /// Loads a state into a machine whose vCPUs are all parked.
-pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
+pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &[u8]) -> Result<(), Error> {
     // Everything but the devices' own is decoded before anything is set.
     let components = decode(bytes)?;
-    check(&components, &places(shared))?;
-    let vcpus = (0..shared.vcpus.len())
+    check(&components, &places(vcpus.len(), devices))?;
+    let states = (0..vcpus.len())
         .map(|index| payload::<VcpuState>(&components, Kind::Vcpu, index as u8))
         .collect::<Result<Vec<_>, Error>>()?;
     let irqchip: IrqchipState = payload(&components, Kind::Irqchip, 0)?;
@@ -71,34 +68,30 @@ pub(crate) fn load(shared: &Shared, bytes: &[u8]) -> Result<(), MachineError> {
     let bus: BusState = payload(&components, Kind::Pci, 0)?;
     let clock: ClockState = payload(&components, Kind::Clock, 0)?;
 
-    for (vcpu, state) in shared.vcpus.iter().zip(&vcpus) {
+    for (vcpu, state) in vcpus.iter().zip(&states) {
         state.load(&mut lock(vcpu))?;
     }
-    let mut targets: Vec<_> = shared.vcpus.iter().map(lock).collect();
-    clock.advance_tsc(&mut targets, &vcpus)?;
-    irqchip.load(&shared.vm)?;
-    pit.load(&shared.vm)?;
-    shared.devices.serial().load(&serial).map_err(|what| Error::Malformed {
-        kind: Kind::Serial,
-        index: 0,
-        what,
-    })?;
-    shared.devices.power().load(&power);
-    shared.devices.pci().load(&bus);
-    for function in shared.devices.virtio() {
+    let mut targets: Vec<_> = vcpus.iter().map(lock).collect();
+    clock.advance_tsc(&mut targets, &states)?;
+    irqchip.load(vm)?;
+    pit.load(vm)?;
+    devices.serial().load(&serial).map_err(|what| Error::Malformed { kind: Kind::Serial, index: 0, what })?;
+    devices.power().load(&power);
+    devices.pci().load(&bus);
+    for function in devices.virtio() {
         function.load(&components)?;
     }
-    for (target, state) in targets.iter_mut().zip(&vcpus) {
+    for (target, state) in targets.iter_mut().zip(&states) {
         state.load_deadline(target)?;
     }
-    clock.load(&shared.vm)
+    Ok(clock.load(vm)?)
 }
 
 /// The components that a machine has.
-fn places(shared: &Shared) -> Vec<(Kind, u8)> {
+fn places(vcpus: usize, devices: &Devices) -> Vec<(Kind, u8)> {
     let single = [Kind::Irqchip, Kind::Pit, Kind::Serial, Kind::Power, Kind::Pci, Kind::Clock];
-    let vcpus = shared.vcpus.iter().zip(0..).map(|(_, index)| (Kind::Vcpu, index));
-    let virtio = shared.devices.virtio().iter().flat_map(|function| function.places());
+    let vcpus = (0..vcpus).map(|index| (Kind::Vcpu, index as u8));
+    let virtio = devices.virtio().iter().flat_map(|function| function.places());
     single.map(|kind| (kind, 0)).into_iter().chain(vcpus).chain(virtio).collect()
 }
 

@@ -1,10 +1,9 @@
 //! One vCPU's state.
 
-use super::component::{self, Kind};
-use super::msr::{self, IA32_TSC_DEADLINE};
-use crate::error::{Error, What};
-use crate::ioctl;
+use crate::component::{Error, Kind};
+use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
+use crate::vcpu::msr::{self, IA32_TSC_DEADLINE};
 use kvm_bindings::{
     kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
@@ -30,21 +29,24 @@ pub struct VcpuState {
 
 impl VcpuState {
     /// Reads the state of a parked vCPU.
-    pub(crate) fn save(vcpu: &mut Vcpu) -> Result<Self, Error> {
+    pub(crate) fn save(vcpu: &mut Vcpu) -> Result<Self, KvmError> {
         let fd = &vcpu.fd;
-        let mp_state = fd.get_mp_state().what("KVM_GET_MP_STATE")?;
-        let regs = fd.get_regs().what("KVM_GET_REGS")?;
-        let sregs = fd.get_sregs().what("KVM_GET_SREGS")?;
+        let mp_state = fd.get_mp_state().context("KVM_GET_MP_STATE")?;
+        let regs = fd.get_regs().context("KVM_GET_REGS")?;
+        let sregs = fd.get_sregs().context("KVM_GET_SREGS")?;
         let mut xsave = vec![0; vcpu.xsave_len.max(size_of::<kvm_xsave>())];
-        ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len).what("KVM_GET_XSAVE2")?;
-        let xcrs = fd.get_xcrs().what("KVM_GET_XCRS")?;
-        let debugregs = fd.get_debug_regs().what("KVM_GET_DEBUGREGS")?;
-        let lapic = fd.get_lapic().what("KVM_GET_LAPIC")?;
+        ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len).context("KVM_GET_XSAVE2")?;
+        let xcrs = fd.get_xcrs().context("KVM_GET_XCRS")?;
+        let debugregs = fd.get_debug_regs().context("KVM_GET_DEBUGREGS")?;
+        let lapic = fd.get_lapic().context("KVM_GET_LAPIC")?;
         let msrs = vcpu.msrs.save(fd)?;
         let tsc_deadline = msr::read(fd, IA32_TSC_DEADLINE).ok();
-        let tsc_offset =
-            if vcpu.tsc_offset { Some(ioctl::get_tsc_offset(fd).what("KVM_VCPU_TSC_OFFSET")?) } else { None };
-        let events = fd.get_vcpu_events().what("KVM_GET_VCPU_EVENTS")?;
+        let tsc_offset = if vcpu.tsc_offset {
+            Some(ioctl::get_tsc_offset(fd).context("KVM_VCPU_TSC_OFFSET")?)
+        } else {
+            None
+        };
+        let events = fd.get_vcpu_events().context("KVM_GET_VCPU_EVENTS")?;
         Ok(VcpuState {
             mp_state,
             regs,
@@ -64,23 +66,23 @@ impl VcpuState {
     pub(crate) fn load(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
         let xsave = self.fitting_xsave(vcpu)?;
         let fd = &vcpu.fd;
-        fd.set_mp_state(self.mp_state).what("KVM_SET_MP_STATE")?;
-        fd.set_regs(&self.regs).what("KVM_SET_REGS")?;
-        fd.set_sregs(&self.sregs).what("KVM_SET_SREGS")?;
-        ioctl::set_xsave(fd, &xsave, vcpu.xsave_len).what("KVM_SET_XSAVE")?;
-        fd.set_xcrs(&self.xcrs).what("KVM_SET_XCRS")?;
-        fd.set_debug_regs(&self.debugregs).what("KVM_SET_DEBUGREGS")?;
-        fd.set_lapic(&self.lapic).what("KVM_SET_LAPIC")?;
-        msr::restore(vcpu, &self.msrs)?;
+        fd.set_mp_state(self.mp_state).context("KVM_SET_MP_STATE")?;
+        fd.set_regs(&self.regs).context("KVM_SET_REGS")?;
+        fd.set_sregs(&self.sregs).context("KVM_SET_SREGS")?;
+        ioctl::set_xsave(fd, &xsave, vcpu.xsave_len).context("KVM_SET_XSAVE")?;
+        fd.set_xcrs(&self.xcrs).context("KVM_SET_XCRS")?;
+        fd.set_debug_regs(&self.debugregs).context("KVM_SET_DEBUGREGS")?;
+        fd.set_lapic(&self.lapic).context("KVM_SET_LAPIC")?;
+        msr::restore(&vcpu.fd, vcpu.index, &self.msrs)?;
         // With the flags that KVM gave them: they say which fields are true. (A pending SIPI is not
         // among these; it was turned into `mp_state` when that was read.)
-        vcpu.fd.set_vcpu_events(&self.events).what("KVM_SET_VCPU_EVENTS")
+        Ok(vcpu.fd.set_vcpu_events(&self.events).context("KVM_SET_VCPU_EVENTS")?)
     }
 
     /// Arms the deadline timer again, once LAPIC and TSC are in place.
     pub(crate) fn load_deadline(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
         match self.tsc_deadline {
-            Some(deadline) if deadline != 0 => msr::write(vcpu, IA32_TSC_DEADLINE, deadline),
+            Some(deadline) if deadline != 0 => msr::write(&vcpu.fd, vcpu.index, IA32_TSC_DEADLINE, deadline),
             _ => Ok(()),
         }
     }
@@ -91,7 +93,7 @@ impl VcpuState {
         let mut xsave = self.xsave.clone();
         if xsave.iter().skip(len).any(|byte| *byte != 0) {
             let what = format!("its XSAVE area of {} bytes does not fit this host's {len}", xsave.len());
-            return Err(component::Error::Malformed { kind: Kind::Vcpu, index: vcpu.index, what }.into());
+            return Err(Error::Malformed { kind: Kind::Vcpu, index: vcpu.index, what });
         }
         xsave.resize(len, 0);
         Ok(xsave)
@@ -111,14 +113,10 @@ impl VcpuState {
     }
 
     /// The state in parts, named, to be compared one by one.
-    pub(super) fn name_parts(
-        &self,
-        index: usize,
-        out: &mut Vec<(String, Vec<u8>)>,
-    ) -> Result<(), component::Error> {
+    pub(super) fn name_parts(&self, index: usize, out: &mut Vec<(String, Vec<u8>)>) -> Result<(), Error> {
         let mut add = |name: &str, part: postcard::Result<Vec<u8>>| {
             out.push((format!("{name} of vCPU {index}"), part?));
-            Ok::<_, component::Error>(())
+            Ok::<_, Error>(())
         };
         add("mp_state", postcard::to_stdvec(&self.mp_state))?;
         add("regs", postcard::to_stdvec(&self.regs))?;

@@ -34,10 +34,9 @@ pub mod transport;
 
 pub use transport::VirtioFunction;
 
-use crate::announce::Announcing;
+use crate::component::{self, Component};
 use crate::error::Error;
 use crate::serial::Output;
-use crate::state::{self, Component};
 use queue::{LockedQueue, QueueError, WaitFor};
 use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
@@ -68,7 +67,7 @@ pub struct LocalConfig {
     /// The taps of its network interfaces, in their order.
     pub taps: Vec<net::TapConfig>,
     /// How the network is told where the guest is.
-    pub announcing: Announcing,
+    pub announcing: net::Announcing,
 }
 
 impl DeviceConfig {
@@ -193,17 +192,17 @@ pub trait VirtioDevice: Send + Sync {
     }
 
     /// The kind of component that [`save`](Self::save) makes.
-    fn state_kind(&self) -> state::Kind;
+    fn state_kind(&self) -> component::Kind;
 
     /// What it has beyond its transport, as component number `index`.
     ///
     /// # Errors
     /// If it cannot be encoded.
-    fn save(&self, index: u8) -> Result<Component, state::Error>;
+    fn save(&self, index: u8) -> Result<Component, component::Error>;
 
     /// Reads what [`save`](Self::save) made, and takes it over only if it is one of this device.
     ///
     /// # Errors
     /// For a state that is missing, malformed or another device's.
-    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error>;
+    fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error>;
 }

@@ -12,7 +12,7 @@
 
 use super::VirtioDevice;
 use super::interrupt::Interrupt;
-use crate::error::Error;
+use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::poll::poll;
 use crate::sandbox;
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -202,7 +202,7 @@ impl<'a> LockedQueue<'a> {
 
 impl SharedQueue {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Takes the lock from whoever serves the queue.
@@ -276,21 +276,21 @@ impl VirtQueue {
     /// Queue `index` of `device`, of at most `size` chains, and its thread.
     ///
     /// # Errors
-    /// [`Error::Thread`], also when the size is no power of two.
+    /// If there is no thread or no eventfd for it, or the size is no power of two.
     pub fn start(
         index: usize,
         size: u16,
         device: Arc<dyn VirtioDevice>,
         memory: GuestMemory,
         interrupt: Arc<Interrupt>,
-    ) -> Result<Self, Error> {
-        let queue = Queue::new(size).map_err(|e| Error::Thread(io::Error::other(e)))?;
+    ) -> io::Result<Self> {
+        let queue = Queue::new(size).map_err(io::Error::other)?;
         let shared = Arc::new(SharedQueue {
             inner: Mutex::new(Inner { queue, active: false, broken: false, paused: true }),
             waiting: AtomicUsize::new(0),
             ending: AtomicBool::new(false),
             vector: AtomicU16::new(NO_VECTOR),
-            doorbell: EventFd::new(EFD_NONBLOCK).map_err(Error::Thread)?,
+            doorbell: EventFd::new(EFD_NONBLOCK)?,
         });
         let name = format!("{}.{index}", device.name());
         let served = shared.clone();
@@ -307,7 +307,7 @@ impl VirtQueue {
                 wait_for_input = served.serve(index, device.as_ref(), &memory, &interrupt);
             }
         };
-        let thread = std::thread::Builder::new().name(name).spawn(work).map_err(Error::Thread)?;
+        let thread = std::thread::Builder::new().name(name).spawn(work)?;
         Ok(VirtQueue { shared, thread: Some(thread) })
     }
 

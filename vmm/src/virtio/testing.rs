@@ -10,10 +10,10 @@ use super::registers::{
     NEEDS_RESET,
 };
 use super::transport::VirtioFunction;
+use crate::component::Component;
 use crate::memory::{GuestMemory, GuestRam, PageSize};
 use crate::pci::recorder::Recorder;
 use crate::pci::{Function, Platform, msix};
-use crate::state::Component;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};

@@ -4,8 +4,8 @@ use super::common_config::Register;
 use super::registers::BAR_LEN;
 use super::rng::Rng;
 use super::testing::{BUFFERS, Bench, Buffer};
+use crate::component::Error;
 use crate::pci::{Function, bar_address};
-use crate::state::Error;
 use std::sync::Arc;
 
 const COMMAND: usize = 4;

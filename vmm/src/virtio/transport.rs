@@ -13,16 +13,17 @@ use super::registers::{
     DRIVER_OK, EVENT_INDEX, ISR_STATUS, MSIX_PENDING, MSIX_TABLE, NEEDS_RESET, PART_LEN, Registers,
 };
 use super::{LocalConfig, VirtioDevice};
+use crate::component::{self, Component, Kind, payload};
 use crate::error::Error;
+use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, MsixState};
 use crate::pci::{self, Function, Platform};
-use crate::state::{self, Component, Kind, payload};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use virtio_queue::QueueT;
 
 /// Vendor of all virtio functions.
@@ -131,7 +132,8 @@ impl VirtioFunction {
             .map(|(queue, size)| {
                 VirtQueue::start(queue, *size, device.clone(), memory.clone(), interrupt.clone())
             })
-            .collect::<Result<Vec<_>, _>>()?;
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Error::Thread)?;
         let inner = Mutex::new(Inner { config, registers: Registers::default() });
         let memory = memory.clone();
         let function = VirtioFunction {
@@ -153,7 +155,7 @@ impl VirtioFunction {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// The device.
@@ -369,7 +371,7 @@ impl VirtioFunction {
     ///
     /// # Errors
     /// If it cannot be encoded.
-    pub fn save(&self) -> Result<[Component; 2], state::Error> {
+    pub fn save(&self) -> Result<[Component; 2], component::Error> {
         let inner = self.lock();
         let state = TransportState {
             config: inner.config.save(),
@@ -387,9 +389,9 @@ impl VirtioFunction {
     ///
     /// # Errors
     /// For a state that is not one of an equal device.
-    pub fn load(&self, components: &[Component]) -> Result<(), state::Error> {
+    pub fn load(&self, components: &[Component]) -> Result<(), component::Error> {
         let state: TransportState = payload(components, Kind::Virtio, self.index)?;
-        self.load_transport(&state).map_err(|what| state::Error::Malformed {
+        self.load_transport(&state).map_err(|what| component::Error::Malformed {
             kind: Kind::Virtio,
             index: self.index,
             what,

@@ -4,8 +4,8 @@
 
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::virtio::DeviceConfig;
-use vmm::{Boot, Host, Image, Machine, MachineConfig, SerialOutput};
+use whimbrel_vmm::virtio::DeviceConfig;
+use whimbrel_vmm::{Boot, Host, Image, Machine, MachineConfig, SerialOutput};
 
 pub mod elf;
 pub mod guests;

@@ -93,7 +93,7 @@ async fn answer(listener: UnixListener, router: Router, closed: oneshot::Receive
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let (closing, last_call) = oneshot::channel();
     let graceful = axum::serve(listener, router).with_graceful_shutdown(async {
-        // An error means that the server was dropped without a word: the same.
+        // An error means that the server was dropped, which is the same.
         let _ = closed.await;
         let _ = closing.send(());
     });
@@ -188,7 +188,7 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// Runs what may block away from the server's thread, so that a status query is always answered.
+/// Runs blocking work in another thread, so that a status query is always answered.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<Json<T>, Refusal> {

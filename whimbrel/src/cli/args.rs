@@ -1,15 +1,18 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use super::choice::{AIO, CONTENTS, ON_STALL, SECCOMP, TRANSPORTS, one_of};
+use clap::{Args, Parser, Subcommand};
+use migration::policy::OnStall;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
-use vmm::announce::Announcing;
 use vmm::guest::Content;
+use vmm::host::MAX_VCPUS;
 use vmm::memory::PageSize;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES};
-use vmm::virtio::net::{MAX_PAIRS, Mac, TapConfig};
+use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
+use whimbrel::api::model::TransportChoice;
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]
@@ -32,17 +35,17 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Show what a virtual machine is doing, and its migration
     Status(Target),
-    /// Call off a migration; the guest runs on where it is
+    /// Cancel a migration; the guest continues to run where it is
     Cancel(Target),
     /// Pause a virtual machine
     Pause(Target),
-    /// Let a paused virtual machine run on
+    /// Let a paused virtual machine continue
     Resume(ResumeArgs),
     /// Press a virtual machine's power button: a guest that listens to it shuts down
     Shutdown(Target),
     /// End a virtual machine's process
     Quit(Target),
-    /// Say what this host can do, what it lacks and how to mend it
+    /// Show what this host can do, what it lacks, and how to provide that
     Doctor(DoctorArgs),
     /// Move an embedded guest between two processes on this machine and show what it felt
     Demo(DemoArgs),
@@ -65,7 +68,7 @@ pub struct MachineArgs {
     #[arg(long, short = 'm', default_value = "1G", value_parser = memory)]
     pub memory: u64,
     /// Virtual CPUs
-    #[arg(long, short = 'c', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, short = 'c', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
     pub vcpus: u32,
     /// Pages that back guest memory: 4k, or 2m and 1g huge pages
     #[arg(long, default_value = "4k")]
@@ -81,61 +84,42 @@ pub struct WorkloadArgs {
     /// Pages that it rewrites each second; 0 for as many as it can
     #[arg(long, default_value_t = 0)]
     pub rate: u64,
-    /// Timer interrupts a second on each of its virtual CPUs; by default 1000 of a guest that sleeps, to look at
-    /// the clock at each, and 100 of one that never does
+    /// Timer interrupts a second on each of its virtual CPUs. The default is 1000 for an idle guest, which looks at
+    /// the clock at each of them, and 100 for a guest that never sleeps
     #[arg(long, value_parser = clap::value_parser!(u32).range(20..=10_000))]
     pub timer_hz: Option<u32>,
-    /// Memory to fill before it starts, beside its working set
+    /// Memory to fill before it starts, in addition to its working set
     #[arg(long, default_value = "0", value_parser = size)]
     pub fill: u64,
     /// What to fill it with
-    #[arg(long, value_enum, default_value_t = Filling::Random)]
-    pub fill_with: Filling,
-    /// Blocks of 4 KiB that it keeps writing to its first disk and checking, in turn: what they hold is lost
+    #[arg(long, default_value = "random", value_parser = one_of(CONTENTS))]
+    pub fill_with: Content,
+    /// Number of blocks of 4 KiB at the start of its first disk that it keeps writing and checking; their present
+    /// content is lost
     #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
     pub journal: u64,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Filling {
-    /// Random bytes
-    Random,
-    /// Eight bytes all over a page, others in the next
-    Repeating,
-    /// Zeros
-    Zero,
-}
-
-impl From<Filling> for Content {
-    fn from(filling: Filling) -> Self {
-        match filling {
-            Filling::Random => Content::Random,
-            Filling::Repeating => Content::Repeating,
-            Filling::Zero => Content::Zero,
-        }
-    }
 }
 
 #[derive(Args, Debug)]
 pub struct RunArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
-    /// Kernel to start: a PVH ELF image or a 64-bit bzImage; without one, that of the first disk, or without disks the
-    /// embedded guest
+    /// Kernel to start: a PVH ELF image or a 64-bit bzImage. Without it, the machine boots the kernel on its first
+    /// disk, or the embedded guest if it has no disk
     #[arg(long, short = 'k')]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel
     #[arg(long, requires = "kernel")]
     pub initramfs: Option<PathBuf>,
-    /// The kernel's command line; to a kernel from a disk, which root it has is told before it
+    /// The kernel's command line. For a kernel from a disk, root= and ro are put before it
     #[arg(long, default_value = "console=ttyS0")]
     pub cmdline: String,
     /// Give the machine a disk (virtio-blk): a raw image or a block device, as
-    /// PATH[,readonly][,cached][,queues=N]. Again for further disks
+    /// PATH[,readonly][,cached][,queues=N]. Repeat it for further disks
     #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk)]
     pub disk: Vec<BlockConfig>,
     /// Give the machine a network interface (virtio-net) on a tap of this host, as
-    /// tap=NAME[,mac=ADDRESS][,queues=PAIRS][,offloads=off]. Again for further interfaces
+    /// tap=NAME[,mac=ADDRESS][,queues=PAIRS][,offloads=off]. Repeat it for further interfaces
     #[arg(long, value_name = "tap=NAME[,OPTION]...", value_parser = net)]
     pub net: Vec<NetArg>,
     /// Give the machine a source of entropy (virtio-rng)
@@ -150,81 +134,43 @@ pub struct RunArgs {
 /// What a machine's process is connected to.
 #[derive(Args, Clone, Debug)]
 pub struct ProcessArgs {
-    /// TOML file with further options, by their long names; those of the command line replace them
+    /// TOML file with further options, by their long names. Options on the command line replace those of the file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Unix socket for the API; the other commands reach the machine through it
     #[arg(long)]
     pub api: Option<PathBuf>,
-    /// The machine's name, for people
+    /// The machine's name, as `status` shows it
     #[arg(long, default_value = "vm")]
     pub name: String,
     /// Where the serial port goes: stdio, stdout, none, or a file to append to. With stdio it also reads standard
-    /// input; a terminal there is the guest's (raw) until Ctrl-A x, which quits; Ctrl-A twice sends one
+    /// input. If that is a terminal, all keys go to the guest; Ctrl-A x quits, and Ctrl-A twice sends one Ctrl-A
     #[arg(long, default_value = "stdout")]
     pub serial: SerialTarget,
-    /// Where a virtio console goes: stdout, none, or a file to append to. `run` gives the machine one
-    /// if this is there; a machine that arrives keeps what it has, and without this its console goes
-    /// nowhere
+    /// Where the output of the virtio console goes: stdout, none, or a file to append to. With `run`, this option also
+    /// gives the machine a console. A machine that arrives has one or not, and without this option its output is
+    /// dropped
     #[arg(long)]
     pub console: Option<OutputTarget>,
     /// File, pipe or terminal that the virtio console reads
     #[arg(long, requires = "console")]
     pub console_input: Option<PathBuf>,
-    /// How requests of disks are carried out: several of a queue at a time by io_uring, or one after the other by plain
-    /// system calls; auto takes io_uring where it can be had, but for disks that use the page cache
-    #[arg(long, value_enum, default_value_t = DiskIo::Auto)]
-    pub aio: DiskIo,
-    /// How often the network is told where the guest is, once it has come here or back, and when, as
-    /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]: the first wait between rounds, how much longer
-    /// each further one is, and the longest
+    /// How disks carry out requests: several at a time with io_uring, or one after the other with system calls (sync).
+    /// auto uses io_uring if the kernel has it, except for disks that use the page cache
+    #[arg(long, default_value = "auto", value_parser = one_of(AIO))]
+    pub aio: Aio,
+    /// How often, and when, the network is told where the guest is after it has arrived here or come back, as
+    /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]. initial is the wait after the first round; each further wait
+    /// is longer by step, up to max
     #[arg(long, value_name = "OPTION,...", default_value = "rounds=5,initial=50ms,step=100ms,max=550ms")]
     #[arg(value_parser = announcing)]
     pub announce: Announcing,
-    /// What happens when this process makes a system call that it has no business with
-    #[arg(long, value_enum, default_value_t = Seccomp::Off)]
-    pub seccomp: Seccomp,
+    /// Whether this process limits itself to the system calls that it needs
+    #[arg(long, default_value = "off", value_parser = one_of(SECCOMP))]
+    pub seccomp: Mode,
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum DiskIo {
-    Auto,
-    #[value(name = "io_uring")]
-    IoUring,
-    Sync,
-}
-
-impl From<DiskIo> for Aio {
-    fn from(way: DiskIo) -> Self {
-        match way {
-            DiskIo::Auto => Aio::Auto,
-            DiskIo::IoUring => Aio::IoUring,
-            DiskIo::Sync => Aio::Sync,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Seccomp {
-    /// It is refused, or ends the process
-    On,
-    /// The kernel logs it
-    Log,
-    /// Nothing
-    Off,
-}
-
-impl From<Seccomp> for Mode {
-    fn from(seccomp: Seccomp) -> Self {
-        match seccomp {
-            Seccomp::On => Mode::Enforce,
-            Seccomp::Log => Mode::Log,
-            Seccomp::Off => Mode::Off,
-        }
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -265,20 +211,21 @@ impl std::str::FromStr for OutputTarget {
 
 #[derive(Args, Debug)]
 pub struct ReceiveArgs {
-    /// Address to listen on, for control and data alike; port 0 chooses one
+    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. The port is not authenticated:
+    /// use an address of a trusted network
     #[arg(long, short = 'l')]
     pub listen: SocketAddr,
-    /// Populate guest memory before the source may write to it; takes time, saves it later
+    /// Make guest memory exist before the source may write to it. This takes time at first, and saves time later
     #[arg(long)]
     pub populate: bool,
     /// Spin on RDMA completions instead of sleeping
     #[arg(long)]
     pub busy_poll: bool,
-    /// Folder whose files a guest may have as disks; without one, no guest with disks is taken in
+    /// Folder whose files an arriving guest may have as disks; repeatable. Without it, guests with disks are refused
     #[arg(long, value_name = "FOLDER")]
     pub disks: Vec<PathBuf>,
-    /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Once for each of its interfaces, in
-    /// their order; a guest with more interfaces is not taken in
+    /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Give it once for each of the guest's
+    /// interfaces, in their order; a guest with more interfaces is refused
     #[arg(long, value_name = "tap=NAME[,OPTION]", value_parser = tap)]
     pub net: Vec<TapConfig>,
     /// End after the first migration that fails, instead of waiting for another
@@ -324,54 +271,36 @@ pub struct MigrateArgs {
 /// How to move.
 #[derive(Args, Clone, Debug)]
 pub struct PolicyArgs {
-    /// Which way memory travels
-    #[arg(long, value_enum, default_value_t = Transport::Auto)]
-    pub transport: Transport,
+    /// How memory travels
+    #[arg(long, default_value = "auto", value_parser = one_of(TRANSPORTS))]
+    pub transport: TransportChoice,
     /// TCP streams; 0 for the default
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     pub streams: u16,
     /// RDMA queue pairs; 0 for the default
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     pub queue_pairs: u16,
-    /// Spin on RDMA completions: shorter waits, a whole processor for each queue pair
+    /// Spin on RDMA completions instead of sleeping: shorter waits, but each queue pair keeps a processor busy
     #[arg(long)]
     pub busy_poll: bool,
     /// Longest acceptable blackout
     #[arg(long, default_value = "300ms", value_parser = humantime::parse_duration)]
     pub downtime_limit: Duration,
-    /// Most rounds of pre-copy
+    /// The most pre-copy rounds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: u32,
-    /// Most time for pre-copy, such as 2m; without it, as long as it makes progress
+    /// The longest time for pre-copy, such as 2m. Without it, pre-copy continues as long as it makes progress
     #[arg(long, value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
     /// What to do with a guest that dirties memory faster than it can be sent
-    #[arg(long, value_enum, default_value_t = Stall::Abort)]
-    pub on_stall: Stall,
+    #[arg(long, default_value = "abort", value_parser = one_of(ON_STALL))]
+    pub on_stall: OnStall,
     /// Compare all memory on both sides before handing over (lengthens the blackout)
     #[arg(long)]
     pub compare_memory: bool,
     /// How long the destination may give no sign of life before it counts as lost
     #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
     pub silence: Duration,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Transport {
-    /// The best that both sides have; falls back by itself
-    Auto,
-    /// RDMA; fails where it cannot be had
-    Rdma,
-    /// TCP
-    Tcp,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Stall {
-    /// Give up; the guest runs on at the source
-    Abort,
-    /// Switch over with a blackout over the limit
-    Switch,
 }
 
 #[derive(Args, Debug)]
@@ -391,10 +320,10 @@ pub struct DemoArgs {
     /// Memory that the guest keeps rewriting and checking while it moves; 0 for an idle guest
     #[arg(long, default_value = "64M", value_parser = size)]
     pub working_set: u64,
-    /// Address of this machine through which it moves; one of an RDMA device to see it move over RDMA
+    /// Address of this host that the guest moves through; the address of an RDMA device makes it move over RDMA
     #[arg(long, default_value = "127.0.0.1")]
     pub via: IpAddr,
-    /// How often it moves
+    /// How many times it moves
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub moves: u32,
     #[command(flatten)]
@@ -433,7 +362,9 @@ fn disk(text: &str) -> Result<BlockConfig, String> {
                 config.queues = queues.ok_or_else(|| format!("queues={number}: use 1 to {MAX_QUEUES}"))?;
             }
             _ => {
-                return Err(format!("\"{option}\" is no option of a disk; use readonly, cached or queues=N"));
+                return Err(format!(
+                    "\"{option}\" is not an option of a disk; use readonly, cached or queues=N"
+                ));
             }
         }
     }
@@ -466,7 +397,7 @@ fn net(text: &str) -> Result<NetArg, String> {
             Some(("offloads", "off")) => tap.offloads = false,
             _ => {
                 return Err(format!(
-                    "\"{option}\" is no option of a network interface; use tap=NAME, mac=ADDRESS, queues=PAIRS or \
+                    "\"{option}\" is not an option of a network interface; use tap=NAME, mac=ADDRESS, queues=PAIRS or \
                      offloads=off"
                 ));
             }
@@ -475,7 +406,7 @@ fn net(text: &str) -> Result<NetArg, String> {
     if tap.name.is_empty() { Err("name its tap by tap=NAME".into()) } else { Ok(NetArg { tap, mac, pairs }) }
 }
 
-/// A tap for an interface that is yet to come, and that brings all else with it.
+/// A tap for an interface that will arrive, and that brings everything else with it.
 fn tap(text: &str) -> Result<TapConfig, String> {
     match net(text)? {
         NetArg { tap, mac: None, pairs: 1 } => Ok(tap),

@@ -18,7 +18,7 @@ const OPTION: &str = "config";
 
 /// Why there is nothing to be carried out.
 #[derive(Debug, thiserror::Error)]
-pub enum Wrong {
+pub enum Error {
     /// The command line is wrong, or asks for help.
     #[error(transparent)]
     Usage(#[from] clap::Error),
@@ -42,11 +42,11 @@ pub enum Wrong {
     },
 }
 
-impl Wrong {
+impl Error {
     /// Tells it, and ends the process as clap does: with 2 for wrong usage.
     pub fn exit(&self) -> ! {
         match self {
-            Wrong::Usage(error) => error.exit(),
+            Error::Usage(error) => error.exit(),
             _ => {
                 eprintln!("whimbrel: {self}");
                 std::process::exit(2)
@@ -58,8 +58,8 @@ impl Wrong {
 /// Understands a command line, whose first word is the program.
 ///
 /// # Errors
-/// [`Wrong`].
-pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Cli, Wrong> {
+/// [`Error`].
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
     let mut words: Vec<OsString> = words.into_iter().collect();
     // At first only to see where the file is and what else is there: what is lacking may be in the file, and
     // what is wrong is found below.
@@ -91,15 +91,15 @@ struct Entry {
 
 impl File {
     /// The file at `path` for the command of this name, of which `given` was on the command line.
-    fn read(path: &Path, command: &str, given: &ArgMatches) -> Result<Self, Wrong> {
+    fn read(path: &Path, command: &str, given: &ArgMatches) -> Result<Self, Error> {
         let read = std::fs::read_to_string(path);
-        let text = read.map_err(|source| Wrong::Read { path: path.into(), source })?;
-        let wrong = |at: usize, what: String| {
+        let text = read.map_err(|source| Error::Read { path: path.into(), source })?;
+        let entry = |at: usize, what: String| {
             let line = text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
-            Wrong::Entry { path: path.into(), line, what }
+            Error::Entry { path: path.into(), line, what }
         };
         let table = DeTable::parse(&text)
-            .map_err(|error| wrong(error.span().map_or(0, |span| span.start), error.message().into()))?;
+            .map_err(|error| entry(error.span().map_or(0, |span| span.start), error.message().into()))?;
         let program = Cli::command();
         let options: Vec<&Arg> = program
             .find_subcommand(command)
@@ -111,9 +111,9 @@ impl File {
             let (at, key) = (key.span().start, key.get_ref());
             let named = |option: &&&Arg| option.get_long() == Some(key) && key != OPTION;
             let option = options.iter().find(named).ok_or_else(|| {
-                wrong(at, format!("\"{key}\" is no option of `whimbrel {command}`; see its --help"))
+                entry(at, format!("\"{key}\" is not an option of `whimbrel {command}`; see its --help"))
             })?;
-            let words = words(option, key, value.get_ref()).map_err(|what| wrong(at, what))?;
+            let words = words(option, key, value.get_ref()).map_err(|what| entry(at, what))?;
             if given.value_source(option.get_id().as_str()) != Some(ValueSource::CommandLine) {
                 let line = text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
                 entries.push(Entry { key: key.to_string(), line, words });
@@ -123,7 +123,7 @@ impl File {
     }
 
     /// Names the entry that clap found fault with, if it was one.
-    fn blame(&self, error: clap::Error) -> Wrong {
+    fn blame(&self, error: clap::Error) -> Error {
         let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg) else {
             return error.into();
         };
@@ -136,7 +136,7 @@ impl File {
         let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
         let what = lines.collect::<Vec<_>>().join(" ");
         let what = what.strip_prefix("error: ").unwrap_or(&what).into();
-        Wrong::Entry { path: self.path.clone(), line: entry.line, what }
+        Error::Entry { path: self.path.clone(), line: entry.line, what }
     }
 }
 
@@ -164,7 +164,7 @@ mod tests {
     use std::time::Duration;
 
     /// Parses `whimbrel LINE --config FILE` for a file with this content.
-    fn parsed(line: &str, content: &str) -> Result<Command, Wrong> {
+    fn parsed(line: &str, content: &str) -> Result<Command, Error> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vm.toml");
         std::fs::write(&path, content).unwrap();
@@ -187,9 +187,9 @@ mod tests {
     }
 
     fn wrong(line: &str, content: &str) -> String {
-        let wrong = parsed(line, content).unwrap_err();
-        assert!(!matches!(wrong, Wrong::Usage(_)), "{wrong}");
-        wrong.to_string()
+        let error = parsed(line, content).unwrap_err();
+        assert!(!matches!(error, Error::Usage(_)), "{error}");
+        error.to_string()
     }
 
     #[test]
@@ -218,18 +218,18 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_by_file_line_and_key() {
         for (content, expected) in [
-            ("memory = '1G'\n\ncolour = 1\n", "vm.toml:3: \"colour\" is no option of `whimbrel run`"),
+            ("memory = '1G'\n\ncolour = 1\n", "vm.toml:3: \"colour\" is not an option of `whimbrel run`"),
             ("vcpus = 1\nmemory = 'much'\n", "vm.toml:2: invalid value 'much' for '--memory <MEMORY>'"),
             ("fill-with = 'water'", "vm.toml:1: invalid value 'water' for '--fill-with <FILL_WITH>'"),
-            ("\nvcpus = 65\n", "vm.toml:2: invalid value '65' for '--vcpus <VCPUS>'"),
+            ("\nvcpus = 255\n", "vm.toml:2: invalid value '255' for '--vcpus <VCPUS>'"),
             ("vcpus = [1, 2]\n", "vm.toml:1: \"vcpus\" takes a text or a number"),
             ("disk = [['a']]\n", "vm.toml:1: \"disk\" takes a text or a number"),
             ("[memory]\nsize = 1\n", "vm.toml:1: \"memory\" takes a text or a number"),
             ("rng = 'yes'\n", "vm.toml:1: \"rng\" is true or false"),
             ("vcpus = true\n", "vm.toml:1: \"vcpus\" takes a text or a number"),
-            ("config = 'other.toml'\n", "vm.toml:1: \"config\" is no option"),
-            ("help = true\n", "vm.toml:1: \"help\" is no option"),
-            ("listen = '127.0.0.1:7'\n", "vm.toml:1: \"listen\" is no option of `whimbrel run`"),
+            ("config = 'other.toml'\n", "vm.toml:1: \"config\" is not an option"),
+            ("help = true\n", "vm.toml:1: \"help\" is not an option"),
+            ("listen = '127.0.0.1:7'\n", "vm.toml:1: \"listen\" is not an option of `whimbrel run`"),
             ("vcpus = 1\nvcpus = 2\n", "vm.toml:2: duplicate key"),
             ("vcpus = 1\nmemory =\n", "vm.toml:2: "),
             ("vcpus = 0x10000000000000000000\n", "vm.toml:1: "),
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn the_examples_of_the_guide_are_good() {
-        let guide = include_str!("../../../docs/operating.md");
+        let guide = include_str!("../../../docs/machines.md");
         let examples: Vec<_> =
             guide.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
         let [vm, receiver] = examples[..] else { panic!("{} examples", examples.len()) };

@@ -1,4 +1,4 @@
-//! `whimbrel doctor`: what this host can do, what it lacks and how to mend it.
+//! `whimbrel doctor`: what this host can do, what it lacks, and how to provide that.
 
 use super::Exit;
 use super::args::DoctorArgs;
@@ -16,7 +16,7 @@ pub fn doctor(args: &DoctorArgs) -> anyhow::Result<Exit> {
         say(if healthy {
             "virtual machines can run and be moved here"
         } else {
-            "mend what is broken first"
+            "repair first what is marked BROKEN"
         })?;
     }
     Ok(if healthy { Exit::Done } else { Exit::Failed })
@@ -25,7 +25,7 @@ pub fn doctor(args: &DoctorArgs) -> anyhow::Result<Exit> {
 fn table(findings: &[Finding]) -> Table {
     let mut table = render::table();
     table.set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(["", "what", "found", "to mend it"]);
+    table.set_header(["", "what", "found", "remedy"]);
     for f in findings {
         let level = match f.level {
             Level::Good => "ok",

@@ -1,18 +1,17 @@
 //! `whimbrel migrate`: starts a migration and watches it.
 
 use super::Exit;
-use super::args::{MigrateArgs, PolicyArgs, Stall, Transport};
+use super::args::{MigrateArgs, PolicyArgs};
 use super::{render, say};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use migration::monitor::{Phase, Progress};
-use migration::policy::OnStall;
 use migration::report::{Report, Verdict};
 use std::io::IsTerminal;
 use std::thread;
 use std::time::Duration;
 use whimbrel::api::client::Client;
-use whimbrel::api::model::{Migration, MigrationRequest, TransportChoice};
+use whimbrel::api::model::{Migration, MigrationRequest};
 
 /// How often a migration is looked at.
 const POLL: Duration = Duration::from_millis(50);
@@ -21,21 +20,14 @@ const POLL: Duration = Duration::from_millis(50);
 pub fn request(to: &str, policy: &PolicyArgs) -> MigrationRequest {
     MigrationRequest {
         to: to.into(),
-        transport: match policy.transport {
-            Transport::Auto => TransportChoice::Auto,
-            Transport::Rdma => TransportChoice::Rdma,
-            Transport::Tcp => TransportChoice::Tcp,
-        },
+        transport: policy.transport,
         streams: policy.streams,
         queue_pairs: policy.queue_pairs,
         busy_poll: policy.busy_poll,
         downtime_limit_ms: policy.downtime_limit.as_millis() as u64,
         max_rounds: policy.max_rounds,
         timeout_s: policy.timeout.map(|t| t.as_secs().max(1)),
-        on_stall: match policy.on_stall {
-            Stall::Abort => OnStall::Abort,
-            Stall::Switch => OnStall::Switch,
-        },
+        on_stall: policy.on_stall,
         compare_memory: policy.compare_memory,
         silence_s: policy.silence.as_secs().max(1),
     }

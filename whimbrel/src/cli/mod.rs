@@ -1,6 +1,7 @@
 //! The program's commands: one file each, and what they share.
 
 pub mod args;
+mod choice;
 pub mod config;
 mod demo;
 mod doctor;
@@ -26,7 +27,7 @@ use whimbrel::api::model::{Migration, Vm};
 pub enum Exit {
     Done,
     Failed,
-    /// The migration failed; the guest runs on at the source.
+    /// The migration failed; the guest continues to run at the source.
     Stayed,
     /// The guest is held paused.
     Held,
@@ -53,12 +54,12 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Receive(args) => receive::receive(args),
         Command::Migrate(args) => migrate::migrate(args),
         Command::Status(target) => status(&target),
-        Command::Cancel(target) => put(&target, Method::DELETE, "/v1/migration"),
-        Command::Pause(target) => put(&target, Method::PUT, "/v1/vm/pause"),
-        Command::Resume(args) if args.force => put(&args.target, Method::PUT, "/v1/vm/resume?force=true"),
-        Command::Resume(args) => put(&args.target, Method::PUT, "/v1/vm/resume"),
-        Command::Shutdown(target) => put(&target, Method::PUT, "/v1/vm/shutdown"),
-        Command::Quit(target) => put(&target, Method::PUT, "/v1/vm/quit"),
+        Command::Cancel(target) => send(&target, Method::DELETE, "/v1/migration"),
+        Command::Pause(target) => send(&target, Method::PUT, "/v1/vm/pause"),
+        Command::Resume(args) if args.force => send(&args.target, Method::PUT, "/v1/vm/resume?force=true"),
+        Command::Resume(args) => send(&args.target, Method::PUT, "/v1/vm/resume"),
+        Command::Shutdown(target) => send(&target, Method::PUT, "/v1/vm/shutdown"),
+        Command::Quit(target) => send(&target, Method::PUT, "/v1/vm/quit"),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Completions { shell } => {
@@ -125,7 +126,7 @@ fn status(target: &Target) -> anyhow::Result<Exit> {
 }
 
 /// A request whose answer matters only to programs.
-fn put(target: &Target, method: Method, path: &str) -> anyhow::Result<Exit> {
+fn send(target: &Target, method: Method, path: &str) -> anyhow::Result<Exit> {
     let answer: Value = Client::new(&target.api)?.call(method, path, &())?;
     if target.json {
         say(answer)?;

@@ -10,10 +10,10 @@ use std::io::Write;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-use vmm::machine::{Machine, Outcome};
 use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
+use vmm::{Machine, Outcome};
 use whimbrel::api::server::Slot;
 use whimbrel::instance::{End, Instance};
 
@@ -38,7 +38,7 @@ impl ProcessArgs {
     pub fn local(&self) -> LocalConfig {
         let output = self.console.as_ref().map_or(SerialOutput::Null, output);
         let console = ConsoleConfig { output, input: self.console_input.clone() };
-        LocalConfig { console, aio: self.aio.into(), announcing: self.announce, ..LocalConfig::default() }
+        LocalConfig { console, aio: self.aio, announcing: self.announce, ..LocalConfig::default() }
     }
 
     /// Reports an event: to programs as a line of JSON on standard output, to people on standard
@@ -67,9 +67,9 @@ fn output(target: &OutputTarget) -> SerialOutput {
 /// How long a guest may take to shut down after SIGTERM: less than a service manager waits (systemd: 90 s).
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
 
-/// On SIGTERM presses the power button of a guest that listens to it, and quits when it has not shut down in time;
-/// quits at once if it does not listen or is being moved, on SIGINT, and on any further signal. Without a guest,
-/// exits.
+/// Handles signals. SIGTERM presses the power button of a guest that listens to it, and quits if the guest has not
+/// shut down in time. SIGTERM quits at once if the guest does not listen or is being moved; so do SIGINT and any further
+/// signal. Without a guest, the process exits.
 pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let slot = Arc::clone(slot);
@@ -97,7 +97,7 @@ pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How long whoever reads what the guest wrote may take to read the rest of it.
+/// How long the reader of the guest's output may take to read the rest of it.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Waits until the machine's process has nothing left to do.
@@ -106,7 +106,7 @@ pub fn stay(args: &ProcessArgs, instance: &Instance) -> Exit {
     let lost = instance.machine().drain_output(DRAIN_PATIENCE);
     if lost > 0 {
         let text =
-            format!("{lost} bytes of the guest's output were dropped: whoever reads it did not keep up");
+            format!("{lost} bytes of the guest's output were dropped, because their reader did not keep up");
         args.tell("output-lost", &text, json!({ "bytes": lost }));
     }
     match end {
@@ -127,7 +127,6 @@ pub fn stay(args: &ProcessArgs, instance: &Instance) -> Exit {
             Exit::Done
         }
         End::Quit => {
-            instance.machine().stop();
             args.tell("quit", "told to quit", json!({}));
             Exit::Done
         }

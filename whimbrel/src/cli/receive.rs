@@ -1,15 +1,16 @@
 //! `whimbrel receive`: waits for a virtual machine, then holds it as `run` does.
 
 use super::Exit;
-use super::args::ReceiveArgs;
+use super::args::{ProcessArgs, ReceiveArgs};
 use super::process::{quit_on_signals, stay};
-use migration::destination::{self, Timeouts};
-use migration::link::ControlLink;
+use super::terminal::Terminal;
+use migration::destination::{Arrival, Migration};
 use serde_json::json;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use transport_tcp::Listener;
-use vmm::incoming::{IncomingHost, IncomingOptions};
+use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
 use vmm::sandbox;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::block::Images;
@@ -21,7 +22,7 @@ use whimbrel::transports;
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
-    sandbox::enter(args.process.seccomp.into())?;
+    sandbox::enter(args.process.seccomp)?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =
@@ -48,38 +49,22 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     loop {
         let Some(mut call) = listener.next_control(PATIENCE)? else { continue };
         let peer = call.peer();
-        let mut transports = transports::destination(&call, &listener, args.busy_poll);
-        let token = call.token();
-        let taken = destination::receive(
-            &mut host,
-            &mut call,
-            token,
-            &mut transports,
-            SOFTWARE,
-            &Timeouts::default(),
-        );
-        match taken {
-            Ok(mut arrival) => {
-                let machine = arrival.machine.machine();
-                // The guest runs here by now: it goes on without a keyboard, if it must.
-                let terminal = args.process.connect(&machine);
-                if let Err(error) = &terminal {
-                    eprintln!("whimbrel: the guest's serial port has no input: {error:#}");
-                }
-                let instance = Instance::new(args.process.name.clone(), machine)?;
-                slot.put(Arc::clone(&instance));
-                args.process.tell(
-                    "arrived",
-                    &format!("a guest has arrived from {peer} and runs"),
-                    json!({ "from": peer, "sender": arrival.sender }),
-                );
-                arrival.conclude(&mut call);
-                drop((call, transports, listener));
-                return Ok(stay(&args.process, &instance));
+        let transports = transports::destination(&call, &listener, args.busy_poll);
+        let arrived = Migration::new(&mut host, &mut call)
+            .transports(transports)
+            .software(SOFTWARE)
+            .run()
+            .map(|arrival| welcome(&args.process, &slot, peer, arrival));
+        // Whoever reads the event may call at once.
+        drop(call);
+        match arrived {
+            Ok((instance, terminal)) => {
+                drop(listener);
+                let exit = stay(&args.process, &instance);
+                drop(terminal);
+                return Ok(exit);
             }
             Err(why) => {
-                // Whoever reads the event may call at once.
-                drop((call, transports));
                 args.process.tell(
                     "refused",
                     &format!("the guest from {peer} was not taken in: {why}"),
@@ -91,4 +76,29 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             }
         }
     }
+}
+
+/// Makes an instance of a machine that has arrived, and tells the source how its guest fares. The terminal is
+/// the guest's until it is dropped.
+fn welcome(
+    process: &ProcessArgs,
+    slot: &Slot,
+    peer: SocketAddr,
+    arrival: Arrival<'_, IncomingMachine>,
+) -> (Arc<Instance>, Option<Terminal>) {
+    let machine = arrival.machine().machine();
+    // The guest runs here by now: it goes on without a keyboard, if it must.
+    let terminal = process.connect(&machine).unwrap_or_else(|error| {
+        eprintln!("whimbrel: the guest's serial port has no input: {error:#}");
+        None
+    });
+    let instance = Instance::new(process.name.clone(), machine);
+    slot.put(Arc::clone(&instance));
+    process.tell(
+        "arrived",
+        &format!("a guest has arrived from {peer} and runs"),
+        json!({ "from": peer, "sender": arrival.sender() }),
+    );
+    arrival.conclude();
+    (instance, terminal)
 }

@@ -28,13 +28,15 @@ fn ms(us: u64) -> String {
     format!("{:.2} ms", us as f64 / 1e3)
 }
 
-/// The migration as JSON, with the guest's testimony as an object instead of a text.
+/// The migration as JSON, with the guest's testimony as an object in the place of the remarks, of which it is
+/// the text.
 pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
     let mut value = serde_json::to_value(migration)?;
-    if let Some(testimony) = value.pointer_mut("/report/testimony")
-        && let Some(text) = testimony.as_str()
+    if let Some(report) = value.pointer_mut("/report").and_then(Value::as_object_mut)
+        && let Some(remarks) = report.remove("remarks")
     {
-        *testimony = serde_json::from_str(text)?;
+        let testimony = remarks.as_str().map(serde_json::from_str).transpose()?;
+        report.insert("testimony".into(), testimony.unwrap_or(Value::Null));
     }
     Ok(value)
 }
@@ -79,11 +81,11 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
         (Verdict::Moved, _) => {
             writeln!(out, "moved to {to} over {} in {}", report.transport, ms(report.total_us))?
         }
-        (Verdict::Stayed, Some(why)) => writeln!(out, "not moved, the guest runs on here: {why}")?,
+        (Verdict::Stayed, Some(why)) => writeln!(out, "not moved, the guest continues to run here: {why}")?,
         (Verdict::Held, Some(why)) => writeln!(
             out,
             "HELD: the guest is paused here and may run at {to}: {why}\n\
-             If it runs there, end this process. If it certainly does not, `whimbrel resume --force` lets it run here."
+             If it runs there, use `whimbrel quit` here. If it certainly does not, use `whimbrel resume --force` here."
         )?,
         (_, None) => writeln!(out, "not moved")?,
     }
@@ -124,8 +126,7 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
             cpu(report.destination_cpu_us),
         )?;
     }
-    if let Some(testimony) =
-        report.testimony.as_deref().and_then(|t| serde_json::from_str::<Testimony>(t).ok())
+    if let Some(testimony) = report.remarks.as_deref().and_then(|t| serde_json::from_str::<Testimony>(t).ok())
     {
         write!(out, "{testimony}")?;
     }
@@ -172,7 +173,7 @@ fn lanes(report: &Report) -> Table {
     let mut table = table();
     let mut header = vec!["lane", "bytes", "zero", "requests"];
     if deep {
-        header.extend(["in flight", "registering", "of it while sending"]);
+        header.extend(["in flight", "registering", "of that while sending"]);
     }
     table.set_header(header);
     for (number, lane) in report.lanes.iter().enumerate() {

@@ -7,7 +7,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use vmm::boot_disk;
-use vmm::guest::Workload;
+use vmm::guest::{self, Workload};
 use vmm::host::Host;
 use vmm::loader::{Boot, Image};
 use vmm::machine::{Machine, MachineConfig};
@@ -18,7 +18,7 @@ use whimbrel::api::server::{self, Slot};
 use whimbrel::instance::Instance;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
-    sandbox::enter(args.process.seccomp.into())?;
+    sandbox::enter(args.process.seccomp)?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =
@@ -41,7 +41,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
                 rate: args.workload.rate,
                 hz: args.workload.timer_hz,
                 fill: args.workload.fill,
-                content: args.workload.fill_with.into(),
+                content: args.workload.fill_with,
                 journal: args.workload.journal,
             };
             workload.boot(&machine)?;
@@ -49,7 +49,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     }
     let _terminal = args.process.connect(&machine)?;
     machine.resume()?;
-    let instance = Instance::new(args.process.name.clone(), Arc::new(machine))?;
+    let instance = Instance::new(args.process.name.clone(), Arc::new(machine));
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))
@@ -65,7 +65,14 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
             cmdline: args.cmdline.clone(),
         }),
         (None, Some(disk)) if args.workload.journal == 0 => Some(boot_disk::read(disk, 0, &args.cmdline)?),
-        (None, _) => None,
+        (None, _) => {
+            let (vcpus, most) = (args.machine.vcpus, guest::MAX_VCPUS);
+            anyhow::ensure!(
+                usize::try_from(vcpus)? <= most,
+                "{vcpus} virtual CPUs: the embedded guest has at most {most}; use fewer, or give a kernel"
+            );
+            None
+        }
     })
 }
 

@@ -1,7 +1,7 @@
 //! Standard input as a guest's keyboard: `--serial stdio`.
 //!
-//! A terminal's own keys (Ctrl-C, Ctrl-Z, line editing) are the guest's as well, so one key is kept for whoever holds
-//! the machine: Ctrl-A, as in QEMU.
+//! A terminal's own keys (Ctrl-C, Ctrl-Z, line editing) go to the guest as well. Only Ctrl-A is kept for the operator of
+//! the machine, as in QEMU.
 
 use anyhow::Context;
 use std::fs::{File, OpenOptions};
@@ -9,7 +9,8 @@ use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use vmm::Error;
 use vmm::serial::SerialPort;
 
 const ESCAPE: u8 = 1; // Ctrl-A
@@ -17,6 +18,11 @@ const QUIT: u8 = b'x';
 
 /// What the terminal was set to before; while it is set to something else.
 static BEFORE: Mutex<Option<libc::termios>> = Mutex::new(None);
+
+fn before() -> MutexGuard<'static, Option<libc::termios>> {
+    // Nothing that holds it can leave it half changed.
+    BEFORE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A terminal that a guest has; dropping this gives it back.
 pub struct Terminal(());
@@ -34,17 +40,16 @@ pub fn connect(port: &SerialPort) -> anyhow::Result<Terminal> {
     if io::stdin().is_terminal() {
         make_raw().context("cannot set the terminal up")?;
         let mut keys = Keys::default();
-        port.attach_input(input, move |byte| keys.press(byte, quit))?;
+        port.attach_input(input, move |byte| keys.press(byte, quit)).map_err(Error::Thread)?;
     } else {
-        port.attach_input(input, Some)?;
+        port.attach_input(input, Some).map_err(Error::Thread)?;
     }
     Ok(terminal)
 }
 
 /// Gives the terminal back, if it was taken.
 pub fn restore() {
-    let mut before = BEFORE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(before) = before.take() {
+    if let Some(before) = before().take() {
         // SAFETY: the settings are those that the terminal had. If it has gone, there is nothing to be restored.
         unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &before) };
     }
@@ -73,7 +78,7 @@ fn make_raw() -> io::Result<()> {
     // SAFETY: the structure lives across the call.
     unsafe { libc::cfmakeraw(&mut raw) };
     raw.c_oflag = before.c_oflag;
-    *BEFORE.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(before);
+    *self::before() = Some(before);
     // SAFETY: the structure lives across the call.
     if unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw) } == 0 {
         Ok(())

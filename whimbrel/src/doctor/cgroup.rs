@@ -1,4 +1,4 @@
-//! The memory that this process's cgroup lets it have: what the host has free is no use beyond it.
+//! The memory that this process's cgroup allows. Free memory of the host beyond that is of no use.
 
 use super::{Finding, Level, good};
 use std::fs;

@@ -1,4 +1,4 @@
-//! What this host can do for a virtual machine of a given size, what it lacks and how to mend it.
+//! What this host can do for a virtual machine of a given size, what it lacks, and how to provide that.
 
 mod cgroup;
 mod rdma;
@@ -106,9 +106,9 @@ fn io_uring() -> Finding {
         Err(error) => Finding {
             what: "io_uring",
             level: Level::Limited,
-            found: format!("refused ({error}): disks carry out one request of a queue after the other"),
+            found: format!("refused ({error}): each queue of a disk carries out one request at a time"),
             mend: Some(
-                "sysctl -w kernel.io_uring_disabled=0; in a container, allow it the three calls".into(),
+                "sysctl -w kernel.io_uring_disabled=0; in a container, allow its three system calls".into(),
             ),
         },
     }

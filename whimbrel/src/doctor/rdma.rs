@@ -1,4 +1,4 @@
-//! What stands between this host and migrations over RDMA. Nothing of it is fatal: TCP needs none of it.
+//! What this host lacks for migrations over RDMA. None of it is fatal, because TCP needs none of it.
 
 use super::{Finding, good, limited};
 use transport_rdma::probe::{self, Device, Host, Port};
@@ -11,7 +11,9 @@ pub(super) fn examine(memory: u64) -> Vec<Finding> {
 fn findings(host: &Host, memory: u64) -> Vec<Finding> {
     let devices = match &host.devices {
         Ok(devices) => devices,
-        Err(why) => return vec![limited("RDMA", format!("not here, migrations go over TCP: {why}"), None)],
+        Err(why) => {
+            return vec![limited("RDMA", format!("not available, so migrations use TCP: {why}"), None)];
+        }
     };
     let mut findings: Vec<_> = devices.iter().flat_map(device).collect();
     if let Err(why) = &host.connections {
@@ -57,14 +59,14 @@ fn port(device: &str, port: &Port) -> Finding {
         let mend = Some(format!("ip link set {interface} up; check the cable and the switch"));
         return limited(what, format!("{name} is {}", port.state), mend);
     }
-    // The address the card makes up for itself is no address that a source can be told.
+    // A source cannot be given the link-local address that the card makes up for itself.
     let routable = port.gids.iter().find(|gid| match gid.address {
         std::net::IpAddr::V4(_) => true,
         std::net::IpAddr::V6(v6) => !v6.is_unicast_link_local(),
     });
     let Some(gid) = routable else {
         let mend = Some(format!("ip address add ADDRESS/PREFIX dev {interface}"));
-        return limited(what, format!("{name} has no GID with an address of this host's"), mend);
+        return limited(what, format!("{name} has no GID with an address of this host"), mend);
     };
     if port.mtu < port.max_mtu && port.link == "ethernet" {
         return limited(

@@ -6,12 +6,13 @@ use super::request::{MAX_BUFFERS, MAX_RANGES, SECTOR};
 use super::state::BlockState;
 use super::uring::Uring;
 use super::{Aio, BlockConfig, Error, Geometry, Images, MAX_QUEUES};
-use crate::state::{self, Component, Kind};
+use crate::component::{self, Component, Kind};
+use crate::lock::lock;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::structure::Structure;
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, Once};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, virtio_blk_config,
@@ -180,7 +181,7 @@ impl VirtioDevice for Block {
     }
 
     fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
-        match &mut *self.engines[index].lock().unwrap_or_else(PoisonError::into_inner) {
+        match &mut *lock(&self.engines[index]) {
             Engine::Sync(job) => serve_sync(job, &self.disk, queue),
             Engine::IoUring(uring) => uring.serve(&self.disk, queue),
         }
@@ -215,13 +216,13 @@ impl VirtioDevice for Block {
         Kind::Block
     }
 
-    fn save(&self, index: u8) -> Result<Component, state::Error> {
+    fn save(&self, index: u8) -> Result<Component, component::Error> {
         let Geometry { len, unit } = self.disk.image.geometry();
         Component::new(Kind::Block, index, &BlockState { len, unit })
     }
 
-    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
-        let BlockState { len, unit } = state::payload(components, Kind::Block, index)?;
+    fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
+        let BlockState { len, unit } = component::payload(components, Kind::Block, index)?;
         let own = self.disk.image.geometry();
         if (len, unit) != (own.len, own.unit) {
             return Err(self.disk.image.mismatch(index, len, unit));

@@ -6,14 +6,15 @@ use super::mark::{self, Mark};
 use super::request::SECTOR;
 use super::statx::statx;
 use super::{BlockConfig, Error, Geometry};
-use crate::state::Kind;
+use crate::component::Kind;
+use crate::lock::lock;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// An open image.
 pub struct DiskImage {
@@ -129,7 +130,7 @@ impl DiskImage {
 
     /// Whether nobody has used the image since the lock was released here, if it was.
     fn check_unused(&self) -> Result<(), Error> {
-        let released_at = *self.released_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let released_at = *lock(&self.released_at);
         match released_at {
             Some(mark) if self.mark()? != mark => Err(Error::UsedElsewhere { path: self.path.clone() }),
             _ => Ok(()),
@@ -162,7 +163,7 @@ impl DiskImage {
         }
         self.flush().map_err(|source| Error::Flush { path: self.path.clone(), source })?;
         let mark = if self.lock_decides() { Some(self.mark()?) } else { None };
-        *self.released_at.lock().unwrap_or_else(PoisonError::into_inner) = mark;
+        *lock(&self.released_at) = mark;
         self.held.store(false, Ordering::Release);
         match lock::set(&self.file, LockKind::None) {
             Ok(_) => Ok(()),
@@ -251,10 +252,10 @@ impl DiskImage {
     }
 
     /// What to say of a state of another disk.
-    pub fn mismatch(&self, index: u8, len: u64, unit: u32) -> crate::state::Error {
+    pub fn mismatch(&self, index: u8, len: u64, unit: u32) -> crate::component::Error {
         let Geometry { len: own, unit: own_unit } = self.geometry;
         let what = format!("{len} bytes in units of {unit} where {own} in units of {own_unit} belong");
-        crate::state::Error::Malformed { kind: Kind::Block, index, what }
+        crate::component::Error::Malformed { kind: Kind::Block, index, what }
     }
 }
 

@@ -159,7 +159,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A size that no disk has.
-    #[error("the disk image {} has {len} bytes, which is no multiple of {unit} above zero", path.display())]
+    #[error("the disk image {} has {len} bytes, which is not a positive multiple of {unit}", path.display())]
     Size {
         /// The image.
         path: PathBuf,
@@ -183,12 +183,14 @@ pub enum Error {
         wanted: Geometry,
     },
     /// There is to be an io_uring, and cannot be.
-    #[error("disks cannot have an io_uring here: {0}; start with --aio auto to do without")]
+    #[error(
+        "io_uring is not available for disks here: {0}; start with --aio auto to use system calls instead"
+    )]
     NoRing(io::Error),
     /// It is on NFS and to be written to, and there is no io_uring, or is to be none.
     #[error(
-        "the disk image {} is on NFS, where writing takes io_uring: without, a killed machine's lock is gone before its \
-         last write is done; start without --aio sync where io_uring is not switched off",
+        "the disk image {} is on NFS, where writing needs io_uring: without it, a killed machine loses its lock before \
+         its last write is done; switch io_uring on, and start without --aio sync",
         path.display()
     )]
     NeedsRing {
@@ -209,7 +211,7 @@ pub enum Error {
     /// Somebody else has had it since it was given up: the guest's memory is older than its disk.
     #[error(
         "the disk image {} has been used elsewhere since it was given up, and the guest's memory here is older than \
-         its disk; it must not go on from here: end it, and start it from the disk",
+         its disk; it must not continue here: end it, and start it from the disk",
         path.display()
     )]
     UsedElsewhere {

@@ -1,10 +1,9 @@
-//! Several requests at a time, by an io_uring: the kernel executes some while others are taken from the
-//! queue.
+//! Carries out requests with an io_uring, while further requests are taken from the queue.
 //!
 //! The queue's thread submits what the guest has made available, then waits for completions and for the
 //! doorbell alike, so that a request never waits for another. Before it lets go of the queue's lock it waits
-//! until the kernel has nothing left: whoever gets the lock, to pause, save or reset the queue, finds nothing
-//! in flight.
+//! until the kernel has nothing left. So nothing is in flight once somebody else has the lock, to pause, save
+//! or reset the queue.
 
 use super::device::{Disk, QUEUE_SIZE};
 use super::file_op::{Direction, FileOp};
@@ -20,7 +19,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// Most requests in flight: as many as the queue holds.
 const MAX_IN_FLIGHT: usize = QUEUE_SIZE as usize;
 
-/// The kernel refuses an entry of a ring that worked at first: what confines this thread has changed.
+/// A ring that has worked fails in this way only if the restrictions of this thread have changed.
 const REFUSED: QueueError = QueueError::Request("the kernel does not take it");
 
 /// A queue's ring and the requests in it.
@@ -44,7 +43,7 @@ impl Uring {
     /// A ring for one queue.
     ///
     /// # Errors
-    /// If the kernel, or what this process is confined by, has none.
+    /// If the kernel has no io_uring, or the restrictions of this process forbid it.
     pub fn new() -> io::Result<Self> {
         let uring = IoUring::builder().setup_r_disabled().build(MAX_IN_FLIGHT as u32)?;
         // Threads that serve a guest may make few system calls (`sandbox`). A ring carries out calls of its
@@ -182,8 +181,8 @@ impl Uring {
         Some((entry.user_data() as u16, usize::try_from(entry.result()).map_err(failed)))
     }
 
-    /// Waits until the kernel has nothing left, so that nothing of it touches guest RAM any more, and tells
-    /// the guest of nothing: the queue is broken until a reset.
+    /// Waits until the kernel has nothing left, so that it does not touch guest RAM any more. The guest is
+    /// told nothing, because the queue is broken until a reset.
     fn drain(&mut self, queue: &mut LockedQueue<'_>) {
         while self.queued + self.submitted > 0 {
             if self.submit().is_err() {

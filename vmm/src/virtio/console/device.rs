@@ -2,9 +2,9 @@
 
 use super::ConsoleConfig;
 use super::state::ConsoleState;
+use crate::component::{self, Component, Kind};
 use crate::error::Error;
 use crate::serial::Output;
-use crate::state::{self, Component, Kind};
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::fs::{File, OpenOptions};
@@ -150,11 +150,11 @@ impl VirtioDevice for Console {
         Kind::Console
     }
 
-    fn save(&self, index: u8) -> Result<Component, state::Error> {
+    fn save(&self, index: u8) -> Result<Component, component::Error> {
         Component::new(Kind::Console, index, &ConsoleState {})
     }
 
-    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
-        state::payload::<ConsoleState>(components, Kind::Console, index).map(|ConsoleState {}| ())
+    fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
+        component::payload::<ConsoleState>(components, Kind::Console, index).map(|ConsoleState {}| ())
     }
 }

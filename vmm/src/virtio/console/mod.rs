@@ -1,8 +1,8 @@
 //! virtio-console: one port, without the control queues that several would need.
 //!
-//! Output goes where the serial port's could, by the same rules: a reader that stays away for long loses
-//! bytes and holds nobody up. Input is read only into buffers that the guest has made available,
-//! so that none is ever left here when the guest moves.
+//! Output goes to the same kinds of places as the serial port's, by the same rules: a reader that stays away
+//! for long loses bytes, and delays nobody. Input is read only into buffers that the guest has made
+//! available, so that none is ever left here when the guest moves.
 
 mod device;
 mod state;

@@ -6,12 +6,13 @@ use super::state::NetState;
 use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
 use super::{Error, MAX_PAIRS, Negotiated, NetConfig, TapConfig};
-use crate::state::{self, Component, Kind};
+use crate::component::{self, Component, Kind};
+use crate::lock::lock;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::structure::Structure;
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_VQ,
@@ -155,7 +156,7 @@ impl Net {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// What a queue is for depends on the accepted features: without several pairs the control
@@ -282,12 +283,12 @@ impl VirtioDevice for Net {
         Kind::Net
     }
 
-    fn save(&self, index: u8) -> Result<Component, state::Error> {
+    fn save(&self, index: u8) -> Result<Component, component::Error> {
         Component::new(Kind::Net, index, &self.lock().requested)
     }
 
-    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
-        let requested: NetState = state::payload(components, Kind::Net, index)?;
+    fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
+        let requested: NetState = component::payload(components, Kind::Net, index)?;
         let offloads = requested.offloads.unwrap_or(0);
         if !requested.mac.is_unicast()
             || !(1..=self.config.pairs).contains(&requested.pairs)
@@ -297,7 +298,7 @@ impl VirtioDevice for Net {
                 "{requested:?} where {} pairs and {:#x} are offered",
                 self.config.pairs, self.offered
             );
-            return Err(state::Error::Malformed { kind: Kind::Net, index, what });
+            return Err(component::Error::Malformed { kind: Kind::Net, index, what });
         }
         // What has come in so far was for whoever had the guest then, and may have reached it there.
         self.tap.discard();

@@ -71,7 +71,9 @@ impl FromStr for Mac {
         };
         let bytes: Option<Vec<u8>> = text.split(':').map(part).collect();
         let mac = bytes.and_then(|bytes| bytes.try_into().ok()).map(Mac).filter(|mac| mac.is_unicast());
-        mac.ok_or_else(|| format!("{text} is no address of a network interface, such as 52:54:00:12:34:56"))
+        mac.ok_or_else(|| {
+            format!("{text} is not an address of a network interface, such as 52:54:00:12:34:56")
+        })
     }
 }
 

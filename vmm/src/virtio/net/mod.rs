@@ -19,7 +19,9 @@
 //! | `control.rs` | what the driver asks for on the control queue |
 //! | `tap.rs` | the tap |
 //! | `mac.rs` | hardware addresses, and the frame that tells switches where one is |
+//! | `announcing.rs` | how often switches are told |
 
+mod announcing;
 mod control;
 mod device;
 mod mac;
@@ -32,6 +34,7 @@ mod transmit;
 #[cfg(test)]
 pub(crate) mod wire;
 
+pub use announcing::Announcing;
 pub use device::Net;
 pub use mac::Mac;
 
@@ -105,7 +108,7 @@ pub enum Error {
     Down(String),
     /// It is no tap, or it has one queue where several are needed.
     #[error(
-        "{name} is no tap with {pairs} queue(s); make one with `ip tuntap add dev {name} mode tap{}`",
+        "{name} is not a tap with {pairs} queue(s); make one with `ip tuntap add dev {name} mode tap{}`",
         if *pairs > 1 { " multi_queue" } else { "" }
     )]
     Kind {
@@ -149,6 +152,6 @@ pub enum Error {
     #[error("a network interface with {0} pairs of queues: use 1 to {MAX_PAIRS}")]
     Pairs(u16),
     /// An address that no interface may have.
-    #[error("{0} is no address of a network interface; use one such as 52:54:00:12:34:56")]
+    #[error("{0} is not an address of a network interface; use one such as 52:54:00:12:34:56")]
     Mac(Mac),
 }

@@ -1,6 +1,7 @@
 //! A tap: an interface of the host whose frames a process reads and writes.
 
 use super::{Error, HEADER};
+use crate::lock::lock;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Everything that a tap may leave to whoever reads from it.
@@ -132,7 +133,7 @@ impl Tap {
     }
 
     fn lock(&self) -> MutexGuard<'_, usize> {
-        self.in_use.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.in_use)
     }
 
     /// What to wait for when queue `index` has no frame.

@@ -1,7 +1,7 @@
 //! The entropy device.
 
 use super::state::RngState;
-use crate::state::{self, Component, Kind};
+use crate::component::{self, Component, Kind};
 use crate::virtio::queue::{Chain, LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::io;
@@ -88,11 +88,11 @@ impl VirtioDevice for Rng {
         Kind::Rng
     }
 
-    fn save(&self, index: u8) -> Result<Component, state::Error> {
+    fn save(&self, index: u8) -> Result<Component, component::Error> {
         Component::new(Kind::Rng, index, &RngState {})
     }
 
-    fn load(&self, components: &[Component], index: u8) -> Result<(), state::Error> {
-        state::payload::<RngState>(components, Kind::Rng, index).map(|RngState {}| ())
+    fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
+        component::payload::<RngState>(components, Kind::Rng, index).map(|RngState {}| ())
     }
 }

@@ -1,6 +1,6 @@
 //! How many requests a second either way carries out:
 //!
-//!     cargo test --release -p vmm --lib -- --ignored --nocapture pace
+//!     cargo test --release -p whimbrel-vmm --lib -- --ignored --nocapture pace
 //!
 //! `WHIMBREL_PACE=FOLDER` says where the image is; where that has no direct I/O it is cached.
 

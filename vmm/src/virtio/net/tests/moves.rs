@@ -133,7 +133,7 @@ fn a_host_that_lacks_what_the_guest_uses_refuses_and_says_what() {
             assert!(matches!(twin(&running, name), Err(Error::Missing(_))), "{name:?}");
         }
         assert!(refusal("tap0").contains("in use"), "{}", refusal("tap0"));
-        assert!(refusal("lo").contains("is no tap"), "{}", refusal("lo"));
+        assert!(refusal("lo").contains("is not a tap"), "{}", refusal("lo"));
         ip("link set tap1 mtu 1400");
         assert!(refusal("tap1").contains("MTU of 1400"), "{}", refusal("tap1"));
         ip("link set tap1 mtu 9000");

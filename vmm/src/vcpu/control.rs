@@ -1,0 +1,197 @@
+//! Starting, pausing and ending vCPU threads.
+//!
+//! Every vCPU thread is either parked here or running its vCPU. To pause, the phase changes and
+//! each thread gets a signal. A signal alone would be lost if it arrived just before the thread
+//! enters KVM_RUN, so its handler sets `immediate_exit` in the vCPU's shared page: a KVM_RUN that
+//! starts afterwards comes straight back. The thread clears the flag only after KVM_RUN has said
+//! EINTR and looks at the phase only after that, so that no order of the two loses a pause.
+//!
+//! KVM_RUN says EINTR only once whatever the vCPU's last exit left unfinished (a port read whose
+//! value must still reach a register) has been completed; so a parked vCPU has no I/O in flight,
+//! and its registers are whole.
+
+use super::outcome::Outcome;
+use crate::lock::lock;
+use kvm_bindings::kvm_run;
+use std::cell::Cell;
+use std::ptr;
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// What vCPU threads are to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Stay parked.
+    Paused,
+    /// Run.
+    Running,
+    /// End.
+    Stopping,
+}
+
+struct Inner {
+    phase: Phase,
+    parked: usize,
+    outcome: Option<Outcome>,
+}
+
+/// Shared by a machine and its vCPU threads.
+pub struct Control {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    threads: OnceLock<Vec<libc::pthread_t>>,
+}
+
+impl Control {
+    /// Nobody parked, nobody to run.
+    pub fn new() -> Self {
+        let inner = Inner { phase: Phase::Paused, parked: 0, outcome: None };
+        Control { inner: Mutex::new(inner), changed: Condvar::new(), threads: OnceLock::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+
+    /// Names the threads to kick, which live until [`Phase::Stopping`] and are joined only after.
+    pub fn set_threads(&self, threads: Vec<libc::pthread_t>) {
+        let _ = self.threads.set(threads);
+    }
+
+    /// The current phase and, if the guest ended, how.
+    pub fn status(&self) -> (Phase, Option<Outcome>) {
+        let inner = self.lock();
+        (inner.phase, inner.outcome.clone())
+    }
+
+    /// In a vCPU thread: parks until the machine runs; false when the thread is to end.
+    pub fn park(&self) -> bool {
+        let mut inner = self.lock();
+        inner.parked += 1;
+        self.changed.notify_all();
+        while inner.phase == Phase::Paused {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.parked -= 1;
+        inner.phase == Phase::Running
+    }
+
+    /// In a vCPU thread: whether to go on running.
+    pub fn running(&self) -> bool {
+        self.lock().phase == Phase::Running
+    }
+
+    /// In a vCPU thread: the guest has ended. The first such report counts; all vCPUs park.
+    pub fn end(&self, outcome: Outcome) {
+        let mut inner = self.lock();
+        inner.outcome.get_or_insert(outcome);
+        if inner.phase == Phase::Running {
+            inner.phase = Phase::Paused;
+        }
+        self.changed.notify_all();
+        drop(inner);
+        self.kick();
+    }
+
+    /// Lets vCPUs run; the outcome if the guest has ended.
+    pub fn resume(&self) -> Result<(), Outcome> {
+        let mut inner = self.lock();
+        if let Some(outcome) = &inner.outcome {
+            return Err(outcome.clone());
+        }
+        inner.phase = Phase::Running;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Parks all `vcpus` vCPUs and returns once they are.
+    pub fn pause(&self, vcpus: usize) {
+        let mut inner = self.lock();
+        if inner.phase == Phase::Running {
+            inner.phase = Phase::Paused;
+        }
+        if inner.parked < vcpus {
+            self.kick();
+        }
+        while inner.phase == Phase::Paused && inner.parked < vcpus {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends all vCPU threads.
+    pub fn stop(&self) {
+        let mut inner = self.lock();
+        inner.phase = Phase::Stopping;
+        inner.outcome.get_or_insert(Outcome::Stopped);
+        self.changed.notify_all();
+        drop(inner);
+        self.kick();
+    }
+
+    /// Waits until the guest has ended or the machine was stopped.
+    pub fn wait(&self) -> Outcome {
+        let mut inner = self.lock();
+        loop {
+            if let Some(outcome) = &inner.outcome {
+                return outcome.clone();
+            }
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits at most `patience` for the guest's end.
+    pub fn wait_timeout(&self, patience: std::time::Duration) -> Option<Outcome> {
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, |inner| inner.outcome.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.outcome.clone()
+    }
+
+    fn kick(&self) {
+        for thread in self.threads.get().into_iter().flatten() {
+            // SAFETY: the threads are joined only after they were told to stop and `stop` has
+            // returned, so each id is that of a thread that has not been joined.
+            unsafe { libc::pthread_kill(*thread, kick_signal()) };
+        }
+    }
+}
+
+thread_local! {
+    /// The page this thread's vCPU shares with KVM, while the thread runs it. Has no destructor and
+    /// needs no initialisation, so that a signal handler may read it.
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let run = RUN.get();
+    if !run.is_null() {
+        // SAFETY: the pointer was set by this thread to its vCPU's shared page and is reset before
+        // that page goes away. KVM reads the byte on its own terms, so a plain volatile store does.
+        unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
+    }
+}
+
+/// Installs the handler of the signal that kicks vCPUs; calling it again changes nothing.
+pub fn install_kick_handler() -> std::io::Result<()> {
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), on_kick)
+        .map_err(|e| std::io::Error::from_raw_os_error(e.errno()))
+}
+
+/// Makes kicks of the current thread reach `run` for as long as it lives.
+pub struct KickTarget;
+
+impl KickTarget {
+    /// # Safety
+    /// `run` must stay mapped until the target is dropped.
+    pub unsafe fn set(run: *mut kvm_run) -> Self {
+        RUN.set(run);
+        KickTarget
+    }
+}
+
+impl Drop for KickTarget {
+    fn drop(&mut self) {
+        RUN.set(ptr::null_mut());
+    }
+}

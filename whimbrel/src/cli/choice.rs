@@ -1,0 +1,59 @@
+//! Options whose value is one of a few words.
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use migration::policy::OnStall;
+use vmm::guest::Content;
+use vmm::sandbox::Mode;
+use vmm::virtio::block::Aio;
+use whimbrel::api::model::TransportChoice;
+
+/// The words of an option: each with what it stands for and what the help says of it.
+pub type Choices<T> = &'static [(&'static str, T, &'static str)];
+
+/// `--fill-with`
+pub const CONTENTS: Choices<Content> = &[
+    ("random", Content::Random, "Random bytes"),
+    ("repeating", Content::Repeating, "Eight bytes that repeat throughout a page; each page has others"),
+    ("zero", Content::Zero, "Zeros"),
+];
+
+/// `--aio`
+pub const AIO: Choices<Aio> = &[
+    ("auto", Aio::Auto, "io_uring if the kernel has it, except for disks that use the page cache"),
+    ("io_uring", Aio::IoUring, "Several requests at a time"),
+    ("sync", Aio::Sync, "One request after the other, with system calls"),
+];
+
+/// `--seccomp`
+pub const SECCOMP: Choices<Mode> = &[
+    ("on", Mode::Enforce, "Other calls are refused, or end the process"),
+    ("log", Mode::Log, "Other calls are carried out, and the kernel logs them"),
+    ("off", Mode::Off, "All calls are allowed"),
+];
+
+/// `--transport`
+pub const TRANSPORTS: Choices<TransportChoice> = &[
+    (
+        "auto",
+        TransportChoice::Auto,
+        "RDMA if both sides can, otherwise TCP; continues over TCP if RDMA breaks",
+    ),
+    ("rdma", TransportChoice::Rdma, "RDMA only; fails if it is not available"),
+    ("tcp", TransportChoice::Tcp, "TCP"),
+];
+
+/// `--on-stall`
+pub const ON_STALL: Choices<OnStall> = &[
+    ("abort", OnStall::Abort, "Give up; the guest continues to run at the source"),
+    ("switch", OnStall::Switch, "Switch over, with a blackout longer than the limit"),
+];
+
+/// Parses one of `choices`.
+pub fn one_of<T: Copy + Send + Sync + 'static>(choices: Choices<T>) -> impl TypedValueParser<Value = T> {
+    let words = choices.iter().map(|(word, _, help)| PossibleValue::new(*word).help(*help));
+    PossibleValuesParser::new(words).try_map(move |given| {
+        let found = choices.iter().find(|(word, _, _)| *word == given);
+        // The parser lets no other word pass.
+        found.map(|(_, value, _)| *value).ok_or("no such word")
+    })
+}
