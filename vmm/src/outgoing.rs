@@ -74,7 +74,7 @@ impl SourceMachine for Machine {
 
     fn before_pause(&self) {
         // What is durable before the pause need not be made so during it.
-        self.shared.devices.flush_storage();
+        self.shared.devices.flush_disks();
         guest::set_phase(self.memory(), When::During);
     }
 }
@@ -83,14 +83,14 @@ impl SourceMachine for Machine {
 /// is made durable all the same, and it is given up with the others.
 impl Arbiter for Machine {
     fn decides(&self) -> bool {
-        self.has_arbiter()
+        self.disk_locks_decide()
     }
 
     fn release(&self) -> Result<(), Failure> {
-        Ok(self.release_disks()?)
+        Ok(self.release_disk_locks()?)
     }
 
     fn take(&self) -> Result<(), Failure> {
-        Ok(self.take_disks()?)
+        Ok(self.take_disk_locks()?)
     }
 }
