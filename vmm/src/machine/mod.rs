@@ -183,8 +183,9 @@ impl Machine {
         });
     }
 
-    /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no
-    /// request is in flight, and RAM no longer changes. Pausing a paused machine, or one whose guest has ended, changes nothing.
+    /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no request
+    /// is in flight, and RAM no longer changes. Pausing a paused machine, or one whose guest has ended,
+    /// changes nothing.
     ///
     /// # Errors
     /// [`Error::Stopped`] after [`stop`](Self::stop).
@@ -225,8 +226,9 @@ impl Machine {
         self.shared.control.stop();
     }
 
-    /// Waits until whoever reads the guest's serial port and consoles has all that it wrote, for at most `patience`
-    /// each. Returns how many bytes were dropped since the machine was built, as they did not keep up.
+    /// Waits until whoever reads the guest's serial port and consoles has all that it wrote, for at most
+    /// `patience` each. Returns how many bytes were dropped since the machine was built, as they did not keep
+    /// up.
     pub fn drain_output(&self, patience: Duration) -> u64 {
         let devices = &self.shared.devices;
         let consoles = devices.virtio().iter().filter_map(|function| function.device().output());
@@ -242,13 +244,14 @@ impl Machine {
     /// Takes the locks of all disks. If it fails, the machine holds those that it held before and no others.
     ///
     /// # Errors
-    /// [`Error::Disk`] if somebody else holds one of the locks, or has used the disk since it was released here.
+    /// [`Error::Disk`] if somebody else holds one of the locks, or has used the disk since it was released
+    /// here.
     pub fn take_disk_locks(&self) -> Result<(), Error> {
         self.shared.devices.take_disk_locks()
     }
 
-    /// Flushes all disks and releases their locks: from here on the guest may run elsewhere. If it comes back, the
-    /// network is told where it is.
+    /// Flushes all disks and releases their locks: from here on the guest may run elsewhere. If it comes
+    /// back, the network is told where it is.
     ///
     /// # Errors
     /// [`Error::Disk`], [`Error::NotPaused`].

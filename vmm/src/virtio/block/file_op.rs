@@ -15,8 +15,8 @@ pub enum Direction {
 /// Something to be done to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileOp {
-    /// Move data between the image, from byte `offset` on, and `count` vectors. The maker of the operation keeps
-    /// them, and what they point to, in place until the operation has a result.
+    /// Move data between the image, from byte `offset` on, and `count` vectors. The maker of the operation
+    /// keeps them, and what they point to, in place until the operation has a result.
     Transfer {
         /// Which way.
         direction: Direction,
