@@ -243,8 +243,9 @@ impl Machine {
 
     /// Takes the locks of all disks. If it fails, the machine holds those that it held before and no others.
     ///
-    /// # Errors [`Error::Disk`] if somebody else holds one of the locks, or has used the disk since it was
-    /// released here.
+    /// # Errors
+    /// [`Error::Disk`] if somebody else holds one of the locks, or has used the disk since it was released
+    /// here.
     pub fn take_disk_locks(&self) -> Result<(), Error> {
         self.shared.devices.take_disk_locks()
     }
