@@ -6,6 +6,7 @@
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+pub mod cpu;
 pub mod destination;
 pub mod digest;
 pub mod dirty;

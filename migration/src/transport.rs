@@ -18,9 +18,9 @@
 //!
 //! [`crate::conformance`] tests all of this against any transport.
 
+use crate::cpu::CpuTime;
 use crate::failure::{Code, Failure};
 use crate::memory::{Extent, OutOfBounds, Ram};
-use crate::report::CpuTime;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;

@@ -4,6 +4,7 @@ use super::Arrival;
 use super::migration::Timeouts;
 use super::monitor::{Monitor, Phase};
 use super::state::{Command, Event, Outcome, State, Waiting};
+use crate::cpu::thread_cpu;
 use crate::digest;
 use crate::failure::{Code, Failure};
 use crate::link::ControlLink;
@@ -11,7 +12,6 @@ use crate::machine::{Arbiter, DestinationHost, DestinationMachine};
 use crate::message::{
     self, Hello, MAX_STATE, Message, Offer, Prepare, Prepared, Ready, Running, Span, StatePart,
 };
-use crate::report::thread_cpu;
 use crate::scan;
 use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session};
 use std::time::{Duration, Instant};

@@ -3,6 +3,7 @@
 use super::path::Path;
 use super::precopy::Precopy;
 use super::state::{Command, Event, Outcome, State, Waiting};
+use crate::cpu::{CpuTime, thread_cpu};
 use crate::digest;
 use crate::failure::{Code, Failure};
 use crate::link::ControlLink;
@@ -14,7 +15,7 @@ use crate::message::{
 };
 use crate::monitor::{Monitor, Phase};
 use crate::policy::Policy;
-use crate::report::{CpuTime, Declined, Report, Verdict, thread_cpu};
+use crate::report::{Declined, Report, Verdict};
 use crate::transport::{Session, SourceTransport, Token};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,9 +1,10 @@
 //! Choosing the data plane, and changing it in mid-flight.
 
+use crate::cpu::CpuTime;
 use crate::failure::{Code, Failure};
 use crate::message::Offer;
 use crate::monitor::Monitor;
-use crate::report::{CpuTime, Declined};
+use crate::report::Declined;
 use crate::transport::{Session, SourcePlane, SourceTransport};
 use std::collections::VecDeque;
 

@@ -2,13 +2,14 @@
 
 use super::path::Path;
 use super::round::{Manner, Rounds, Sent};
+use crate::cpu::CpuTime;
 use crate::dirty::DirtySet;
 use crate::failure::{Code, Failure};
 use crate::machine::SourceMachine;
 use crate::memory::Ram;
 use crate::monitor::{Monitor, Phase};
 use crate::policy::{Decision, Judge, Policy, RoundFacts};
-use crate::report::{CpuTime, Declined, RoundReport};
+use crate::report::{Declined, RoundReport};
 use crate::transport::{LaneStats, Session};
 use std::time::{Duration, Instant};
 

@@ -12,13 +12,13 @@
 //! the other way round, a write between read and clear would be lost. The same holds for asking
 //! whether a page exists at all.
 
+use crate::cpu::{CpuTime, thread_cpu};
 use crate::dirty::{DirtySet, WORD_PAGES, runs};
 use crate::failure::{Code, Failure};
 use crate::machine::SourceMachine;
 use crate::memory::{Extent, PAGE_SIZE, Ram};
 use crate::monitor::Monitor;
 use crate::priority;
-use crate::report::{CpuTime, thread_cpu};
 use crate::scan;
 use crate::transport::{Lane, SourcePlane};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
