@@ -82,7 +82,9 @@ impl Moved {
     /// All of it as JSON.
     pub fn value(&self) -> Value {
         // What the guest said stands below, and not also as the text in which it came.
-        let mut report = record::value(&Report { remarks: None, ..self.report.clone() });
+        let mut report = self.report.clone();
+        report.remarks = None;
+        let mut report = record::value(&report);
         report["testimony"] = record::value(&self.testimony);
         report["process_resident"] = self.resident.into();
         report["pace"] = record::value(&self.pace);

@@ -23,6 +23,7 @@ pub mod report;
 pub mod scan;
 pub mod source;
 pub mod transport;
+mod unwind;
 
 #[cfg(test)]
 mod model;

@@ -87,14 +87,20 @@ pub enum Message {
     /// Source, before `State`: the next bytes of a state that is longer than [`MAX_STATE_PART`]; `State` has
     /// the last. Only to a peer with [`STATE_IN_PARTS`].
     StatePart(StatePart),
+    /// Destination, before `Prepared`: how long its part of the switchover takes, if its machine knows. Only
+    /// to a peer with [`HANDOVER_ESTIMATE`].
+    Estimate(Estimate),
 }
 
 /// Feature bit: takes a machine's state in parts.
 pub const STATE_IN_PARTS: u64 = 1 << 0;
 
+/// Feature bit: counts an [`Estimate`] in the predictions of the blackout.
+pub const HANDOVER_ESTIMATE: u64 = 1 << 1;
+
 /// Feature bits of this program. A peer's unknown bits are ignored; both sides use the
 /// intersection.
-pub const FEATURES: u64 = STATE_IN_PARTS;
+pub const FEATURES: u64 = STATE_IN_PARTS | HANDOVER_ESTIMATE;
 
 /// Greeting of either side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -136,6 +142,13 @@ pub struct Prepared {
     pub offers: Vec<Offer>,
     /// Microseconds that building the shadow machine took.
     pub build_us: u64,
+}
+
+/// What the destination expects of the switchover.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Microseconds that its part takes: loading the state, taking the disks, running.
+    pub handover_us: u64,
 }
 
 /// The paused machine.
@@ -247,6 +260,7 @@ impl Message {
             Message::Retire(_) => "Retire",
             Message::Retired => "Retired",
             Message::StatePart(_) => "StatePart",
+            Message::Estimate(_) => "Estimate",
         }
     }
 }

@@ -14,7 +14,7 @@
 const STEPS: libc::c_int = 10;
 
 /// Puts the current thread behind those that run guests, for good: only a privileged one could take it back.
-pub(crate) fn stand_back() {
+pub(crate) fn lower() {
     // SAFETY: the call takes no pointers. On Linux it is about the calling thread only. It cannot fail: anybody
     // may lower a priority, and the lowest there is stays the lowest.
     unsafe { libc::nice(STEPS) };
@@ -30,10 +30,10 @@ mod tests {
     }
 
     #[test]
-    fn one_thread_stands_back_and_no_other() {
+    fn one_thread_is_lowered_and_no_other() {
         let before = nice();
         let thread = std::thread::spawn(|| {
-            stand_back();
+            lower();
             nice()
         });
         assert_eq!(thread.join().unwrap(), (before + STEPS).min(19));

@@ -4,13 +4,18 @@ use crate::failure::Failure;
 use crate::message::Span;
 use crate::transport::LaneStats;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
-/// One pre-copy round, or the final one.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Name of the [`Span`] in which the last pages travel.
+pub(crate) const LAST_PAGES: &str = "last pages";
+
+/// One pre-copy round, or the final one. All rounds that were made while the migration waited for an operator are one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RoundReport {
     /// Number, from 0; the final round, in the blackout, is the last.
     pub round: u32,
-    /// Bytes of pages that were dirty at its beginning (in round 0: all memory).
+    /// Bytes of pages that were dirty at its begin (in round 0: all memory).
     pub dirty: u64,
     /// Bytes that travelled.
     pub sent: u64,
@@ -28,8 +33,24 @@ pub struct RoundReport {
     pub predicted_blackout_us: u64,
 }
 
+impl RoundReport {
+    /// Counts a `later` round as part of this one.
+    pub(crate) fn absorb(&mut self, later: &RoundReport) {
+        *self = RoundReport {
+            dirty: self.dirty + later.dirty,
+            sent: self.sent + later.sent,
+            zero: self.zero + later.zero,
+            untouched: self.untouched + later.untouched,
+            elapsed_us: self.elapsed_us + later.elapsed_us,
+            barrier_us: self.barrier_us + later.barrier_us,
+            ..*later
+        };
+    }
+}
+
 /// A transport that was not used, and why.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Declined {
     /// Its name.
     pub transport: String,
@@ -40,6 +61,7 @@ pub struct Declined {
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Verdict {
     /// The guest runs at the destination.
     Moved,
@@ -51,6 +73,7 @@ pub enum Verdict {
 
 /// The whole story.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Report {
     /// How it ended.
     pub verdict: Verdict,
@@ -68,7 +91,7 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Counters of each lane of the last transport.
     pub lanes: Vec<LaneStats>,
-    /// Microseconds from the beginning to the end.
+    /// Microseconds from the begin to the end.
     pub total_us: u64,
     /// Microseconds until the data plane was connected: greeting, building, connecting.
     pub setup_us: u64,
@@ -94,9 +117,14 @@ pub struct Report {
 impl Report {
     /// The report of a migration of `memory` bytes that failed before the destination was reached.
     pub fn not_begun(failure: Failure, memory: u64) -> Self {
+        Report { failure: Some(failure), ..Report::new(Verdict::Stayed, memory) }
+    }
+
+    /// A report of a migration of `memory` bytes that has nothing to tell but its end.
+    pub fn new(verdict: Verdict, memory: u64) -> Self {
         Report {
-            verdict: Verdict::Stayed,
-            failure: Some(failure),
+            verdict,
+            failure: None,
             over_limit: None,
             transport: String::new(),
             declined: Vec::new(),
@@ -116,6 +144,14 @@ impl Report {
         }
     }
 
+    /// What the switchover took beyond the last pages: pausing, saving, loading, running, and the messages between.
+    /// `None` if the guest has not moved. The next migration of a guest of this kind may be told by
+    /// [`Migration::handover`](crate::source::Migration::handover).
+    pub fn handover(&self) -> Option<Duration> {
+        let parts = self.spans.iter().filter(|span| span.name != LAST_PAGES);
+        (self.verdict == Verdict::Moved).then(|| Duration::from_micros(parts.map(|span| span.us).sum()))
+    }
+
     /// Bytes that travelled, over all rounds.
     pub fn sent(&self) -> u64 {
         self.rounds.iter().map(|r| r.sent).sum()
@@ -129,5 +165,33 @@ impl Report {
     /// Bytes skipped as never touched.
     pub fn untouched(&self) -> u64 {
         self.rounds.iter().map(|r| r.untouched).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absorbed_rounds_add_up() {
+        let mut first =
+            RoundReport { round: 3, dirty: 8, sent: 4, elapsed_us: 10, remaining: 7, ..Default::default() };
+        let later =
+            RoundReport { round: 4, dirty: 1, sent: 1, elapsed_us: 5, remaining: 2, ..Default::default() };
+        first.absorb(&later);
+        let sum =
+            RoundReport { round: 4, dirty: 9, sent: 5, elapsed_us: 15, remaining: 2, ..Default::default() };
+        assert_eq!(first, sum);
+    }
+
+    #[test]
+    fn the_handover_is_the_blackout_without_the_last_pages() {
+        let mut report = Report::new(Verdict::Moved, 1 << 30);
+        let span = |name: &str, us| Span { name: name.into(), us };
+        report.spans = vec![span("pause", 10), span(LAST_PAGES, 1000), span("save state", 300_000)];
+        assert_eq!(report.handover(), Some(Duration::from_micros(300_010)));
+        // What a destination took that did not answer is no measure.
+        report.verdict = Verdict::Held;
+        assert_eq!(report.handover(), None);
     }
 }
