@@ -146,7 +146,7 @@ pub(crate) mod tests {
     #[test]
     fn every_figure_of_a_move_is_known() {
         let mut moved = moved();
-        let span = |name: &str, us| migration::message::Span { name: name.into(), us };
+        let span = |name: &str, us| migration::report::Span { name: name.into(), us };
         moved.report.spans = vec![span("pause", 500), span(LAST_PAGES, 1000), span("state", 1500)];
         moved.report.blackout_us = 3000;
         let figures = moved.figures(false);

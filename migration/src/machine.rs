@@ -84,6 +84,8 @@
 //! sides, so it should say what is wrong and what to do. Any error before `Commit` leaves the guest running
 //! at the source. A panic in a call of the source's machine counts as an error of that call.
 
+pub use crate::message::{MAX_DESCRIPTION, MAX_REMARKS, MAX_STATE, MAX_STATE_PART};
+
 use crate::dirty::DirtySet;
 use crate::failure::Failure;
 use crate::memory::{Ram, RegionLayout};
@@ -96,7 +98,7 @@ pub trait SourceMachine: Send + Sync {
     fn ram(&self) -> Arc<Ram>;
 
     /// Everything the destination needs to build the shadow machine, in the VMM's own encoding:
-    /// devices, vCPUs, CPUID. At most [`MAX_DESCRIPTION`](crate::message::MAX_DESCRIPTION) bytes.
+    /// devices, vCPUs, CPUID. At most [`MAX_DESCRIPTION`] bytes.
     fn describe(&self) -> Result<Vec<u8>, Failure>;
 
     /// Starts tracking writes, by the guest and by the VMM itself. Every page that is written after this
@@ -143,8 +145,8 @@ pub trait SourceMachine: Send + Sync {
     fn resume(&self) -> Result<(), Failure>;
 
     /// The state of the paused machine: vCPUs, interrupt controllers, clocks, devices. At most
-    /// [`MAX_STATE`](crate::message::MAX_STATE) bytes; what is over
-    /// [`MAX_STATE_PART`](crate::message::MAX_STATE_PART) needs a destination that is not older than this
+    /// [`MAX_STATE`] bytes; what is over
+    /// [`MAX_STATE_PART`] needs a destination that is not older than this
     /// engine.
     fn save(&self) -> Result<Vec<u8>, Failure>;
 
@@ -212,7 +214,7 @@ pub trait DestinationMachine {
 
     /// What there is to say of the move once the guest has run for a while, for the source's
     /// [report](crate::report::Report): a text of the VMM's own form, at most
-    /// [`MAX_REMARKS`](crate::message::MAX_REMARKS) bytes. May take up to a second; the guest runs meanwhile.
+    /// [`MAX_REMARKS`] bytes. May take up to a second; the guest runs meanwhile.
     fn after_run(&mut self) -> Option<String> {
         None
     }

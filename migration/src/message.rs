@@ -20,6 +20,7 @@
 
 use crate::failure::{Code, Failure};
 use crate::memory::{MAX_REGIONS, RegionLayout, check_layout};
+use crate::report::Span;
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -164,15 +165,6 @@ pub struct State {
 /// Bytes of a machine's state, to be followed by more.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StatePart(#[serde(with = "bytes")] pub Vec<u8>);
-
-/// A named part of the blackout on one side.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Span {
-    /// What was being done.
-    pub name: String,
-    /// How long it took, in microseconds.
-    pub us: u64,
-}
 
 /// The destination could run the guest now.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -1,7 +1,6 @@
 //! What a migration was, in figures. Serialised as it is for `--json`.
 
 use crate::failure::Failure;
-use crate::message::Span;
 use crate::transport::LaneStats;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -56,6 +55,15 @@ pub struct Declined {
     pub transport: String,
     /// Why not.
     pub why: Failure,
+}
+
+/// A named part of the blackout on one side.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Span {
+    /// What was being done.
+    pub name: String,
+    /// How long it took, in microseconds.
+    pub us: u64,
 }
 
 /// How it ended.

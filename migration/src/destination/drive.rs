@@ -11,8 +11,9 @@ use crate::link::{ControlLink, LinkError};
 use crate::machine::{Arbiter, DestinationHost, DestinationMachine};
 use crate::message::{
     self, Estimate, HANDOVER_ESTIMATE, Hello, MAX_STATE, Message, Offer, Prepare, Prepared, Ready, Running,
-    Span, StatePart,
+    StatePart,
 };
+use crate::report::Span;
 use crate::scan;
 use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session};
 use std::time::{Duration, Instant};

@@ -7,15 +7,16 @@ use super::state::{Command, Event, Outcome, State, Waiting};
 use crate::cpu::{CpuTime, thread_cpu};
 use crate::digest;
 use crate::failure::{Code, Failure, printable};
+use crate::judge::{Handover, Judge};
 use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
 use crate::message::{
-    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS, Span,
+    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS,
     StatePart,
 };
 use crate::monitor::{Monitor, Phase};
-use crate::policy::{Handover, Judge, Policy};
-use crate::report::{LAST_PAGES, Report, Verdict};
+use crate::policy::Policy;
+use crate::report::{LAST_PAGES, Report, Span, Verdict};
 use crate::unwind;
 use std::time::{Duration, Instant};
 

@@ -10,4 +10,5 @@ mod state;
 pub use migration::{Migration, Timeouts};
 #[cfg(test)]
 pub(crate) use state::Sabotage;
+#[cfg(any(test, feature = "internals"))]
 pub use state::{Command, Event, Outcome, State, Waiting};

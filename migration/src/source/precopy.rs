@@ -5,10 +5,10 @@ use super::round::{RoundOptions, Rounds, Sent, cancelled};
 use crate::cpu::CpuTime;
 use crate::dirty::DirtySet;
 use crate::failure::{Code, Failure};
+use crate::judge::{Decision, Judge, RoundFacts};
 use crate::machine::SourceMachine;
 use crate::memory::Ram;
 use crate::monitor::{Monitor, Phase};
-use crate::policy::{Decision, Judge, RoundFacts};
 use crate::report::RoundReport;
 use std::time::{Duration, Instant};
 
