@@ -125,8 +125,8 @@ impl Failure {
     }
 }
 
-/// `text` cut to [`MAX_MESSAGE`] bytes, with a space in the place of each control character: what a peer says reaches
-/// an operator's terminal.
+/// `text` cut to [`MAX_MESSAGE`] bytes, with a space in the place of each control character: what a peer says
+/// reaches an operator's terminal.
 pub fn printable(mut text: String) -> String {
     if text.len() > MAX_MESSAGE {
         let end = (0..=MAX_MESSAGE).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);

@@ -19,8 +19,8 @@ const MIN_RATE_SAMPLE: u64 = 1 << 20;
 /// Rate to assume before any round has measured one, in bytes a second: a tenth of a 10 Gb/s link.
 const FIRST_GUESS: f64 = 125e6;
 
-/// What each side's part of a handover is taken to last if neither side says: better a round more than a blackout
-/// over the limit.
+/// What each side's part of a handover is taken to last if neither side says: better a round more than a
+/// blackout over the limit.
 const UNKNOWN_HANDOVER: Duration = Duration::from_millis(25);
 
 /// Messages of the blackout that are answered before it goes on: the state and `Commit`.
@@ -130,8 +130,8 @@ impl Judge {
         (predicted, decision)
     }
 
-    /// Why a switchover over the limit is accepted that an operator asked for, with this blackout `predicted`; `None`
-    /// if it is not over the limit.
+    /// Why a switchover over the limit is accepted that an operator asked for, with this blackout
+    /// `predicted`; `None` if it is not over the limit.
     pub fn switch_now(&self, predicted: Duration) -> Option<String> {
         let limit = self.policy.downtime_limit;
         (predicted > limit).then(|| {

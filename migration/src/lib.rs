@@ -7,8 +7,8 @@
 //! # Features
 //!
 //! - `conformance`: the suites that transports are tested with.
-//! - `internals`: the messages, the preamble and both state machines, for the transports, tests and tools that are
-//!   released together with this crate. What it shows may change in any release.
+//! - `internals`: the messages, the preamble and both state machines, for the transports, tests and tools
+//!   that are released together with this crate. What it shows may change in any release.
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;

@@ -32,8 +32,8 @@ pub const MAX_FRAME: usize = 64 << 20;
 /// Largest machine description in bytes.
 pub const MAX_DESCRIPTION: usize = 4 << 20;
 
-/// Largest machine state in bytes. One that does not fit into one message travels in parts, if the peer has
-/// [`STATE_IN_PARTS`]. The receiver's buffer grows with what arrives.
+/// Largest machine state in bytes. One that does not fit into one message travels in parts, if the peer takes
+/// them. The receiver's buffer grows with what arrives.
 pub const MAX_STATE: usize = 1 << 30;
 
 /// Most bytes of a machine's state in one message.

@@ -18,8 +18,9 @@ pub enum Phase {
     Preparing,
     /// Memory travels, the guest runs.
     Precopy,
-    /// The switchover is due, and waits for [`Monitor::proceed`]. The guest runs, and what it dirties travels. Only
-    /// with [`Migration::pause_before_switchover`](crate::source::Migration::pause_before_switchover).
+    /// The switchover is due, and waits for [`Monitor::proceed`]. The guest runs, and what it dirties
+    /// travels. Only with
+    /// [`Migration::pause_before_switchover`](crate::source::Migration::pause_before_switchover).
     ReadyToSwitch,
     /// The blackout.
     Switchover,
@@ -65,8 +66,8 @@ type Callback = Arc<dyn Fn(&Progress) + Send + Sync>;
 
 /// What the engine shares with whoever watches and directs one migration.
 ///
-/// A monitor serves one migration, from before its start (it may be cancelled already) until after its end. A second
-/// migration that is given the same monitor fails with [`Code::BUSY`] before it begins.
+/// A monitor serves one migration, from before its start (it may be cancelled already) until after its end. A
+/// second migration that is given the same monitor fails with [`Code::BUSY`] before it begins.
 pub struct Monitor {
     began: Instant,
     current: Mutex<Current>,
@@ -135,11 +136,12 @@ impl Monitor {
         now
     }
 
-    /// Calls `callback` with [`progress`](Self::progress) whenever the phase changes and after each pre-copy round.
+    /// Calls `callback` with [`progress`](Self::progress) whenever the phase changes and after each pre-copy
+    /// round.
     ///
-    /// It is called in the thread that migrates, twice of these within the blackout, so it has to be quick: what takes
-    /// time belongs into another thread. It may call this monitor's own methods. A callback that panics is not called
-    /// again; the migration goes on.
+    /// It is called in the thread that migrates, once within the blackout ([`Phase::Committed`]), so it has
+    /// to be quick: what takes time belongs in another thread. It may call this monitor's own methods. A
+    /// callback that panics is not called again, and the migration goes on.
     pub fn on_progress(&self, callback: impl Fn(&Progress) + Send + Sync + 'static) {
         lock(&self.callbacks).push(Arc::new(callback));
     }
@@ -159,8 +161,8 @@ impl Monitor {
         self.cancelled.load(Ordering::Acquire)
     }
 
-    /// Asks for the switchover as soon as the round under way has ended, even if the blackout is then longer than the
-    /// limit. Implies [`proceed`](Self::proceed).
+    /// Asks for the switchover as soon as the round under way has ended, even if the blackout is then longer
+    /// than the limit. Implies [`proceed`](Self::proceed).
     pub fn switch_now(&self) {
         self.order(|orders| (orders.switch_now, orders.proceed) = (true, true));
     }
@@ -237,7 +239,8 @@ impl Monitor {
         }
         let progress = self.progress();
         for callback in callbacks {
-            // Asserted: whoever watches may leave its own state as it likes, it gets nothing else of the engine's.
+            // Asserted: whoever watches may leave its own state as it likes, it gets nothing else of the
+            // engine's.
             if panic::catch_unwind(AssertUnwindSafe(|| callback(&progress))).is_err() {
                 lock(&self.callbacks).retain(|other| !Arc::ptr_eq(other, &callback));
             }

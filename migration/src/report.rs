@@ -8,7 +8,8 @@ use std::time::Duration;
 /// Name of the [`Span`] in which the last pages travel.
 pub(crate) const LAST_PAGES: &str = "last pages";
 
-/// One pre-copy round, or the final one. All rounds that were made while the migration waited for an operator are one.
+/// One pre-copy round, or the final one. All rounds that were made while the migration waited for an operator
+/// are one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct RoundReport {
@@ -152,8 +153,8 @@ impl Report {
         }
     }
 
-    /// What the switchover took beyond the last pages: pausing, saving, loading, running, and the messages between.
-    /// `None` if the guest has not moved. The next migration of a guest of this kind may be told by
+    /// What the switchover took beyond the last pages: pausing, saving, loading, running, and the messages
+    /// between. `None` if the guest has not moved. The next migration of a guest of this kind may be told by
     /// [`Migration::handover`](crate::source::Migration::handover).
     pub fn handover(&self) -> Option<Duration> {
         let parts = self.spans.iter().filter(|span| span.name != LAST_PAGES);

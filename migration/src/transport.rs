@@ -16,7 +16,7 @@
 //!    that lane before it.
 //! 5. After [`DestinationPlane::fence`] returns, no write of any age lands.
 //!
-//! [`crate::conformance`] tests all of this against any transport.
+//! The suite of the feature `conformance` tests all of this against any transport.
 
 use crate::cpu::CpuTime;
 use crate::failure::{Code, Failure};

@@ -1,8 +1,9 @@
 //! A panic in code that the engine calls becomes a failure of the migration.
 //!
-//! A machine, a link or a transport is somebody else's code. If its panic unwound through the engine between the
-//! pause of the guest and `Commit`, nobody would resume the guest. So the engine catches it, and the state machine
-//! does what it does after any other failure of that step. A program built with `panic = "abort"` ends instead.
+//! A machine, a link or a transport is somebody else's code. If its panic unwound through the engine between
+//! the pause of the guest and `Commit`, nobody would resume the guest. So the engine catches it, and the
+//! state machine does what it does after any other failure of that step. A program built with `panic =
+//! "abort"` ends instead.
 
 use crate::failure::{Code, Failure};
 use std::any::Any;
@@ -13,8 +14,8 @@ use std::panic::{self, AssertUnwindSafe};
 /// # Errors
 /// Those of `work`; [`Code::OTHER`] with the text of the panic if it panics.
 pub(crate) fn catch<T>(step: &str, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
-    // Asserted: after a failure the engine only tells the peer, resumes the machine and drops the rest, and each of
-    // these calls is caught as well.
+    // Asserted: after a failure the engine only tells the peer, resumes the machine and drops the rest, and
+    // each of these calls is caught as well.
     panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
         let text = format_args!("panic in the step {step:?}: {}", text(payload.as_ref()));
         Err(Failure::new(Code::OTHER, text))

@@ -25,8 +25,8 @@ impl Machine {
     }
 }
 
-/// What either side's part of a switchover takes. Blackouts with nothing left to send were measured at 1.4 ms with one
-/// vCPU, 1.7 ms with two and 3.3 ms with eight, and at twice that on a slow host.
+/// What either side's part of a switchover takes. Blackouts with nothing left to send were measured at 1.4 ms
+/// with one vCPU, 1.7 ms with two and 3.3 ms with eight, and at twice that on a slow host.
 pub(crate) fn half_a_handover(vcpus: u32) -> Duration {
     Duration::from_micros(1500) + Duration::from_micros(250) * vcpus
 }

@@ -70,9 +70,10 @@ impl Timeouts {
 /// A machine's move to the destination at the other end of a link, before it is begun by [`run`](Self::run).
 ///
 /// ```no_run
-/// # use whimbrel_migration::{link::ControlLink, machine::SourceMachine, source::Migration, transport::SourceTransport};
-/// # fn example(machine: &dyn SourceMachine, link: &mut dyn ControlLink, tcp: impl SourceTransport + 'static) {
-/// let report = Migration::new(machine, link).transport(tcp).run();
+/// # use whimbrel_migration::{link::ControlLink, machine::SourceMachine};
+/// # use whimbrel_migration::{source::Migration, transport::SourceTransport};
+/// # fn example(machine: &dyn SourceMachine, link: &mut dyn ControlLink, tcp: Box<dyn SourceTransport>) {
+/// let report = Migration::new(machine, link).transports([tcp]).run();
 /// println!("{:?} after {} ms", report.verdict, report.total_us / 1000);
 /// # }
 /// ```
@@ -92,7 +93,8 @@ impl<'a> Migration<'a> {
         Migration { machine, link, transports: Vec::new(), monitor: None, options: Options::default() }
     }
 
-    /// Adds a transport. Those that were added before it are tried first; it also steps in for one that breaks.
+    /// Adds a transport. Those that were added before it are tried first; it also steps in for one that
+    /// breaks.
     pub fn transport(self, transport: impl SourceTransport + 'static) -> Self {
         self.transports([Box::new(transport) as Box<dyn SourceTransport>])
     }
@@ -121,39 +123,39 @@ impl<'a> Migration<'a> {
         self
     }
 
-    /// Whether to compare a digest of all RAM on both sides before handing over. Lengthens the blackout by the time of
-    /// reading all of memory. Default: no.
+    /// Whether to compare a digest of all RAM on both sides before handing over. Lengthens the blackout by
+    /// the time of reading all of memory. Default: no.
     pub fn compare_memory(mut self, compare: bool) -> Self {
         self.options.compare_memory = compare;
         self
     }
 
-    /// Makes the migration wait in [`Phase::ReadyToSwitch`] once the switchover is due, until [`Monitor::proceed`] is
-    /// called. The guest runs on meanwhile, and what it dirties is sent about once a second. After `patience` the
-    /// migration fails with [`Code::TIMEOUT`](crate::Code::TIMEOUT), and the guest stays here. The policy's limits of
-    /// rounds and time do not count the wait.
+    /// Makes the migration wait in [`Phase::ReadyToSwitch`] once the switchover is due, until
+    /// [`Monitor::proceed`] is called. The guest runs on meanwhile, and what it dirties is sent about once a
+    /// second. After `patience` the migration fails with [`Code::TIMEOUT`](crate::Code::TIMEOUT), and the
+    /// guest stays here. The policy's limits of rounds and time do not count the wait.
     pub fn pause_before_switchover(mut self, patience: Duration) -> Self {
         self.options.switchover_patience = Some(patience);
         self
     }
 
-    /// What a handover of such a machine is known to take in all, usually [`Report::handover`] of an earlier one.
-    /// Predictions count the longer of this and what the two machines
+    /// What a handover of such a machine is known to take in all, usually [`Report::handover`] of an earlier
+    /// one. Predictions count the longer of this and what the two machines
     /// [estimate](SourceMachine::handover_estimate).
     pub fn handover(mut self, known: Duration) -> Self {
         self.options.handover = Some(known);
         self
     }
 
-    /// Whom to tell of the progress and to take orders from. A monitor serves one migration: with one that has served
-    /// another, this one fails with [`Code::BUSY`](crate::Code::BUSY).
+    /// Whom to tell of the progress and to take orders from. A monitor serves one migration: with one that
+    /// has served another, this one fails with [`Code::BUSY`](crate::Code::BUSY).
     pub fn monitor(mut self, monitor: &'a Monitor) -> Self {
         self.monitor = Some(monitor);
         self
     }
 
-    /// Moves the machine, in the calling thread. Returns when the guest runs at either side, or is held. A panic of the
-    /// machine, the link or a transport counts as a failure of what it was asked to do.
+    /// Moves the machine, in the calling thread. Returns when the guest runs at either side, or is held. A
+    /// panic of the machine, the link or a transport counts as a failure of what it was asked to do.
     pub fn run(self) -> Report {
         let Migration { machine, link, transports, monitor, options } = self;
         let own = Monitor::default();

@@ -103,12 +103,13 @@ impl<'a> Path<'a> {
         Ok(())
     }
 
-    /// Puts the next candidate in the place of a plane that broke with `why`. In between, the destination fences the
-    /// broken one off: what that still has in the network must not land on top of what the next one brings.
+    /// Puts the next candidate in the place of a plane that broke with `why`. In between, the destination
+    /// fences the broken one off: what that still has in the network must not land on top of what the next
+    /// one brings.
     ///
     /// # Errors
-    /// `why` itself, when there is no other transport or an operator has cancelled; or why the destination does
-    /// not fence.
+    /// `why` itself, when there is no other transport or an operator has cancelled; or why the destination
+    /// does not fence.
     pub(super) fn replace(&mut self, why: Failure) -> Result<(), Failure> {
         let broken = matches!(why.code, Code::TRANSPORT | Code::TIMEOUT | Code::PROTOCOL);
         if !broken || self.candidates.is_empty() || self.monitor.cancelled() {

@@ -12,8 +12,8 @@ use crate::monitor::{Monitor, Phase};
 use crate::report::RoundReport;
 use std::time::{Duration, Instant};
 
-/// How often what the guest dirties is sent while the migration waits for an operator. Also tells the destination
-/// that the source is there.
+/// How often what the guest dirties is sent while the migration waits for an operator. Also tells the
+/// destination that the source is there.
 const WAITING_ROUND: Duration = Duration::from_secs(1);
 
 /// The memory's side of one migration.
@@ -133,8 +133,8 @@ impl<'a> Precopy<'a> {
         self.patience.is_some() && !self.monitor.may_proceed()
     }
 
-    /// Waits for an operator's word. Meanwhile what the guest dirties is sent every so often, so that little is left
-    /// when it comes.
+    /// Waits for an operator's word. Meanwhile what the guest dirties is sent every so often, so that little
+    /// is left when it comes.
     fn wait(&mut self, path: &mut Path<'_>) -> Result<(), Failure> {
         let (began, written) = (Instant::now(), self.reports.len());
         let patience = self.patience.unwrap_or_default();

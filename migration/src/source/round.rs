@@ -1,11 +1,10 @@
 //! One round: a set of pages goes through the lanes and every lane confirms it.
 //!
-//! RAM is cut into chunks. Each lane has a thread that takes the next chunk nobody has taken,
-//! marks its pages clean, looks at them and sends what is not zero; so lanes share the scanning
-//! as well as the sending, and a slow lane just takes fewer chunks. They come in the order of their addresses, or
-//! from each part of a region in turn (`SourcePlane::spreads`). A page travels at most once in
-//! a round, and every lane ends the round with a barrier, so that no write of the next round can
-//! overtake one of this.
+//! RAM is cut into chunks. Each lane has a thread that takes the next chunk nobody has taken, marks its pages
+//! clean, looks at them and sends what is not zero; so lanes share the scanning as well as the sending, and a
+//! slow lane just takes fewer chunks. They come in the order of their addresses, or from each part of a
+//! region in turn (`SourcePlane::spreads`). A page travels at most once in a round, and every lane ends the
+//! round with a barrier, so that no write of the next round can overtake one of this.
 //!
 //! **Clear before read.** A page is marked clean *before* its content is looked at. If the guest
 //! writes in between or afterwards, its bit is set again and the page travels in a later round;
@@ -33,7 +32,7 @@ const CHUNK_WORDS: usize = 32;
 
 /// A round of no more than this goes through one lane in the calling thread: in the blackout,
 /// waking threads would cost more than they carry.
-const SINGLE_LANE_BYTES: u64 = 4 << 20;
+const MAX_SINGLE_LANE_BYTES: u64 = 4 << 20;
 
 /// A piece of RAM that one lane takes at a time.
 #[derive(Clone, Copy)]
@@ -139,7 +138,7 @@ impl<'a> Rounds<'a> {
             failure: OnceLock::new(),
             interrupter: plane.interrupter(),
         };
-        let sent = round.send(plane.lanes(), bytes <= SINGLE_LANE_BYTES);
+        let sent = round.send(plane.lanes(), bytes <= MAX_SINGLE_LANE_BYTES);
         match round.failure.into_inner() {
             None => Ok(Sent { elapsed: began.elapsed(), ..sent }),
             Some(_) if self.monitor.cancelled() => Err(cancelled()),
@@ -169,8 +168,8 @@ impl Round<'_> {
         if wanted == 0 {
             self.fail(Failure::new(Code::TRANSPORT, "the data plane has no lanes"));
         }
-        // Marking pages clean is for a guest that runs. No lane is then driven by the calling thread, which is to switch
-        // over later and must not have its priority lowered.
+        // Marking pages clean is for a guest that runs. No lane is then driven by the calling thread, which
+        // is to switch over later and must not have its priority lowered.
         let guest_first = self.options.clear && !small;
         let (mine, others) = lanes[..wanted].split_at_mut(if guest_first { 0 } else { wanted.min(1) });
         let mut total = Sent::default();
