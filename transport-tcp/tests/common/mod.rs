@@ -1,12 +1,11 @@
 //! A machine that is nothing but memory, for moving through streams of every kind.
 
 use migration::conformance::bed::{REGION_PAGES, extent, ram, ram_of, read, scramble};
-use migration::destination::Migration;
+use migration::destination;
 use migration::dirty::DirtySet;
 use migration::link::ControlLink;
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use migration::memory::{PAGE_SIZE, Ram, RegionLayout};
-use migration::monitor::Monitor;
 use migration::report::Report;
 use migration::source;
 use migration::transport::{DestinationTransport, SourceTransport};
@@ -132,10 +131,7 @@ pub fn send(
     link: &mut dyn ControlLink,
     transport: impl SourceTransport + 'static,
 ) -> Report {
-    let token = link.token();
-    let transports: Vec<Box<dyn SourceTransport>> = vec![Box::new(transport)];
-    let options = source::Options::default();
-    source::migrate(machine, link, token, transports, "test", &options, &Monitor::default())
+    source::Migration::new(machine, link).transport(transport).run()
 }
 
 /// The destination's.
@@ -143,5 +139,5 @@ pub fn receive(
     link: &mut dyn ControlLink,
     transport: impl DestinationTransport + 'static,
 ) -> Result<Arrived, Failure> {
-    Ok(Migration::new(&mut Host, link).transport(transport).run()?.conclude())
+    Ok(destination::Migration::new(&mut Host, link).transport(transport).run()?.conclude())
 }
