@@ -146,7 +146,7 @@ impl Monitor {
         lock(&self.callbacks).push(Arc::new(callback));
     }
 
-    /// Asks for the migration to be stopped. The guest then runs on at the source, unless it has
+    /// Asks for the migration to be stopped. The guest then continues to run at the source, unless it has
     /// been handed over already.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);

@@ -15,7 +15,7 @@ pub(crate) const LAST_PAGES: &str = "last pages";
 pub struct RoundReport {
     /// Number, from 0; the final round, in the blackout, is the last.
     pub round: u32,
-    /// Bytes of pages that were dirty at its begin (in round 0: all memory).
+    /// Bytes of pages that were dirty at its beginning (in round 0: all memory).
     pub dirty: u64,
     /// Bytes that travelled.
     pub sent: u64,
@@ -23,7 +23,7 @@ pub struct RoundReport {
     pub zero: u64,
     /// Bytes skipped because nobody ever touched them.
     pub untouched: u64,
-    /// Microseconds from begin to confirmed barrier.
+    /// Microseconds from its beginning to the confirmed barrier.
     pub elapsed_us: u64,
     /// The barrier's part of that.
     pub barrier_us: u64,
@@ -100,7 +100,7 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Counters of each lane of the last transport.
     pub lanes: Vec<LaneStats>,
-    /// Microseconds from the begin to the end.
+    /// Microseconds from the beginning to the end.
     pub total_us: u64,
     /// Microseconds until the data plane was connected: greeting, building, connecting.
     pub setup_us: u64,
