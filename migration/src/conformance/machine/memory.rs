@@ -143,8 +143,9 @@ impl SourceMachine for Memory {
         Ok(Vec::new())
     }
 
-    /// There is nothing to start: pages are marked all the time.
+    /// Pages are marked all the time. Those that were marked before are sent in the first round anyway.
     fn start_tracking(&self) -> Result<(), Failure> {
+        self.shared.marks.iter().flatten().for_each(|word| word.store(0, Ordering::Relaxed));
         Ok(())
     }
 
