@@ -3,8 +3,7 @@
 //! The guest counts: it writes its counter to one page after the other, for ever. So the counter, a register,
 //! says what has to be in each page. The program moves the guest over TCP into a second machine while it
 //! writes, and checks every page at both ends. Both machines are in one process here; between two hosts
-//! nothing but the address is different. What larger VMMs do besides is told in
-//! `docs/bring-your-own-machine.md`.
+//! nothing but the address is different. For larger VMMs there is `docs/bring-your-own-machine.md`.
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
