@@ -18,8 +18,8 @@ fn run(name: &str) -> String {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name).with_extension("rs");
     let changed = |path: &Path| path.metadata().and_then(|file| file.modified());
     let newest = changed(&program).is_ok_and(|built| built >= changed(&source).unwrap());
-    // With `--test` cargo builds no examples.
-    assert!(newest, "{} is not built; run `cargo test` without `--test`", program.display());
+    // Cargo builds examples beside tests unless it is told which targets to build.
+    assert!(newest, "{} is not built; run `cargo test` without `--test` or `--tests`", program.display());
     let ran = Command::new(&program).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     assert!(ran.status.success(), "{name}: {}: {out}{err}", ran.status);
