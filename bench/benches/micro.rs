@@ -240,11 +240,8 @@ fn arrive(source: &Machine, state: &[u8], vcpus: u32) -> Duration {
     let machine = small(vcpus).expect("a machine");
     let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
     let token = Token::random().expect("a token");
-    let session = |machine: &Machine| Session {
-        token,
-        ram: machine.memory().ram().clone(),
-        timeout: Duration::from_secs(30),
-    };
+    let session =
+        |machine: &Machine| Session::new(token, machine.memory().ram().clone(), Duration::from_secs(30));
     let (offer, mut there) =
         TcpDestination::new(&listener).offer(&session(&machine)).expect("a destination's plane");
     let mut here =

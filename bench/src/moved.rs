@@ -82,7 +82,9 @@ impl Moved {
     /// All of it as JSON.
     pub fn value(&self) -> Value {
         // What the guest said stands below, and not also as the text in which it came.
-        let mut report = record::value(&Report { remarks: None, ..self.report.clone() });
+        let mut report = self.report.clone();
+        report.remarks = None;
+        let mut report = record::value(&report);
         report["testimony"] = record::value(&self.testimony);
         report["process_resident"] = self.resident.into();
         report["pace"] = record::value(&self.pace);
@@ -144,7 +146,7 @@ pub(crate) mod tests {
     #[test]
     fn every_figure_of_a_move_is_known() {
         let mut moved = moved();
-        let span = |name: &str, us| migration::message::Span { name: name.into(), us };
+        let span = |name: &str, us| migration::report::Span { name: name.into(), us };
         moved.report.spans = vec![span("pause", 500), span(LAST_PAGES, 1000), span("state", 1500)];
         moved.report.blackout_us = 3000;
         let figures = moved.figures(false);

@@ -100,6 +100,7 @@ impl fmt::Debug for Code {
 /// Why a migration, or a step of one, failed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
+#[non_exhaustive]
 pub struct Failure {
     /// What kind of failure this is.
     pub code: Code,
@@ -110,26 +111,31 @@ pub struct Failure {
 impl Failure {
     /// A failure of kind `code`. Text past [`MAX_MESSAGE`] bytes is cut off.
     pub fn new(code: Code, message: impl fmt::Display) -> Self {
-        Failure { code, message: message.to_string() }.bounded()
+        Failure { code, message: printable(message.to_string()) }
     }
 
-    /// The failure with its text cut to [`MAX_MESSAGE`] bytes and stripped of control characters:
-    /// a peer's text reaches an operator's terminal.
-    pub fn bounded(mut self) -> Self {
-        if self.message.len() > MAX_MESSAGE {
-            let end = (0..=MAX_MESSAGE).rev().find(|i| self.message.is_char_boundary(*i)).unwrap_or(0);
-            self.message.truncate(end);
-        }
-        if self.message.chars().any(char::is_control) {
-            self.message = self.message.replace(char::is_control, " ");
-        }
-        self
+    /// The failure with its text made [`printable`].
+    pub fn bounded(self) -> Self {
+        Failure { message: printable(self.message), ..self }
     }
 
     /// The same failure with `context` put before its text.
     pub fn context(self, context: impl fmt::Display) -> Self {
         Failure::new(self.code, format_args!("{context}: {}", self.message))
     }
+}
+
+/// `text` cut to [`MAX_MESSAGE`] bytes, with a space in the place of each control character: what a peer says
+/// reaches an operator's terminal.
+pub fn printable(mut text: String) -> String {
+    if text.len() > MAX_MESSAGE {
+        let end = (0..=MAX_MESSAGE).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
+        text.truncate(end);
+    }
+    if text.chars().any(char::is_control) {
+        text = text.replace(char::is_control, " ");
+    }
+    text
 }
 
 #[cfg(test)]

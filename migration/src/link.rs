@@ -1,11 +1,14 @@
 //! The control link: one ordered, reliable stream of frames between the two engines.
 
+pub use crate::message::MAX_FRAME;
+
 use crate::failure::{Code, Failure};
 use crate::transport::Token;
 use std::time::Duration;
 
 /// Why a link can carry no more.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LinkError {
     /// The peer closed it.
     #[error("the peer closed the control connection")]
@@ -13,7 +16,7 @@ pub enum LinkError {
     /// It broke.
     #[error("the control connection broke: {0}")]
     Io(#[from] std::io::Error),
-    /// The peer announced a frame over [`crate::message::MAX_FRAME`].
+    /// The peer announced a frame over [`MAX_FRAME`].
     #[error("the peer announced a control message of {0} bytes, which is over the limit")]
     TooLong(u64),
 }

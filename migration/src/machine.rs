@@ -13,7 +13,7 @@
 //! | step | calls | the guest |
 //! |---|---|---|
 //! | begin | [`ram`](SourceMachine::ram), [`describe`](SourceMachine::describe) | runs |
-//! | pre-copy | [`start_tracking`](SourceMachine::start_tracking), then for each round [`clear_dirty`](SourceMachine::clear_dirty) many times and [`collect_dirty`](SourceMachine::collect_dirty) once | runs |
+//! | pre-copy | [`handover_estimate`](SourceMachine::handover_estimate), [`start_tracking`](SourceMachine::start_tracking), then for each round [`clear_dirty`](SourceMachine::clear_dirty) many times and [`collect_dirty`](SourceMachine::collect_dirty) once | runs |
 //! | switchover | [`before_pause`](SourceMachine::before_pause), [`pause`](SourceMachine::pause), `collect_dirty`, [`save`](SourceMachine::save), [`Arbiter::release`] | paused from `pause` on |
 //! | hand-over | none: the message `Commit` leaves | paused |
 //!
@@ -29,7 +29,7 @@
 //!
 //! | step | calls |
 //! |---|---|
-//! | begin | [`build`](DestinationHost::build), [`ram`](DestinationMachine::ram), [`memory_is_zero`](DestinationMachine::memory_is_zero); data planes then write to the memory |
+//! | begin | [`build`](DestinationHost::build), [`ram`](DestinationMachine::ram), [`memory_is_zero`](DestinationMachine::memory_is_zero), [`handover_estimate`](DestinationMachine::handover_estimate); data planes then write to the memory |
 //! | the state has come | data planes are shut out; [`load`](DestinationMachine::load) |
 //! | `Commit` has come | [`Arbiter::take`], [`run`](DestinationMachine::run), [`announce`](DestinationMachine::announce) |
 //! | afterwards | [`after_run`](DestinationMachine::after_run), when the [`Arrival`](crate::destination::Arrival) is concluded or dropped |
@@ -75,18 +75,22 @@
 //! A monitor ([`monitor::Monitor`](crate::monitor::Monitor) at the source,
 //! [`destination::Monitor`](crate::destination::Monitor) at the destination) belongs to one attempt. It
 //! starts its clock when it is made, and a cancellation stays for ever, so that one that comes before the
-//! migration has begun is not lost. A second attempt takes a new one.
+//! migration has begun is not lost. A second attempt takes a new one: at the source, one that is given a used
+//! monitor fails with [`Code::BUSY`](crate::Code::BUSY) before it begins.
 //!
 //! # Errors
 //!
 //! An error is a [`Failure`]: a code for programs and a sentence for people. It reaches the operators of both
 //! sides, so it should say what is wrong and what to do. Any error before `Commit` leaves the guest running
-//! at the source.
+//! at the source. A panic in a call of the source's machine counts as an error of that call.
+
+pub use crate::message::{MAX_DESCRIPTION, MAX_REMARKS, MAX_STATE, MAX_STATE_PART};
 
 use crate::dirty::DirtySet;
 use crate::failure::Failure;
 use crate::memory::{Ram, RegionLayout};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A machine that is being moved away. The [module](self) tells which call comes when, and from which thread.
 pub trait SourceMachine: Send + Sync {
@@ -94,7 +98,7 @@ pub trait SourceMachine: Send + Sync {
     fn ram(&self) -> Arc<Ram>;
 
     /// Everything the destination needs to build the shadow machine, in the VMM's own encoding:
-    /// devices, vCPUs, CPUID. At most [`MAX_DESCRIPTION`](crate::message::MAX_DESCRIPTION) bytes.
+    /// devices, vCPUs, CPUID. At most [`MAX_DESCRIPTION`] bytes.
     fn describe(&self) -> Result<Vec<u8>, Failure>;
 
     /// Starts tracking writes, by the guest and by the VMM itself. Every page that is written after this
@@ -141,10 +145,17 @@ pub trait SourceMachine: Send + Sync {
     fn resume(&self) -> Result<(), Failure>;
 
     /// The state of the paused machine: vCPUs, interrupt controllers, clocks, devices. At most
-    /// [`MAX_STATE`](crate::message::MAX_STATE) bytes; what is over
-    /// [`MAX_STATE_PART`](crate::message::MAX_STATE_PART) needs a destination that is not older than this
+    /// [`MAX_STATE`] bytes; what is over
+    /// [`MAX_STATE_PART`] needs a destination that is not older than this
     /// engine.
     fn save(&self) -> Result<Vec<u8>, Failure>;
+
+    /// How long this machine's part of a switchover takes beyond sending memory: pausing, saving, giving up
+    /// its disk locks. Predictions of the blackout count it, so that the downtime limit holds. `None` if the
+    /// VMM does not know; what the other side says is then taken for both. Asked when pre-copy begins.
+    fn handover_estimate(&self) -> Option<Duration> {
+        None
+    }
 
     /// The locks that have to be given up before the guest may run elsewhere; `None` if there are none.
     fn arbiter(&self) -> Option<&dyn Arbiter> {
@@ -189,6 +200,12 @@ pub trait DestinationMachine {
         None
     }
 
+    /// How long this machine's part of a switchover takes: loading a state, taking its disk locks, running.
+    /// The source counts it in its predictions. `None` if the VMM does not know. Asked once it is built.
+    fn handover_estimate(&self) -> Option<Duration> {
+        None
+    }
+
     /// Runs the guest.
     fn run(&mut self) -> Result<(), Failure>;
 
@@ -197,7 +214,7 @@ pub trait DestinationMachine {
 
     /// What there is to say of the move once the guest has run for a while, for the source's
     /// [report](crate::report::Report): a text of the VMM's own form, at most
-    /// [`MAX_REMARKS`](crate::message::MAX_REMARKS) bytes. May take up to a second; the guest runs meanwhile.
+    /// [`MAX_REMARKS`] bytes. May take up to a second; the guest runs meanwhile.
     fn after_run(&mut self) -> Option<String> {
         None
     }

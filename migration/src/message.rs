@@ -20,6 +20,7 @@
 
 use crate::failure::{Code, Failure};
 use crate::memory::{MAX_REGIONS, RegionLayout, check_layout};
+use crate::report::Span;
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -31,8 +32,8 @@ pub const MAX_FRAME: usize = 64 << 20;
 /// Largest machine description in bytes.
 pub const MAX_DESCRIPTION: usize = 4 << 20;
 
-/// Largest machine state in bytes. One that does not fit into one message travels in parts, if the peer has
-/// [`STATE_IN_PARTS`]. The receiver's buffer grows with what arrives.
+/// Largest machine state in bytes. One that does not fit into one message travels in parts, if the peer takes
+/// them. The receiver's buffer grows with what arrives.
 pub const MAX_STATE: usize = 1 << 30;
 
 /// Most bytes of a machine's state in one message.
@@ -87,14 +88,20 @@ pub enum Message {
     /// Source, before `State`: the next bytes of a state that is longer than [`MAX_STATE_PART`]; `State` has
     /// the last. Only to a peer with [`STATE_IN_PARTS`].
     StatePart(StatePart),
+    /// Destination, before `Prepared`: how long its part of the switchover takes, if its machine knows. Only
+    /// to a peer with [`HANDOVER_ESTIMATE`].
+    Estimate(Estimate),
 }
 
 /// Feature bit: takes a machine's state in parts.
 pub const STATE_IN_PARTS: u64 = 1 << 0;
 
+/// Feature bit: counts an [`Estimate`] in the predictions of the blackout.
+pub const HANDOVER_ESTIMATE: u64 = 1 << 1;
+
 /// Feature bits of this program. A peer's unknown bits are ignored; both sides use the
 /// intersection.
-pub const FEATURES: u64 = STATE_IN_PARTS;
+pub const FEATURES: u64 = STATE_IN_PARTS | HANDOVER_ESTIMATE;
 
 /// Greeting of either side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -138,6 +145,13 @@ pub struct Prepared {
     pub build_us: u64,
 }
 
+/// What the destination expects of the switchover.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Microseconds that its part takes: loading the state, taking the disks, running.
+    pub handover_us: u64,
+}
+
 /// The paused machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct State {
@@ -151,15 +165,6 @@ pub struct State {
 /// Bytes of a machine's state, to be followed by more.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StatePart(#[serde(with = "bytes")] pub Vec<u8>);
-
-/// A named part of the blackout on one side.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Span {
-    /// What was being done.
-    pub name: String,
-    /// How long it took, in microseconds.
-    pub us: u64,
-}
 
 /// The destination could run the guest now.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -247,6 +252,7 @@ impl Message {
             Message::Retire(_) => "Retire",
             Message::Retired => "Retired",
             Message::StatePart(_) => "StatePart",
+            Message::Estimate(_) => "Estimate",
         }
     }
 }

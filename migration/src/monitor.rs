@@ -1,20 +1,27 @@
-//! Watching a migration, and stopping it, from other threads.
+//! Watching a migration, and directing it, from other threads.
 
+use crate::failure::{Code, Failure};
 use crate::transport::Interrupt;
 use serde::{Deserialize, Serialize};
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Where a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Phase {
     /// Greeting, and the shadow machine being built.
     #[default]
     Preparing,
     /// Memory travels, the guest runs.
     Precopy,
+    /// The switchover is due, and waits for [`Monitor::proceed`]. The guest runs, and what it dirties
+    /// travels. Only with
+    /// [`Migration::pause_before_switchover`](crate::source::Migration::pause_before_switchover).
+    ReadyToSwitch,
     /// The blackout.
     Switchover,
     /// The guest is handed over; the destination has not yet said that it runs.
@@ -29,6 +36,7 @@ pub enum Phase {
 
 /// A moment of a migration.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Progress {
     /// Where it is.
     pub phase: Phase,
@@ -54,15 +62,38 @@ pub struct Progress {
     pub elapsed_us: u64,
 }
 
-/// Shared by the engine, which writes it, and whoever watches.
+type Callback = Arc<dyn Fn(&Progress) + Send + Sync>;
+
+/// What the engine shares with whoever watches and directs one migration.
+///
+/// A monitor serves one migration, from before its start (it may be cancelled already) until after its end. A
+/// second migration that is given the same monitor fails with [`Code::BUSY`] before it begins.
 pub struct Monitor {
     began: Instant,
-    progress: Mutex<(Progress, Instant, u64)>,
+    current: Mutex<Current>,
     sent: AtomicU64,
     zero: AtomicU64,
     round_done: AtomicU64,
+    taken: AtomicBool,
+    /// Apart from the other orders, as lanes look at it once a chunk.
     cancelled: AtomicBool,
+    orders: Mutex<Orders>,
+    ordered: Condvar,
     interrupter: Mutex<Option<Arc<dyn Interrupt>>>,
+    callbacks: Mutex<Vec<Callback>>,
+}
+
+struct Current {
+    progress: Progress,
+    round_began: Instant,
+    sent_before: u64,
+}
+
+/// What whoever directs the migration has asked for.
+#[derive(Default)]
+struct Orders {
+    switch_now: bool,
+    proceed: bool,
 }
 
 impl Default for Monitor {
@@ -70,17 +101,21 @@ impl Default for Monitor {
         let now = Instant::now();
         Monitor {
             began: now,
-            progress: Mutex::new((Progress::default(), now, 0)),
+            current: Mutex::new(Current { progress: Progress::default(), round_began: now, sent_before: 0 }),
             sent: AtomicU64::new(0),
             zero: AtomicU64::new(0),
             round_done: AtomicU64::new(0),
+            taken: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
+            orders: Mutex::default(),
+            ordered: Condvar::new(),
             interrupter: Mutex::new(None),
+            callbacks: Mutex::default(),
         }
     }
 }
 
-/// A poisoned lock guards plain numbers that are valid whatever the panicking thread had done.
+/// A poisoned lock guards plain values that are valid whatever the panicking thread had done.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -88,24 +123,34 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Monitor {
     /// This moment.
     pub fn progress(&self) -> Progress {
-        let guard = lock(&self.progress);
-        let (progress, round_began, sent_before) = &*guard;
-        let mut now = progress.clone();
+        let current = lock(&self.current);
+        let mut now = current.progress.clone();
         now.sent = self.sent.load(Ordering::Relaxed);
         now.zero = self.zero.load(Ordering::Relaxed);
         now.round_done = self.round_done.load(Ordering::Relaxed);
         now.elapsed_us = self.began.elapsed().as_micros() as u64;
-        let seconds = round_began.elapsed().as_secs_f64();
+        let seconds = current.round_began.elapsed().as_secs_f64();
         if now.phase == Phase::Precopy && seconds > 0.05 {
-            now.rate = (now.sent - sent_before) as f64 / seconds;
+            now.rate = (now.sent - current.sent_before) as f64 / seconds;
         }
         now
     }
 
-    /// Asks for the migration to be stopped. The guest then continues to run at the source, unless it has
+    /// Calls `callback` with [`progress`](Self::progress) whenever the phase changes and after each pre-copy
+    /// round.
+    ///
+    /// It is called in the thread that migrates, once within the blackout ([`Phase::Committed`]), so it has
+    /// to be quick: what takes time belongs in another thread. It may call this monitor's own methods. A
+    /// callback that panics is not called again, and the migration goes on.
+    pub fn on_progress(&self, callback: impl Fn(&Progress) + Send + Sync + 'static) {
+        lock(&self.callbacks).push(Arc::new(callback));
+    }
+
+    /// Asks for the migration to be stopped. The guest then runs on at the source, unless it has
     /// been handed over already.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
+        self.order(|_| {});
         if let Some(interrupter) = &*lock(&self.interrupter) {
             interrupter.interrupt();
         }
@@ -116,9 +161,55 @@ impl Monitor {
         self.cancelled.load(Ordering::Acquire)
     }
 
+    /// Asks for the switchover as soon as the round under way has ended, even if the blackout is then longer
+    /// than the limit. Implies [`proceed`](Self::proceed).
+    pub fn switch_now(&self) {
+        self.order(|orders| (orders.switch_now, orders.proceed) = (true, true));
+    }
+
+    /// Lets a migration switch over that
+    /// [pauses before](crate::source::Migration::pause_before_switchover): at once if it waits in
+    /// [`Phase::ReadyToSwitch`], without a wait if it is not there yet.
+    pub fn proceed(&self) {
+        self.order(|orders| orders.proceed = true);
+    }
+
     /// Notes how it ended, for a migration that ended before the engine began.
     pub fn end(&self, phase: Phase) {
-        self.update(|p| p.phase = phase);
+        self.taken.store(true, Ordering::Release);
+        self.enter(phase);
+    }
+
+    fn order(&self, change: impl FnOnce(&mut Orders)) {
+        change(&mut lock(&self.orders));
+        self.ordered.notify_all();
+    }
+
+    /// Takes the monitor for one migration.
+    ///
+    /// # Errors
+    /// [`Code::BUSY`] when it has served one.
+    pub(crate) fn take(&self) -> Result<(), Failure> {
+        if self.taken.swap(true, Ordering::AcqRel) {
+            let text = "this monitor has served another migration: give each migration a monitor of its own";
+            return Err(Failure::new(Code::BUSY, text));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn wants_switch(&self) -> bool {
+        lock(&self.orders).switch_now
+    }
+
+    pub(crate) fn may_proceed(&self) -> bool {
+        lock(&self.orders).proceed
+    }
+
+    /// Waits until the migration may proceed or is cancelled, but no longer than `limit`.
+    pub(crate) fn await_orders(&self, limit: Duration) {
+        let idle = |orders: &mut Orders| !orders.proceed && !self.cancelled();
+        let woken = self.ordered.wait_timeout_while(lock(&self.orders), limit, idle);
+        drop(woken.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// From now on `cancel` also stops this plane.
@@ -131,16 +222,38 @@ impl Monitor {
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {
-        change(&mut lock(&self.progress).0);
+        change(&mut lock(&self.current).progress);
+    }
+
+    /// Notes a new phase and tells the callbacks.
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.update(|p| p.phase = phase);
+        self.notify();
+    }
+
+    /// Tells the callbacks where the migration is.
+    pub(crate) fn notify(&self) {
+        let callbacks = lock(&self.callbacks).clone();
+        if callbacks.is_empty() {
+            return;
+        }
+        let progress = self.progress();
+        for callback in callbacks {
+            // Asserted: whoever watches may leave its own state as it likes, it gets nothing else of the
+            // engine's.
+            if panic::catch_unwind(AssertUnwindSafe(|| callback(&progress))).is_err() {
+                lock(&self.callbacks).retain(|other| !Arc::ptr_eq(other, &callback));
+            }
+        }
     }
 
     pub(crate) fn round_begins(&self, round: u32, bytes: u64) {
-        let mut guard = lock(&self.progress);
+        let mut current = lock(&self.current);
         self.round_done.store(0, Ordering::Relaxed);
-        guard.0.round = round;
-        guard.0.round_bytes = bytes;
-        guard.1 = Instant::now();
-        guard.2 = self.sent.load(Ordering::Relaxed);
+        current.progress.round = round;
+        current.progress.round_bytes = bytes;
+        current.round_began = Instant::now();
+        current.sent_before = self.sent.load(Ordering::Relaxed);
     }
 
     /// One chunk of a round is dealt with: `looked_at` bytes, of which `sent` and `zero`.
@@ -148,5 +261,60 @@ impl Monitor {
         self.round_done.fetch_add(looked_at, Ordering::Relaxed);
         self.sent.fetch_add(sent, Ordering::Relaxed);
         self.zero.fetch_add(zero, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn callbacks_hear_of_phases_and_one_that_panics_is_left_out() {
+        let monitor = Arc::new(Monitor::default());
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        monitor.on_progress({
+            let heard = Arc::clone(&heard);
+            move |progress| lock(&heard).push(progress.phase)
+        });
+        let panics = Arc::new(AtomicU64::new(0));
+        monitor.on_progress({
+            let panics = Arc::clone(&panics);
+            move |_| {
+                panics.fetch_add(1, Ordering::Relaxed);
+                panic!("a watcher's own fault");
+            }
+        });
+        // A callback may call the monitor.
+        let same = Arc::downgrade(&monitor);
+        monitor.on_progress(move |progress| {
+            let monitor = same.upgrade().unwrap();
+            assert_eq!(monitor.progress().phase, progress.phase);
+            monitor.proceed();
+        });
+        monitor.enter(Phase::Precopy);
+        monitor.enter(Phase::Switchover);
+        assert_eq!(*lock(&heard), [Phase::Precopy, Phase::Switchover]);
+        assert_eq!(panics.load(Ordering::Relaxed), 1);
+        assert!(monitor.may_proceed() && !monitor.wants_switch());
+    }
+
+    #[test]
+    fn orders_wake_whoever_waits_for_them() {
+        let long = Duration::from_secs(600);
+        for order in [Monitor::proceed, Monitor::switch_now, Monitor::cancel] {
+            let monitor = Monitor::default();
+            std::thread::scope(|scope| {
+                scope.spawn(|| monitor.await_orders(long));
+                order(&monitor);
+            });
+        }
+    }
+
+    #[test]
+    fn one_monitor_serves_one_migration() {
+        let monitor = Monitor::default();
+        monitor.cancel();
+        assert_eq!(monitor.take(), Ok(()), "cancelled before it began");
+        assert_eq!(monitor.take().unwrap_err().code, Code::BUSY);
     }
 }

@@ -1,19 +1,21 @@
 //! What a migration was, in figures. Serialised as it is for `--json`.
 
 use crate::failure::Failure;
-use crate::message::Span;
 use crate::transport::LaneStats;
 use serde::{Deserialize, Serialize};
-use std::ops::AddAssign;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// One pre-copy round, or the final one.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Name of the [`Span`] in which the last pages travel.
+pub(crate) const LAST_PAGES: &str = "last pages";
+
+/// One pre-copy round, or the final one. All rounds that were made while the migration waited for an operator
+/// are one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RoundReport {
     /// Number, from 0; the final round, in the blackout, is the last.
     pub round: u32,
-    /// Bytes of pages that were dirty at its beginning (in round 0: all memory).
+    /// Bytes of pages that were dirty at its begin (in round 0: all memory).
     pub dirty: u64,
     /// Bytes that travelled.
     pub sent: u64,
@@ -31,8 +33,24 @@ pub struct RoundReport {
     pub predicted_blackout_us: u64,
 }
 
+impl RoundReport {
+    /// Counts a `later` round as part of this one.
+    pub(crate) fn absorb(&mut self, later: &RoundReport) {
+        *self = RoundReport {
+            dirty: self.dirty + later.dirty,
+            sent: self.sent + later.sent,
+            zero: self.zero + later.zero,
+            untouched: self.untouched + later.untouched,
+            elapsed_us: self.elapsed_us + later.elapsed_us,
+            barrier_us: self.barrier_us + later.barrier_us,
+            ..*later
+        };
+    }
+}
+
 /// A transport that was not used, and why.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Declined {
     /// Its name.
     pub transport: String,
@@ -40,9 +58,19 @@ pub struct Declined {
     pub why: Failure,
 }
 
+/// A named part of the blackout on one side.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Span {
+    /// What was being done.
+    pub name: String,
+    /// How long it took, in microseconds.
+    pub us: u64,
+}
+
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Verdict {
     /// The guest runs at the destination.
     Moved,
@@ -54,6 +82,7 @@ pub enum Verdict {
 
 /// The whole story.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Report {
     /// How it ended.
     pub verdict: Verdict,
@@ -71,7 +100,7 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Counters of each lane of the last transport.
     pub lanes: Vec<LaneStats>,
-    /// Microseconds from the beginning to the end.
+    /// Microseconds from the begin to the end.
     pub total_us: u64,
     /// Microseconds until the data plane was connected: greeting, building, connecting.
     pub setup_us: u64,
@@ -97,9 +126,14 @@ pub struct Report {
 impl Report {
     /// The report of a migration of `memory` bytes that failed before the destination was reached.
     pub fn not_begun(failure: Failure, memory: u64) -> Self {
+        Report { failure: Some(failure), ..Report::new(Verdict::Stayed, memory) }
+    }
+
+    /// A report of a migration of `memory` bytes that has nothing to tell but its end.
+    pub fn new(verdict: Verdict, memory: u64) -> Self {
         Report {
-            verdict: Verdict::Stayed,
-            failure: Some(failure),
+            verdict,
+            failure: None,
             over_limit: None,
             transport: String::new(),
             declined: Vec::new(),
@@ -119,6 +153,14 @@ impl Report {
         }
     }
 
+    /// What the switchover took beyond the last pages: pausing, saving, loading, running, and the messages
+    /// between. `None` if the guest has not moved. The next migration of a guest of this kind may be told by
+    /// [`Migration::handover`](crate::source::Migration::handover).
+    pub fn handover(&self) -> Option<Duration> {
+        let parts = self.spans.iter().filter(|span| span.name != LAST_PAGES);
+        (self.verdict == Verdict::Moved).then(|| Duration::from_micros(parts.map(|span| span.us).sum()))
+    }
+
     /// Bytes that travelled, over all rounds.
     pub fn sent(&self) -> u64 {
         self.rounds.iter().map(|r| r.sent).sum()
@@ -135,87 +177,30 @@ impl Report {
     }
 }
 
-/// CPU time, of one thread or of several.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CpuTime {
-    /// All of it.
-    pub all: Duration,
-    /// The part in user space. The kernel knows the sum exactly and divides it as its ticks have found the
-    /// thread, so that this is a sample: worth something from some tens of milliseconds on.
-    pub user: Duration,
-}
-
-impl CpuTime {
-    /// What was used since `before`.
-    pub fn since(self, before: CpuTime) -> CpuTime {
-        CpuTime { all: self.all.saturating_sub(before.all), user: self.user.saturating_sub(before.user) }
-    }
-}
-
-impl AddAssign for CpuTime {
-    fn add_assign(&mut self, other: CpuTime) {
-        self.all += other.all;
-        self.user += other.user;
-    }
-}
-
-/// CPU time that the calling thread has used so far.
-pub fn thread_cpu() -> CpuTime {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call writes one timespec through a pointer to one.
-    let result = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    let all =
-        if result == 0 { Duration::new(time.tv_sec as u64, time.tv_nsec as u32) } else { Duration::ZERO };
-    // SAFETY: plain data, for which zeros are valid.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: the call writes one rusage through a pointer to one. Where it fails, the zeros stay.
-    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
-    let user = usage.ru_utime;
-    CpuTime { all, user: Duration::new(user.tv_sec as u64, user.tv_usec as u32 * 1000).min(all) }
-}
-
-/// The CPU time of a thread that others ask about: it writes down what it has used so far, every so often.
-#[derive(Debug, Default)]
-pub struct CpuMeter {
-    all_us: AtomicU64,
-    user_us: AtomicU64,
-}
-
-impl CpuMeter {
-    /// Writes down what the calling thread, the only one that does so here, has used so far.
-    pub fn note(&self) {
-        let cpu = thread_cpu();
-        self.all_us.store(cpu.all.as_micros() as u64, Ordering::Relaxed);
-        self.user_us.store(cpu.user.as_micros() as u64, Ordering::Relaxed);
-    }
-
-    /// What was written down last.
-    pub fn read(&self) -> CpuTime {
-        let read = |us: &AtomicU64| Duration::from_micros(us.load(Ordering::Relaxed));
-        CpuTime { all: read(&self.all_us), user: read(&self.user_us) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_meter_knows_what_its_thread_has_used() {
-        let meter = CpuMeter::default();
-        assert_eq!(meter.read(), CpuTime::default());
-        let before = thread_cpu();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while thread_cpu().user < Duration::from_millis(20) {
-                    std::hint::black_box([0u8; 4096].iter().map(|b| u64::from(*b)).sum::<u64>());
-                }
-                meter.note();
-            });
-        });
-        let read = meter.read();
-        assert!(read.user >= Duration::from_millis(20) && read.all >= read.user, "{read:?}");
-        // Another thread's time is not ours.
-        assert!(thread_cpu().since(before).all < read.all);
+    fn absorbed_rounds_add_up() {
+        let mut first =
+            RoundReport { round: 3, dirty: 8, sent: 4, elapsed_us: 10, remaining: 7, ..Default::default() };
+        let later =
+            RoundReport { round: 4, dirty: 1, sent: 1, elapsed_us: 5, remaining: 2, ..Default::default() };
+        first.absorb(&later);
+        let sum =
+            RoundReport { round: 4, dirty: 9, sent: 5, elapsed_us: 15, remaining: 2, ..Default::default() };
+        assert_eq!(first, sum);
+    }
+
+    #[test]
+    fn the_handover_is_the_blackout_without_the_last_pages() {
+        let mut report = Report::new(Verdict::Moved, 1 << 30);
+        let span = |name: &str, us| Span { name: name.into(), us };
+        report.spans = vec![span("pause", 10), span(LAST_PAGES, 1000), span("save state", 300_000)];
+        assert_eq!(report.handover(), Some(Duration::from_micros(300_010)));
+        // What a destination took that did not answer is no measure.
+        report.verdict = Verdict::Held;
+        assert_eq!(report.handover(), None);
     }
 }

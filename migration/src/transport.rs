@@ -16,11 +16,11 @@
 //!    that lane before it.
 //! 5. After [`DestinationPlane::fence`] returns, no write of any age lands.
 //!
-//! [`crate::conformance`] tests all of this against any transport.
+//! The suite of the feature `conformance` tests all of this against any transport.
 
+use crate::cpu::CpuTime;
 use crate::failure::{Code, Failure};
 use crate::memory::{Extent, OutOfBounds, Ram};
-use crate::report::CpuTime;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
@@ -56,6 +56,7 @@ impl std::fmt::Debug for Token {
 
 /// What went wrong in a data plane.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PlaneError {
     /// An extent outside the machine's RAM.
     #[error(transparent)]
@@ -96,6 +97,7 @@ impl From<PlaneError> for Failure {
 
 /// What a data plane needs to know of the session it serves.
 #[derive(Clone)]
+#[non_exhaustive]
 pub struct Session {
     /// The session's name.
     pub token: Token,
@@ -103,6 +105,13 @@ pub struct Session {
     pub ram: Arc<Ram>,
     /// How long a peer may be silent while something is expected of it.
     pub timeout: Duration,
+}
+
+impl Session {
+    /// A session of this name, of a machine with this `ram`, in which a peer may be silent for `timeout`.
+    pub fn new(token: Token, ram: Arc<Ram>, timeout: Duration) -> Self {
+        Session { token, ram, timeout }
+    }
 }
 
 /// A way to reach destinations: the source's side of a transport, before a connection.
@@ -200,6 +209,7 @@ pub trait Lane: Send {
 
 /// Counters of one lane.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LaneStats {
     /// Bytes of guest RAM written.
     pub bytes: u64,

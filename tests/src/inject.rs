@@ -1,4 +1,5 @@
-//! System calls that a thread of another process is made to carry out, as whoever has taken that thread over would.
+//! Makes a thread of another process carry out system calls, as an attacker who has taken that thread over
+//! would.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -27,7 +28,8 @@ pub fn thread(pid: u32, name: &str) -> i32 {
     found.file_name().and_then(|id| id.to_str()?.parse().ok()).expect("a number")
 }
 
-/// Makes the thread `id`, which waits in some system call, carry out another one, and then go on with its own.
+/// Makes the thread `id`, which waits in some system call, carry out another one, and then go on with its
+/// own.
 ///
 /// # Panics
 /// When this process may not trace it.
@@ -71,8 +73,8 @@ fn set_registers(id: i32, registers: &libc::user_regs_struct) {
 }
 
 fn trace(request: libc::c_uint, id: i32, address: *mut libc::c_void, data: *mut libc::c_void) -> i64 {
-    // SAFETY: `data` is null, or the structure that the request reads or fills in, which lives across the call;
-    // addresses are the other process's.
+    // SAFETY: `data` is null, or the structure that the request reads or fills in, which lives across the
+    // call; addresses are the other process's.
     let result = unsafe { libc::ptrace(request, id, address, data) };
     let peek = request == libc::PTRACE_PEEKTEXT;
     assert!(peek || result == 0, "ptrace: {}", io::Error::last_os_error());

@@ -115,7 +115,7 @@ fn wait_phase(source: &Node, aim: Phase) -> Phase {
         Phase::Precopy => 1,
         Phase::Switchover => 2,
         Phase::Committed => 3,
-        Phase::Moved | Phase::Stayed | Phase::Held => 4,
+        _ => 4,
     };
     loop {
         let phase = phase_of(source).expect("a migration");

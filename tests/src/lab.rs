@@ -34,14 +34,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The far device of a single VM goes away and comes back when this is dropped. Its network interface stays.
 ///
-/// Soft-RoCE deletes a device only when the last process that has it open lets go, and librdmacm keeps devices
-/// open for as long as a process lives: the processes under test must have ended before this is dropped.
+/// Soft-RoCE deletes a device only when the last process that has it open lets go, and librdmacm keeps
+/// devices open for as long as a process lives: the processes under test must have ended before this is
+/// dropped.
 pub struct DeviceGone {
     deletion: Child,
 }
 
 impl DeviceGone {
-    /// Takes it away: whoever uses it is told at once.
+    /// Takes it away: every user of it is notified at once.
     ///
     /// # Panics
     /// Outside the lab.

@@ -1,8 +1,8 @@
 //! A folder on an NFS server, and two hosts that mount it. In the lab.
 //!
-//! Server and hosts are one kernel. What makes the hosts two is that each has a network of its own and a name of its own,
-//! so that the server knows two clients, each with its own locks, caches and lease; and that the processes of each see its
-//! mount, and no other, where the folder is.
+//! Server and hosts share one kernel. Two things make the hosts two. Each has its own network and its own
+//! name, so the server knows two clients, each with its own locks, caches and lease. And the processes of
+//! each host see only their own mount at the folder's path.
 
 use crate::command::must;
 use crate::lab;

@@ -1,9 +1,9 @@
-//! Who touches a file, as this host's kernel tells it.
+//! Watches which processes touch a file, as this host's kernel reports it.
 //!
-//! Before any process reads or writes the file, however it came by it, the kernel asks a permission of whoever has
-//! marked it so (fanotify's `FAN_PRE_ACCESS`, Linux 6.14), and the process waits for the answer. So no access is
-//! missed, their order is known, and while one is held up its process can be looked at: whether it has the file's
-//! lock at that very moment.
+//! Before any process reads or writes the file, however it got hold of it, the kernel asks the watcher of the
+//! file for permission (fanotify's `FAN_PRE_ACCESS`, Linux 6.14), and the process waits for the answer. So no
+//! access is missed, and their order is known. While an access waits, its process can be examined: whether it
+//! has the file's lock at that very moment.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};

@@ -1,4 +1,4 @@
-//! A network that is slow, and that breaks where it is told to: a TCP relay between source and receiver.
+//! A TCP relay between source and receiver: a network that is slow, and that breaks at a given place.
 //!
 //! It tells control connections from data connections by the kind in their first 32 bytes, and reads the
 //! control messages that pass, so that a test knows what was said.
@@ -36,7 +36,7 @@ pub enum Way {
 pub enum Break {
     /// Both ends see it closed.
     Close,
-    /// Nothing passes any more, and nobody is told.
+    /// Nothing passes any more, and neither side is notified.
     Silence,
 }
 

@@ -196,6 +196,7 @@ impl Case {
                 scene.finish_anew(self.known, None);
                 "had moved, died with its machine, started anew"
             }
+            other => panic!("{self:?}: {other:?}"),
         }
     }
 }

@@ -84,8 +84,8 @@ impl Followed {
     }
 }
 
-/// Sums a log up. Calls of several threads overlap: one that ends later is written down in two lines, of which the
-/// second, `<... read resumed>`, has the result.
+/// Sums a log up. Calls of several threads overlap. A call that ends later has two lines, and the second one,
+/// `<... read resumed>`, has the result.
 fn count(log: &str) -> BTreeMap<String, u64> {
     let mut bytes = BTreeMap::new();
     for line in log.lines() {

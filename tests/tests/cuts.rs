@@ -133,6 +133,7 @@ fn cut(pair: &mut Pair, cut: Cut) -> Verdict {
             assert_runs(&pair.destination);
             settle(&pair.destination, &Guest::SMALL);
         }
+        other => panic!("{cut:?}: {other:?}"),
     }
     *pair = Pair::new();
     report.verdict

@@ -1,9 +1,10 @@
-//! `kill -9` of either side at fifty random moments, as in `kill`, of a guest that keeps a journal on a disk that both
-//! sides may open: at most one process ever touches it, and only while it has its lock; what is on it is never lost, torn
-//! or of another time; and the guest runs at exactly one side, or has died with the machine that it ran on and
-//! can be started from the disk.
+//! Kills either side with `kill -9` at fifty random moments, as `kill` does, while the guest keeps a journal
+//! on a disk that both sides may open. At most one process ever touches the disk, and only while it has the
+//! disk's lock. What is on the disk is never lost, torn or stale. The guest runs at exactly one side, or it
+//! has died with the machine that it ran on and can be started from the disk.
 //!
-//! That only one touches the disk is shown by the kernel ([`Observer`]), not by what the sides say of themselves.
+//! The kernel shows that only one process touches the disk ([`Observer`]), not what the sides say of
+//! themselves.
 
 use std::path::Path;
 use std::process::Command;

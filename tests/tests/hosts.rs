@@ -2,10 +2,9 @@
 //! moved elsewhere.
 
 use migration::Code;
-use migration::monitor::Monitor;
 use migration::report::{Report, Verdict};
-use migration::source::Options;
-use migration::transport::{SourceTransport, Token};
+use migration::source::Migration;
+use migration::transport::Token;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
@@ -138,7 +137,6 @@ fn with_fewer_cpu_features() {
 fn move_away(machine: &Machine, to: SocketAddr) -> Report {
     let token = Token::random().unwrap();
     let mut link = transport_tcp::connect_control(&to.to_string(), token, Duration::from_secs(10)).unwrap();
-    let transports: Vec<Box<dyn SourceTransport>> = vec![Box::new(TcpSource::new(link.peer(), 0))];
-    let (options, monitor) = (Options::default(), Monitor::default());
-    migration::source::migrate(machine, &mut link, token, transports, "test", &options, &monitor)
+    let transport = TcpSource::new(link.peer(), 0);
+    Migration::new(machine, &mut link).transport(transport).run()
 }

@@ -1,4 +1,4 @@
-//! Guests in huge pages. The lab's VM has none until it is told to; the test does that, and only there.
+//! Guests in huge pages. The lab's VM reserves none by itself; the test reserves them, and only there.
 
 use std::fs;
 use whimbrel::api::model::{MigrationRequest, TransportChoice};

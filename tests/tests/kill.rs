@@ -99,6 +99,7 @@ impl Case {
                 assert_eq!(source.wait_exit(PATIENCE).unwrap().code(), Some(0));
                 "had moved, died with its machine"
             }
+            other => panic!("{self:?}: {other:?}"),
         }
     }
 }

@@ -182,6 +182,7 @@ fn ext4_is_whole_whenever_a_side_is_killed() {
                     }
                     Verdict::Held => "it died with its machine, and is held at the source",
                     Verdict::Moved => "it had moved, and died with its machine",
+                    other => panic!("{victim:?}: {other:?}"),
                 }
             }
         };

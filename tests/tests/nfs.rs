@@ -1,5 +1,5 @@
-//! Disks on an NFS server, with each host as a client of its own: what `disks` shows of a local disk holds there too.
-//! In the lab.
+//! Disks on an NFS server, with each host as a client of its own: what `disks` shows of a local disk holds
+//! there too. In the lab.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ use whimbrel_tests::sides::{Guest, PATIENCE, hop, wait_until};
 /// How long something that must not happen is waited for.
 const WHILE: Duration = Duration::from_secs(1);
 
-/// What is said of a disk that the other host has.
+/// What a message calls the holder of a disk that the other host has.
 const ELSEWHERE: &str = "a process of another host";
 
 #[test]
@@ -68,7 +68,8 @@ fn wait_stuck(node: &Node) -> u64 {
     known
 }
 
-/// What a killed process has asked of the server goes on there. Its lock must not be gone before.
+/// The server still carries out what a killed process has asked for. The lock must not go before that is
+/// done.
 #[test]
 #[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn a_killed_machine_keeps_its_lock_until_its_last_write_is_done() {
@@ -111,8 +112,8 @@ fn a_guest_that_is_older_than_its_disk_never_runs() {
     older_than_its_disk(Scene::on_nfs, |_| ELSEWHERE.into());
 }
 
-/// The server gives its lock to the next who asks, once the lease has run out. What the host still had to write when it was
-/// cut off comes too late.
+/// Once the lease has run out, the server gives the lock to the next client that asks. What the host still
+/// had to write when it was cut off comes too late.
 #[test]
 #[ignore = "needs an NFS server: ci/nfs runs it in the lab"]
 fn a_host_that_is_cut_off_loses_its_disk() {

@@ -1,5 +1,5 @@
-//! Two hosts: the guest goes to and fro between two joined VMs, ten times, over RDMA and TCP by turns. The same
-//! test runs in both VMs, each of which knows by the number of a move which side of it it is.
+//! Two hosts: the guest moves back and forth between two joined VMs, ten times, alternately over RDMA and
+//! TCP. The same test runs in both VMs. The number of a move tells each of them which side it is.
 
 use std::net::SocketAddr;
 use std::thread;

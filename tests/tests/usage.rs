@@ -1,4 +1,4 @@
-//! Commands that cannot do what they are told: one clear message and the documented exit code.
+//! Commands that cannot do what they are asked to: one clear message and the documented exit code.
 
 use std::io::Write;
 use std::net::TcpListener;

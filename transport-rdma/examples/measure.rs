@@ -81,8 +81,8 @@ struct Pair {
 
 fn connect(arguments: &Arguments, source: &Arc<Ram>, shadow: &Arc<Ram>) -> Outcome<(Pair, Duration)> {
     let timeout = Duration::from_secs(30);
-    let there = Session { token: Token::random()?, ram: Arc::clone(shadow), timeout };
-    let here = Session { ram: Arc::clone(source), ..there.clone() };
+    let there = Session::new(Token::random()?, Arc::clone(shadow), timeout);
+    let here = Session::new(there.token, Arc::clone(source), timeout);
     let (offer, destination) = RdmaDestination::new(arguments.to, arguments.options.clone()).offer(&there)?;
     let began = Instant::now();
     let plane = RdmaSource::new(arguments.options.clone()).connect(&here, &offer)?;

@@ -238,11 +238,8 @@ fn changed() -> bool {
 
 /// Both sides say why they cannot, and neither panics.
 fn unavailable(to: std::net::IpAddr) -> [String; 2] {
-    let session = migration::transport::Session {
-        token: migration::transport::Token([1; 16]),
-        ram: migration::conformance::bed::ram(),
-        timeout: PATIENCE,
-    };
+    let token = migration::transport::Token([1; 16]);
+    let session = migration::transport::Session::new(token, migration::conformance::bed::ram(), PATIENCE);
     let Err(PlaneError::Unavailable(there)) = RdmaDestination::new(to, Default::default()).offer(&session)
     else {
         panic!("an offer was made");

@@ -253,10 +253,7 @@ fn send(to: &str) -> Result<(), Error> {
     let mut link = connect_control(to, Token::random()?, Duration::from_secs(10))?;
     let tcp = TcpSource::new(link.peer(), 0);
     let began = Instant::now();
-    let tcp: Vec<Box<dyn migration::transport::SourceTransport>> = vec![Box::new(tcp)];
-    let token = migration::link::ControlLink::token(&link);
-    let report =
-        source::migrate(&cache, &mut link, token, tcp, "t", &Default::default(), &Default::default());
+    let report = source::Migration::new(&cache, &mut link).transport(tcp).run();
     let (seconds, ms) = (began.elapsed().as_secs_f64(), report.blackout_us / 1000);
     report.failure.map_or(Ok(()), Err)?;
     let renewals = cache.check()?;

@@ -235,9 +235,7 @@ fn main() -> Result<(), Error> {
         thread::sleep(Duration::from_millis(100));
         let token = Token::random()?;
         let mut link = connect_control(&to.to_string(), token, Duration::from_secs(10))?;
-        let tcp: Vec<Box<dyn migration::transport::SourceTransport>> = vec![Box::new(TcpSource::new(to, 2))];
-        let report =
-            source::migrate(&tiny, &mut link, token, tcp, "", &Default::default(), &Default::default());
+        let report = source::Migration::new(&tiny, &mut link).transport(TcpSource::new(to, 2)).run();
         let (mib, rounds, ms) = (report.memory >> 20, report.rounds.len(), report.blackout_us / 1000);
         report.failure.map_or(Ok(()), Err)?;
         let left = tiny.check()?;

@@ -2,8 +2,8 @@
 
 use crate::Error;
 use crate::stream::{self, MAX_PREAMBLE_WAIT, PEER, Stream};
+use migration::link::MAX_FRAME;
 use migration::link::{ControlLink, LinkError};
-use migration::message::MAX_FRAME;
 use migration::preamble::{Kind, Preamble, PreambleError, Status};
 use migration::transport::Token;
 use std::io;

@@ -3,9 +3,9 @@
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::place::{Placer, Turns};
 use crate::stream;
+use migration::cpu::thread_cpu;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::{self, Preamble, Status};
-use migration::report::thread_cpu;
 use migration::scan;
 use migration::transport::{MAX_LANES, PlaneError, Session, Token};
 use socket2::Socket;

@@ -110,11 +110,8 @@ fn a_stream_that_begins_with_something_else_is_refused() {
 fn streams_serve_one_session() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let mut source = TcpSource::from_streams([ours]).unwrap();
-    let session = migration::transport::Session {
-        token: Token([1; 16]),
-        ram: migration::conformance::bed::ram(),
-        timeout: Duration::from_millis(200),
-    };
+    let ram = migration::conformance::bed::ram();
+    let session = migration::transport::Session::new(Token([1; 16]), ram, Duration::from_millis(200));
     use migration::transport::{PlaneError, SourceTransport};
     // Nobody answers at the other end.
     assert!(matches!(source.connect(&session, &[]), Err(PlaneError::Timeout(_))));

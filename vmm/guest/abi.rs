@@ -222,8 +222,8 @@ pub const fn generation_of(found: u64, page: u64, index: u64) -> u64 {
     found.wrapping_sub(stamp(page, 0, index)).wrapping_mul(inverse(PER_GENERATION))
 }
 
-/// The inverse of an odd number modulo 2^64, by Newton's iteration: each step doubles the bits that
-/// are right, of which an odd number has three to begin with.
+/// The inverse of an odd number modulo 2^64, by Newton's iteration. The first three bits are right from the
+/// start, and each step doubles their number.
 const fn inverse(odd: u64) -> u64 {
     let mut inverse = odd;
     let mut right = 3;

@@ -98,7 +98,7 @@ impl KvmClock {
     }
 }
 
-/// The TSC's frequency in kHz, from whoever knows it; 0 if nobody does.
+/// The TSC's frequency in kHz, from the first source that knows it; 0 if none does.
 pub fn tsc_khz(kvmclock: Option<KvmClock>) -> u32 {
     match kvmclock.map_or(0, KvmClock::tsc_khz) {
         0 => measure(),

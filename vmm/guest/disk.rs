@@ -12,7 +12,7 @@ const IDENTITY: u32 = 0x1042_1af4;
 const CAPABILITIES: u32 = 0x34;
 const BARS: u32 = 0x10;
 /// More capabilities than this do not fit into a function's configuration.
-const MOST_CAPABILITIES: usize = 48;
+const MAX_CAPABILITIES: usize = 48;
 const VENDOR_CAPABILITY: u32 = 9;
 const COMMON: u32 = 1;
 const DOORBELLS: u32 = 2;
@@ -108,7 +108,7 @@ impl Disk {
         let device = (0..32).find(|device| config(*device, 0) == IDENTITY)?;
         let (mut common, mut doorbells, mut multiplier, mut own) = (0, 0, 0, 0);
         let mut at = config(device, CAPABILITIES) & 0xfc;
-        for _ in 0..MOST_CAPABILITIES {
+        for _ in 0..MAX_CAPABILITIES {
             if at == 0 {
                 break;
             }

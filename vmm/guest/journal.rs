@@ -1,7 +1,8 @@
-//! A journal on a disk: blocks written in turn, over and over, each with a stamp of its place and of how often the
-//! journal came to it. Before a block is written again it is read, and must hold what was written there last: one that
-//! was lost, torn or is from another time is counted. There is one request at a time, so that at every moment
-//! the disk holds an unbroken series of entries, which can be told from outside.
+//! A journal on a disk: blocks that are written in turn, over and over. Each has a stamp of its place and of
+//! the number of times that the journal has come to it. Before a block is written again it is read, and must
+//! hold what was written there last. Blocks that were lost, torn or are stale are counted. There is one
+//! request at a time, so that at every moment the disk holds an unbroken series of entries, which can be
+//! checked from outside.
 
 use crate::abi::{BadPage, PAGE};
 use crate::disk::{Disk, Operation};
@@ -35,8 +36,8 @@ impl Journal {
         (blocks > 0).then_some(Journal { disk, blocks, stamps, entry: 0, doing: Doing::Nothing })
     }
 
-    /// Goes one step on if the disk has answered, and begins the next entry if it may. Returns whether a request is
-    /// under way.
+    /// Goes one step on if the disk has answered, and begins the next entry if it may. Returns whether a
+    /// request is under way.
     pub fn step(&mut self, begin: bool) -> bool {
         if self.doing != Doing::Nothing && !self.disk.is_done() {
             return true;

@@ -1,19 +1,20 @@
 //! The embedded guest: a bare-metal program that notices by itself when a move has damaged it.
 //!
-//! Each vCPU rewrites its share of a working set over and over. Every page it comes to must hold the
-//! stamp that this vCPU left there on its last pass: of its own page number, of that generation, the same in
-//! all stamped words. A page that was lost, that is stale, or of which parts are from different times is
-//! told apart and counted. Between pages it looks at the clock: the longest time between two looks is what
-//! the guest *felt* of the world outside, and time must not run backwards, neither on one vCPU nor from one
-//! to another. Timers of two kinds (local APIC, PIT) have to go on ticking.
+//! Each vCPU rewrites its share of a working set over and over. Every page it comes to must hold the stamp
+//! that this vCPU left there on its last pass: of its own page number, of that generation, the same in all
+//! stamped words. Pages that were lost, pages that are stale, and pages with parts from different times are
+//! told apart and counted. Between pages the vCPU looks at the clock. The longest time between two looks is
+//! what the guest *felt* of the world outside. Time must not run backwards, neither on one vCPU nor from one
+//! to another. Timers of two kinds (local APIC, PIT) have to keep ticking.
 //!
-//! Where it is told so, its first vCPU keeps a journal on a disk and checks that as well.
+//! If the command line asks for it, the first vCPU keeps a journal on a disk and checks it as well.
 //!
-//! Without a working set it is idle: it halts between timer ticks and looks at the clock at each.
+//! Without a working set the guest is idle: it halts between timer ticks, and looks at the clock at each of
+//! them.
 //!
-//! Two things shape the code. It runs where KVM emulates instructions, which has no vector registers
-//! and a few million instructions a second. And an idle guest is to be nearly nothing to move: what is not
-//! used is not touched.
+//! Two things shape the code. It runs where KVM emulates instructions, which offers no vector registers and
+//! only a few million instructions a second. And an idle guest must be nearly nothing to move, so it does not
+//! touch what it does not use.
 
 #![no_std]
 #![no_main]

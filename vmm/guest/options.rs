@@ -1,5 +1,4 @@
-//! The command line: `key=value` words, of which unknown ones are ignored. Numbers may end in K, M
-//! or G.
+//! The command line: `key=value` words. Unknown words are ignored. Numbers may end in K, M or G.
 
 use crate::abi::{MAX_VCPUS, PAGE};
 
@@ -22,7 +21,8 @@ pub struct Options {
     pub hz: u32,
     /// `pit`: interrupts of the PIT a second.
     pub pit_hz: u32,
-    /// `journal`: blocks of the first disk that are written and checked in turn, whatever they hold; 0 for none.
+    /// `journal`: blocks of the first disk that are written and checked in turn, whatever they hold; 0 for
+    /// none.
     pub journal: u64,
 }
 

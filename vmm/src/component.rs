@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Most components a state may have: a peer's list is bounded before it is walked.
-const MOST_COMPONENTS: usize = 1024;
+const MAX_COMPONENTS: usize = 1024;
 
 /// First bytes of every saved state.
 const MAGIC: [u8; 4] = *b"WHIM";
@@ -180,7 +180,7 @@ pub fn decode(bytes: &[u8]) -> Result<Vec<Component>, Error> {
     if magic != MAGIC {
         return Err(Error::NotState("it is not from this program"));
     }
-    if components.len() > MOST_COMPONENTS {
+    if components.len() > MAX_COMPONENTS {
         return Err(Error::NotState("it has too many components"));
     }
     for (at, component) in components.iter().enumerate() {

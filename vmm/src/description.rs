@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 const VERSION: u16 = 2;
 
 /// Most CPUID entries that KVM takes.
-const MOST_CPUID_ENTRIES: usize = 256;
+const MAX_CPUID_ENTRIES: usize = 256;
 
 /// A machine, but for its state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,7 +56,7 @@ impl Description {
             return Err(refuse(format!("it has version {version} and this program reads version {VERSION}")));
         }
         let (_, description): (u16, Description) = strict(bytes).map_err(refuse)?;
-        if description.cpuid.len() > MOST_CPUID_ENTRIES {
+        if description.cpuid.len() > MAX_CPUID_ENTRIES {
             return Err(refuse(format!("it has {} CPUID entries", description.cpuid.len())));
         }
         Ok(description)

@@ -6,7 +6,7 @@
 //! | 0x64 | keyboard controller: writing 0xfe resets the machine |
 //! | 0x80 | POST codes: ignored |
 //! | 0x3f8 to 0x3ff | serial port |
-//! | 0x600 to 0x605 | [power](crate::power): writing a word with bit 13 set to 0x604 powers off |
+//! | 0x600 to 0x605 | [power]: writing a word with bit 13 set to 0x604 powers off |
 //! | 0xcf8 to 0xcff | [PCI](crate::pci) configuration |
 //!
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
@@ -63,50 +63,51 @@ impl Devices {
         &self.virtio
     }
 
-    /// Takes the right to use all storage, or none of it that was not ours before.
+    /// Takes the locks of all disks. If it fails, the machine holds those that it held before and no others.
     ///
     /// # Errors
-    /// If somebody else has one of the disks, or has had it since it was given up.
-    pub fn take_storage(&self) -> Result<(), Error> {
+    /// If somebody else holds one of the locks, or has used the disk since the lock was released here.
+    pub fn take_disk_locks(&self) -> Result<(), Error> {
         let mut taken: Vec<&Arc<dyn VirtioDevice>> = Vec::new();
-        let missing: Vec<_> = self.virtio.iter().map(|f| f.device()).filter(|d| !d.holds_storage()).collect();
+        let missing: Vec<_> =
+            self.virtio.iter().map(|f| f.device()).filter(|d| !d.holds_disk_lock()).collect();
         let all = missing.iter().try_for_each(|device| {
-            device.take_storage()?;
+            device.take_disk_lock()?;
             taken.push(device);
             Ok(())
         });
-        // Only who has all of them will run, so only then is it said.
-        let claimed = all.and_then(|()| taken.iter().try_for_each(|device| device.claim_storage()));
+        // Only a machine that holds all of them runs, so only then are the disks marked.
+        let claimed = all.and_then(|()| taken.iter().try_for_each(|device| device.claim_disk()));
         if claimed.is_err() {
             // Nothing was written since they were taken, so that nothing is left to fail here.
-            taken.iter().for_each(|device| drop(device.release_storage()));
+            taken.iter().for_each(|device| drop(device.release_disk_lock()));
         }
         claimed
     }
 
-    /// Gives that right up. All devices are paused.
+    /// Makes durable what was written to disks and releases their locks. All devices are paused.
     ///
     /// # Errors
-    /// If a disk cannot be flushed; all are then still ours.
-    pub fn release_storage(&self) -> Result<(), Error> {
-        let result = self.virtio.iter().try_for_each(|function| function.device().release_storage());
+    /// If a disk cannot be flushed. All locks are then still held.
+    pub fn release_disk_locks(&self) -> Result<(), Error> {
+        let result = self.virtio.iter().try_for_each(|function| function.device().release_disk_lock());
         if result.is_err() {
-            // Nobody can have taken those that were given up for more than this moment; if somebody
+            // Nobody can have taken those that were released for more than this moment. If somebody
             // has, the machine finds out before it runs.
-            let _ = self.take_storage();
+            let _ = self.take_disk_locks();
         }
         result
     }
 
-    /// Whether there is storage that can decide who owns the guest. One such disk is enough: whoever
-    /// runs the guest has all of its disks.
-    pub fn has_arbiter(&self) -> bool {
-        self.virtio.iter().any(|function| function.device().has_arbiter())
+    /// Whether there is a disk lock that can decide which of two hosts owns the guest. One is enough: whoever
+    /// runs the guest holds the locks of all its disks.
+    pub fn disk_locks_decide(&self) -> bool {
+        self.virtio.iter().any(|function| function.device().disk_lock_decides())
     }
 
     /// Makes durable what was written to disks so far.
-    pub fn flush_storage(&self) {
-        self.virtio.iter().for_each(|function| function.device().flush_storage());
+    pub fn flush_disks(&self) {
+        self.virtio.iter().for_each(|function| function.device().flush_disk());
     }
 
     /// Stops all threads of devices from touching guest RAM, and input from coming in. No vCPU may run.

@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::guest::{self, When};
 use crate::host::Host;
 use crate::machine::Machine;
+use crate::outgoing::half_a_handover;
 use crate::serial::SerialOutput;
 use crate::vcpu::msr;
 use crate::virtio::LocalConfig;
@@ -110,6 +111,10 @@ impl DestinationMachine for IncomingMachine {
     fn memory_is_zero(&self) -> bool {
         // Its memfds are new, and only a boot would write to them.
         true
+    }
+
+    fn handover_estimate(&self) -> Option<Duration> {
+        Some(half_a_handover(self.machine.config().vcpus))
     }
 
     fn arbiter(&self) -> Option<&dyn Arbiter> {

@@ -22,6 +22,7 @@ pub mod machine;
 pub mod memory;
 mod outgoing;
 pub mod pci;
+mod poll;
 pub mod power;
 pub mod sandbox;
 pub mod serial;

@@ -10,6 +10,7 @@ use migration::dirty::DirtySet;
 use migration::machine::{Arbiter, SourceMachine};
 use migration::memory::Ram;
 use std::sync::Arc;
+use std::time::Duration;
 
 impl Machine {
     /// Whether there is a guest to move. One that KVM could not run on is moved as it stands: the
@@ -22,6 +23,12 @@ impl Machine {
             Some(outcome) => Err(Error::Ended(outcome)),
         }
     }
+}
+
+/// What either side's part of a switchover takes. Blackouts with nothing left to send were measured at 1.4 ms
+/// with one vCPU, 1.7 ms with two and 3.3 ms with eight, and at twice that on a slow host.
+pub(crate) fn half_a_handover(vcpus: u32) -> Duration {
+    Duration::from_micros(1500) + Duration::from_micros(250) * vcpus
 }
 
 impl SourceMachine for Machine {
@@ -68,13 +75,17 @@ impl SourceMachine for Machine {
         Ok(Machine::save(self)?)
     }
 
+    fn handover_estimate(&self) -> Option<Duration> {
+        Some(half_a_handover(self.config().vcpus))
+    }
+
     fn arbiter(&self) -> Option<&dyn Arbiter> {
         Some(self)
     }
 
     fn before_pause(&self) {
         // What is durable before the pause need not be made so during it.
-        self.shared.devices.flush_storage();
+        self.shared.devices.flush_disks();
         guest::set_phase(self.memory(), When::During);
     }
 }
@@ -83,14 +94,14 @@ impl SourceMachine for Machine {
 /// is made durable all the same, and it is given up with the others.
 impl Arbiter for Machine {
     fn decides(&self) -> bool {
-        self.has_arbiter()
+        self.disk_locks_decide()
     }
 
     fn release(&self) -> Result<(), Failure> {
-        Ok(self.release_disks()?)
+        Ok(self.release_disk_locks()?)
     }
 
     fn take(&self) -> Result<(), Failure> {
-        Ok(self.take_disks()?)
+        Ok(self.take_disk_locks()?)
     }
 }

@@ -140,9 +140,9 @@ impl SerialPort {
         &self.output
     }
 
-    /// Feeds `input`, without what `filter` leaves out of it, to the guest from a thread of its own, until the input
-    /// ends. Nothing is taken from it while the machine is paused, nor beyond what the port has room for: what the port
-    /// has goes along with its state, what it has not is still in the input.
+    /// Feeds `input`, without what `filter` leaves out of it, to the guest from a thread of its own, until
+    /// the input ends. Nothing is taken from it while the machine is paused, nor beyond what the port has
+    /// room for: what the port has goes along with its state, what it has not is still in the input.
     ///
     /// # Errors
     /// If the thread cannot be started.

@@ -47,8 +47,8 @@ fn hop(source: &Machine, folders: &[&Path]) -> Arc<Machine> {
     target.load(&saved).unwrap();
     let again = target.machine().save().unwrap();
     assert_eq!(differences(&saved, &again), [""; 0], "saved, loaded and saved again");
-    source.release_disks().unwrap();
-    target.machine().take_disks().unwrap();
+    source.release_disk_locks().unwrap();
+    target.machine().take_disk_locks().unwrap();
     source.stop();
     target.run().unwrap();
     target.machine()
@@ -59,7 +59,7 @@ fn a_guest_that_uses_a_device_goes_on_and_loses_no_interrupt() {
     let folder = tempfile::tempdir().unwrap();
     let devices = vec![DeviceConfig::Rng, disk(folder.path(), "a"), DeviceConfig::Console];
     let first = machine_with_devices(16, 1, devices);
-    assert!(first.has_arbiter());
+    assert!(first.disk_locks_decide());
     first.boot(&boot(guests::entropy())).unwrap();
     Machine::resume(&first).unwrap();
     let mut current = Arc::new(first);
@@ -143,20 +143,20 @@ fn nobody_runs_without_all_of_its_disks() {
 
     // A destination may be built beside it, but gets the disks only when they are given up.
     let target = shadow(&source, &[folder.path()]).unwrap();
-    assert_eq!(refusal(target.machine().take_disks()), Code::DISKS);
-    assert!(source.release_disks().is_err(), "not while it runs");
+    assert_eq!(refusal(target.machine().take_disk_locks()), Code::DISKS);
+    assert!(source.release_disk_locks().is_err(), "not while it runs");
     SourceMachine::pause(&source).unwrap();
-    source.release_disks().unwrap();
+    source.release_disk_locks().unwrap();
 
     // One that gets only one of two has not used it: the source may go on.
     let DeviceConfig::Block(shared) = disk(folder.path(), "b") else { unreachable!("a disk") };
     let reader = DeviceConfig::Block(BlockConfig { readonly: true, ..shared });
     let reader = machine_with_devices(16, 1, vec![reader]);
-    reader.take_disks().unwrap();
-    assert_eq!(refusal(target.machine().take_disks()), Code::DISKS);
-    assert!(source.take_disks().is_err(), "nor does the source get both");
+    reader.take_disk_locks().unwrap();
+    assert_eq!(refusal(target.machine().take_disk_locks()), Code::DISKS);
+    assert!(source.take_disk_locks().is_err(), "nor does the source get both");
     drop(reader);
-    source.take_disks().unwrap();
+    source.take_disk_locks().unwrap();
     SourceMachine::resume(&source).unwrap();
     wait_above(&source, TICKS, peek(&source, TICKS) + 2);
     drop(target);
@@ -165,9 +165,9 @@ fn nobody_runs_without_all_of_its_disks() {
     // they are.
     let target = shadow(&source, &[folder.path()]).unwrap();
     SourceMachine::pause(&source).unwrap();
-    source.release_disks().unwrap();
-    target.machine().take_disks().unwrap();
-    assert_eq!(refusal(source.take_disks()), Code::DISKS);
+    source.release_disk_locks().unwrap();
+    target.machine().take_disk_locks().unwrap();
+    assert_eq!(refusal(source.take_disk_locks()), Code::DISKS);
     let held: Failure = Machine::resume(&source).unwrap_err().into();
     assert_eq!(held.code, Code::DISKS, "not even by force");
     drop(target);

@@ -33,7 +33,7 @@ fn mac(number: u8) -> Mac {
 /// A machine with an interface on each of these taps, whose guest knows of none of them.
 fn machine(taps: &[&str]) -> Machine {
     let host = Host::open().unwrap();
-    let net = |number| NetConfig { number, mac: mac(number + 1), pairs: 1, promise: None };
+    let net = |number| NetConfig { number, mac: mac(number + 1), pairs: 1, negotiated: None };
     let devices = (0..taps.len() as u8).map(net).map(DeviceConfig::Net).collect();
     let config = MachineConfig::new(&host, 16 << 20, 1).unwrap();
     let config = MachineConfig { serial: SerialOutput::Null, devices, local: local(taps), ..config };
@@ -81,15 +81,15 @@ fn the_network_is_told_by_whoever_has_the_guest_and_nobody_else() {
         assert_eq!(said(), nothing);
         // Given up and taken back: it may have run there for a moment.
         SourceMachine::pause(&source).unwrap();
-        source.release_disks().unwrap();
-        source.take_disks().unwrap();
+        source.release_disk_locks().unwrap();
+        source.take_disk_locks().unwrap();
         assert_eq!(said(), nothing);
         SourceMachine::resume(&source).unwrap();
         let [first, second] = [1, 2].map(|number| vec![mac(number); ROUNDS]);
         assert_eq!(said(), [first.clone(), second.clone(), vec![], vec![]]);
 
         SourceMachine::pause(&source).unwrap();
-        source.release_disks().unwrap();
+        source.release_disk_locks().unwrap();
         target.announce();
         assert_eq!(said(), nothing, "not before it runs");
         target.run().unwrap();

@@ -31,7 +31,7 @@ use crate::api::model::{Migration, MigrationRequest, Vm, VmState};
 use crate::transports;
 use migration::monitor::{Monitor, Phase};
 use migration::report::{Report, Verdict};
-use migration::source::{Options, Timeouts};
+use migration::source::{self, Timeouts};
 use migration::transport::Token;
 use migration::{Code, Failure};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -294,8 +294,9 @@ impl Instance {
         let mut inner = self.lock();
         inner.state = match report.verdict {
             Verdict::Moved => State::Moved,
-            Verdict::Held => State::Held,
             Verdict::Stayed => inner.state,
+            // Held, or an end that this program does not know: an operator decides.
+            _ => State::Held,
         };
         if let Some(attempt) = &mut inner.attempt {
             attempt.report = Some(report);
@@ -318,20 +319,14 @@ impl Instance {
         transports::warm_up(request);
         let mut connection = transport_tcp::connect_control(&request.to, token, silence)?;
         let transports = transports::source(request, &connection);
-        let options = Options {
-            policy: request.policy(),
-            timeouts: Timeouts { answer: silence, data: silence, ..Timeouts::default() },
-            compare_memory: request.compare_memory,
-        };
-        Ok(migration::source::migrate(
-            self.machine.as_ref(),
-            &mut connection,
-            token,
-            transports,
-            SOFTWARE,
-            &options,
-            monitor,
-        ))
+        Ok(source::Migration::new(self.machine.as_ref(), &mut connection)
+            .transports(transports)
+            .software(SOFTWARE)
+            .policy(request.policy())
+            .timeouts(Timeouts::default().with_answer(silence).with_data(silence))
+            .compare_memory(request.compare_memory)
+            .monitor(monitor)
+            .run())
     }
 }
 

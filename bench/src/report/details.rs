@@ -103,7 +103,7 @@ impl Migration {
 
     fn waterfall(&self) -> Vec<Bar> {
         let mut begin = 0.0;
-        let bar = |span: &migration::message::Span| {
+        let bar = |span: &migration::report::Span| {
             let range = begin..begin + span.us as f64 / 1e3;
             begin = range.end;
             Bar { name: format!("{}: {:.2} ms", span.name, range.end - range.start), range }
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
     use crate::moved::tests::{moved, round};
     use crate::record;
-    use migration::message::Span;
+    use migration::report::Span;
 
     #[test]
     fn spans_follow_each_other_and_so_do_rounds() {

@@ -93,7 +93,7 @@ impl Probe {
             // SAFETY: the whole mapping, to which nobody holds references.
             unsafe { std::ptr::write_bytes(region.address(), 0xa5, region.len() as usize) };
         }
-        let session = Session { token, ram: ram.ram().clone(), timeout: REPLY_TIMEOUT };
+        let session = Session::new(token, ram.ram().clone(), REPLY_TIMEOUT);
         let mut plane = self.connect(&link, &session, &offer)?;
         if self.test == Test::Registration {
             return self.registration(plane.as_mut());

@@ -91,7 +91,7 @@ impl Server {
         ensure!(terms.chunk <= MAX_MEMORY, "chunks are at most {}", size(MAX_MEMORY));
         let ram = GuestRam::new(terms.memory, terms.pages)?;
         ram.populate(thread::available_parallelism().map_or(1, usize::from))?;
-        let session = Session { token: call.token(), ram: ram.ram().clone(), timeout: REPLY_TIMEOUT };
+        let session = Session::new(call.token(), ram.ram().clone(), REPLY_TIMEOUT);
         let (offer, plane) = match terms.transport {
             // RDMA uses the address to which the client has connected.
             TransportChoice::Rdma => {

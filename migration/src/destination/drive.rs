@@ -4,14 +4,16 @@ use super::Arrival;
 use super::migration::Timeouts;
 use super::monitor::{Monitor, Phase};
 use super::state::{Command, Event, Outcome, State, Waiting};
+use crate::cpu::thread_cpu;
 use crate::digest;
-use crate::failure::{Code, Failure};
-use crate::link::ControlLink;
+use crate::failure::{Code, Failure, printable};
+use crate::link::{ControlLink, LinkError};
 use crate::machine::{Arbiter, DestinationHost, DestinationMachine};
 use crate::message::{
-    self, Hello, MAX_STATE, Message, Offer, Prepare, Prepared, Ready, Running, Span, StatePart,
+    self, Estimate, HANDOVER_ESTIMATE, Hello, MAX_STATE, Message, Offer, Prepare, Prepared, Ready, Running,
+    StatePart,
 };
-use crate::report::thread_cpu;
+use crate::report::Span;
 use crate::scan;
 use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session};
 use std::time::{Duration, Instant};
@@ -43,6 +45,7 @@ pub(super) fn drive<'a, 'o, H: DestinationHost>(
         timeouts: &options.timeouts,
         monitor,
         sender: String::new(),
+        features: 0,
         machine: None,
         planes: Vec::new(),
         parts: Vec::new(),
@@ -81,6 +84,8 @@ struct Driver<'a, 'o, H: DestinationHost> {
     timeouts: &'o Timeouts,
     monitor: &'o Monitor,
     sender: String,
+    /// Feature bits that both sides have.
+    features: u64,
     /// Dropped after the planes that write into its RAM.
     machine: Option<H::Machine>,
     planes: Vec<Box<dyn DestinationPlane>>,
@@ -104,7 +109,7 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
         let result = match command {
             Command::Wait(waiting) => return self.wait(waiting),
             Command::Send(message) => {
-                return match self.link.send(&message.encode()) {
+                return match self.send(&message) {
                     Ok(()) => Event::Done,
                     Err(error) => Event::LinkLost(error.into()),
                 };
@@ -132,6 +137,18 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
             Command::Finish(_) => Ok(Event::Done),
         };
         result.unwrap_or_else(Event::Failed)
+    }
+
+    /// Sends a message, and before `Prepared` what the machine expects of the switchover.
+    fn send(&mut self, message: &Message) -> Result<(), LinkError> {
+        if matches!(message, Message::Prepared(_))
+            && self.features & HANDOVER_ESTIMATE != 0
+            && let Some(estimate) = self.machine.as_ref().and_then(DestinationMachine::handover_estimate)
+        {
+            let estimate = Estimate { handover_us: estimate.as_micros() as u64 };
+            self.link.send(&Message::Estimate(estimate).encode())?;
+        }
+        self.link.send(&message.encode())
     }
 
     fn with_machine(
@@ -259,7 +276,8 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
                 self.whole(last).map(|state| Some(Message::State(state)))
             }
             Message::Hello(hello) => {
-                self.sender = Failure::new(Code::OTHER, &hello.software).message;
+                self.sender = printable(hello.software.clone());
+                self.features = hello.features & message::FEATURES;
                 Ok(Some(Message::Hello(hello)))
             }
             message => Ok(Some(message)),

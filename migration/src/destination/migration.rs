@@ -36,8 +36,8 @@ impl Default for Timeouts {
 /// One guest that is to be taken in from the source at the other end of a link.
 ///
 /// ```no_run
-/// use migration::destination::Migration;
-/// # use migration::{Failure, link::ControlLink, machine::DestinationHost, transport::DestinationTransport};
+/// use whimbrel_migration::destination::Migration;
+/// # use whimbrel_migration::{Failure, link::ControlLink, machine::DestinationHost, transport::DestinationTransport};
 ///
 /// # fn take<H: DestinationHost>(
 /// #     host: &mut H, link: &mut dyn ControlLink, tcp: impl DestinationTransport + 'static,

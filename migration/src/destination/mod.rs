@@ -11,4 +11,5 @@ pub use migration::{Migration, Timeouts};
 pub use monitor::{Monitor, Phase, Progress};
 #[cfg(test)]
 pub(crate) use state::Sabotage;
+#[cfg(any(test, feature = "internals"))]
 pub use state::{Command, Event, Outcome, State, Waiting};

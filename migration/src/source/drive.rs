@@ -1,22 +1,23 @@
 //! Carries the source's state machine out with a real machine, link and transports.
 
+use super::migration::Timeouts;
 use super::path::Path;
 use super::precopy::Precopy;
 use super::state::{Command, Event, Outcome, State, Waiting};
+use crate::cpu::{CpuTime, thread_cpu};
 use crate::digest;
-use crate::failure::{Code, Failure};
-use crate::link::ControlLink;
+use crate::failure::{Code, Failure, printable};
+use crate::judge::{Handover, Judge};
 use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
 use crate::message::{
-    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS, Span,
+    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS,
     StatePart,
 };
 use crate::monitor::{Monitor, Phase};
 use crate::policy::Policy;
-use crate::report::{CpuTime, Declined, Report, Verdict, thread_cpu};
-use crate::transport::{Session, SourceTransport, Token};
-use std::sync::Arc;
+use crate::report::{LAST_PAGES, Report, Span, Verdict};
+use crate::unwind;
 use std::time::{Duration, Instant};
 
 /// How often a wait looks whether it has been cancelled. Messages wake it at once.
@@ -28,69 +29,52 @@ const EPILOGUE: Duration = Duration::from_secs(5);
 /// How long a destination that closed its data connections is given to say why.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
-/// How long the destination may take for each step.
-#[derive(Clone, Debug)]
-pub struct Timeouts {
-    /// To answer the greeting.
-    pub answer: Duration,
-    /// To build the shadow machine; populating hundreds of gibibytes takes minutes.
-    pub build: Duration,
-    /// To load the state.
-    pub load: Duration,
-    /// To say that it runs.
-    pub run: Duration,
-    /// To confirm data.
-    pub data: Duration,
+/// Most of a destination's spans that are reported for one message.
+const MAX_REPORTED_SPANS: usize = 16;
+
+/// What the VMM and its operator chose.
+pub(super) struct Options {
+    pub(super) software: String,
+    pub(super) policy: Policy,
+    pub(super) timeouts: Timeouts,
+    pub(super) compare_memory: bool,
+    /// How long to wait for an operator before the switchover; `None` not to.
+    pub(super) switchover_patience: Option<Duration>,
+    /// What a handover of such a machine is known to take.
+    pub(super) handover: Option<Duration>,
 }
 
-impl Default for Timeouts {
+impl Default for Options {
     fn default() -> Self {
-        Timeouts {
-            answer: Duration::from_secs(10),
-            build: Duration::from_secs(300),
-            load: Duration::from_secs(20),
-            run: Duration::from_secs(20),
-            data: Duration::from_secs(10),
+        Options {
+            software: message::SOFTWARE.into(),
+            policy: Policy::default(),
+            timeouts: Timeouts::default(),
+            compare_memory: false,
+            switchover_patience: None,
+            handover: None,
         }
     }
 }
 
-/// What the operator chose.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// When to switch over.
-    pub policy: Policy,
-    /// How long to wait.
-    pub timeouts: Timeouts,
-    /// Compare a digest of all RAM on both sides before handing over. Lengthens the blackout by
-    /// the time of reading all of memory.
-    pub compare_memory: bool,
-}
-
-/// Moves `machine` to the destination at the other end of `link`. `transports`, best first, are
-/// tried in order; later ones also step in for one that breaks. Returns when the guest runs at
-/// either side, or is held.
-pub fn migrate(
-    machine: &dyn SourceMachine,
-    link: &mut dyn ControlLink,
-    token: Token,
-    transports: Vec<Box<dyn SourceTransport>>,
-    software: &str,
-    options: &Options,
-    monitor: &Monitor,
+/// Moves `machine` along `path`. Returns when the guest runs at either side, or is held.
+pub(super) fn drive<'a>(
+    machine: &'a dyn SourceMachine,
+    ram: &'a Ram,
+    has_arbiter: bool,
+    path: Path<'a>,
+    options: &'a Options,
+    monitor: &'a Monitor,
 ) -> Report {
-    let ram = machine.ram();
-    let session = Session { token, ram: Arc::clone(&ram), timeout: options.timeouts.data };
     let mut driver = Driver {
         machine,
-        link,
+        ram,
+        path,
         options,
         monitor,
-        session: &session,
-        ram: &ram,
-        transports,
         precopy: None,
-        declined: Vec::new(),
+        handover: Handover { known: options.handover, ..Handover::default() },
+        greeted: None,
         features: 0,
         build_us: 0,
         setup: None,
@@ -100,17 +84,22 @@ pub fn migrate(
         began: Instant::now(),
     };
     let cpu = thread_cpu();
-    let hello = Hello { software: software.to_string(), features: message::FEATURES };
-    let mut state = State::new(hello, machine.arbiter().is_some_and(Arbiter::decides));
+    let hello = Hello { software: options.software.clone(), features: message::FEATURES };
+    let mut state = State::new(hello, has_arbiter);
     let mut command = state.handle(Event::Start);
     let outcome = loop {
         if let Command::Finish(outcome) = command {
             break outcome;
         }
-        if matches!(command, Command::Send(Message::Commit)) {
+        let commits = matches!(command, Command::Send(Message::Commit));
+        if commits {
             monitor.update(|p| p.phase = Phase::Committed);
         }
         let event = driver.carry_out(command);
+        if commits {
+            // Only now, while the destination is at work: whoever watches must not delay `Commit`.
+            monitor.notify();
+        }
         command = state.handle(event);
     };
     let cpu = thread_cpu().since(cpu);
@@ -119,14 +108,14 @@ pub fn migrate(
 
 struct Driver<'a> {
     machine: &'a dyn SourceMachine,
-    link: &'a mut dyn ControlLink,
+    ram: &'a Ram,
+    path: Path<'a>,
     options: &'a Options,
     monitor: &'a Monitor,
-    session: &'a Session,
-    ram: &'a Ram,
-    transports: Vec<Box<dyn SourceTransport>>,
     precopy: Option<Precopy<'a>>,
-    declined: Vec<Declined>,
+    handover: Handover,
+    /// When the greeting was sent.
+    greeted: Option<Instant>,
     /// Feature bits that both sides have.
     features: u64,
     build_us: u64,
@@ -138,26 +127,41 @@ struct Driver<'a> {
 }
 
 /// One of [`Precopy`]'s two pieces of work.
-type MemoryWork<'a> = fn(
-    &mut Precopy<'a>,
-    &mut Vec<Declined>,
-    &mut dyn FnMut(&str) -> Result<(), Failure>,
-) -> Result<(), Failure>;
+type MemoryWork<'a> = fn(&mut Precopy<'a>, &mut Path<'_>) -> Result<(), Failure>;
 
-/// Has the destination fence the plane of this name off, and waits until it has.
-fn retire(link: &mut dyn ControlLink, name: &str, patience: Duration) -> Result<(), Failure> {
-    link.send(&Message::Retire(name.into()).encode())?;
-    match link.receive(patience)? {
-        None => Err(Failure::new(Code::TIMEOUT, "the destination does not fence the broken transport off")),
-        Some(frame) => match Message::decode(&frame)? {
-            Message::Retired => Ok(()),
-            Message::GaveUp(why) => Err(why.context("the destination refused")),
-            other => Err(Failure::new(
-                Code::PROTOCOL,
-                format_args!("the destination sent {} when it was not its turn", other.name()),
-            )),
-        },
+/// What a command does, for the report and for the text of a failure.
+fn doing(command: &Command) -> &'static str {
+    match command {
+        Command::Describe => "describe the machine",
+        Command::Send(Message::State(_)) => "send state",
+        Command::Send(Message::Commit) => "send commit",
+        Command::Send(_) => "send a message",
+        Command::Wait(Waiting::Ready) => "round trip of state",
+        Command::Wait(Waiting::Running) => "round trip of commit",
+        Command::Wait(_) => "wait for an answer",
+        Command::Connect(_) => "connect",
+        Command::Precopy => "pre-copy",
+        Command::Pause => "pause",
+        Command::FinalRound => LAST_PAGES,
+        Command::Save => "save state",
+        Command::ReleaseDisks => "release disks",
+        Command::TakeDisks => "take disks",
+        Command::Resume => "resume",
+        Command::Finish(_) => "finish",
     }
+}
+
+/// Whether a command is a part of the blackout.
+fn in_blackout(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Pause
+            | Command::FinalRound
+            | Command::Save
+            | Command::Send(Message::State(_) | Message::Commit)
+            | Command::Wait(Waiting::Ready | Waiting::Running)
+            | Command::ReleaseDisks
+    )
 }
 
 fn event(result: Result<(), Failure>) -> Event {
@@ -165,24 +169,26 @@ fn event(result: Result<(), Failure>) -> Event {
 }
 
 impl<'a> Driver<'a> {
-    /// Carries a command out; inside the blackout its duration becomes a span of the report.
+    /// Carries a command out. If somebody else's code panics in it, it has failed.
     fn carry_out(&mut self, command: Command) -> Event {
-        let name = match &command {
-            Command::Pause => {
-                self.machine.before_pause();
-                self.monitor.update(|p| p.phase = Phase::Switchover);
-                self.blackout_began = Some(Instant::now());
-                "pause"
-            }
-            Command::FinalRound => "last pages",
-            Command::Save => "save state",
-            Command::Send(Message::State(_)) => "send state",
-            Command::Wait(Waiting::Ready) => "round trip of state",
-            Command::ReleaseDisks => "release disks",
-            Command::Send(Message::Commit) => "send commit",
-            Command::Wait(Waiting::Running) => "round trip of commit",
-            _ => return self.perform(command),
+        let panicked = match command {
+            Command::Send(_) | Command::Wait(_) => Event::LinkLost,
+            _ => Event::Failed,
         };
+        let doing = doing(&command);
+        unwind::catch(doing, || Ok(self.timed(doing, command))).unwrap_or_else(panicked)
+    }
+
+    /// Carries a command out; inside the blackout its duration becomes a span of the report.
+    fn timed(&mut self, name: &'static str, command: Command) -> Event {
+        if !in_blackout(&command) {
+            return self.perform(command);
+        }
+        if command == Command::Pause {
+            self.machine.before_pause();
+            self.monitor.enter(Phase::Switchover);
+            self.blackout_began = Some(Instant::now());
+        }
         let began = Instant::now();
         let event = self.perform(command);
         let mut us = began.elapsed().as_micros() as u64;
@@ -192,11 +198,11 @@ impl<'a> Driver<'a> {
             Event::Received(Message::Running(running)) => running.spans.as_slice(),
             _ => &[],
         };
-        for span in theirs.iter().take(16) {
+        for span in theirs.iter().take(MAX_REPORTED_SPANS) {
             let within = span.us.min(us);
             us -= within;
-            let name = Failure::new(Code::OTHER, &span.name).message;
-            self.spans.push(Span { name: format!("destination: {name}"), us: within });
+            let name = printable(format!("destination: {}", span.name));
+            self.spans.push(Span { name, us: within });
         }
         self.spans.push(Span { name: name.into(), us });
         if matches!(event, Event::Received(Message::Running(_))) {
@@ -215,7 +221,10 @@ impl<'a> Driver<'a> {
             Command::Send(message) => self.send(&message),
             Command::Wait(waiting) => self.wait(waiting),
             Command::Connect(offers) => event(self.connect(offers)),
-            Command::Precopy => self.memory(Precopy::run),
+            Command::Precopy => {
+                self.precopy = Some(self.begin_precopy());
+                self.memory(Precopy::run)
+            }
             Command::Pause => event(self.machine.pause()),
             Command::FinalRound => self.memory(Precopy::finish),
             Command::Save => match self.save() {
@@ -233,7 +242,10 @@ impl<'a> Driver<'a> {
     }
 
     fn send(&mut self, message: &Message) -> Event {
-        match self.link.send(&message.encode()) {
+        if matches!(message, Message::Hello(_)) {
+            self.greeted = Some(Instant::now());
+        }
+        match self.path.send(&message.encode()) {
             Ok(()) => Event::Done,
             Err(error) => Event::LinkLost(error.into()),
         }
@@ -257,17 +269,19 @@ impl<'a> Driver<'a> {
         if description.len() > MAX_DESCRIPTION {
             return Err(Failure::new(Code::STATE, "the machine's description is too long to send"));
         }
-        let transports = self.transports.iter().map(|t| t.name().to_string()).collect();
-        Ok(Prepare { description, layout: self.ram.layout(), transports })
+        Ok(Prepare { description, layout: self.ram.layout(), transports: self.path.names() })
     }
 
     fn connect(&mut self, offers: Vec<Offer>) -> Result<(), Failure> {
-        let transports = std::mem::take(&mut self.transports);
-        let path = Path::connect(transports, offers, self.session, self.monitor, &mut self.declined)?;
-        let policy = self.options.policy.clone();
-        self.precopy = Some(Precopy::new(self.machine, self.ram, self.session, self.monitor, policy, path));
+        self.path.connect(offers)?;
         self.setup = Some(self.began.elapsed());
         Ok(())
+    }
+
+    fn begin_precopy(&self) -> Precopy<'a> {
+        let handover = Handover { source: self.machine.handover_estimate(), ..self.handover };
+        let judge = Judge::new(self.options.policy.clone(), handover);
+        Precopy::new(self.machine, self.ram, self.monitor, judge, self.options.switchover_patience)
     }
 
     /// Moves memory. When that fails, the destination may have said why: its word goes first.
@@ -275,11 +289,9 @@ impl<'a> Driver<'a> {
         let Some(precopy) = &mut self.precopy else {
             return Event::Failed(Failure::new(Code::TRANSPORT, "no data plane"));
         };
-        let (link, timeouts) = (&mut *self.link, &self.options.timeouts);
-        let mut retire = |name: &str| retire(link, name, timeouts.answer + timeouts.load);
-        match work(precopy, &mut self.declined, &mut retire) {
+        match work(precopy, &mut self.path) {
             Ok(()) => Event::Done,
-            Err(why) if why.code == Code::TRANSPORT => match self.link.receive(LAST_WORDS) {
+            Err(why) if why.code == Code::TRANSPORT => match self.path.receive(LAST_WORDS) {
                 Ok(Some(frame)) => match Message::decode(&frame) {
                     Ok(message) => Event::Received(message),
                     Err(_) => Event::Failed(why),
@@ -321,24 +333,37 @@ impl<'a> Driver<'a> {
             if left.is_zero() {
                 return Event::Deadline;
             }
-            match self.link.receive(left.min(CANCEL_POLL)) {
-                Ok(Some(frame)) => match Message::decode(&frame) {
-                    Ok(Message::Prepared(prepared)) => {
-                        self.build_us = prepared.build_us;
-                        return Event::Received(Message::Prepared(prepared));
-                    }
-                    Ok(Message::Welcome(hello)) => {
-                        self.features = hello.features & message::FEATURES;
-                        return Event::Received(Message::Welcome(hello));
-                    }
-                    Ok(message) => return Event::Received(message),
-                    Err(why) => return Event::LinkLost(why),
+            match self.path.receive(left.min(CANCEL_POLL)) {
+                Ok(Some(frame)) => match self.received(&frame, waiting) {
+                    Some(event) => return event,
+                    None => continue,
                 },
                 Ok(None) if waiting != Waiting::Running && self.monitor.cancelled() => return Event::Cancel,
                 Ok(None) => {}
                 Err(error) => return Event::LinkLost(error.into()),
             }
         }
+    }
+
+    /// Notes what a message tells about the destination. `None` if there is no more to it than that.
+    fn received(&mut self, frame: &[u8], waiting: Waiting) -> Option<Event> {
+        let message = match Message::decode(frame) {
+            Ok(message) => message,
+            Err(why) => return Some(Event::LinkLost(why)),
+        };
+        match &message {
+            Message::Welcome(hello) => {
+                self.features = hello.features & message::FEATURES;
+                self.handover.round_trip = self.greeted.map_or(Duration::ZERO, |sent| sent.elapsed());
+            }
+            Message::Estimate(estimate) if waiting == Waiting::Prepared => {
+                self.handover.destination = Some(Duration::from_micros(estimate.handover_us));
+                return None;
+            }
+            Message::Prepared(prepared) => self.build_us = prepared.build_us,
+            _ => {}
+        }
+        Some(Event::Received(message))
     }
 
     fn conclude(mut self, outcome: Outcome, mut cpu: CpuTime) -> Report {
@@ -350,14 +375,14 @@ impl<'a> Driver<'a> {
         };
         let epilogue = (verdict == Verdict::Moved).then(|| self.epilogue()).flatten();
         if verdict == Verdict::Stayed
-            && let Err(why) = self.machine.stop_tracking()
+            && let Err(why) = unwind::catch("stop dirty tracking", || self.machine.stop_tracking())
         {
             failure = failure.map(|f| f.context(format_args!("dirty tracking could not be stopped ({why})")));
         }
         let mut report = Report {
-            verdict,
             failure,
-            declined: self.declined,
+            transport: self.path.transport().into(),
+            lanes: self.path.lanes(),
             total_us,
             setup_us: self.setup.map_or(0, |d| d.as_micros() as u64),
             build_us: self.build_us,
@@ -366,15 +391,16 @@ impl<'a> Driver<'a> {
             destination_cpu_us: epilogue.as_ref().map(|e| e.cpu_us),
             destination_resident: epilogue.as_ref().map(|e| e.resident),
             remarks: epilogue.and_then(|e| e.remarks),
-            ..Report::not_begun(Failure::new(Code::OTHER, ""), self.ram.len())
+            ..Report::new(verdict, self.ram.len())
         };
-        if let Some(mut precopy) = self.precopy {
-            report.transport = precopy.transport().into();
-            report.lanes = precopy.lanes();
-            report.over_limit = precopy.over_limit.take();
-            report.rounds = std::mem::take(&mut precopy.reports);
-            cpu += precopy.cpu();
+        if let Some(precopy) = self.precopy {
+            let story = precopy.into_story();
+            report.over_limit = story.over_limit;
+            report.rounds = story.rounds;
+            cpu += story.lane_cpu;
         }
+        cpu += self.path.cpu();
+        report.declined = self.path.into_declined();
         report.source_cpu_us = cpu.all.as_micros() as u64;
         report.source_user_us = cpu.user.as_micros() as u64;
         self.monitor.end(phase);
@@ -383,7 +409,7 @@ impl<'a> Driver<'a> {
 
     /// What the destination tells afterwards. The guest has moved whether or not it comes.
     fn epilogue(&mut self) -> Option<message::Epilogue> {
-        let frame = self.link.receive(EPILOGUE).ok()??;
+        let frame = unwind::catch("epilogue", || Ok(self.path.receive(EPILOGUE)?)).ok()??;
         match Message::decode(&frame) {
             Ok(Message::Epilogue(epilogue)) => Some(epilogue),
             _ => None,

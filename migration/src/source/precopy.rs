@@ -1,90 +1,93 @@
 //! Pre-copy: rounds until the switchover is due, then the final round inside it.
 
 use super::path::Path;
-use super::round::{Manner, Rounds, Sent};
+use super::round::{RoundOptions, Rounds, Sent, cancelled};
+use crate::cpu::CpuTime;
 use crate::dirty::DirtySet;
 use crate::failure::{Code, Failure};
+use crate::judge::{Decision, Judge, RoundFacts};
 use crate::machine::SourceMachine;
 use crate::memory::Ram;
 use crate::monitor::{Monitor, Phase};
-use crate::policy::{Decision, Judge, Policy, RoundFacts};
-use crate::report::{CpuTime, Declined, RoundReport};
-use crate::transport::{LaneStats, Session};
+use crate::report::RoundReport;
 use std::time::{Duration, Instant};
 
-/// What a switchover costs with nothing left to send, for the first prediction: saving, loading
-/// and the messages between. Measured at 2 to 4 ms for small machines on a slow host.
-const HANDOVER: Duration = Duration::from_millis(4);
+/// How often what the guest dirties is sent while the migration waits for an operator. Also tells the
+/// destination that the source is there.
+const WAITING_ROUND: Duration = Duration::from_secs(1);
 
 /// The memory's side of one migration.
 pub(super) struct Precopy<'a> {
     machine: &'a dyn SourceMachine,
-    session: &'a Session,
     monitor: &'a Monitor,
     rounds: Rounds<'a>,
     judge: Judge,
-    path: Path,
+    /// How long to wait for an operator's word before the switchover; `None` not to.
+    patience: Option<Duration>,
     /// Pages that are to travel in the next round, or were in the round that broke.
     dirty: DirtySet,
     /// Scratch of the same size.
     fresh_dirty: DirtySet,
     round: u32,
-    pub(super) over_limit: Option<String>,
-    pub(super) reports: Vec<RoundReport>,
+    began: Instant,
+    /// Time that passed in waiting for an operator.
+    waited: Duration,
+    over_limit: Option<String>,
+    reports: Vec<RoundReport>,
     lane_cpu: CpuTime,
 }
 
+/// What is left of a [`Precopy`] for the report.
+pub(super) struct Story {
+    pub(super) over_limit: Option<String>,
+    pub(super) rounds: Vec<RoundReport>,
+    /// CPU time of threads other than the one that asked for rounds.
+    pub(super) lane_cpu: CpuTime,
+}
+
 impl<'a> Precopy<'a> {
+    /// `patience`: how long to wait for an operator's word before the switchover, `None` not to.
     pub(super) fn new(
         machine: &'a dyn SourceMachine,
         ram: &'a Ram,
-        session: &'a Session,
         monitor: &'a Monitor,
-        policy: Policy,
-        path: Path,
+        judge: Judge,
+        patience: Option<Duration>,
     ) -> Self {
         Precopy {
             machine,
-            session,
             monitor,
             rounds: Rounds::new(machine, ram, monitor),
-            judge: Judge::new(policy, HANDOVER),
-            path,
+            judge,
+            patience,
             dirty: DirtySet::empty(ram),
             fresh_dirty: DirtySet::empty(ram),
             round: 0,
+            began: Instant::now(),
+            waited: Duration::ZERO,
             over_limit: None,
             reports: Vec::new(),
             lane_cpu: CpuTime::default(),
         }
     }
 
-    /// Starts tracking and makes rounds until the policy decides. `retire`: see [`Path::replace`].
-    pub(super) fn run(
-        &mut self,
-        declined: &mut Vec<Declined>,
-        retire: &mut dyn FnMut(&str) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
-        let began = Instant::now();
-        self.monitor.update(|p| p.phase = Phase::Precopy);
+    /// Starts tracking and makes rounds until the policy or an operator decides.
+    pub(super) fn run(&mut self, path: &mut Path<'_>) -> Result<(), Failure> {
+        self.began = Instant::now();
+        self.monitor.enter(Phase::Precopy);
         self.machine.start_tracking()?;
         self.dirty.fill();
         loop {
-            let dirty = self.dirty.bytes();
-            let sent = self.send(true, declined, retire)?;
-            self.dirty.clear();
-            self.machine.collect_dirty(&mut self.dirty)?;
-            let facts = RoundFacts {
-                sent: sent.sent,
-                elapsed: sent.elapsed,
-                barrier: sent.barrier,
-                remaining: self.dirty.bytes(),
-                total_elapsed: began.elapsed(),
-            };
-            let (predicted, decision) = self.judge.round(&facts);
-            self.note(dirty, &sent, facts.remaining, predicted);
+            let facts = self.round(path)?;
+            let (predicted, mut decision) = self.judge.round(&facts);
+            self.predicted(predicted);
+            if self.monitor.wants_switch() {
+                decision = Decision::Switch(self.judge.switch_now(predicted));
+            }
             match decision {
                 Decision::Again => {}
+                // The round that follows the wait decides anew.
+                Decision::Switch(_) if self.must_wait() => self.wait(path)?,
                 Decision::Switch(over_limit) => {
                     self.over_limit = over_limit;
                     return Ok(());
@@ -96,64 +99,104 @@ impl<'a> Precopy<'a> {
 
     /// Sends what is dirty now that the guest is paused. Nothing is marked clean any more: no
     /// round follows, and a migration that fails after this begins tracking afresh.
-    pub(super) fn finish(
-        &mut self,
-        declined: &mut Vec<Declined>,
-        retire: &mut dyn FnMut(&str) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
+    pub(super) fn finish(&mut self, path: &mut Path<'_>) -> Result<(), Failure> {
         self.machine.collect_dirty(&mut self.dirty)?;
         let dirty = self.dirty.bytes();
-        let sent = self.send(false, declined, retire)?;
-        self.note(dirty, &sent, 0, Duration::ZERO);
+        let sent = self.send(path, false)?;
+        self.note(dirty, &sent, 0);
         Ok(())
     }
 
-    /// Counters of the lanes in use.
-    pub(super) fn lanes(&mut self) -> Vec<LaneStats> {
-        let Some(plane) = self.path.plane() else { return Vec::new() };
-        plane.lanes().iter().map(|lane| lane.stats()).collect()
+    /// What there is to report.
+    pub(super) fn into_story(self) -> Story {
+        Story { over_limit: self.over_limit, rounds: self.reports, lane_cpu: self.lane_cpu }
     }
 
-    /// CPU time that was used for memory by other threads than the one that asks for rounds.
-    pub(super) fn cpu(&self) -> CpuTime {
-        let mut cpu = self.lane_cpu;
-        cpu += self.path.cpu();
-        cpu
+    /// Sends what is dirty, and finds what was dirtied meanwhile.
+    fn round(&mut self, path: &mut Path<'_>) -> Result<RoundFacts, Failure> {
+        let dirty = self.dirty.bytes();
+        let sent = self.send(path, true)?;
+        self.dirty.clear();
+        self.machine.collect_dirty(&mut self.dirty)?;
+        let remaining = self.dirty.bytes();
+        self.note(dirty, &sent, remaining);
+        Ok(RoundFacts {
+            sent: sent.sent,
+            elapsed: sent.elapsed,
+            barrier: sent.barrier,
+            remaining,
+            total_elapsed: self.began.elapsed().saturating_sub(self.waited),
+        })
     }
 
-    /// The transport in use.
-    pub(super) fn transport(&mut self) -> &'static str {
-        self.path.plane().map_or("", |plane| plane.name())
+    fn must_wait(&self) -> bool {
+        self.patience.is_some() && !self.monitor.may_proceed()
+    }
+
+    /// Waits for an operator's word. Meanwhile what the guest dirties is sent every so often, so that little
+    /// is left when it comes.
+    fn wait(&mut self, path: &mut Path<'_>) -> Result<(), Failure> {
+        let (began, written) = (Instant::now(), self.reports.len());
+        let patience = self.patience.unwrap_or_default();
+        self.monitor.enter(Phase::ReadyToSwitch);
+        loop {
+            let left = patience.saturating_sub(began.elapsed());
+            self.monitor.await_orders(left.min(WAITING_ROUND));
+            self.machine.collect_dirty(&mut self.dirty)?;
+            if self.monitor.cancelled() {
+                return Err(cancelled());
+            }
+            if self.monitor.may_proceed() {
+                break;
+            }
+            if began.elapsed() >= patience {
+                return Err(Failure::new(
+                    Code::TIMEOUT,
+                    format_args!(
+                        "nobody said within {patience:?} that the switchover may begin; the guest goes on here"
+                    ),
+                ));
+            }
+            // A page at least: a destination that receives nothing at all gives up.
+            self.dirty.insert(0, 0);
+            let facts = self.round(path)?;
+            // However long the wait, it is one entry of the report.
+            let entries = self.reports.len() - written;
+            if entries > 1
+                && let Some(later) = self.reports.pop()
+                && let Some(first) = self.reports.last_mut()
+            {
+                first.absorb(&later);
+            }
+            let predicted = self.judge.observe(&facts);
+            self.predicted(predicted);
+        }
+        self.waited += began.elapsed();
+        self.monitor.enter(Phase::Precopy);
+        Ok(())
     }
 
     /// Sends the dirty pages; if the transport breaks, sends them all again over the next one,
     /// together with what was dirtied meanwhile. Nothing that the broken one carried since its last
     /// barrier counts as arrived, and zeros have to be named: it may have left anything there.
-    fn send(
-        &mut self,
-        clear: bool,
-        declined: &mut Vec<Declined>,
-        retire: &mut dyn FnMut(&str) -> Result<(), Failure>,
-    ) -> Result<Sent, Failure> {
+    fn send(&mut self, path: &mut Path<'_>, clear: bool) -> Result<Sent, Failure> {
         loop {
-            // Only the first round is sparse: a page that was written exists.
-            let manner = Manner {
+            let options = RoundOptions {
                 round: self.round,
+                // Only the first round is sparse: a page that was written exists.
                 sparse: self.round == 0,
-                name_zeros: !self.writes_fresh_memory(),
+                // In the first round the destination's page still is as it was built.
+                name_zeros: self.round > 0 || !path.fresh(),
                 clear,
             };
-            let Some(plane) = self.path.plane() else {
-                return Err(Failure::new(Code::TRANSPORT, "no data plane"));
-            };
-            match self.rounds.send(plane, &self.dirty, manner) {
+            match self.rounds.send(path.plane()?, &self.dirty, options) {
                 Ok(sent) => {
                     self.round += 1;
                     self.lane_cpu += sent.cpu;
                     return Ok(sent);
                 }
                 Err(why) => {
-                    self.path.replace(why, retire, self.session, self.monitor, declined)?;
+                    path.replace(why)?;
                     self.judge.start_over();
                     self.fresh_dirty.clear();
                     self.machine.collect_dirty(&mut self.fresh_dirty)?;
@@ -163,13 +206,9 @@ impl<'a> Precopy<'a> {
         }
     }
 
-    /// Whether a zero page need not even be named: the destination's page still is as it was built.
-    fn writes_fresh_memory(&self) -> bool {
-        self.round == 0 && self.path.fresh()
-    }
-
-    fn note(&mut self, dirty: u64, sent: &Sent, remaining: u64, predicted: Duration) {
-        let report = RoundReport {
+    /// Writes a round down.
+    fn note(&mut self, dirty: u64, sent: &Sent, remaining: u64) {
+        self.reports.push(RoundReport {
             round: self.round - 1,
             dirty,
             sent: sent.sent,
@@ -178,14 +217,23 @@ impl<'a> Precopy<'a> {
             elapsed_us: sent.elapsed.as_micros() as u64,
             barrier_us: sent.barrier.as_micros() as u64,
             remaining,
-            predicted_blackout_us: u64::try_from(predicted.as_micros()).unwrap_or(u64::MAX),
-        };
+            predicted_blackout_us: 0,
+        });
         let seconds = sent.elapsed.as_secs_f64().max(1e-6);
         self.monitor.update(|p| {
             p.rate = sent.sent as f64 / seconds;
             p.dirty_rate = remaining as f64 / seconds;
-            p.predicted_blackout_us = report.predicted_blackout_us;
+            p.predicted_blackout_us = 0;
         });
-        self.reports.push(report);
+    }
+
+    /// Adds what was predicted after the round that was written down last, and tells whoever watches.
+    fn predicted(&mut self, blackout: Duration) {
+        let us = u64::try_from(blackout.as_micros()).unwrap_or(u64::MAX);
+        if let Some(report) = self.reports.last_mut() {
+            report.predicted_blackout_us = us;
+        }
+        self.monitor.update(|p| p.predicted_blackout_us = us);
+        self.monitor.notify();
     }
 }

@@ -1,27 +1,28 @@
 //! One round: a set of pages goes through the lanes and every lane confirms it.
 //!
-//! RAM is cut into chunks. Each lane has a thread that takes the next chunk nobody has taken,
-//! marks its pages clean, looks at them and sends what is not zero; so lanes share the scanning
-//! as well as the sending, and a slow lane just takes fewer chunks. They come in the order of their addresses, or
-//! from each part of a region in turn (`SourcePlane::spreads`). A page travels at most once in
-//! a round, and every lane ends the round with a barrier, so that no write of the next round can
-//! overtake one of this.
+//! RAM is cut into chunks. Each lane has a thread that takes the next chunk nobody has taken, marks its pages
+//! clean, looks at them and sends what is not zero; so lanes share the scanning as well as the sending, and a
+//! slow lane just takes fewer chunks. They come in the order of their addresses, or from each part of a
+//! region in turn (`SourcePlane::spreads`). A page travels at most once in a round, and every lane ends the
+//! round with a barrier, so that no write of the next round can overtake one of this.
 //!
 //! **Clear before read.** A page is marked clean *before* its content is looked at. If the guest
 //! writes in between or afterwards, its bit is set again and the page travels in a later round;
 //! the other way round, a write between read and clear would be lost. The same holds for asking
 //! whether a page exists at all.
 
+use crate::cpu::{CpuTime, thread_cpu};
 use crate::dirty::{DirtySet, WORD_PAGES, runs};
 use crate::failure::{Code, Failure};
 use crate::machine::SourceMachine;
 use crate::memory::{Extent, PAGE_SIZE, Ram};
 use crate::monitor::Monitor;
 use crate::priority;
-use crate::report::{CpuTime, thread_cpu};
 use crate::scan;
-use crate::transport::{Lane, SourcePlane};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::transport::{Interrupt, Lane, SourcePlane};
+use crate::unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,7 +32,7 @@ const CHUNK_WORDS: usize = 32;
 
 /// A round of no more than this goes through one lane in the calling thread: in the blackout,
 /// waking threads would cost more than they carry.
-const SINGLE_LANE_BYTES: u64 = 4 << 20;
+const MAX_SINGLE_LANE_BYTES: u64 = 4 << 20;
 
 /// A piece of RAM that one lane takes at a time.
 #[derive(Clone, Copy)]
@@ -41,9 +42,15 @@ struct Chunk {
     words: usize,
 }
 
-/// How a set is to be sent.
+impl Chunk {
+    fn first_page(&self) -> u64 {
+        self.first_word as u64 * WORD_PAGES
+    }
+}
+
+/// How a round is sent.
 #[derive(Clone, Copy)]
-pub(super) struct Manner {
+pub(super) struct RoundOptions {
     /// Number of the round, and of its barrier.
     pub round: u32,
     /// Ask first which pages exist: most of a first round may not.
@@ -78,14 +85,15 @@ pub(super) struct Rounds<'a> {
 }
 
 /// What the lanes of one round share.
-struct Shared<'a> {
+struct Round<'a> {
     rounds: &'a Rounds<'a>,
     chunks: &'a [Chunk],
     set: &'a DirtySet,
-    manner: Manner,
+    options: RoundOptions,
     next: AtomicUsize,
-    /// A lane has failed: the others need not go on.
-    stop: AtomicBool,
+    /// What the first lane to fail met. The others need not go on.
+    failure: OnceLock<Failure>,
+    interrupter: Arc<dyn Interrupt>,
 }
 
 impl<'a> Rounds<'a> {
@@ -116,85 +124,30 @@ impl<'a> Rounds<'a> {
         &self,
         plane: &mut dyn SourcePlane,
         set: &DirtySet,
-        manner: Manner,
+        options: RoundOptions,
     ) -> Result<Sent, Failure> {
         let began = Instant::now();
         let bytes = set.bytes();
-        self.monitor.round_begins(manner.round, bytes);
-        let interrupter = plane.interrupter();
-        let chunks = if plane.spreads() { &self.spread } else { &self.chunks };
-        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let shared = Shared { rounds: self, chunks, set, manner, next, stop };
-        let lanes = plane.lanes();
-        if lanes.is_empty() {
-            return Err(Failure::new(Code::TRANSPORT, "the data plane has no lanes"));
-        }
-        let small = bytes <= SINGLE_LANE_BYTES;
-        let wanted = if small { 1 } else { lanes.len() };
-        // Marking pages clean is for a guest that runs. No lane is then driven by the calling thread, which is to switch
-        // over later and must not stand back.
-        let stands_back = manner.clear && !small;
-        let first_other = if stands_back { 0 } else { 1 };
-        let (mine, others) = lanes[..wanted].split_at_mut(first_other);
-        let drive = |lane: &mut dyn Lane| {
-            let result = shared.drive(lane);
-            if result.is_err() && !shared.stop.swap(true, Ordering::AcqRel) {
-                interrupter.interrupt();
-                return result.map_err(|failure| (true, failure));
-            }
-            result.map_err(|failure| (false, failure))
+        self.monitor.round_begins(options.round, bytes);
+        let round = Round {
+            rounds: self,
+            chunks: if plane.spreads() { &self.spread } else { &self.chunks },
+            set,
+            options,
+            next: AtomicUsize::new(0),
+            failure: OnceLock::new(),
+            interrupter: plane.interrupter(),
         };
-        let results = thread::scope(|scope| {
-            let threads: Vec<_> = others
-                .iter_mut()
-                .enumerate()
-                .map(|(index, lane)| {
-                    thread::Builder::new().name(format!("lane-{}", first_other + index)).spawn_scoped(
-                        scope,
-                        || {
-                            if stands_back {
-                                priority::stand_back();
-                            }
-                            let mut sent = drive(lane.as_mut())?;
-                            sent.cpu = thread_cpu();
-                            Ok(sent)
-                        },
-                    )
-                })
-                .collect();
-            let mut results: Vec<_> = mine.iter_mut().map(|lane| drive(lane.as_mut())).collect();
-            results.extend(threads.into_iter().map(
-                |spawned| match spawned.map(thread::ScopedJoinHandle::join) {
-                    Ok(Ok(result)) => result,
-                    Ok(Err(_)) => Err((true, Failure::new(Code::OTHER, "a lane's thread panicked"))),
-                    Err(e) => {
-                        Err((true, Failure::new(Code::OTHER, format_args!("cannot start a thread: {e}"))))
-                    }
-                },
-            ));
-            results
-        });
-        let mut total = Sent::default();
-        let mut failure: Option<(bool, Failure)> = None;
-        for result in results {
-            match result {
-                Ok(sent) => total.add(&sent),
-                // What the first lane to fail met is the cause; the others were interrupted.
-                Err(this) if failure.as_ref().is_none_or(|(first, _)| this.0 && !first) => {
-                    failure = Some(this)
-                }
-                Err(_) => {}
-            }
+        let sent = round.send(plane.lanes(), bytes <= MAX_SINGLE_LANE_BYTES);
+        match round.failure.into_inner() {
+            None => Ok(Sent { elapsed: began.elapsed(), ..sent }),
+            Some(_) if self.monitor.cancelled() => Err(cancelled()),
+            Some(failure) => Err(failure),
         }
-        if let Some((_, failure)) = failure {
-            return Err(if self.monitor.cancelled() { cancelled() } else { failure });
-        }
-        total.elapsed = began.elapsed();
-        Ok(total)
     }
 }
 
-fn cancelled() -> Failure {
+pub(super) fn cancelled() -> Failure {
     Failure::new(Code::CANCELLED, "cancelled")
 }
 
@@ -208,27 +161,81 @@ impl Sent {
     }
 }
 
-impl Shared<'_> {
-    /// One lane's part of the round.
-    fn drive(&self, lane: &mut dyn Lane) -> Result<Sent, Failure> {
+impl Round<'_> {
+    /// Drives `lanes`, or only the first of them for a `small` set. What fails is noted.
+    fn send(&self, lanes: &mut [Box<dyn Lane>], small: bool) -> Sent {
+        let wanted = if small { lanes.len().min(1) } else { lanes.len() };
+        if wanted == 0 {
+            self.fail(Failure::new(Code::TRANSPORT, "the data plane has no lanes"));
+        }
+        // Marking pages clean is for a guest that runs. No lane is then driven by the calling thread, which
+        // is to switch over later and must not have its priority lowered.
+        let guest_first = self.options.clear && !small;
+        let (mine, others) = lanes[..wanted].split_at_mut(if guest_first { 0 } else { wanted.min(1) });
+        let mut total = Sent::default();
+        thread::scope(|scope| {
+            let mut threads = Vec::with_capacity(others.len());
+            for (index, lane) in (mine.len()..).zip(others) {
+                let work = move || self.drive_thread(lane.as_mut(), guest_first);
+                match thread::Builder::new().name(format!("lane-{index}")).spawn_scoped(scope, work) {
+                    Ok(thread) => threads.push(thread),
+                    Err(e) => {
+                        self.fail(Failure::new(Code::OTHER, format_args!("cannot start a thread: {e}")))
+                    }
+                }
+            }
+            mine.iter_mut().for_each(|lane| total.add(&self.drive(lane.as_mut())));
+            // A lane's panic has become its failure already.
+            threads.into_iter().for_each(|thread| total.add(&thread.join().unwrap_or_default()));
+        });
+        total
+    }
+
+    /// One lane's part of the round in a thread of its own.
+    fn drive_thread(&self, lane: &mut dyn Lane, guest_first: bool) -> Sent {
+        if guest_first {
+            priority::lower();
+        }
+        let sent = self.drive(lane);
+        Sent { cpu: thread_cpu(), ..sent }
+    }
+
+    /// One lane's part of the round. If it fails, the others are stopped.
+    fn drive(&self, lane: &mut dyn Lane) -> Sent {
+        unwind::catch("lane", || self.work(lane)).unwrap_or_else(|failure| {
+            self.fail(failure);
+            Sent::default()
+        })
+    }
+
+    /// Notes a failure. The first one is the cause; the others only met its consequences.
+    fn fail(&self, failure: Failure) {
+        if self.failure.set(failure).is_ok() {
+            self.interrupter.interrupt();
+        }
+    }
+
+    /// Takes chunks until there are no more, and waits until what they held is confirmed.
+    fn work(&self, lane: &mut dyn Lane) -> Result<Sent, Failure> {
         let mut sent = Sent::default();
         let mut scratch = Scratch::default();
         while let Some(chunk) = self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             if self.rounds.monitor.cancelled() {
                 return Err(cancelled());
             }
-            if self.stop.load(Ordering::Relaxed) {
-                return Err(Failure::new(Code::TRANSPORT, "another lane failed"));
+            if self.failure.get().is_some() {
+                return Ok(sent);
             }
             self.chunk(lane, *chunk, &mut scratch, &mut sent)?;
         }
         let posted = Instant::now();
-        lane.post_barrier(self.manner.round)?;
-        lane.wait_barrier(self.manner.round)?;
+        lane.post_barrier(self.options.round)?;
+        lane.wait_barrier(self.options.round)?;
         sent.barrier = posted.elapsed();
         Ok(sent)
     }
 
+    /// Sends what of one chunk is in the set.
     fn chunk(
         &self,
         lane: &mut dyn Lane,
@@ -241,13 +248,30 @@ impl Shared<'_> {
         if pages == 0 {
             return Ok(());
         }
-        let first_page = chunk.first_word as u64 * WORD_PAGES;
-        if self.manner.clear {
-            self.rounds.machine.clear_dirty(chunk.region, first_page, words)?;
+        if self.options.clear {
+            self.rounds.machine.clear_dirty(chunk.region, chunk.first_page(), words)?;
         }
         scratch.clear();
+        self.look(chunk, words, scratch);
+        if !scratch.data.is_empty() {
+            lane.write(&scratch.data)?;
+        }
+        if self.options.name_zeros && !scratch.zeros.is_empty() {
+            lane.zero(&scratch.zeros)?;
+        }
+        let total = |extents: &[Extent]| extents.iter().map(|e| e.len).sum::<u64>();
+        let (data, zeros) = (total(&scratch.data), total(&scratch.zeros));
+        sent.sent += data;
+        sent.zero += zeros;
+        sent.untouched += pages * PAGE_SIZE - data - zeros;
+        self.rounds.monitor.chunk(pages * PAGE_SIZE, data, zeros);
+        Ok(())
+    }
+
+    /// Finds out which pages of `words` exist, if that is to be asked, and which of them hold only zeros.
+    fn look(&self, chunk: Chunk, words: &[u64], scratch: &mut Scratch) {
         let region = &self.rounds.ram.regions()[chunk.region];
-        for (first, run) in runs(words, first_page) {
+        for (first, run) in runs(words, chunk.first_page()) {
             let mut look = |first, pages| {
                 for page in first..first + pages {
                     let address = region.address().wrapping_add((page * PAGE_SIZE) as usize);
@@ -258,25 +282,12 @@ impl Shared<'_> {
                     scratch.push(chunk.region, page, zero);
                 }
             };
-            if self.manner.sparse {
+            if self.options.sparse {
                 scan::existing(region, first, run, look);
             } else {
                 look(first, run);
             }
         }
-        if !scratch.data.is_empty() {
-            lane.write(&scratch.data)?;
-        }
-        if self.manner.name_zeros && !scratch.zeros.is_empty() {
-            lane.zero(&scratch.zeros)?;
-        }
-        let total = |extents: &[Extent]| extents.iter().map(|e| e.len).sum::<u64>();
-        let (data, zeros) = (total(&scratch.data), total(&scratch.zeros));
-        sent.sent += data;
-        sent.zero += zeros;
-        sent.untouched += pages * PAGE_SIZE - data - zeros;
-        self.rounds.monitor.chunk(pages * PAGE_SIZE, data, zeros);
-        Ok(())
     }
 }
 
@@ -301,5 +312,169 @@ impl Scratch {
             Some(last) if last.offset + last.len == offset => last.len += PAGE_SIZE,
             _ => extents.push(Extent { region, offset, len: PAGE_SIZE }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::bed;
+    use crate::transport::{LaneStats, PlaneError};
+    use std::sync::{Condvar, Mutex};
+
+    struct Machine(Arc<Ram>);
+
+    impl SourceMachine for Machine {
+        fn ram(&self) -> Arc<Ram> {
+            self.0.clone()
+        }
+
+        fn describe(&self) -> Result<Vec<u8>, Failure> {
+            Ok(Vec::new())
+        }
+
+        fn start_tracking(&self) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn stop_tracking(&self) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn collect_dirty(&self, _: &mut DirtySet) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn clear_dirty(&self, _: usize, _: u64, _: &[u64]) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn pause(&self) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn resume(&self) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn save(&self) -> Result<Vec<u8>, Failure> {
+            Ok(Vec::new())
+        }
+    }
+
+    /// Whether the plane was interrupted, and a way to wait for it.
+    #[derive(Default)]
+    struct Switch(Mutex<bool>, Condvar);
+
+    impl Interrupt for Switch {
+        fn interrupt(&self) {
+            *self.0.lock().unwrap() = true;
+            self.1.notify_all();
+        }
+    }
+
+    /// Lanes of which the last breaks at its barrier, once the others wait for theirs.
+    struct Plane {
+        lanes: Vec<Box<dyn Lane>>,
+        interrupted: Arc<Switch>,
+    }
+
+    impl Plane {
+        fn new(lanes: usize, panics: bool) -> Plane {
+            let (interrupted, waiting) = (Arc::<Switch>::default(), Arc::<AtomicUsize>::default());
+            let lane = |index| TestLane {
+                breaks: index == lanes - 1,
+                panics,
+                others: lanes - 1,
+                waiting: Arc::clone(&waiting),
+                interrupted: Arc::clone(&interrupted),
+            };
+            Plane {
+                lanes: (0..lanes).map(|index| Box::new(lane(index)) as Box<dyn Lane>).collect(),
+                interrupted,
+            }
+        }
+    }
+
+    impl SourcePlane for Plane {
+        fn name(&self) -> &'static str {
+            "test"
+        }
+
+        fn lanes(&mut self) -> &mut Vec<Box<dyn Lane>> {
+            &mut self.lanes
+        }
+
+        fn interrupter(&self) -> Arc<dyn Interrupt> {
+            self.interrupted.clone()
+        }
+    }
+
+    struct TestLane {
+        breaks: bool,
+        panics: bool,
+        others: usize,
+        waiting: Arc<AtomicUsize>,
+        interrupted: Arc<Switch>,
+    }
+
+    impl Lane for TestLane {
+        fn write(&mut self, _: &[Extent]) -> Result<(), PlaneError> {
+            Ok(())
+        }
+
+        fn zero(&mut self, _: &[Extent]) -> Result<(), PlaneError> {
+            Ok(())
+        }
+
+        fn post_barrier(&mut self, _: u32) -> Result<(), PlaneError> {
+            Ok(())
+        }
+
+        fn wait_barrier(&mut self, _: u32) -> Result<(), PlaneError> {
+            if self.breaks {
+                while self.waiting.load(Ordering::SeqCst) < self.others {
+                    thread::yield_now();
+                }
+                assert!(!self.panics, "on purpose");
+                return Err(PlaneError::Protocol("the cause".into()));
+            }
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            let interrupted = self.interrupted.0.lock().unwrap();
+            drop(self.interrupted.1.wait_while(interrupted, |interrupted| !*interrupted).unwrap());
+            Err(PlaneError::Interrupted)
+        }
+
+        fn stats(&self) -> LaneStats {
+            LaneStats::default()
+        }
+    }
+
+    /// What a round of all memory over `plane` says.
+    fn round(mut plane: Plane) -> Result<Sent, Failure> {
+        let (machine, monitor) = (Machine(bed::ram()), Monitor::default());
+        let ram = machine.ram();
+        let mut set = DirtySet::empty(&ram);
+        set.fill();
+        let options = RoundOptions { round: 0, sparse: true, name_zeros: false, clear: true };
+        Rounds::new(&machine, &ram, &monitor).send(&mut plane, &set, options)
+    }
+
+    #[test]
+    fn the_first_failure_is_the_cause_and_ends_what_the_other_lanes_wait_for() {
+        let why = round(Plane::new(4, false)).err().expect("a failure");
+        assert!(why.message.contains("the cause"), "{why}");
+    }
+
+    #[test]
+    fn a_lane_that_panics_ends_what_the_other_lanes_wait_for() {
+        let why = round(Plane::new(4, true)).err().expect("a failure");
+        assert!(why.message.contains("on purpose"), "{why}");
+    }
+
+    #[test]
+    fn a_plane_without_lanes_is_a_failure() {
+        let empty = Plane { lanes: Vec::new(), interrupted: Arc::default() };
+        assert_eq!(round(empty).err().expect("a failure").code, Code::TRANSPORT);
     }
 }

@@ -13,10 +13,9 @@ use whimbrel_migration::dirty::DirtySet;
 use whimbrel_migration::link::ControlLink;
 use whimbrel_migration::machine::{Arbiter, DestinationHost, DestinationMachine, SourceMachine};
 use whimbrel_migration::memory::{PAGE_SIZE, Ram, RegionLayout};
-use whimbrel_migration::monitor::Monitor;
 use whimbrel_migration::report::Report;
-use whimbrel_migration::source::{self, Options};
-use whimbrel_migration::transport::{SourceTransport, Token};
+use whimbrel_migration::source;
+use whimbrel_migration::transport::Token;
 use whimbrel_migration::{Failure, scan};
 
 /// Two regions, neither a multiple of 64 pages.
@@ -288,10 +287,12 @@ pub fn move_over<R: Send>(
         let token = Token::random().unwrap();
         let link = connect_control(&address.to_string(), token, PATIENCE).unwrap();
         let mut link = wrap(Box::new(link));
-        let transports: Vec<Box<dyn SourceTransport>> = vec![Box::new(TcpSource::new(address, 2))];
-        let options = Options { compare_memory: true, ..Options::default() };
-        let report =
-            source::migrate(source, &mut *link, token, transports, "test", &options, &Monitor::default());
+        let transport = TcpSource::new(address, 2);
+        let report = source::Migration::new(source, &mut *link)
+            .transport(transport)
+            .software("test")
+            .compare_memory(true)
+            .run();
         // Whoever waits for more learns that there is none.
         drop(link);
         (report, destination.join().unwrap())

@@ -37,9 +37,9 @@ impl Honest {
     fn new(to: IpAddr) -> Honest {
         let options = Options { lanes: 1, ..Options::default() };
         let shadow = ram();
-        let there = Session { token: Token::random().unwrap(), ram: Arc::clone(&shadow), timeout: PATIENCE };
+        let there = Session::new(Token::random().unwrap(), Arc::clone(&shadow), PATIENCE);
         let (offer, destination) = RdmaDestination::new(to, options.clone()).serve(&there).unwrap();
-        let session = Session { ram: ram(), ..there };
+        let session = Session::new(there.token, ram(), PATIENCE);
         scramble(&session.ram, &extent(0, 0, 64), &mut fastrand::Rng::with_seed(1));
         let mut plane = connect::connect(&session, &offer, &options).unwrap();
         let lane = &mut plane.lanes()[0];
@@ -221,7 +221,7 @@ fn held_resources() -> Vec<String> {
 #[ignore = "needs RDMA devices: ci/rdma runs it in the lab"]
 fn a_refused_connection_leaves_nothing_behind() {
     let honest = Honest::new(device());
-    let stranger = Session { token: Token::random().unwrap(), ..honest.session.clone() };
+    let stranger = Session::new(Token::random().unwrap(), honest.session.ram.clone(), PATIENCE);
     let refused = || {
         let Err(error) = connect::connect(&stranger, &honest.offer, &Options::default()) else {
             panic!("a stranger was let in");

@@ -18,7 +18,7 @@ use crate::halt::HaltReason;
 use crate::options::Options;
 use crate::queue::QueuePair;
 use crate::receives::ReceiveQueue;
-use migration::report::CpuTime;
+use migration::cpu::CpuTime;
 use migration::transport::{Interrupt, Lane, PlaneError, Session, SourcePlane, SourceTransport};
 use registry::Registry;
 use std::sync::{Arc, Weak};

@@ -1,14 +1,11 @@
 //! Something to move, and both sides of a move.
 
 use self::cache::{Cache, CacheHost};
-use migration::Failure;
-use migration::destination::Migration;
 use migration::link::ControlLink;
 use migration::machine::SourceMachine;
-use migration::monitor::Monitor;
 use migration::report::Verdict;
-use migration::source;
 use migration::transport::{DestinationTransport, SourceTransport};
+use migration::{Failure, destination, source};
 
 #[allow(dead_code)] // its own `main`, for one
 #[path = "../../examples/cache.rs"]
@@ -26,10 +23,7 @@ pub fn send(
     transport: impl SourceTransport + 'static,
     lanes: usize,
 ) {
-    let token = link.token();
-    let transports: Vec<Box<dyn SourceTransport>> = vec![Box::new(transport)];
-    let options = source::Options::default();
-    let report = source::migrate(cache, link, token, transports, "test", &options, &Monitor::default());
+    let report = source::Migration::new(cache, link).transport(transport).run();
     assert_eq!((report.verdict, report.failure), (Verdict::Moved, None));
     assert_eq!(report.lanes.len(), lanes);
 }
@@ -39,7 +33,7 @@ pub fn receive(
     link: &mut dyn ControlLink,
     transport: impl DestinationTransport + 'static,
 ) -> Result<Cache, Failure> {
-    Ok(Migration::new(&mut CacheHost, link).transport(transport).run()?.conclude())
+    Ok(destination::Migration::new(&mut CacheHost, link).transport(transport).run()?.conclude())
 }
 
 /// Checks that `twin`, which goes on, has all that the cache had when it was moved.

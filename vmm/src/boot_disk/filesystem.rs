@@ -1,19 +1,25 @@
-//! Files of an ext2, ext3 or ext4 file system in an image, read by `ext4-view`, which also looks into a journal that was
-//! not played back.
+//! Files of an ext2, ext3 or ext4 file system in an image, read by `ext4-view`, which also looks into a
+//! journal that was not played back.
 
 use super::partitions::Volume;
-use crate::virtio::block::Image;
+use super::u32_at;
+use crate::virtio::block::DiskImage;
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
 use std::rc::Rc;
 
+/// Where a volume has its superblock.
 const SUPERBLOCK: u64 = 1024;
-const MAGIC: u16 = 0xef53;
+/// Where the superblock has the magic number.
+const MAGIC_AT: usize = 56;
+/// The magic number of ext2, ext3 and ext4, and where a volume has it.
+pub const MAGIC: u16 = 0xef53;
+pub const MAGIC_OFFSET: u64 = SUPERBLOCK + MAGIC_AT as u64;
 /// Block sizes up to 64 KiB, which is the most that Linux mounts anywhere; as the exponent over 1024.
-const MOST_BLOCK_EXPONENT: u32 = 6;
+const MAX_BLOCK_EXPONENT: u32 = 6;
 /// Most groups of blocks, whose descriptors are kept in memory: 128 TiB of the usual 128 MiB each.
-const MOST_GROUPS: u64 = 1 << 20;
+const MAX_GROUPS: u64 = 1 << 20;
 /// Most bytes read in all. A file system in circles could keep its reader busy for ever.
-const MOST_READ: u64 = 8 << 30;
+const MAX_READ: u64 = 8 << 30;
 /// Bytes of a file read at a time.
 const PIECE: usize = 1 << 20;
 
@@ -36,14 +42,14 @@ pub struct RootFileSystem {
 }
 
 impl RootFileSystem {
-    /// The one in `volume`; `None` if there is no file system of this kind, or it is not a root: one for `/boot` alone
-    /// does not say where the rest of the system is.
+    /// The one in `volume`; `None` if there is no file system of this kind, or it is not a root: one for
+    /// `/boot` alone does not say where the rest of the system is.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn open(image: &Rc<Image>, volume: &Volume) -> Result<Option<Self>, String> {
+    pub fn open(image: &Rc<DiskImage>, volume: &Volume) -> Result<Option<Self>, String> {
         let mut source =
-            Source { image: Rc::clone(image), start: volume.start, len: volume.len, left: MOST_READ };
+            Source { image: Rc::clone(image), start: volume.start, len: volume.len, left: MAX_READ };
         if !plausible(&mut source)? {
             return Ok(None);
         }
@@ -96,20 +102,20 @@ fn plausible(source: &mut Source) -> Result<bool, String> {
     }
     let mut superblock = [0; 1024];
     source.read(SUPERBLOCK, &mut superblock).map_err(|e| e.to_string())?;
-    let u32_at = |at: usize| superblock[at..at + 4].iter().rev().fold(0, |n: u32, b| n << 8 | u32::from(*b));
-    if u32_at(56) as u16 != MAGIC {
+    let u32_at = |at| u32_at(&superblock, at);
+    if u32_at(MAGIC_AT) as u16 != MAGIC {
         return Ok(false);
     }
     let (exponent, group) = (u32_at(24), u64::from(u32_at(32)));
     let has_64_bits = u32_at(96) & 0x80 != 0;
     let blocks = u64::from(u32_at(4)) | if has_64_bits { u64::from(u32_at(0x150)) << 32 } else { 0 };
-    if exponent > MOST_BLOCK_EXPONENT {
+    if exponent > MAX_BLOCK_EXPONENT {
         return Err(format!("blocks of 2^{} bytes", u64::from(exponent) + 10));
     }
     if blocks > source.len >> (exponent + 10) {
         return Err("a file system that is larger than the disk or partition".into());
     }
-    if group == 0 || blocks.div_ceil(group) > MOST_GROUPS {
+    if group == 0 || blocks.div_ceil(group) > MAX_GROUPS {
         return Err(format!("{blocks} blocks in groups of {group}"));
     }
     Ok(true)
@@ -117,7 +123,7 @@ fn plausible(source: &mut Source) -> Result<bool, String> {
 
 /// A volume as the file system's reader wants it.
 struct Source {
-    image: Rc<Image>,
+    image: Rc<DiskImage>,
     start: u64,
     len: u64,
     left: u64,

@@ -1,19 +1,19 @@
 //! Booting a disk that has its own kernel: what a boot loader would do, done from outside.
 //!
-//! The kernel and its initramfs are read from the root file system, ext2 to ext4, where distributions keep a link to
-//! the newest ones; the file system is the whole disk or a partition. The kernel is told which one it came from in a
-//! way that does not depend on the order of disks.
+//! The kernel and its initramfs are read from the root file system, ext2 to ext4, where distributions keep a
+//! link to the newest ones; the file system is the whole disk or a partition. The kernel is told which one it
+//! came from in a way that does not depend on the order of disks.
 //!
-//! The image is under its lock while it is read, and is not written to. Its content is the guest's, and the guest is
-//! not trusted: what it says of sizes is checked before anything is allocated.
+//! The image is under its lock while it is read, and is not written to. Its content is the guest's, and the
+//! guest is not trusted: what it says of sizes is checked before anything is allocated.
 
 mod filesystem;
 mod partitions;
 #[cfg(test)]
 mod tests;
 
-use crate::loader::{Boot, Image as Binary};
-use crate::virtio::block::{self, BlockConfig, Image};
+use crate::loader::{Boot, Image};
+use crate::virtio::block::{self, BlockConfig, DiskImage};
 use filesystem::RootFileSystem;
 use partitions::Volume;
 use std::path::{Path, PathBuf};
@@ -22,9 +22,9 @@ use std::rc::Rc;
 /// Where distributions link to the kernel to boot, and to the initramfs that belongs to it.
 const PLACES: [(&str, &str); 2] = [("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz", "/boot/initrd.img")];
 /// Largest kernel that is read, in bytes.
-const MOST_KERNEL: u64 = 256 << 20;
+const MAX_KERNEL: u64 = 256 << 20;
 /// Largest initramfs that is read, in bytes.
-const MOST_INITRAMFS: u64 = 1 << 30;
+const MAX_INITRAMFS: u64 = 1 << 30;
 
 /// Why a disk cannot be booted from.
 #[derive(Debug, thiserror::Error)]
@@ -82,15 +82,16 @@ pub enum Error {
     },
 }
 
-/// Reads the kernel and initramfs of the first file system of `disk` that has a kernel. Its command line names that file
-/// system as the root, followed by `cmdline`. `index` is the disk's place among the guest's disks, from 0.
+/// Reads the kernel and initramfs of the first file system of `disk` that has a kernel. Its command line
+/// names that file system as the root, followed by `cmdline`. `index` is the disk's place among the guest's
+/// disks, from 0.
 ///
 /// # Errors
 /// [`Error`], also if a machine holds the image's lock.
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
     let path = disk.path.as_path();
-    let image = Rc::new(Image::open(&BlockConfig { readonly: true, ..disk.clone() })?);
-    image.take()?;
+    let image = Rc::new(DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() })?);
+    image.take_lock()?;
     let volumes =
         partitions::volumes(&image).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
     let mut looked = Vec::new();
@@ -119,12 +120,12 @@ fn boot(
     cmdline: &str,
 ) -> Result<Option<Boot>, Error> {
     for (kernel, initramfs) in PLACES {
-        let Some(kernel) = file(path, root, kernel, MOST_KERNEL)? else { continue };
-        let initramfs = file(path, root, initramfs, MOST_INITRAMFS)?;
+        let Some(kernel) = file(path, root, kernel, MAX_KERNEL)? else { continue };
+        let initramfs = file(path, root, initramfs, MAX_INITRAMFS)?;
         let device = root_device(volume, root.uuid(), index, initramfs.is_some());
         return Ok(Some(Boot {
-            kernel: Binary::Bytes(kernel.into()),
-            initramfs: initramfs.map(|bytes| Binary::Bytes(bytes.into())),
+            kernel: Image::Bytes(kernel.into()),
+            initramfs: initramfs.map(|bytes| Image::Bytes(bytes.into())),
             cmdline: format!("root={device} ro {cmdline}").trim_end().to_owned(),
         }));
     }
@@ -139,8 +140,8 @@ fn file(path: &Path, root: &RootFileSystem, file: &'static str, most: u64) -> Re
     })
 }
 
-/// The root file system as the kernel command line names it. The kernel itself knows partitions by their identity, but
-/// not file systems by theirs: that takes an initramfs.
+/// The root file system as the kernel command line names it. The kernel itself knows partitions by their
+/// identity, but not file systems by theirs: that takes an initramfs.
 fn root_device(volume: &Volume, uuid: &str, index: usize, initramfs: bool) -> String {
     match (&volume.identity, initramfs) {
         (Some(identity), _) => format!("PARTUUID={identity}"),
@@ -153,4 +154,12 @@ fn root_device(volume: &Volume, uuid: &str, index: usize, initramfs: bool) -> St
 fn letters(index: usize) -> String {
     let last = char::from(b'a' + (index % 26) as u8);
     if index < 26 { last.into() } else { letters(index / 26 - 1) + &last.to_string() }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..at + 4].iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }

@@ -1,19 +1,18 @@
 //! Where a disk's file systems may be: the whole disk, or the partitions of a GPT or an MBR.
 //!
-//! The published readers of partition tables reserve memory for as many entries as the disk announces; this one reads
-//! tables that an untrusted guest wrote, so it announces limits instead. What it takes for a partition is checked again
-//! by the guest's own kernel, checksums included.
+//! The published readers of partition tables reserve memory for as many entries as the disk announces; this
+//! one reads tables that an untrusted guest wrote, so it announces limits instead. What it takes for a
+//! partition is checked again by the guest's own kernel, checksums included.
 
-use crate::virtio::block::Image;
+use super::{filesystem, u32_at, u64_at};
+use crate::virtio::block::DiskImage;
 use std::fmt;
 use std::io;
 
 /// Most entries of a GPT that are looked at. 128 is usual.
-const MOST_ENTRIES: u32 = 1024;
+const MAX_ENTRIES: u32 = 1024;
 /// Sizes that an entry of a GPT may have, in bytes. 128 is usual.
 const ENTRY_SIZES: std::ops::RangeInclusive<u32> = 128..=4096;
-/// Where ext2, ext3 and ext4 have their magic number.
-const EXT_MAGIC: (u64, [u8; 2]) = (1024 + 56, [0x53, 0xef]);
 /// Types of MBR partitions that hold further tables.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 
@@ -43,7 +42,7 @@ impl fmt::Display for Volume {
 ///
 /// # Errors
 /// What the system says.
-pub fn volumes(image: &Image) -> io::Result<Vec<Volume>> {
+pub fn volumes(image: &DiskImage) -> io::Result<Vec<Volume>> {
     let geometry = image.geometry();
     let unit = u64::from(geometry.unit);
     let whole = Volume { number: 0, start: 0, len: geometry.len, identity: None };
@@ -59,8 +58,8 @@ pub fn volumes(image: &Image) -> io::Result<Vec<Volume>> {
         return gpt(image, &header);
     }
     let mut magic = [0; 2];
-    image.read_exact_at(EXT_MAGIC.0, &mut magic)?;
-    if magic != EXT_MAGIC.1 && first[510..] == [0x55, 0xaa] {
+    image.read_exact_at(filesystem::MAGIC_OFFSET, &mut magic)?;
+    if u16::from_le_bytes(magic) != filesystem::MAGIC && first[510..] == [0x55, 0xaa] {
         return Ok(mbr(&first, geometry.len, unit));
     }
     Ok(vec![whole])
@@ -73,10 +72,10 @@ fn volume(number: u32, start: Option<u64>, len: Option<u64>, disk: u64, identity
     fits.then_some(Volume { number, start, len, identity: Some(identity) })
 }
 
-fn gpt(image: &Image, header: &[u8; 512]) -> io::Result<Vec<Volume>> {
+fn gpt(image: &DiskImage, header: &[u8; 512]) -> io::Result<Vec<Volume>> {
     let geometry = image.geometry();
     let unit = u64::from(geometry.unit);
-    let (entries, size) = (u32_at(header, 80).min(MOST_ENTRIES), u32_at(header, 84));
+    let (entries, size) = (u32_at(header, 80).min(MAX_ENTRIES), u32_at(header, 84));
     let table = u64_at(header, 72).checked_mul(unit).filter(|_| ENTRY_SIZES.contains(&size));
     let len = u64::from(entries) * u64::from(size);
     let table = table.filter(|start| start.checked_add(len).is_some_and(|end| end <= geometry.len));
@@ -120,12 +119,4 @@ fn guid(b: &[u8]) -> String {
         hex(&mut b[10..16].iter()),
     ]
     .join("-")
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes[at..at + 4].iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }

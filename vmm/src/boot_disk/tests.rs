@@ -1,7 +1,7 @@
 //! Images made by the programs that make real ones: `mkfs.ext4` and `sfdisk`.
 
 use super::*;
-use crate::loader::Image as Binary;
+use crate::loader::Image;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, symlink};
@@ -72,7 +72,7 @@ impl Disk {
         File::create(&path).unwrap().set_len(len).unwrap();
         // With direct I/O where the folder has it.
         let config = BlockConfig::new(path);
-        let cached = matches!(Image::open(&config), Err(block::Error::NoDirectIo { .. }));
+        let cached = matches!(DiskImage::open(&config), Err(block::Error::NoDirectIo { .. }));
         Disk { _folder: folder, config: BlockConfig { cached, ..config } }
     }
 
@@ -113,10 +113,10 @@ fn content(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at / 4096 * 7 + at) as u8).collect()
 }
 
-fn bytes(image: &Binary) -> &[u8] {
+fn bytes(image: &Image) -> &[u8] {
     match image {
-        Binary::Bytes(bytes) => bytes,
-        Binary::File(path) => panic!("{}", path.display()),
+        Image::Bytes(bytes) => bytes,
+        Image::File(path) => panic!("{}", path.display()),
     }
 }
 
@@ -174,14 +174,14 @@ fn what_cannot_be_booted_is_said() {
 #[test]
 fn a_disk_in_use_is_not_read() {
     let disk = Root::debian(b"kernel", b"initramfs").image("ext4", None);
-    let owner = Image::open(&disk.config).unwrap();
-    owner.take().unwrap();
+    let owner = DiskImage::open(&disk.config).unwrap();
+    owner.take_lock().unwrap();
     let refused = disk.refused();
     assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
-    owner.release().unwrap();
+    owner.release_lock().unwrap();
     disk.boot().unwrap();
     // And the lock is free again.
-    owner.take().unwrap();
+    owner.take_lock().unwrap();
 }
 
 #[test]

@@ -145,14 +145,14 @@ impl Machine {
 
     /// Lets the guest run, for the first time or again.
     ///
-    /// Whoever runs a guest owns its disks: they are taken here if they are not ours yet.
+    /// Whoever runs a guest holds the locks of its disks: they are taken here unless they are held already.
     ///
     /// # Errors
     /// [`Error::Ended`] if the guest has ended, [`Error::Stopped`] after [`stop`](Self::stop),
     /// [`Error::Disk`] if somebody else has a disk.
     pub fn resume(&self) -> Result<(), Error> {
         let interrupted = lock(&self.interrupted);
-        self.shared.devices.take_storage()?;
+        self.shared.devices.take_disk_locks()?;
         if *interrupted && !self.is_running() {
             for vcpu in &self.shared.vcpus {
                 // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
@@ -183,8 +183,9 @@ impl Machine {
         });
     }
 
-    /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no
-    /// request is in flight, and RAM no longer changes. Pausing a paused machine, or one whose guest has ended, changes nothing.
+    /// Stops all vCPUs and devices. When it returns, no vCPU runs, no device access is half done, no request
+    /// is in flight, and RAM no longer changes. Pausing a paused machine, or one whose guest has ended,
+    /// changes nothing.
     ///
     /// # Errors
     /// [`Error::Stopped`] after [`stop`](Self::stop).
@@ -225,8 +226,9 @@ impl Machine {
         self.shared.control.stop();
     }
 
-    /// Waits until whoever reads the guest's serial port and consoles has all that it wrote, for at most `patience`
-    /// each. Returns how many bytes were dropped since the machine was built, as they did not keep up.
+    /// Waits until whoever reads the guest's serial port and consoles has all that it wrote, for at most
+    /// `patience` each. Returns how many bytes were dropped since the machine was built, as they did not keep
+    /// up.
     pub fn drain_output(&self, patience: Duration) -> u64 {
         let devices = &self.shared.devices;
         let consoles = devices.virtio().iter().filter_map(|function| function.device().output());
@@ -239,28 +241,29 @@ impl Machine {
             .sum()
     }
 
-    /// Takes all disks, or none that was not ours before.
+    /// Takes the locks of all disks. If it fails, the machine holds those that it held before and no others.
     ///
     /// # Errors
-    /// [`Error::Disk`] if somebody else has one.
-    pub fn take_disks(&self) -> Result<(), Error> {
-        self.shared.devices.take_storage()
+    /// [`Error::Disk`] if somebody else holds one of the locks, or has used the disk since it was released
+    /// here.
+    pub fn take_disk_locks(&self) -> Result<(), Error> {
+        self.shared.devices.take_disk_locks()
     }
 
-    /// Flushes all disks and gives them up: from here on the guest may run elsewhere. If it comes back, the
-    /// network is told where it is.
+    /// Flushes all disks and releases their locks: from here on the guest may run elsewhere. If it comes
+    /// back, the network is told where it is.
     ///
     /// # Errors
     /// [`Error::Disk`], [`Error::NotPaused`].
-    pub fn release_disks(&self) -> Result<(), Error> {
+    pub fn release_disk_locks(&self) -> Result<(), Error> {
         let _guard = self.guard_paused()?;
         self.given_up.store(true, Ordering::Relaxed);
-        self.shared.devices.release_storage()
+        self.shared.devices.release_disk_locks()
     }
 
-    /// Whether it writes to disks that can decide which of two hosts owns the guest.
-    pub fn has_arbiter(&self) -> bool {
-        self.shared.devices.has_arbiter()
+    /// Whether there is a disk lock that can decide which of two hosts owns the guest.
+    pub fn disk_locks_decide(&self) -> bool {
+        self.shared.devices.disk_locks_decide()
     }
 
     /// Its PCI devices, as another host must be told of them.

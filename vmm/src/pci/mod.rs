@@ -27,12 +27,12 @@ pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
 /// The first of four ports of configuration data.
 pub const CONFIG_DATA_PORT: u16 = 0xcfc;
 /// Most functions beside the host bridge.
-pub const MOST_FUNCTIONS: usize = 31;
+pub const MAX_FUNCTIONS: usize = 31;
 /// Address space that each function's BAR may take, in bytes.
 pub const BAR_SLICE: u64 = 1 << 20;
 
 const _: () = assert!(
-    layout::PCI_WINDOW_START + MOST_FUNCTIONS as u64 * BAR_SLICE <= layout::PCI_WINDOW_END,
+    layout::PCI_WINDOW_START + MAX_FUNCTIONS as u64 * BAR_SLICE <= layout::PCI_WINDOW_END,
     "the window has a slice for every function"
 );
 
@@ -76,7 +76,7 @@ pub struct Bus {
 impl Bus {
     /// A bus with these functions, on device numbers 1 and up.
     pub fn new(functions: Vec<Arc<dyn Function>>) -> Self {
-        debug_assert!(functions.len() <= MOST_FUNCTIONS);
+        debug_assert!(functions.len() <= MAX_FUNCTIONS);
         Bus { address: Mutex::default(), bridge: ConfigSpace::new(&HOST_BRIDGE), functions }
     }
 

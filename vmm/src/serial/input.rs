@@ -2,6 +2,7 @@
 
 use super::Port;
 use crate::lock::lock;
+use crate::poll::poll;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use vm_superio::serial::SerialEvents;
 
 /// As much as the port holds.
-const MOST: usize = 64;
+const FIFO_LEN: usize = 64;
 /// The modem control register, and its bit by which the port hears nobody but itself.
 const MODEM_CONTROL: u8 = 4;
 const LOOPBACK: u8 = 1 << 4;
@@ -78,13 +79,15 @@ pub fn feed(
     mut input: File,
     mut filter: impl FnMut(u8) -> Option<u8>,
 ) {
-    let mut bytes = [0; MOST];
+    let mut bytes = [0; FIFO_LEN];
     loop {
-        wait_readable(&input);
+        if !poll([Some(input.as_raw_fd())], libc::POLLIN, -1) {
+            continue;
+        }
         let Some(port) = port.upgrade() else { return };
         let mut port = lock(&port);
         let listens = gate.look() && port.read(MODEM_CONTROL) & LOOPBACK == 0;
-        let room = if listens { port.fifo_capacity().min(MOST) } else { 0 };
+        let room = if listens { port.fifo_capacity().min(FIFO_LEN) } else { 0 };
         if room == 0 {
             drop(port);
             gate.wait();
@@ -107,11 +110,4 @@ pub fn feed(
             Err(_) => return,
         }
     }
-}
-
-fn wait_readable(input: &File) {
-    let mut poll = libc::pollfd { fd: input.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one pollfd, which lives across the call. A signal ends the wait early, which only makes the caller look
-    // once more.
-    unsafe { libc::poll(&mut poll, 1, -1) };
 }

@@ -1,12 +1,13 @@
 //! Output that never holds a vCPU up, and loses nothing to a reader that is only slow.
 //!
-//! A vCPU that blocked in a write to a full pipe could not be paused, and the machine could not be moved, for as long
-//! as nobody reads the pipe. (Making the guest wait by its own means is no better: Linux's driver for virtio consoles
-//! spins with interrupts off until its bytes are taken.) So what cannot be written at once is kept here, and a thread
-//! that lives for as long as there is such a backlog writes it. Only what a backlog of [`BACKLOG`] bytes cannot take is
-//! lost.
+//! A vCPU that blocked in a write to a full pipe could not be paused, and the machine could not be moved, for
+//! as long as nobody reads the pipe. (Making the guest wait by its own means is no better: Linux's driver for
+//! virtio consoles spins with interrupts off until its bytes are taken.) So what cannot be written at once is
+//! kept here, and a thread that lives for as long as there is such a backlog writes it. Only what a backlog
+//! of [`MAX_BACKLOG`] bytes cannot take is lost.
 
 use crate::lock::lock;
+use crate::poll::poll;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,7 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Bytes kept for a reader at most.
-const BACKLOG: usize = 1 << 20;
+const MAX_BACKLOG: usize = 1 << 20;
 /// How often the thread looks whether anybody still wants it to go on, in milliseconds.
 const LOOK_AGAIN_MS: libc::c_int = 1000;
 
@@ -73,7 +74,7 @@ impl Output {
             let writer = thread::Builder::new().name("output".into()).spawn(move || inner.write_backlog());
             backlog.writer = writer.is_ok();
         }
-        let room = if backlog.writer { BACKLOG - backlog.bytes.len() } else { 0 };
+        let room = if backlog.writer { MAX_BACKLOG - backlog.bytes.len() } else { 0 };
         let kept = room.min(bytes.len());
         backlog.bytes.extend(&bytes[..kept]);
         self.0.lose(bytes.len() - kept);
@@ -100,8 +101,8 @@ impl Inner {
                 }
                 continue;
             }
-            // What is being written stays in the backlog, so that nothing overtakes it, and the lock is not held: a
-            // write to a terminal can block even though it was ready for a byte.
+            // What is being written stays in the backlog, so that nothing overtakes it, and the lock is not
+            // held: a write to a terminal can block even though it was ready for a byte.
             piece.clear();
             piece.extend(self.backlog().bytes.iter().take(libc::PIPE_BUF));
             if file.write_all(&piece).is_err() {
@@ -118,13 +119,11 @@ impl Inner {
     }
 }
 
-/// Whether a write to `file` is over at once, now or within `patience_ms`: it takes bytes, or refuses them because
-/// nobody is there to read them.
+/// Whether a write to `file` is over at once, now or within `patience_ms`: it takes bytes, or refuses them
+/// because nobody is there to read them. A signal that asks the vCPU to pause ends the wait early, which
+/// counts as not ready.
 fn ready(file: &File, patience_ms: libc::c_int) -> bool {
-    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one pollfd, which lives across the call. A signal that asks the vCPU to pause ends the wait early, which
-    // counts as not ready.
-    unsafe { libc::poll(&mut poll, 1, patience_ms) == 1 }
+    poll([Some(file.as_raw_fd())], libc::POLLOUT, patience_ms)
 }
 
 impl Write for Output {
@@ -159,7 +158,7 @@ mod tests {
     #[test]
     fn a_reader_that_stays_away_loses_bytes_and_blocks_nobody() {
         let (mut reader, mut output) = pipe();
-        let total = 2 * BACKLOG;
+        let total = 2 * MAX_BACKLOG;
         for _ in 0..total / 16 {
             assert_eq!(output.write(&[b'x'; 16]).unwrap(), 16);
         }

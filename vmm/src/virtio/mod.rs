@@ -8,6 +8,8 @@
 //! |---|---|
 //! | `transport.rs` | the PCI function: registers, feature negotiation, reset, saving |
 //! | `registers.rs` | what the driver wrote to the transport, and its place in the BAR |
+//! | `common_config.rs` | the registers of the common configuration, by name |
+//! | `structure.rs` | structures of the specification, by their fields |
 //! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
 //! | `interrupt.rs` | telling the driver |
 //!
@@ -16,12 +18,14 @@
 //! itself); `tests.rs` in each folder proves that it does.
 
 pub mod block;
+mod common_config;
 pub mod console;
 pub mod interrupt;
 pub mod net;
 pub mod queue;
 mod registers;
 pub mod rng;
+mod structure;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -33,7 +37,7 @@ pub use transport::VirtioFunction;
 use crate::component::{self, Component};
 use crate::error::Error;
 use crate::serial::Output;
-use queue::{Broken, Next, Serving};
+use queue::{LockedQueue, QueueError, WaitFor};
 use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -108,10 +112,13 @@ pub trait VirtioDevice: Send + Sync {
     /// The most chains that each of its queues holds, powers of two.
     fn queue_sizes(&self) -> &[u16];
 
-    /// The driver reads configuration; `data` is filled with zeros beyond its end.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The driver reads the configuration space. Zeros are read beyond its end, and of a device that has
+    /// none.
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
 
-    /// The driver writes configuration.
+    /// The driver writes to the configuration space.
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
     /// The driver is ready and has accepted these features.
@@ -120,53 +127,56 @@ pub trait VirtioDevice: Send + Sync {
     /// The driver is gone.
     fn reset(&self) {}
 
-    /// Serves queue `index` until [`Serving::take`] has no more, or until there is no input for
+    /// Serves queue `index` until [`LockedQueue::pop`] has no more, or until there is no input for
     /// what it has. Whatever it began is complete when it returns.
     ///
     /// # Errors
-    /// [`Broken`] when the guest has to reset the device.
-    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken>;
+    /// [`QueueError`] when the guest has to reset the device.
+    fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError>;
 
-    /// What queue `index` waits for after [`Next::Input`], as long as there is such a thing.
+    /// What queue `index` waits for after [`WaitFor::Input`], as long as there is such a thing.
     fn input(&self, _index: usize) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// Whether it writes to storage whose locks can decide which of two hosts owns the guest.
-    fn has_arbiter(&self) -> bool {
+    /// Whether its disk lock can decide which of two hosts owns the guest: it is a disk that the guest writes
+    /// to, on a file system whose locks all hosts know.
+    fn disk_lock_decides(&self) -> bool {
         false
     }
 
-    /// Makes durable what was written so far; called while it is in use, to have less to do later.
-    fn flush_storage(&self) {}
+    /// Makes durable what the guest has written to its disk so far. Called while the disk is in use, to have
+    /// less to do later.
+    fn flush_disk(&self) {}
 
-    /// Takes the right to use its storage; having it already is as good.
+    /// Takes its disk lock, without which it neither reads nor writes the disk. Does nothing if it holds the
+    /// lock.
     ///
     /// # Errors
-    /// If somebody else has it, or has had it since it was given up here.
-    fn take_storage(&self) -> Result<(), Error> {
+    /// If somebody else holds the lock, or has used the disk since the lock was released here.
+    fn take_disk_lock(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Says to whoever had that right before that it is made use of from now on; called when a machine has all that
-    /// it needs, and before its guest runs.
+    /// Marks the disk as used from here on, so that whoever released the lock before can tell. Called when a
+    /// machine holds the locks of all its disks, before its guest runs.
     ///
     /// # Errors
-    /// If it cannot be said.
-    fn claim_storage(&self) -> Result<(), Error> {
+    /// If the disk cannot be marked.
+    fn claim_disk(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Makes durable what was written and gives that right up. The device is paused.
+    /// Makes durable what was written and releases the disk lock. The device is paused.
     ///
     /// # Errors
-    /// If it cannot; the right is then still here.
-    fn release_storage(&self) -> Result<(), Error> {
+    /// If it cannot. The lock is then still held.
+    fn release_disk_lock(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Whether it has that right, or needs none.
-    fn holds_storage(&self) -> bool {
+    /// Whether it holds its disk lock, or has no disk.
+    fn holds_disk_lock(&self) -> bool {
         true
     }
 

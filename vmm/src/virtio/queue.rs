@@ -1,4 +1,4 @@
-//! One virtqueue, and the thread that serves it.
+//! A virtqueue, and the thread that serves it.
 //!
 //! A queue's thread sleeps until its doorbell rings (KVM rings it on the guest's notification, see
 //! [`crate::pci::Platform`]) or, for a queue that waits for something else, until the device's
@@ -12,15 +12,17 @@
 
 use super::VirtioDevice;
 use super::interrupt::Interrupt;
+use crate::lock::lock;
 use crate::memory::GuestMemory;
+use crate::poll::poll;
 use crate::sandbox;
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState as Ring, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -32,12 +34,12 @@ const RING_HEADER: u64 = 4;
 const AVAILABLE_ELEMENT: u64 = 2;
 const USED_ELEMENT: u64 = 8;
 
-/// A chain of a guest's buffers.
+/// A descriptor chain in guest RAM.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
 
-/// What the guest did to its queue that ends the queue's use until a reset.
+/// An error of the driver's that ends a queue's use until the device is reset.
 #[derive(Debug, thiserror::Error)]
-pub enum Broken {
+pub enum QueueError {
     /// The rings cannot be read or written.
     #[error("a ring is unusable: {0}")]
     Ring(#[from] virtio_queue::Error),
@@ -46,12 +48,17 @@ pub enum Broken {
     Request(&'static str),
 }
 
-/// Why a device stopped serving a queue.
+impl QueueError {
+    /// A buffer that is not in RAM.
+    pub const OUTSIDE: QueueError = QueueError::Request("a buffer lies outside guest memory");
+}
+
+/// Why a device stopped serving a queue: what it waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// It needs buffers, beside those that it put back: go on when the guest has made some available.
+pub enum WaitFor {
+    /// Buffers, beside those that it put back: go on when the guest has made some available.
     Buffers,
-    /// It has buffers and needs input: go on when the device's input is readable.
+    /// Input: it has buffers. Go on when the device's input is readable.
     Input,
 }
 
@@ -71,7 +78,7 @@ pub struct QueueState {
 }
 
 struct Inner {
-    ring: Queue,
+    queue: Queue,
     /// The device may serve it: the driver has said so and the rings lie in RAM.
     active: bool,
     /// The guest has made it unusable.
@@ -96,95 +103,95 @@ pub struct VirtQueue {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a device works with while it serves a queue.
-pub struct Serving<'a> {
-    ring: &'a mut Queue,
+/// A queue under its lock, as a device serves it.
+pub struct LockedQueue<'a> {
+    queue: &'a mut Queue,
     memory: &'a GuestMemory,
     shared: &'a SharedQueue,
     interrupt: &'a Interrupt,
-    /// Chains that were put back.
-    held: u16,
+    /// Chains that were put back on the available ring.
+    undone: u16,
 }
 
-impl<'a> Serving<'a> {
+impl<'a> LockedQueue<'a> {
     /// Guest RAM.
     pub fn memory(&self) -> &'a GuestMemory {
         self.memory
     }
 
-    /// The next chain the guest has made available; `None` when there is none, or when the machine
-    /// wants to pause.
-    pub fn take(&mut self) -> Result<Option<Chain<'a>>, Broken> {
+    /// The next chain of the available ring; `None` when there is none, or when somebody else wants the
+    /// queue's lock, such as a machine that is to pause.
+    pub fn pop(&mut self) -> Result<Option<Chain<'a>>, QueueError> {
         if self.shared.is_wanted() {
             return Ok(None);
         }
-        Ok(self.ring.iter(self.memory)?.next())
+        Ok(self.queue.iter(self.memory)?.next())
     }
 
-    /// Makes the last `count` chains that [`take`](Self::take) gave the next ones again. The device
-    /// takes no more before it returns.
-    pub fn put_back(&mut self, count: u16) {
-        self.held += count;
-        self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(count));
+    /// Makes the last `count` chains that [`pop`](Self::pop) gave the next ones again. The device
+    /// pops no more before it returns.
+    pub fn undo_pop(&mut self, count: u16) {
+        self.undone += count;
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
     }
 
-    /// Waits until `input` is readable or, if `more` may come, the guest has made more available. Where somebody wants
-    /// the queue's lock, only for the input: whoever is asked to let go has to see it through.
-    pub fn wait(&mut self, input: BorrowedFd<'_>, more: bool) -> Result<(), Broken> {
+    /// Waits until `input` is readable or, if `more` may come, the guest has made more available. Where
+    /// somebody wants the queue's lock, only for the input: whoever is asked to let go has to see it through.
+    pub fn wait(&mut self, input: BorrowedFd<'_>, more: bool) -> Result<(), QueueError> {
         if !more || self.shared.is_wanted() {
             wait(None, Some(input));
             return Ok(());
         }
-        if !self.ring.enable_notification(self.memory)? {
+        if !self.queue.enable_notification(self.memory)? {
             wait(Some(&self.shared.doorbell), Some(input));
             // Non-blocking, as below.
             let _ = self.shared.doorbell.read();
         }
-        Ok(self.ring.disable_notification(self.memory)?)
+        Ok(self.queue.disable_notification(self.memory)?)
     }
 
-    /// Gives a chain back to the guest, of which `len` bytes were written, and interrupts it if it
+    /// Adds a chain, of which `len` bytes were written, to the used ring, and interrupts the guest if it
     /// wants to know.
-    pub fn give_back(&mut self, head: u16, len: u32) -> Result<(), Broken> {
-        self.ring.add_used(self.memory, head, len)?;
-        if self.ring.needs_notification(self.memory)? {
+    pub fn add_used(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
+        self.queue.add_used(self.memory, head, len)?;
+        if self.queue.needs_notification(self.memory)? {
             self.interrupt();
         }
         Ok(())
     }
 
-    /// Gives chains back at once, so that the guest does not see one without the others: heads, and how many bytes were
-    /// written to each.
-    pub fn give_back_all(&mut self, chains: &[(u16, u32)]) -> Result<(), Broken> {
+    /// Adds chains to the used ring at once, so that the guest does not see one without the others: heads,
+    /// and how many bytes were written to each.
+    pub fn add_used_all(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
         let [first @ .., (last_head, last_len)] = chains else { return Ok(()) };
-        let before = self.ring.next_used();
+        let before = self.queue.next_used();
         for (at, (head, len)) in first.iter().enumerate() {
-            let slot = before.wrapping_add(at as u16) % self.ring.size();
+            let slot = before.wrapping_add(at as u16) % self.queue.size();
             let element = (u64::from(*len) << 32 | u64::from(*head)).to_le();
-            let address = GuestAddress(self.ring.used_ring() + RING_HEADER + u64::from(slot) * USED_ELEMENT);
+            let address = GuestAddress(self.queue.used_ring() + RING_HEADER + u64::from(slot) * USED_ELEMENT);
             self.memory.write_obj(element, address).map_err(virtio_queue::Error::GuestMemory)?;
         }
         // The guest sees them by the index, which moves once, with the last of them.
-        self.ring.set_next_used(before.wrapping_add(first.len() as u16));
-        self.ring.add_used(self.memory, *last_head, *last_len)?;
+        self.queue.set_next_used(before.wrapping_add(first.len() as u16));
+        self.queue.add_used(self.memory, *last_head, *last_len)?;
         if self.wants_interrupt(before)? {
             self.interrupt();
         }
         Ok(())
     }
 
-    /// Whether the guest wants to know of what was given back from index `before` on. The ring's own
-    /// answer takes into account only what was given back one by one.
-    fn wants_interrupt(&self, before: u16) -> Result<bool, Broken> {
-        if !self.ring.event_idx_enabled() {
+    /// Whether the guest wants to know of what was added to the used ring from index `before` on. The queue's
+    /// own answer takes into account only what was added one by one.
+    fn wants_interrupt(&self, before: u16) -> Result<bool, QueueError> {
+        if !self.queue.event_idx_enabled() {
             return Ok(true);
         }
-        // What was given back must be there before the guest's wish is read.
+        // What was added must be there before the guest's wish is read.
         fence(Ordering::SeqCst);
-        let at = self.ring.avail_ring() + RING_HEADER + u64::from(self.ring.size()) * AVAILABLE_ELEMENT;
+        let at = self.queue.avail_ring() + RING_HEADER + u64::from(self.queue.size()) * AVAILABLE_ELEMENT;
         let loaded = self.memory.load(GuestAddress(at), Ordering::Relaxed);
         let wanted = u16::from_le(loaded.map_err(virtio_queue::Error::GuestMemory)?);
-        let now = self.ring.next_used();
+        let now = self.queue.next_used();
         Ok(now.wrapping_sub(wanted).wrapping_sub(1) < now.wrapping_sub(before))
     }
 
@@ -195,7 +202,7 @@ impl<'a> Serving<'a> {
 
 impl SharedQueue {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Takes the lock from whoever serves the queue.
@@ -225,8 +232,8 @@ impl SharedQueue {
                 self.ring_doorbell();
                 break;
             }
-            match serve_once(self, &mut inner.ring, index, device, memory, interrupt) {
-                Ok(Some(next)) => return next == Next::Input,
+            match serve_once(self, &mut inner.queue, index, device, memory, interrupt) {
+                Ok(Some(next)) => return next == WaitFor::Input,
                 Ok(None) => {}
                 Err(_) => {
                     (inner.active, inner.broken) = (false, true);
@@ -243,26 +250,26 @@ impl SharedQueue {
     }
 }
 
-/// One pass over the ring; `None` if the guest made more available meanwhile.
+/// One pass over the available ring; `None` if the guest made more available meanwhile.
 fn serve_once(
     shared: &SharedQueue,
-    ring: &mut Queue,
+    queue: &mut Queue,
     index: usize,
     device: &dyn VirtioDevice,
     memory: &GuestMemory,
     interrupt: &Interrupt,
-) -> Result<Option<Next>, Broken> {
-    ring.disable_notification(memory)?;
-    let mut serving = Serving { ring, memory, shared, interrupt, held: 0 };
-    let next = device.serve(index, &mut serving)?;
+) -> Result<Option<WaitFor>, QueueError> {
+    queue.disable_notification(memory)?;
+    let mut locked = LockedQueue { queue, memory, shared, interrupt, undone: 0 };
+    let next = device.serve(index, &mut locked)?;
     // What the device has and cannot use yet is not what it waits for.
-    let held = if next == Next::Buffers { serving.held } else { 0 };
-    let next_available = ring.next_avail();
-    ring.set_next_avail(next_available.wrapping_add(held));
+    let undone = if next == WaitFor::Buffers { locked.undone } else { 0 };
+    let next_available = queue.next_avail();
+    queue.set_next_avail(next_available.wrapping_add(undone));
     // The ring looks as if more had come when a pause left something in it; that waits.
-    let more = ring.enable_notification(memory)?;
-    ring.set_next_avail(next_available);
-    Ok(if next == Next::Buffers && more { None } else { Some(next) })
+    let more = queue.enable_notification(memory)?;
+    queue.set_next_avail(next_available);
+    Ok(if next == WaitFor::Buffers && more { None } else { Some(next) })
 }
 
 impl VirtQueue {
@@ -277,9 +284,9 @@ impl VirtQueue {
         memory: GuestMemory,
         interrupt: Arc<Interrupt>,
     ) -> io::Result<Self> {
-        let ring = Queue::new(size).map_err(io::Error::other)?;
+        let queue = Queue::new(size).map_err(io::Error::other)?;
         let shared = Arc::new(SharedQueue {
-            inner: Mutex::new(Inner { ring, active: false, broken: false, paused: true }),
+            inner: Mutex::new(Inner { queue, active: false, broken: false, paused: true }),
             waiting: AtomicUsize::new(0),
             ending: AtomicBool::new(false),
             vector: AtomicU16::new(NO_VECTOR),
@@ -324,19 +331,19 @@ impl VirtQueue {
         self.shared.vector.store(vector, Ordering::Relaxed);
     }
 
-    /// Looks at the ring's registers.
-    pub fn with_ring<T>(&self, look: impl FnOnce(&mut Queue) -> T) -> T {
-        look(&mut self.shared.interrupt_and_lock().ring)
+    /// Looks at the queue's registers.
+    pub fn with_queue<T>(&self, look: impl FnOnce(&mut Queue) -> T) -> T {
+        look(&mut self.shared.interrupt_and_lock().queue)
     }
 
     /// Lets the device serve the queue if it is ready and its rings lie in RAM; false if they do not.
     pub fn activate(&self, memory: &GuestMemory, event_index: bool) -> bool {
         let mut inner = self.shared.interrupt_and_lock();
-        if !inner.ring.ready() || inner.broken {
+        if !inner.queue.ready() || inner.broken {
             return true;
         }
-        inner.ring.set_event_idx(event_index);
-        inner.active = inner.ring.is_valid(memory);
+        inner.queue.set_event_idx(event_index);
+        inner.active = inner.queue.is_valid(memory);
         self.shared.ring_doorbell();
         inner.active
     }
@@ -344,7 +351,7 @@ impl VirtQueue {
     /// As it was before the driver came.
     pub fn reset(&self) {
         let mut inner = self.shared.interrupt_and_lock();
-        inner.ring.reset();
+        inner.queue.reset();
         (inner.active, inner.broken) = (false, false);
         self.set_vector(NO_VECTOR);
     }
@@ -363,16 +370,16 @@ impl VirtQueue {
     /// The queue's state.
     pub fn save(&self) -> QueueState {
         let inner = self.shared.interrupt_and_lock();
-        let ring = inner.ring.state();
+        let queue = inner.queue.state();
         QueueState {
-            size: ring.size,
-            ready: ring.ready,
-            descriptors: ring.desc_table,
-            available: ring.avail_ring,
-            used: ring.used_ring,
-            next_available: ring.next_avail,
-            next_used: ring.next_used,
-            event_index: ring.event_idx_enabled,
+            size: queue.size,
+            ready: queue.ready,
+            descriptors: queue.desc_table,
+            available: queue.avail_ring,
+            used: queue.used_ring,
+            next_available: queue.next_avail,
+            next_used: queue.next_used,
+            event_index: queue.event_idx_enabled,
             vector: self.vector(),
             broken: inner.broken,
         }
@@ -384,8 +391,8 @@ impl VirtQueue {
     /// A text that says what is wrong with the state.
     pub fn load(&self, state: &QueueState) -> Result<(), String> {
         let mut inner = self.shared.interrupt_and_lock();
-        let ring = Ring {
-            max_size: inner.ring.max_size(),
+        let queue = virtio_queue::QueueState {
+            max_size: inner.queue.max_size(),
             next_avail: state.next_available,
             next_used: state.next_used,
             event_idx_enabled: state.event_index,
@@ -395,29 +402,29 @@ impl VirtQueue {
             avail_ring: state.available,
             used_ring: state.used,
         };
-        inner.ring = Queue::try_from(ring).map_err(|e| e.to_string())?;
+        inner.queue = Queue::try_from(queue).map_err(|e| e.to_string())?;
         (inner.active, inner.broken) = (false, state.broken);
         self.set_vector(state.vector);
         Ok(())
     }
 
     /// Sets the address of one of the rings, or half of it.
-    pub fn set_address(&self, which: RingPart, high: bool, half: u32) {
+    pub fn set_address(&self, which: QueuePart, high: bool, half: u32) {
         let (low, high) = if high { (None, Some(half)) } else { (Some(half), None) };
-        self.with_ring(|ring| match which {
-            RingPart::Descriptors => ring.set_desc_table_address(low, high),
-            RingPart::Available => ring.set_avail_ring_address(low, high),
-            RingPart::Used => ring.set_used_ring_address(low, high),
+        self.with_queue(|queue| match which {
+            QueuePart::DescriptorTable => queue.set_desc_table_address(low, high),
+            QueuePart::AvailableRing => queue.set_avail_ring_address(low, high),
+            QueuePart::UsedRing => queue.set_used_ring_address(low, high),
         });
     }
 
     /// The address of one of the rings.
-    pub fn address(&self, which: RingPart) -> GuestAddress {
-        self.with_ring(|ring| {
+    pub fn address(&self, which: QueuePart) -> GuestAddress {
+        self.with_queue(|queue| {
             GuestAddress(match which {
-                RingPart::Descriptors => ring.desc_table(),
-                RingPart::Available => ring.avail_ring(),
-                RingPart::Used => ring.used_ring(),
+                QueuePart::DescriptorTable => queue.desc_table(),
+                QueuePart::AvailableRing => queue.avail_ring(),
+                QueuePart::UsedRing => queue.used_ring(),
             })
         })
     }
@@ -425,13 +432,13 @@ impl VirtQueue {
 
 /// A part of a queue that has an address of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RingPart {
+pub enum QueuePart {
     /// The descriptor table.
-    Descriptors,
-    /// The available ring, which the guest writes.
-    Available,
+    DescriptorTable,
+    /// The available ring, which the driver writes.
+    AvailableRing,
     /// The used ring, which the device writes.
-    Used,
+    UsedRing,
 }
 
 impl Drop for VirtQueue {
@@ -446,12 +453,8 @@ impl Drop for VirtQueue {
     }
 }
 
-/// Waits until the doorbell rings or the input is readable (or has ended), as far as they are given.
+/// Waits until the doorbell rings or the input is readable (or has ended), as far as they are given. A signal
+/// ends the wait early, which only makes the caller look once more.
 fn wait(doorbell: Option<&EventFd>, input: Option<BorrowedFd<'_>>) {
-    // A negative descriptor is one that poll(2) leaves out.
-    let poll = |fd: Option<RawFd>| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 };
-    let mut fds = [poll(doorbell.map(AsRawFd::as_raw_fd)), poll(input.map(|fd| fd.as_raw_fd()))];
-    // SAFETY: two pollfds, which live across the call. A signal ends the wait early, which only
-    // makes the caller look once more.
-    unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+    poll([doorbell.map(AsRawFd::as_raw_fd), input.map(|fd| fd.as_raw_fd())], libc::POLLIN, -1);
 }

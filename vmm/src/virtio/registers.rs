@@ -20,9 +20,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 pub const BAR_LEN: u32 = 0x8000;
 /// Length of each part of it.
 pub const PART_LEN: u32 = 0x1000;
-pub const COMMON: u32 = 0x0000;
-pub const ISR: u32 = 0x1000;
-pub const DEVICE: u32 = 0x2000;
+pub const COMMON_CONFIG: u32 = 0x0000;
+pub const ISR_STATUS: u32 = 0x1000;
+pub const DEVICE_CONFIG: u32 = 0x2000;
 pub const DOORBELLS: u32 = 0x3000;
 pub const MSIX_TABLE: u32 = 0x4000;
 pub const MSIX_PENDING: u32 = 0x5000;
@@ -30,7 +30,22 @@ pub const MSIX_PENDING: u32 = 0x5000;
 /// Bytes from one doorbell to the next.
 pub const DOORBELL_LEN: u32 = 4;
 /// Length of the common configuration (without the fields of features that are not offered).
-pub const COMMON_LEN: u32 = 56;
+pub const COMMON_CONFIG_LEN: u32 = 56;
+
+/// What a virtio capability is about: its `cfg_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CapabilityType {
+    /// The common configuration.
+    Common = 1,
+    /// The doorbells.
+    Notify = 2,
+    /// The ISR status.
+    Isr = 3,
+    /// The device's own configuration.
+    Device = 4,
+    /// A window to all of these in configuration space, for those who cannot reach the BAR.
+    PciConfig = 5,
+}
 
 /// The features that every device here has.
 pub const COMMON_FEATURES: u64 =
@@ -51,7 +66,7 @@ const DRIVER_STATUS: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8
     | VIRTIO_CONFIG_S_FAILED as u8;
 
 /// What the driver wrote to the transport, but for its queues.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     /// Which half of the offered features it looks at.
     pub device_feature_select: u32,
@@ -143,7 +158,7 @@ mod tests {
         assert!(!registers.advance(DRIVER_OK, offered), "ready only once");
         assert!(registers.plausible(offered));
         assert!(!registers.plausible(offered & !1));
-        assert!(!Registers { status: DRIVER_OK, ..registers.clone() }.plausible(offered));
+        assert!(!Registers { status: DRIVER_OK, ..registers }.plausible(offered));
         assert!(!Registers { status: NEEDS_RESET, ..registers }.plausible(offered));
     }
 }

@@ -4,15 +4,21 @@
 //! Its own writes to RAM, which stand for the guest's, are kept out of the VMM's write log.
 
 use super::VirtioDevice;
-use super::registers::{EVENT_INDEX, NEEDS_RESET};
+use super::common_config::Register;
+use super::registers::{
+    COMMON_FEATURES, CapabilityType, DOORBELL_LEN, DRIVER_OK, EVENT_INDEX, FEATURES_OK, MSIX_TABLE,
+    NEEDS_RESET,
+};
 use super::transport::VirtioFunction;
 use crate::component::Component;
 use crate::memory::{GuestMemory, GuestRam, PageSize};
 use crate::pci::recorder::Recorder;
-use crate::pci::{Function, Platform};
+use crate::pci::{Function, Platform, msix};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
+use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -22,8 +28,10 @@ pub const SIZE: u16 = 64;
 /// Where buffers may be.
 pub const BUFFERS: u64 = 1 << 20;
 
-const WRITE: u16 = 2;
-const NEXT: u16 = 1;
+const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+/// The driver has seen the device, and knows how to drive it.
+pub const DRIVER: u8 = (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER) as u8;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A function with its RAM and its driver's side.
@@ -85,39 +93,62 @@ impl Bench {
     }
 
     /// The offset in the BAR that the capability of this kind names.
-    fn part(&self, kind: u8) -> u64 {
+    fn part(&self, kind: CapabilityType) -> u64 {
         let byte = |at: usize| {
             let mut byte = [0];
             self.function.read_config(at, &mut byte);
             usize::from(byte[0])
         };
         let mut at = byte(0x34);
-        while (byte(at), byte(at + 3)) != (9, usize::from(kind)) {
+        while (byte(at), byte(at + 3)) != (9, kind as usize) {
             at = byte(at + 1);
-            assert_ne!(at, 0, "no capability of kind {kind}");
+            assert_ne!(at, 0, "no capability {kind:?}");
         }
         (0..4).fold(0, |offset, b| offset | (byte(at + 8 + b) as u64) << (8 * b))
     }
 
-    pub fn read(&self, kind: u8, offset: u64, len: usize) -> u64 {
+    /// Reads from the structure of this kind.
+    pub fn read(&self, kind: CapabilityType, offset: u64, len: usize) -> u64 {
         let mut data = [0; 8];
         self.function.read_bar(self.part(kind) + offset, &mut data[..len]);
         u64::from_le_bytes(data)
     }
 
-    pub fn write(&self, kind: u8, offset: u64, len: usize, value: u64) {
+    /// Writes to the structure of this kind.
+    pub fn write(&self, kind: CapabilityType, offset: u64, len: usize, value: u64) {
         self.function.write_bar(self.part(kind) + offset, &value.to_le_bytes()[..len]);
     }
 
+    /// Reads a register of the common configuration.
+    pub fn register(&self, register: Register) -> u32 {
+        let (offset, len) = register.place();
+        self.read(CapabilityType::Common, offset, len) as u32
+    }
+
+    /// Writes one.
+    pub fn set_register(&self, register: Register, value: u32) {
+        let (offset, len) = register.place();
+        self.write(CapabilityType::Common, offset, len, value.into());
+    }
+
+    /// Reads a field of the device's configuration space.
+    pub fn config(&self, offset: usize, len: usize) -> u64 {
+        self.read(CapabilityType::Device, offset as u64, len)
+    }
+
     pub fn status(&self) -> u8 {
-        self.read(1, 0x14, 1) as u8
+        self.register(Register::DeviceStatus) as u8
+    }
+
+    pub fn set_status(&self, status: u8) {
+        self.set_register(Register::DeviceStatus, status.into());
     }
 
     /// All features that the device offers.
     pub fn offered(&self) -> u64 {
         let half = |select| {
-            self.write(1, 0, 4, select);
-            self.read(1, 4, 4)
+            self.set_register(Register::DeviceFeatureSelect, select);
+            u64::from(self.register(Register::DeviceFeature))
         };
         half(0) | half(1) << 32
     }
@@ -130,35 +161,40 @@ impl Bench {
 
     /// Negotiates `features`, sets up all queues with a vector each, and is ready.
     pub fn start(&mut self, features: u64) {
-        self.write(1, 0x14, 1, 0);
-        self.write(1, 0x14, 1, 3);
-        for select in 0..2u64 {
-            self.write(1, 8, 4, select);
-            self.write(1, 0xc, 4, features >> (32 * select) & 0xffff_ffff);
+        self.set_status(0);
+        self.set_status(DRIVER);
+        for select in 0..2 {
+            self.set_register(Register::DriverFeatureSelect, select);
+            self.set_register(Register::DriverFeature, (features >> (32 * select)) as u32);
         }
-        self.write(1, 0x14, 1, 11);
-        assert_eq!(self.status(), 11, "features {features:#x} are refused");
+        self.set_status(DRIVER | FEATURES_OK);
+        assert_eq!(self.status(), DRIVER | FEATURES_OK, "features {features:#x} are refused");
         // Message 0 for the configuration, message n + 1 for queue n; all enabled.
         for vector in 0..=self.queues.len() as u64 {
-            self.function.write_bar(0x4000 + vector * 16, &(0xfee0_0000u64).to_le_bytes());
-            self.function.write_bar(0x4000 + vector * 16 + 8, &(0x40 + vector).to_le_bytes());
+            let entry = u64::from(MSIX_TABLE) + vector * msix::ENTRY_LEN as u64;
+            self.function.write_bar(entry, &(0xfee0_0000u64).to_le_bytes());
+            self.function.write_bar(entry + 8, &(0x40 + vector).to_le_bytes());
         }
         self.write_msix_control(1 << 15);
-        self.write(1, 0x10, 2, 0);
+        self.set_register(Register::ConfigMsixVector, 0);
         for queue in 0..self.queues.len() {
             let [descriptors, available, used] = Self::rings(queue);
             [descriptors, available, used].iter().for_each(|at| self.guest_writes(*at, &[0; 0x1000]));
-            self.write(1, 0x16, 2, queue as u64);
-            self.write(1, 0x18, 2, SIZE.into());
-            self.write(1, 0x1a, 2, queue as u64 + 1);
-            for (at, address) in [(0x20, descriptors), (0x28, available), (0x30, used)] {
-                self.write(1, at, 4, address & 0xffff_ffff);
-                self.write(1, at + 4, 4, address >> 32);
+            self.set_register(Register::QueueSelect, queue as u32);
+            self.set_register(Register::QueueSize, SIZE.into());
+            self.set_register(Register::QueueMsixVector, queue as u32 + 1);
+            for (low, high, address) in [
+                (Register::QueueDescLow, Register::QueueDescHigh, descriptors),
+                (Register::QueueDriverLow, Register::QueueDriverHigh, available),
+                (Register::QueueDeviceLow, Register::QueueDeviceHigh, used),
+            ] {
+                self.set_register(low, address as u32);
+                self.set_register(high, (address >> 32) as u32);
             }
-            self.write(1, 0x1c, 2, 1);
+            self.set_register(Register::QueueEnable, 1);
             self.queues[queue] = (0, 0);
         }
-        self.write(1, 0x14, 1, 15);
+        self.set_status(DRIVER | FEATURES_OK | DRIVER_OK);
     }
 
     fn write_msix_control(&self, control: u16) {
@@ -167,7 +203,7 @@ impl Bench {
         loop {
             let mut head = [0; 2];
             self.function.read_config(usize::from(at[0]), &mut head);
-            if head[0] == 0x11 {
+            if head[0] == msix::CAPABILITY {
                 return self.function.write_config(usize::from(at[0]) + 2, &control.to_le_bytes());
             }
             at[0] = head[1];
@@ -200,8 +236,8 @@ impl Bench {
         let slot = available + 4 + u64::from(*next % SIZE) * 2;
         *next = next.wrapping_add(1);
         let index = *next;
-        // Interrupt me for it. Not sooner: a device that has just given a chain back may be about to look whether
-        // that one is wanted.
+        // Interrupt me for it. Not sooner: a device that has just given a chain back may be about to look
+        // whether that one is wanted.
         let seen = self.queues[queue].1;
         self.guest_writes(available + 4 + u64::from(SIZE) * 2, &seen.to_le_bytes());
         self.guest_writes(slot, &first.to_le_bytes());
@@ -210,8 +246,8 @@ impl Bench {
 
     /// Rings the doorbell.
     pub fn notify(&self, queue: usize) {
-        let offset = queue as u64 * 4;
-        self.write(2, offset, 2, queue as u64);
+        let offset = queue as u64 * u64::from(DOORBELL_LEN);
+        self.write(CapabilityType::Notify, offset, 2, queue as u64);
     }
 
     /// The number of the chain of which the device wants to be told that it was made available.
@@ -220,7 +256,8 @@ impl Bench {
         self.memory().read_obj(GuestAddress(used + 4 + u64::from(SIZE) * 8)).unwrap()
     }
 
-    /// Rings the doorbell if the device wants to know of the last chain that was made available, as a kernel does.
+    /// Rings the doorbell if the device wants to know of the last chain that was made available, as a kernel
+    /// does.
     pub fn notify_if_wanted(&self, queue: usize) {
         // The chain must be there before the device's wish is read.
         fence(Ordering::SeqCst);
@@ -325,4 +362,4 @@ impl Bench {
 }
 
 /// The features that all devices have, without the event index.
-pub const WITHOUT_EVENT_INDEX: u64 = super::registers::COMMON_FEATURES & !EVENT_INDEX;
+pub const WITHOUT_EVENT_INDEX: u64 = COMMON_FEATURES & !EVENT_INDEX;

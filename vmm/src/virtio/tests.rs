@@ -1,5 +1,6 @@
 //! The transport, driven as a kernel does.
 
+use super::common_config::Register;
 use super::registers::BAR_LEN;
 use super::rng::Rng;
 use super::testing::{BUFFERS, Bench, Buffer};
@@ -53,13 +54,13 @@ fn the_window_in_configuration_space_reaches_the_registers() {
     assert_eq!(read(), 1, "the number of queues");
     set(0x16, 2);
     bench.function.write_config(WINDOW + 16, &7u32.to_le_bytes());
-    assert_eq!(bench.read(1, 0x16, 2), 7, "queue select");
+    assert_eq!(bench.register(Register::QueueSelect), 7);
     for (offset, len) in [(0x13, 2), (0, 3), (u32::MAX, 4), (BAR_LEN, 4), (BAR_LEN - 2, 4)] {
         set(offset, len);
         bench.function.write_config(WINDOW + 16, &9u32.to_le_bytes());
         assert_eq!(read(), 9, "no window: only memory");
     }
-    assert_eq!(bench.read(1, 0x16, 2), 7);
+    assert_eq!(bench.register(Register::QueueSelect), 7);
 }
 
 #[test]

@@ -3,24 +3,27 @@
 //! Register accesses come from vCPU threads, notifications past them by KVM. The registers' lock
 //! comes before a queue's, and that before the MSI-X table's.
 
-use super::interrupt::Interrupt;
-use super::queue::{NO_VECTOR, QueueState, RingPart, VirtQueue};
 pub use super::registers::COMMON_FEATURES;
 
+use super::common_config::{self, Register};
+use super::interrupt::Interrupt;
+use super::queue::{NO_VECTOR, QueuePart, QueueState, VirtQueue};
 use super::registers::{
-    BAR_LEN, COMMON, COMMON_LEN, DEVICE, DOORBELL_LEN, DOORBELLS, DRIVER_OK, EVENT_INDEX, ISR, MSIX_PENDING,
-    MSIX_TABLE, NEEDS_RESET, PART_LEN, Registers,
+    BAR_LEN, COMMON_CONFIG, COMMON_CONFIG_LEN, CapabilityType, DEVICE_CONFIG, DOORBELL_LEN, DOORBELLS,
+    DRIVER_OK, EVENT_INDEX, ISR_STATUS, MSIX_PENDING, MSIX_TABLE, NEEDS_RESET, PART_LEN, Registers,
 };
 use super::{LocalConfig, VirtioDevice};
 use crate::component::{self, Component, Kind, payload};
 use crate::error::Error;
+use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, MsixState};
 use crate::pci::{self, Function, Platform};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use virtio_queue::QueueT;
 
 /// Vendor of all virtio functions.
@@ -29,12 +32,14 @@ const VENDOR: u16 = 0x1af4;
 const MODERN: u16 = 0x1040;
 /// ID of vendor-specific capabilities, which all of virtio's are.
 const VENDOR_CAPABILITY: u8 = 0x09;
-/// What such a capability is about.
-const COMMON_CAPABILITY: u8 = 1;
-const DOORBELL_CAPABILITY: u8 = 2;
-const ISR_CAPABILITY: u8 = 3;
-const DEVICE_CAPABILITY: u8 = 4;
-const WINDOW_CAPABILITY: u8 = 5;
+/// Where such a capability says which BAR it means, which part of that, and of which length.
+const CAPABILITY_BAR: usize = 4;
+const CAPABILITY_OFFSET: usize = 8;
+const CAPABILITY_LEN: usize = 12;
+/// The last of them has four bytes of data behind that.
+const WINDOW_DATA: Range<usize> = 16..20;
+/// [`VirtioFunction::mapped`] of a function whose BAR is not decoded.
+const UNMAPPED: u64 = u64::MAX;
 
 /// The transport's saved form; the device saves its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,8 +57,6 @@ struct TransportState {
 struct Inner {
     config: ConfigSpace,
     registers: Registers,
-    /// Where the BAR is decoded and the doorbells are; `None` while it is not.
-    mapped: Option<u64>,
 }
 
 /// A virtio device as a PCI function.
@@ -68,11 +71,14 @@ pub struct VirtioFunction {
     interrupt: Arc<Interrupt>,
     queues: Vec<VirtQueue>,
     inner: Mutex<Inner>,
+    /// Where the BAR is decoded and the doorbells are, or [`UNMAPPED`]. It changes only under the lock of
+    /// `inner`, and is read without, so that an access to one function does not take the locks of others.
+    mapped: AtomicU64,
 }
 
 /// A virtio capability's body: where in BAR 0 which structure is.
-fn capability(kind: u8, offset: u32, len: u32, extra: &[u8]) -> Vec<u8> {
-    let mut body = vec![(16 + extra.len()) as u8, kind, 0, 0, 0, 0];
+fn capability(kind: CapabilityType, offset: u32, len: u32, extra: &[u8]) -> Vec<u8> {
+    let mut body = vec![(16 + extra.len()) as u8, kind as u8, 0, 0, 0, 0];
     body.extend_from_slice(&offset.to_le_bytes());
     body.extend_from_slice(&len.to_le_bytes());
     body.extend_from_slice(extra);
@@ -105,14 +111,13 @@ impl VirtioFunction {
         let mut add = |kind, offset, len, extra: &[u8]| {
             config.add_capability(VENDOR_CAPABILITY, &capability(kind, offset, len, extra), &[])
         };
-        add(COMMON_CAPABILITY, COMMON, COMMON_LEN, &[]);
-        add(ISR_CAPABILITY, ISR, 1, &[]);
-        add(DEVICE_CAPABILITY, DEVICE, PART_LEN, &[]);
+        add(CapabilityType::Common, COMMON_CONFIG, COMMON_CONFIG_LEN, &[]);
+        add(CapabilityType::Isr, ISR_STATUS, 1, &[]);
+        add(CapabilityType::Device, DEVICE_CONFIG, PART_LEN, &[]);
         let doorbells = sizes.len() as u32 * DOORBELL_LEN;
-        add(DOORBELL_CAPABILITY, DOORBELLS, doorbells, &DOORBELL_LEN.to_le_bytes());
-        // The last one is a window for those who cannot reach the BAR: the driver says what of it
-        // the four bytes at the end are.
-        let body = capability(WINDOW_CAPABILITY, 0, 0, &[0; 4]);
+        add(CapabilityType::Notify, DOORBELLS, doorbells, &DOORBELL_LEN.to_le_bytes());
+        // The driver writes what of the BAR the four bytes at the end are.
+        let body = capability(CapabilityType::PciConfig, 0, 0, &[0; 4]);
         let mut writable = [0xff; 18];
         writable[..6].copy_from_slice(&[0, 0, 0xff, 0, 0, 0]);
         let pci_access = config.add_capability(VENDOR_CAPABILITY, &body, &writable);
@@ -129,7 +134,7 @@ impl VirtioFunction {
             })
             .collect::<Result<Vec<_>, _>>()
             .map_err(Error::Thread)?;
-        let inner = Mutex::new(Inner { config, registers: Registers::default(), mapped: None });
+        let inner = Mutex::new(Inner { config, registers: Registers::default() });
         let memory = memory.clone();
         let function = VirtioFunction {
             index,
@@ -142,14 +147,15 @@ impl VirtioFunction {
             interrupt,
             queues,
             inner,
+            mapped: AtomicU64::new(UNMAPPED),
         };
         // Where firmware puts the BAR it mostly stays, so that a load finds the doorbells in place.
-        function.place(&mut function.lock());
+        function.place(&function.lock());
         Ok(function)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// The device.
@@ -162,13 +168,13 @@ impl VirtioFunction {
     }
 
     /// Moves the doorbells to where the BAR now is.
-    fn place(&self, inner: &mut Inner) {
-        let wanted = inner.config.memory_bar();
-        if wanted == inner.mapped {
+    fn place(&self, inner: &Inner) {
+        let (mapped, wanted) = (self.mapped(), inner.config.memory_bar());
+        if wanted == mapped {
             return;
         }
         let doorbells = |base: u64| (base + u64::from(DOORBELLS)..).step_by(DOORBELL_LEN as usize);
-        if let Some(base) = inner.mapped {
+        if let Some(base) = mapped {
             self.queues
                 .iter()
                 .zip(doorbells(base))
@@ -181,7 +187,12 @@ impl VirtioFunction {
                 let _ = self.platform.add_doorbell(at, queue.doorbell());
             }
         }
-        inner.mapped = wanted;
+        self.mapped.store(wanted.unwrap_or(UNMAPPED), Ordering::Release);
+    }
+
+    /// Where the BAR is decoded, if it is.
+    fn mapped(&self) -> Option<u64> {
+        Some(self.mapped.load(Ordering::Acquire)).filter(|base| *base != UNMAPPED)
     }
 
     fn reset(&self, inner: &mut Inner) {
@@ -210,80 +221,101 @@ impl VirtioFunction {
         }
     }
 
-    fn read_common(&self, offset: usize, data: &mut [u8]) {
-        let inner = self.lock();
-        let registers = &inner.registers;
-        let queue = self.queues.get(usize::from(registers.queue_select));
-        let needs_reset = if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 };
-        let mut image = Vec::with_capacity(COMMON_LEN as usize);
-        let mut put = |bytes: &[u8]| image.extend_from_slice(bytes);
-        put(&registers.device_feature_select.to_le_bytes());
-        put(&Registers::half(self.offered(), registers.device_feature_select).to_le_bytes());
-        put(&registers.driver_feature_select.to_le_bytes());
-        put(&Registers::half(registers.features, registers.driver_feature_select).to_le_bytes());
-        put(&self.interrupt.config_vector().to_le_bytes());
-        put(&(self.queues.len() as u16).to_le_bytes());
-        // What changes by itself in a configuration here is two bytes at once: the generation, which
-        // is for longer ones, is always the same.
-        put(&[registers.status | needs_reset, 0]);
-        put(&registers.queue_select.to_le_bytes());
-        let (size, ready) = queue.map_or((0, false), |q| q.with_ring(|ring| (ring.size(), ring.ready())));
-        put(&size.to_le_bytes());
-        put(&queue.map_or(NO_VECTOR, VirtQueue::vector).to_le_bytes());
-        put(&u16::from(ready).to_le_bytes());
-        put(&registers.queue_select.to_le_bytes()); // its doorbell
-        for part in [RingPart::Descriptors, RingPart::Available, RingPart::Used] {
-            put(&queue.map_or(0, |q| q.address(part).0).to_le_bytes());
-        }
-        for (byte, at) in data.iter_mut().zip(offset..) {
-            *byte = image.get(at).copied().unwrap_or(0);
+    /// A register's value. Only those of a queue's ring take the queue's lock.
+    fn register(&self, register: Register) -> u32 {
+        let driver = || self.lock().registers;
+        let queue = || self.queues.get(usize::from(self.lock().registers.queue_select));
+        let address = |part| queue().map_or(0, |queue| queue.address(part).0);
+        match register {
+            Register::DeviceFeatureSelect => driver().device_feature_select,
+            Register::DeviceFeature => Registers::half(self.offered(), driver().device_feature_select),
+            Register::DriverFeatureSelect => driver().driver_feature_select,
+            Register::DriverFeature => {
+                let driver = driver();
+                Registers::half(driver.features, driver.driver_feature_select)
+            }
+            Register::ConfigMsixVector => self.interrupt.config_vector().into(),
+            Register::NumQueues => self.queues.len() as u32,
+            Register::DeviceStatus => {
+                let needs_reset = if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 };
+                (driver().status | needs_reset).into()
+            }
+            // What changes by itself in a configuration here is two bytes at once: the generation, which is
+            // for longer ones, is always the same.
+            Register::ConfigGeneration => 0,
+            // Each queue's doorbell has the queue's number.
+            Register::QueueSelect | Register::QueueNotifyOff => driver().queue_select.into(),
+            Register::QueueSize => queue().map_or(0, |queue| queue.with_queue(|queue| queue.size())).into(),
+            Register::QueueMsixVector => queue().map_or(NO_VECTOR, VirtQueue::vector).into(),
+            Register::QueueEnable => {
+                queue().is_some_and(|queue| queue.with_queue(|queue| queue.ready())).into()
+            }
+            Register::QueueDescLow => address(QueuePart::DescriptorTable) as u32,
+            Register::QueueDescHigh => (address(QueuePart::DescriptorTable) >> 32) as u32,
+            Register::QueueDriverLow => address(QueuePart::AvailableRing) as u32,
+            Register::QueueDriverHigh => (address(QueuePart::AvailableRing) >> 32) as u32,
+            Register::QueueDeviceLow => address(QueuePart::UsedRing) as u32,
+            Register::QueueDeviceHigh => (address(QueuePart::UsedRing) >> 32) as u32,
         }
     }
 
     fn write_common(&self, offset: usize, data: &[u8]) {
-        let mut value = [0; 4];
-        let Some(bytes) = value.get_mut(..data.len()) else {
-            // Eight bytes at once are two registers.
-            let (low, high) = data.split_at(4);
-            self.write_common(offset, low);
-            return self.write_common(offset + 4, high);
-        };
-        bytes.copy_from_slice(data);
-        let value = u32::from_le_bytes(value);
+        // Eight bytes at once are two registers.
+        for (bytes, at) in data.chunks(4).zip((offset..).step_by(4)) {
+            let mut value = [0; 4];
+            value[..bytes.len()].copy_from_slice(bytes);
+            if let Some(register) = Register::at(at, bytes.len()) {
+                self.set_register(register, u32::from_le_bytes(value));
+            }
+        }
+    }
+
+    fn set_register(&self, register: Register, value: u32) {
         let mut inner = self.lock();
         let queue = self.queues.get(usize::from(inner.registers.queue_select));
-        match (offset, data.len()) {
-            (0x00, 4) => inner.registers.device_feature_select = value,
-            (0x08, 4) => inner.registers.driver_feature_select = value,
-            (0x0c, 4) => inner.registers.accept(value),
-            (0x10, 2) => self.interrupt.set_config_vector(self.vector(value)),
-            (0x14, 1) => self.set_status(&mut inner, value as u8),
-            (0x16, 2) => inner.registers.queue_select = value as u16,
-            (0x1a, 2) => {
+        // A queue that is in use no longer changes; only a reset frees it.
+        let idle = || queue.filter(|queue| !queue.with_queue(|queue| queue.ready()));
+        let set_address = |part, high| {
+            if let Some(queue) = idle() {
+                queue.set_address(part, high, value);
+            }
+        };
+        match register {
+            Register::DeviceFeatureSelect => inner.registers.device_feature_select = value,
+            Register::DriverFeatureSelect => inner.registers.driver_feature_select = value,
+            Register::DriverFeature => inner.registers.accept(value),
+            Register::ConfigMsixVector => self.interrupt.set_config_vector(self.vector(value)),
+            Register::DeviceStatus => self.set_status(&mut inner, value as u8),
+            Register::QueueSelect => inner.registers.queue_select = value as u16,
+            Register::QueueMsixVector => {
                 if let Some(queue) = queue {
                     queue.set_vector(self.vector(value));
                 }
             }
-            (at @ (0x18 | 0x1c | 0x20..0x38), len) => {
-                // A queue that is in use no longer changes; only a reset frees it.
-                if let Some(queue) = queue.filter(|q| !q.with_ring(|ring| ring.ready())) {
-                    let high = at & 4 != 0;
-                    match (at, len) {
-                        (0x18, 2) => queue.with_ring(|ring| ring.set_size(value as u16)),
-                        (0x1c, 2) if value == 1 => {
-                            queue.with_ring(|ring| ring.set_ready(true));
-                            if inner.registers.status & DRIVER_OK != 0 {
-                                self.activate(&inner.registers);
-                            }
-                        }
-                        (0x20 | 0x24, 4) => queue.set_address(RingPart::Descriptors, high, value),
-                        (0x28 | 0x2c, 4) => queue.set_address(RingPart::Available, high, value),
-                        (0x30 | 0x34, 4) => queue.set_address(RingPart::Used, high, value),
-                        _ => {}
+            Register::QueueSize => {
+                if let Some(queue) = idle() {
+                    queue.with_queue(|queue| queue.set_size(value as u16));
+                }
+            }
+            Register::QueueEnable => {
+                if let Some(queue) = idle().filter(|_| value == 1) {
+                    queue.with_queue(|queue| queue.set_ready(true));
+                    if inner.registers.status & DRIVER_OK != 0 {
+                        self.activate(&inner.registers);
                     }
                 }
             }
-            _ => {}
+            Register::QueueDescLow => set_address(QueuePart::DescriptorTable, false),
+            Register::QueueDescHigh => set_address(QueuePart::DescriptorTable, true),
+            Register::QueueDriverLow => set_address(QueuePart::AvailableRing, false),
+            Register::QueueDriverHigh => set_address(QueuePart::AvailableRing, true),
+            Register::QueueDeviceLow => set_address(QueuePart::UsedRing, false),
+            Register::QueueDeviceHigh => set_address(QueuePart::UsedRing, true),
+            // These can only be read.
+            Register::DeviceFeature
+            | Register::NumQueues
+            | Register::ConfigGeneration
+            | Register::QueueNotifyOff => {}
         }
     }
 
@@ -295,15 +327,16 @@ impl VirtioFunction {
     /// What of the BAR the window in configuration space shows; `None` unless the driver set it up.
     fn window(&self) -> Option<(u64, usize)> {
         let inner = self.lock();
-        let (bar, offset) = (inner.config.u16_at(self.pci_access + 4) & 0xff, self.pci_access + 8);
-        let (offset, len) = (inner.config.u32_at(offset), inner.config.u32_at(offset + 4));
+        let bar = inner.config.u16_at(self.pci_access + CAPABILITY_BAR) & 0xff;
+        let offset = inner.config.u32_at(self.pci_access + CAPABILITY_OFFSET);
+        let len = inner.config.u32_at(self.pci_access + CAPABILITY_LEN);
         let fits = offset.checked_add(len).is_some_and(|end| end <= BAR_LEN);
         (bar == 0 && matches!(len, 1 | 2 | 4) && offset.is_multiple_of(len) && fits)
             .then_some((u64::from(offset), len as usize))
     }
 
     fn window_data(&self) -> Range<usize> {
-        self.pci_access + 16..self.pci_access + 20
+        self.pci_access + WINDOW_DATA.start..self.pci_access + WINDOW_DATA.end
     }
 
     /// Stops the device's threads from touching guest RAM.
@@ -323,6 +356,12 @@ impl VirtioFunction {
         }
     }
 
+    /// Does something while a queue is locked, as by whoever serves it.
+    #[cfg(test)]
+    pub fn with_queue_locked(&self, queue: usize, work: impl FnOnce()) {
+        self.queues[queue].with_queue(|_| work());
+    }
+
     /// The components that the device saves.
     pub fn places(&self) -> [(Kind, u8); 2] {
         [(Kind::Virtio, self.index), (self.device.state_kind(), self.index)]
@@ -337,7 +376,7 @@ impl VirtioFunction {
         let state = TransportState {
             config: inner.config.save(),
             msix: self.msix.save(),
-            registers: inner.registers.clone(),
+            registers: inner.registers,
             isr: self.interrupt.isr(),
             config_vector: self.interrupt.config_vector(),
             needs_reset: self.interrupt.is_reset_needed(),
@@ -379,8 +418,8 @@ impl VirtioFunction {
             queue.load(state)?;
         }
         self.interrupt.set(state.isr, state.config_vector, state.needs_reset);
-        inner.registers = state.registers.clone();
-        self.place(&mut inner);
+        inner.registers = state.registers;
+        self.place(&inner);
         Ok(())
     }
 }
@@ -401,7 +440,7 @@ impl Function for VirtioFunction {
         {
             let mut inner = self.lock();
             inner.config.write(offset, data);
-            self.place(&mut inner);
+            self.place(&inner);
             self.msix.set_control(inner.config.u16_at(self.msix_capability + 2));
         }
         if self.window_data().contains(&offset)
@@ -414,21 +453,21 @@ impl Function for VirtioFunction {
     }
 
     fn offset(&self, address: u64) -> Option<u64> {
-        let offset = address.checked_sub(self.lock().mapped?)?;
+        let offset = address.checked_sub(self.mapped()?)?;
         (offset < u64::from(BAR_LEN)).then_some(offset)
     }
 
     fn read_bar(&self, offset: u64, data: &mut [u8]) {
         let within = offset as usize % PART_LEN as usize;
         match offset as u32 & !(PART_LEN - 1) {
-            COMMON => self.read_common(within, data),
-            ISR => {
+            COMMON_CONFIG => common_config::read(within, data, |register| self.register(register)),
+            ISR_STATUS => {
                 data.fill(0);
                 if let (0, Some(first)) = (within, data.first_mut()) {
                     *first = self.interrupt.take_isr();
                 }
             }
-            DEVICE => self.device.read_config(within as u64, data),
+            DEVICE_CONFIG => self.device.read_config(within as u64, data),
             MSIX_TABLE => self.msix.read_table(within, data),
             MSIX_PENDING => self.msix.read_pending(within, data),
             _ => data.fill(0),
@@ -438,8 +477,8 @@ impl Function for VirtioFunction {
     fn write_bar(&self, offset: u64, data: &[u8]) {
         let within = offset as usize % PART_LEN as usize;
         match offset as u32 & !(PART_LEN - 1) {
-            COMMON => self.write_common(within, data),
-            DEVICE => self.device.write_config(within as u64, data),
+            COMMON_CONFIG => self.write_common(within, data),
+            DEVICE_CONFIG => self.device.write_config(within as u64, data),
             DOORBELLS => {
                 if let Some(queue) = self.queues.get(within / DOORBELL_LEN as usize) {
                     queue.notify();
@@ -461,8 +500,8 @@ pub fn functions(
     platform: &Arc<dyn Platform>,
     memory: &GuestMemory,
 ) -> Result<Vec<Arc<VirtioFunction>>, Error> {
-    if configs.len() > pci::MOST_FUNCTIONS {
-        return Err(Error::DeviceCount { wanted: configs.len(), most: pci::MOST_FUNCTIONS });
+    if configs.len() > pci::MAX_FUNCTIONS {
+        return Err(Error::DeviceCount { wanted: configs.len(), most: pci::MAX_FUNCTIONS });
     }
     configs
         .iter()

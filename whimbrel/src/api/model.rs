@@ -96,13 +96,11 @@ fn default_silence() -> u64 {
 impl MigrationRequest {
     /// The policy that the request asks for.
     pub fn policy(&self) -> Policy {
-        Policy {
-            downtime_limit: Duration::from_millis(self.downtime_limit_ms),
-            max_rounds: self.max_rounds,
-            timeout: self.timeout_s.map(Duration::from_secs),
-            on_stall: self.on_stall,
-            ..Policy::default()
-        }
+        Policy::default()
+            .with_downtime_limit(Duration::from_millis(self.downtime_limit_ms))
+            .with_max_rounds(self.max_rounds)
+            .with_timeout(self.timeout_s.map(Duration::from_secs))
+            .with_on_stall(self.on_stall)
     }
 }
 

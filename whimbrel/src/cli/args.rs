@@ -10,8 +10,8 @@ use vmm::guest::Content;
 use vmm::host::MAX_VCPUS;
 use vmm::memory::PageSize;
 use vmm::sandbox::Mode;
-use vmm::virtio::block::{Aio, BlockConfig, MOST_QUEUES};
-use vmm::virtio::net::{Announcing, MOST_PAIRS, Mac, TapConfig};
+use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES};
+use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
 use whimbrel::api::model::TransportChoice;
 
 /// Moves running KVM virtual machines from host to host.
@@ -358,8 +358,8 @@ fn disk(text: &str) -> Result<BlockConfig, String> {
             None if option == "readonly" => config.readonly = true,
             None if option == "cached" => config.cached = true,
             Some(("queues", number)) => {
-                let queues = number.parse().ok().filter(|queues| (1..=MOST_QUEUES).contains(queues));
-                config.queues = queues.ok_or_else(|| format!("queues={number}: use 1 to {MOST_QUEUES}"))?;
+                let queues = number.parse().ok().filter(|queues| (1..=MAX_QUEUES).contains(queues));
+                config.queues = queues.ok_or_else(|| format!("queues={number}: use 1 to {MAX_QUEUES}"))?;
             }
             _ => {
                 return Err(format!(
@@ -391,8 +391,8 @@ fn net(text: &str) -> Result<NetArg, String> {
             Some(("tap", name)) if !name.is_empty() => tap.name = name.into(),
             Some(("mac", address)) => mac = Some(address.parse()?),
             Some(("queues", number)) => {
-                let number = number.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
-                pairs = number.ok_or_else(|| format!("{option}: use 1 to {MOST_PAIRS} pairs"))?;
+                let number = number.parse().ok().filter(|pairs| (1..=MAX_PAIRS).contains(pairs));
+                pairs = number.ok_or_else(|| format!("{option}: use 1 to {MAX_PAIRS} pairs"))?;
             }
             Some(("offloads", "off")) => tap.offloads = false,
             _ => {

@@ -58,7 +58,8 @@ pub fn exit(report: &Report) -> Exit {
     match report.verdict {
         Verdict::Moved => Exit::Done,
         Verdict::Stayed => Exit::Stayed,
-        Verdict::Held => Exit::Held,
+        // Held, or an end that this program does not know: an operator decides.
+        _ => Exit::Held,
     }
 }
 
@@ -90,7 +91,8 @@ fn show(bar: &ProgressBar, progress: &Progress) {
         Phase::Preparing => "preparing".into(),
         Phase::Precopy => format!("round {}", progress.round),
         Phase::Switchover | Phase::Committed => "switchover".into(),
-        Phase::Moved | Phase::Stayed | Phase::Held => "done".into(),
+        Phase::ReadyToSwitch => "ready to switch".into(),
+        _ => "done".into(),
     };
     bar.set_prefix(phase);
     if progress.transport.is_empty() {

@@ -82,12 +82,12 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
             writeln!(out, "moved to {to} over {} in {}", report.transport, ms(report.total_us))?
         }
         (Verdict::Stayed, Some(why)) => writeln!(out, "not moved, the guest continues to run here: {why}")?,
-        (Verdict::Held, Some(why)) => writeln!(
+        (_, None) => writeln!(out, "not moved")?,
+        (_, Some(why)) => writeln!(
             out,
             "HELD: the guest is paused here and may run at {to}: {why}\n\
              If it runs there, use `whimbrel quit` here. If it certainly does not, use `whimbrel resume --force` here."
         )?,
-        (_, None) => writeln!(out, "not moved")?,
     }
     for declined in &report.declined {
         writeln!(out, "{} was not used: {}", declined.transport, declined.why)?;

@@ -83,7 +83,7 @@ fn devices(args: &RunArgs) -> anyhow::Result<Vec<DeviceConfig>> {
     let mut devices: Vec<_> = args.disk.iter().cloned().map(DeviceConfig::Block).collect();
     for (net, number) in args.net.iter().zip(0..) {
         let mac = net.mac.map_or_else(Mac::random, Ok)?;
-        devices.push(DeviceConfig::Net(NetConfig { number, mac, pairs: net.pairs, promise: None }));
+        devices.push(DeviceConfig::Net(NetConfig { number, mac, pairs: net.pairs, negotiated: None }));
     }
     devices.extend(rng.into_iter().chain(console));
     Ok(devices)

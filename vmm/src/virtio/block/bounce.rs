@@ -1,8 +1,9 @@
-//! A buffer of our own, for what direct I/O does not take from a guest as it is.
+//! Bounce buffers: aligned memory of our own, by way of which data goes that direct I/O does not take from a
+//! guest as it is.
 
-use super::image::Image;
-use super::request::Part;
-use super::step::Direction;
+use super::file_op::Direction;
+use super::image::DiskImage;
+use super::request::Segment;
 use crate::memory::GuestMemory;
 use std::alloc::Layout;
 use std::io;
@@ -13,15 +14,15 @@ use vm_memory::Bytes;
 /// Alignment that suits direct I/O everywhere.
 pub const PAGE: usize = 4096;
 /// Most bytes that are copied at a time.
-pub const BOUNCE: usize = 256 << 10;
+pub const MAX_BOUNCE: usize = 256 << 10;
 
 /// A buffer that direct I/O takes.
-pub struct Bounce {
+pub struct BounceBuffer {
     address: NonNull<u8>,
     layout: Layout,
 }
 
-impl Bounce {
+impl BounceBuffer {
     /// At least `len` bytes of zeros.
     ///
     /// # Errors
@@ -32,7 +33,7 @@ impl Bounce {
         // SAFETY: the layout's size is a page or more.
         let address = unsafe { std::alloc::alloc_zeroed(layout) };
         let address = NonNull::new(address).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Bounce { address, layout })
+        Ok(BounceBuffer { address, layout })
     }
 
     /// The buffer.
@@ -42,15 +43,16 @@ impl Bounce {
     }
 }
 
-impl Drop for Bounce {
+impl Drop for BounceBuffer {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this very layout.
         unsafe { std::alloc::dealloc(self.address.as_ptr(), self.layout) };
     }
 }
 
-impl Image {
-    /// Moves data between the image, from byte `offset` on, and parts of guest RAM by way of a buffer of our own.
+impl DiskImage {
+    /// Moves data between the image, from byte `offset` on, and parts of guest RAM by way of a buffer of our
+    /// own.
     ///
     /// # Errors
     /// What the system says.
@@ -59,14 +61,14 @@ impl Image {
         direction: Direction,
         offset: u64,
         memory: &GuestMemory,
-        parts: &[Part],
+        parts: &[Segment],
     ) -> io::Result<()> {
         let total: usize = parts.iter().map(|part| part.len).sum();
-        let mut bounce = Bounce::new(total.min(BOUNCE))?;
+        let mut bounce = BounceBuffer::new(total.min(MAX_BOUNCE))?;
         let (mut parts, mut done) = (parts.iter().copied(), 0);
         let mut current = parts.next();
         while done < total {
-            let piece = BOUNCE.min(total - done);
+            let piece = MAX_BOUNCE.min(total - done);
             let buffer = &mut bounce.bytes()[..piece];
             if direction == Direction::Read {
                 self.file().read_exact_at(buffer, offset + done as u64)?;

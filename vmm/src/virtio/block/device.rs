@@ -1,35 +1,37 @@
 //! The disk as its driver sees it.
 
-use super::image::Image;
+use super::image::DiskImage;
 use super::job::Job;
-use super::request::{MOST_BUFFERS, MOST_RANGES};
-use super::ring::Ring;
+use super::request::{MAX_BUFFERS, MAX_RANGES, SECTOR};
 use super::state::BlockState;
-use super::{Aio, BlockConfig, Error, Geometry, Images, MOST_QUEUES};
+use super::uring::Uring;
+use super::{Aio, BlockConfig, Error, Geometry, Images, MAX_QUEUES};
 use crate::component::{self, Component, Kind};
-use crate::virtio::queue::{Broken, Next, Serving};
+use crate::lock::lock;
+use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
+use crate::virtio::structure::Structure;
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, Once};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, virtio_blk_config,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 /// Mass storage controller, other.
 const CLASS: u32 = 0x01_8000;
-pub const QUEUE_SIZE: u16 = MOST_BUFFERS as u16;
-/// Buffers of one request, beside header and outcome.
-const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+pub const QUEUE_SIZE: u16 = MAX_BUFFERS as u16;
+/// Data segments of one request, beside its header and its status byte.
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Most sectors of one range to be discarded or zeroed: 1 GiB.
-pub const MOST_SECTORS: u32 = 1 << 21;
+pub const MAX_SECTORS: u32 = 1 << 21;
 
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 
 /// What all queues share.
 pub struct Disk {
-    pub image: Image,
+    pub image: DiskImage,
     pub identity: [u8; VIRTIO_BLK_ID_BYTES as usize],
     /// The driver never flushes: every write is made durable before it is confirmed.
     write_through: AtomicBool,
@@ -42,12 +44,12 @@ impl Disk {
     }
 }
 
-/// How a queue's requests are carried out.
-enum Lane {
+/// What executes a queue's requests.
+enum Engine {
     /// One after the other, by system calls.
-    InTurn(Box<Job>),
+    Sync(Box<Job>),
     /// Several at a time.
-    Ring(Box<Ring>),
+    IoUring(Box<Uring>),
 }
 
 /// A disk.
@@ -55,8 +57,8 @@ pub struct Block {
     config: BlockConfig,
     disk: Disk,
     queue_sizes: Vec<u16>,
-    /// One for each queue; nobody but the queue's thread takes it.
-    lanes: Vec<Mutex<Lane>>,
+    /// One for each queue; only the queue's thread takes its lock.
+    engines: Vec<Mutex<Engine>>,
 }
 
 impl Block {
@@ -66,20 +68,21 @@ impl Block {
     /// [`Error`].
     pub fn open(config: &BlockConfig, images: &Images, aio: Aio) -> Result<Self, Error> {
         images.check(&config.path)?;
-        if !(1..=MOST_QUEUES).contains(&config.queues) {
+        if !(1..=MAX_QUEUES).contains(&config.queues) {
             return Err(Error::Queues(config.queues));
         }
         // Another process, on another host, has another working directory.
         let path = std::path::absolute(&config.path)
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
         let config = BlockConfig { path, ..config.clone() };
-        let image = Image::open(&config)?;
+        let image = DiskImage::open(&config)?;
         let mut identity = [0; VIRTIO_BLK_ID_BYTES as usize];
         let name = config.path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let printable = name.bytes().filter(u8::is_ascii_graphic);
         identity.iter_mut().zip(printable).for_each(|(byte, letter)| *byte = letter);
         let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queues)];
-        // What the page cache has takes less time than a ring, and what it has not the kernel gives to threads of its own.
+        // What the page cache has takes less time than a ring, and what it has not the kernel gives to
+        // threads of its own.
         let mut aio = if aio == Aio::Auto && config.cached { Aio::Sync } else { aio };
         if image.is_on_nfs() && !config.readonly && !config.cached {
             if aio == Aio::Sync || super::io_uring().is_err() {
@@ -90,19 +93,19 @@ impl Block {
         Ok(Block {
             config: BlockConfig { geometry: Some(image.geometry()), ..config },
             disk: Disk { image, identity, write_through: AtomicBool::new(true) },
-            lanes: lanes(queue_sizes.len(), aio)?,
+            engines: engines(queue_sizes.len(), aio)?,
             queue_sizes,
         })
     }
 }
 
-/// Ways for so many queues.
-fn lanes(count: usize, aio: Aio) -> Result<Vec<Mutex<Lane>>, Error> {
-    let in_turn = || (0..count).map(|_| Mutex::new(Lane::InTurn(Box::default()))).collect();
+/// Engines for so many queues.
+fn engines(count: usize, aio: Aio) -> Result<Vec<Mutex<Engine>>, Error> {
+    let sync = || (0..count).map(|_| Mutex::new(Engine::Sync(Box::default()))).collect();
     if aio == Aio::Sync {
-        return Ok(in_turn());
+        return Ok(sync());
     }
-    let rings = (0..count).map(|_| Ok(Mutex::new(Lane::Ring(Box::new(Ring::new()?))))).collect();
+    let rings = (0..count).map(|_| Ok(Mutex::new(Engine::IoUring(Box::new(Uring::new()?))))).collect();
     match rings {
         Err(source) if aio == Aio::IoUring => Err(Error::NoRing(source)),
         Err(error) => {
@@ -112,24 +115,24 @@ fn lanes(count: usize, aio: Aio) -> Result<Vec<Mutex<Lane>>, Error> {
                     "whimbrel: no io_uring ({error}): disks carry out their requests one after the other"
                 );
             });
-            Ok(in_turn())
+            Ok(sync())
         }
         Ok(rings) => Ok(rings),
     }
 }
 
 /// Serves a queue by system calls.
-fn serve_in_turn(job: &mut Job, disk: &Disk, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+fn serve_sync(job: &mut Job, disk: &Disk, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
     let memory = queue.memory();
-    while let Some(chain) = queue.take()? {
-        let mut step = job.begin(disk, memory, chain)?;
-        while let Some(next) = step {
-            step = job.proceed(disk, memory, disk.image.carry_out(next));
+    while let Some(chain) = queue.pop()? {
+        let mut op = job.begin(disk, memory, chain)?;
+        while let Some(next) = op {
+            op = job.proceed(disk, memory, disk.image.execute(next));
         }
-        let (head, written) = job.conclude(memory)?;
-        queue.give_back(head, written)?;
+        let (head, len) = job.complete(memory)?;
+        queue.add_used(head, len)?;
     }
-    Ok(Next::Buffers)
+    Ok(WaitFor::Buffers)
 }
 
 impl VirtioDevice for Block {
@@ -157,58 +160,56 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let Geometry { len, unit } = self.disk.image.geometry();
-        let mut config = [0; 60];
-        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &(len / 512).to_le_bytes());
-        put(12, &SEGMENTS.to_le_bytes());
-        put(20, &unit.to_le_bytes());
-        put(34, &self.config.queues.to_le_bytes());
-        let (sectors, ranges) = (MOST_SECTORS.to_le_bytes(), (MOST_RANGES as u32).to_le_bytes());
-        put(36, &sectors); // to discard, in so many ranges, aligned so
-        put(40, &ranges);
-        put(44, &(unit / 512).to_le_bytes());
-        put(48, &sectors); // to zero, in so many ranges, whose storage may be given back
-        put(52, &ranges);
-        put(56, &[1]);
-        for (byte, at) in data.iter_mut().zip(offset as usize..) {
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        let fields = virtio_blk_config {
+            capacity: len / SECTOR,
+            seg_max: MAX_SEGMENTS,
+            blk_size: unit,
+            num_queues: self.config.queues,
+            max_discard_sectors: MAX_SECTORS,
+            max_discard_seg: MAX_RANGES as u32,
+            discard_sector_alignment: unit / SECTOR as u32,
+            max_write_zeroes_sectors: MAX_SECTORS,
+            max_write_zeroes_seg: MAX_RANGES as u32,
+            write_zeroes_may_unmap: 1,
+            ..Default::default()
+        };
+        Structure(fields).read_config(offset, data);
     }
 
     fn activate(&self, features: u64) {
         self.disk.write_through.store(features & FLUSH == 0, Ordering::Relaxed);
     }
 
-    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
-        match &mut *self.lanes[index].lock().unwrap_or_else(PoisonError::into_inner) {
-            Lane::InTurn(job) => serve_in_turn(job, &self.disk, queue),
-            Lane::Ring(ring) => ring.serve(&self.disk, queue),
+    fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+        match &mut *lock(&self.engines[index]) {
+            Engine::Sync(job) => serve_sync(job, &self.disk, queue),
+            Engine::IoUring(uring) => uring.serve(&self.disk, queue),
         }
     }
 
-    fn has_arbiter(&self) -> bool {
-        self.disk.image.decides()
+    fn disk_lock_decides(&self) -> bool {
+        self.disk.image.lock_decides()
     }
 
-    fn flush_storage(&self) {
+    fn flush_disk(&self) {
         // One that fails now fails again when it matters.
         let _ = self.disk.image.flush();
     }
 
-    fn take_storage(&self) -> Result<(), crate::Error> {
-        Ok(self.disk.image.take()?)
+    fn take_disk_lock(&self) -> Result<(), crate::Error> {
+        Ok(self.disk.image.take_lock()?)
     }
 
-    fn claim_storage(&self) -> Result<(), crate::Error> {
+    fn claim_disk(&self) -> Result<(), crate::Error> {
         Ok(self.disk.image.claim()?)
     }
 
-    fn release_storage(&self) -> Result<(), crate::Error> {
-        Ok(self.disk.image.release()?)
+    fn release_disk_lock(&self) -> Result<(), crate::Error> {
+        Ok(self.disk.image.release_lock()?)
     }
 
-    fn holds_storage(&self) -> bool {
-        self.disk.image.is_held()
+    fn holds_disk_lock(&self) -> bool {
+        self.disk.image.holds_lock()
     }
 
     fn state_kind(&self) -> Kind {

@@ -1,20 +1,23 @@
 //! A disk's image.
 
-use super::bounce::{BOUNCE, Bounce, PAGE};
-use super::lock::{self, Lock};
+use super::bounce::{BounceBuffer, MAX_BOUNCE, PAGE};
+use super::lock::{self, LockKind};
 use super::mark::{self, Mark};
+use super::request::SECTOR;
+use super::statx::statx;
 use super::{BlockConfig, Error, Geometry};
 use crate::component::Kind;
+use crate::lock::lock;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// An open image.
-pub struct Image {
+pub struct DiskImage {
     path: PathBuf,
     file: File,
     readonly: bool,
@@ -24,11 +27,11 @@ pub struct Image {
     alignment: usize,
     /// Whether the lock is held: without it nothing is read or written.
     held: AtomicBool,
-    /// Its mark when it was given up.
-    given_up: Mutex<Option<Mark>>,
+    /// Its mark when the lock was released.
+    released_at: Mutex<Option<Mark>>,
 }
 
-impl Image {
+impl DiskImage {
     /// Opens the image without touching its content and without a lock.
     ///
     /// # Errors
@@ -66,8 +69,17 @@ impl Image {
             return Err(Error::Geometry { path, found, wanted: geometry });
         }
         let held = AtomicBool::new(false);
-        let given_up = Mutex::default();
-        Ok(Image { path, file, readonly: config.readonly, geometry, on_nfs, alignment, held, given_up })
+        let released_at = Mutex::default();
+        Ok(DiskImage {
+            path,
+            file,
+            readonly: config.readonly,
+            geometry,
+            on_nfs,
+            alignment,
+            held,
+            released_at,
+        })
     }
 
     /// Its size and unit.
@@ -75,36 +87,37 @@ impl Image {
         self.geometry
     }
 
-    /// Whether it is on an NFS server. There, a process that is killed waits for no system call of its own: its lock goes
-    /// while the server may still be at its last write. What io_uring reads and writes by direct I/O keeps the file open,
-    /// and the lock held, until it is done; `fallocate` does not, by whatever way.
+    /// Whether it is on an NFS server. There, a process that is killed waits for no system call of its own:
+    /// its lock goes while the server may still be at its last write. What io_uring reads and writes by
+    /// direct I/O keeps the file open, and the lock held, until it is done; `fallocate` does
+    /// not, neither as a system call nor by io_uring.
     pub fn is_on_nfs(&self) -> bool {
         self.on_nfs
     }
 
     /// Whether its lock can decide which of two hosts owns the guest.
-    pub fn decides(&self) -> bool {
+    pub fn lock_decides(&self) -> bool {
         !self.readonly && lock::decides(&self.file)
     }
 
-    /// Takes the lock that its use needs; holding it already is as good.
+    /// Takes the lock that its use needs. Does nothing if the lock is held here.
     ///
     /// # Errors
-    /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was given up before and
-    /// somebody else has had it since, or nobody can tell.
-    pub fn take(&self) -> Result<(), Error> {
-        // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not heard of this
-        // host for too long, would give it anew, and the guest go on with a disk that is newer than its memory. As it is,
-        // the host's kernel fails all that is written.
-        if self.is_held() {
+    /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was released
+    /// before and somebody else has used the image since, or nobody can tell.
+    pub fn take_lock(&self) -> Result<(), Error> {
+        // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not
+        // heard of this host for too long, would give it anew, and the guest go on with a disk that is newer
+        // than its memory. As it is, the host's kernel fails all that is written.
+        if self.holds_lock() {
             return Ok(());
         }
-        let lock = if self.readonly { Lock::Shared } else { Lock::Exclusive };
+        let lock = if self.readonly { LockKind::Shared } else { LockKind::Exclusive };
         match lock::set(&self.file, lock) {
             Ok(true) => {
                 if let Err(why) = self.check_unused() {
-                    // Closing the file gives it up as well.
-                    let _ = lock::set(&self.file, Lock::None);
+                    // Closing the file releases it as well.
+                    let _ = lock::set(&self.file, LockKind::None);
                     return Err(why);
                 }
                 self.held.store(true, Ordering::Release);
@@ -115,10 +128,10 @@ impl Image {
         }
     }
 
-    /// Whether nobody has had it since it was given up, if it was.
+    /// Whether nobody has used the image since the lock was released here, if it was.
     fn check_unused(&self) -> Result<(), Error> {
-        let given_up = *self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
-        match given_up {
+        let released_at = *lock(&self.released_at);
+        match released_at {
             Some(mark) if self.mark()? != mark => Err(Error::UsedElsewhere { path: self.path.clone() }),
             _ => Ok(()),
         }
@@ -128,31 +141,31 @@ impl Image {
         mark::read(&self.file).map_err(|source| Error::Mark { path: self.path.clone(), source })
     }
 
-    /// Says to whoever gave it up that it is used here from now on; called with the lock held. Where the lock decides
-    /// nothing, neither would this.
+    /// Marks the image as used from here on, so that whoever released the lock before can tell. Called with
+    /// the lock held. Where the lock cannot decide between hosts, neither could the mark.
     ///
     /// # Errors
     /// [`Error::Mark`].
     pub fn claim(&self) -> Result<(), Error> {
-        if !self.decides() {
+        if !self.lock_decides() {
             return Ok(());
         }
         mark::change(&self.file).map_err(|source| Error::Mark { path: self.path.clone(), source })
     }
 
-    /// Makes all that was written durable and gives the lock up.
+    /// Makes all that was written durable and releases the lock.
     ///
     /// # Errors
     /// [`Error::Flush`], [`Error::Mark`] or [`Error::Lock`]; the lock is then still held.
-    pub fn release(&self) -> Result<(), Error> {
-        if !self.is_held() {
+    pub fn release_lock(&self) -> Result<(), Error> {
+        if !self.holds_lock() {
             return Ok(());
         }
         self.flush().map_err(|source| Error::Flush { path: self.path.clone(), source })?;
-        let mark = if self.decides() { Some(self.mark()?) } else { None };
-        *self.given_up.lock().unwrap_or_else(PoisonError::into_inner) = mark;
+        let mark = if self.lock_decides() { Some(self.mark()?) } else { None };
+        *lock(&self.released_at) = mark;
         self.held.store(false, Ordering::Release);
-        match lock::set(&self.file, Lock::None) {
+        match lock::set(&self.file, LockKind::None) {
             Ok(_) => Ok(()),
             Err(source) => {
                 self.held.store(true, Ordering::Release);
@@ -162,7 +175,7 @@ impl Image {
     }
 
     /// Whether the lock is held.
-    pub fn is_held(&self) -> bool {
+    pub fn holds_lock(&self) -> bool {
         self.held.load(Ordering::Acquire)
     }
 
@@ -205,28 +218,31 @@ impl Image {
     pub fn check(&self, sector: u64, len: u64, write: bool) -> io::Result<u64> {
         let unit = u64::from(self.geometry.unit);
         let start =
-            sector.checked_mul(512).filter(|start| start.is_multiple_of(unit) && len.is_multiple_of(unit));
+            sector.checked_mul(SECTOR).filter(|start| start.is_multiple_of(unit) && len.is_multiple_of(unit));
         let end = start.and_then(|start| start.checked_add(len)).filter(|end| *end <= self.geometry.len);
-        if !self.is_held() || write && self.readonly || end.is_none() {
+        if !self.holds_lock() || write && self.readonly || end.is_none() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         start.ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    /// Reads from byte `offset` on, wherever that is and wherever to: for this process's own use, not for a guest's.
+    /// Reads from byte `offset` on, whatever the alignment of offset and buffer. For this process's own use,
+    /// not for a guest's.
     ///
     /// # Errors
     /// What the system says, or if the range is none of the disk's, or the lock not held.
     pub fn read_exact_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let unit = u64::from(self.geometry.unit);
         let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.geometry.len);
-        let (Some(end), true) = (end, self.is_held()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let (Some(end), true) = (end, self.holds_lock()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
         // The image is whole units, so what is read beyond the range is there too.
         let (mut at, end) = (offset / unit * unit, end.next_multiple_of(unit));
-        let mut bounce = Bounce::new(BOUNCE.min((end - at) as usize))?;
+        let mut bounce = BounceBuffer::new(MAX_BOUNCE.min((end - at) as usize))?;
         let (mut skip, mut rest) = ((offset - at) as usize, bytes);
         while !rest.is_empty() {
-            let piece = &mut bounce.bytes()[..BOUNCE.min((end - at) as usize)];
+            let piece = &mut bounce.bytes()[..MAX_BOUNCE.min((end - at) as usize)];
             self.file.read_exact_at(piece, at)?;
             let count = rest.len().min(piece.len() - skip);
             rest[..count].copy_from_slice(&piece[skip..skip + count]);
@@ -247,14 +263,10 @@ impl Image {
 /// lengths.
 fn direct_io(file: &File, is_device: bool) -> (usize, u32) {
     let unit = |reported: u32| if reported <= 512 { 512 } else { 4096 };
-    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: an empty path with this flag means the descriptor itself; the structure lives across
-    // the call.
-    let result = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut stat)
-    };
-    if result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align != 0 {
+    if let Ok(stat) = statx(file, 0, libc::STATX_DIOALIGN)
+        && stat.stx_mask & libc::STATX_DIOALIGN != 0
+        && stat.stx_dio_offset_align != 0
+    {
         return (stat.stx_dio_mem_align.max(512) as usize, unit(stat.stx_dio_offset_align));
     }
     if is_device {
@@ -265,7 +277,7 @@ fn direct_io(file: &File, is_device: bool) -> (usize, u32) {
         }
     }
     // Before Linux 6.1, and on file systems that do not say: a direct read, which no cache keeps.
-    let probe = Bounce::new(PAGE).and_then(|mut page| file.read_at(&mut page.bytes()[..512], 512));
+    let probe = BounceBuffer::new(PAGE).and_then(|mut page| file.read_at(&mut page.bytes()[..512], 512));
     if probe.is_ok() { (512, 512) } else { (PAGE, 4096) }
 }
 

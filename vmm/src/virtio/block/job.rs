@@ -1,10 +1,10 @@
-//! A request on its way, as steps that follow one another: who carries them out, and when, is another matter.
+//! A request as file operations that follow one another. Who executes them, and when, is another matter.
 
-use super::device::{Disk, MOST_SECTORS};
-use super::request::{MOST_RANGES, Operation, Part, Request};
-use super::step::{Direction, Step};
+use super::device::{Disk, MAX_SECTORS};
+use super::file_op::{Direction, FileOp};
+use super::request::{MAX_RANGES, Request, RequestType, SECTOR, Segment};
 use crate::memory::GuestMemory;
-use crate::virtio::queue::{Broken, Chain};
+use crate::virtio::queue::{Chain, QueueError};
 use std::io;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use vm_memory::Bytes;
@@ -14,7 +14,7 @@ const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPPORTED: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
 /// Most vectors that one system call takes.
-const MOST_VECTORS: usize = libc::UIO_MAXIOV as usize;
+const MAX_VECTORS: usize = libc::UIO_MAXIOV as usize;
 
 /// What is written where a file system has no shorter way to zero a range, as direct I/O takes it.
 static ZEROS: Zeros = Zeros([0; 64 << 10]);
@@ -22,20 +22,20 @@ static ZEROS: Zeros = Zeros([0; 64 << 10]);
 #[repr(align(4096))]
 struct Zeros([u8; 64 << 10]);
 
-/// What the step under way is for.
+/// What the operation under way is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Stage {
     /// Data, from or to what is left of the vectors.
     Transfer(Direction),
-    /// The range at this offset, of this length, to be given back or zeroed.
+    /// The range at this offset, of this length, to be freed or zeroed.
     Range(u64, u64),
     /// The same, by writing zeros.
     Zeros(u64, u64),
     /// Making durable what was written.
     Sync,
-    /// None: there is an outcome.
+    /// None: the request has its status.
     #[default]
-    Over,
+    Complete,
 }
 
 /// One request; used again for another, so that its lists need not grow anew.
@@ -43,61 +43,66 @@ enum Stage {
 pub struct Job {
     head: u16,
     request: Request,
-    operation: Operation,
+    request_type: RequestType,
     stage: Stage,
     vectors: Vec<libc::iovec>,
     /// The first vector of which something is left.
-    next: usize,
+    next_vector: usize,
     offset: u64,
     /// Ranges looked at so far.
     ranges: usize,
-    /// The storage of the last of them may be given back.
+    /// The file system may free the last of them.
     deallocate: bool,
-    outcome: u8,
-    /// Bytes written to the guest, without the outcome.
-    written: u32,
+    status: u8,
+    /// Bytes written to the descriptor chain, without the status byte: the length in its used ring element.
+    used_len: u32,
 }
 
-// SAFETY: the vectors' addresses, which alone keep it from being so by itself, are of guest RAM or of constant zeros,
-// which belong to no thread.
+// SAFETY: the vectors' addresses, which alone keep it from being so by itself, are of guest RAM or of
+// constant zeros, which belong to no thread.
 unsafe impl Send for Job {}
 
 impl Job {
-    /// Takes a request over: its first step, unless it needs none.
+    /// Takes a request over. Returns its first operation, unless it needs none.
     ///
     /// # Errors
-    /// [`Broken::Request`] if it is malformed. Then there is no job.
+    /// [`QueueError::Request`] if it is malformed. Then there is no job.
     pub fn begin(
         &mut self,
         disk: &Disk,
         memory: &GuestMemory,
         mut chain: Chain<'_>,
-    ) -> Result<Option<Step>, Broken> {
+    ) -> Result<Option<FileOp>, QueueError> {
         self.head = chain.head_index();
-        self.operation = self.request.parse(memory, &mut chain)?;
-        (self.outcome, self.written, self.ranges) = (OK, 0, 0);
-        Ok(match self.operation {
-            Operation::Read => self.transfer(disk, memory, Direction::Read)?,
-            Operation::Write => self.transfer(disk, memory, Direction::Write)?,
-            Operation::Flush => self.sync(disk),
-            Operation::Discard | Operation::WriteZeroes => self.next_range(disk, memory),
-            Operation::Identify => self.identify(disk, memory),
-            Operation::Unknown => self.end(UNSUPPORTED),
+        self.request_type = self.request.parse(memory, &mut chain)?;
+        (self.status, self.used_len, self.ranges) = (OK, 0, 0);
+        Ok(match self.request_type {
+            RequestType::Read => self.transfer(disk, memory, Direction::Read)?,
+            RequestType::Write => self.transfer(disk, memory, Direction::Write)?,
+            RequestType::Flush => self.sync(disk),
+            RequestType::Discard | RequestType::WriteZeroes => self.next_range(disk, memory),
+            RequestType::GetId => self.get_id(disk, memory),
+            RequestType::Unknown => self.end(UNSUPPORTED),
         })
     }
 
-    /// Takes the result of a step; the next one, if one follows.
-    pub fn proceed(&mut self, disk: &Disk, memory: &GuestMemory, result: io::Result<usize>) -> Option<Step> {
+    /// Takes the result of an operation. Returns the next one, if one follows.
+    pub fn proceed(
+        &mut self,
+        disk: &Disk,
+        memory: &GuestMemory,
+        result: io::Result<usize>,
+    ) -> Option<FileOp> {
         match (self.stage, result) {
             (Stage::Transfer(direction), Ok(moved @ 1..)) => {
                 self.advance(moved);
-                match self.transfer_step(direction) {
+                match self.transfer_op(direction) {
                     None => self.transferred(disk, memory, direction),
-                    step => step,
+                    op => op,
                 }
             }
             // In neither case was anything moved.
-            (Stage::Transfer(direction), Err(error)) if is_transient(&error) => self.transfer_step(direction),
+            (Stage::Transfer(direction), Err(error)) if is_transient(&error) => self.transfer_op(direction),
             // The image has become shorter, or cannot be read or written.
             (Stage::Transfer(direction), _) => {
                 if direction == Direction::Read {
@@ -107,53 +112,53 @@ impl Job {
             }
             (Stage::Range(..), Ok(_)) => self.next_range(disk, memory),
             (Stage::Range(offset, len), Err(error)) if is_unsupported(&error) => {
-                // To give storage back is not a must.
-                if self.operation == Operation::WriteZeroes {
-                    self.zeros_step(offset, len)
+                // A discard is a hint: the file system need not free anything.
+                if self.request_type == RequestType::WriteZeroes {
+                    self.zeros_op(offset, len)
                 } else {
                     self.next_range(disk, memory)
                 }
             }
-            (Stage::Range(offset, len), Err(error)) if is_transient(&error) => self.range_step(offset, len),
-            (Stage::Zeros(offset, len), Ok(written @ 1..)) => match len.saturating_sub(written as u64) {
+            (Stage::Range(offset, len), Err(error)) if is_transient(&error) => self.range_op(offset, len),
+            (Stage::Zeros(offset, len), Ok(moved @ 1..)) => match len.saturating_sub(moved as u64) {
                 0 => self.next_range(disk, memory),
-                rest => self.zeros_step(offset + len - rest, rest),
+                rest => self.zeros_op(offset + len - rest, rest),
             },
-            (Stage::Zeros(offset, len), Err(error)) if is_transient(&error) => self.zeros_step(offset, len),
+            (Stage::Zeros(offset, len), Err(error)) if is_transient(&error) => self.zeros_op(offset, len),
             (Stage::Sync, Ok(_)) => self.end(OK),
-            (Stage::Sync, Err(error)) if is_transient(&error) => Some(Step::Sync),
+            (Stage::Sync, Err(error)) if is_transient(&error) => Some(FileOp::Sync),
             (Stage::Zeros(..), _) | (Stage::Range(..) | Stage::Sync, Err(_)) => self.end(FAILED),
-            (Stage::Over, _) => None,
+            (Stage::Complete, _) => None,
         }
     }
 
-    /// Gives the request up, now that the step under way has come to its end: no outcome is told.
-    pub fn abandon(&mut self, memory: &GuestMemory) {
+    /// Gives the request up, now that the operation under way has come to its end. The driver gets no status.
+    pub fn cancel(&mut self, memory: &GuestMemory) {
         if self.stage == Stage::Transfer(Direction::Read) {
             self.request.mark(memory);
         }
-        self.stage = Stage::Over;
+        self.stage = Stage::Complete;
     }
 
-    /// Tells the guest's driver the outcome, all but that it is there: which chain it is, and how many bytes of it were
-    /// written.
+    /// Writes the request's status. Returns what the used ring has to say: the chain's head, and how many
+    /// bytes of the chain were written.
     ///
     /// # Errors
     /// If RAM is gone.
-    pub fn conclude(&self, memory: &GuestMemory) -> Result<(u16, u32), Broken> {
-        self.request.conclude(memory, self.outcome)?;
-        Ok((self.head, self.written + 1))
+    pub fn complete(&self, memory: &GuestMemory) -> Result<(u16, u32), QueueError> {
+        self.request.complete(memory, self.status)?;
+        Ok((self.head, self.used_len + 1))
     }
 
-    fn end(&mut self, outcome: u8) -> Option<Step> {
-        (self.stage, self.outcome) = (Stage::Over, outcome);
-        if outcome != OK {
-            self.written = 0;
+    fn end(&mut self, status: u8) -> Option<FileOp> {
+        (self.stage, self.status) = (Stage::Complete, status);
+        if status != OK {
+            self.used_len = 0;
         }
         None
     }
 
-    fn parts(&self, direction: Direction) -> &[Part] {
+    fn parts(&self, direction: Direction) -> &[Segment] {
         match direction {
             Direction::Read => self.request.incoming(),
             Direction::Write => self.request.outgoing(),
@@ -165,18 +170,18 @@ impl Job {
         disk: &Disk,
         memory: &GuestMemory,
         direction: Direction,
-    ) -> Result<Option<Step>, Broken> {
+    ) -> Result<Option<FileOp>, QueueError> {
         let mut vectors = std::mem::take(&mut self.vectors);
         vectors.clear();
         for part in self.parts(direction) {
             vectors.push(part.vector(memory)?);
         }
         self.vectors = vectors;
-        self.next = 0;
+        self.next_vector = 0;
         let len: u64 = self.vectors.iter().map(|vector| vector.iov_len as u64).sum();
         if direction == Direction::Read {
             // A chain has less than 4 GiB.
-            self.written = len as u32;
+            self.used_len = len as u32;
         }
         let Ok(offset) = disk.image.check(self.request.sector, len, direction == Direction::Write) else {
             return Ok(self.end(FAILED));
@@ -189,16 +194,16 @@ impl Job {
             });
         }
         self.stage = Stage::Transfer(direction);
-        Ok(match self.transfer_step(direction) {
+        Ok(match self.transfer_op(direction) {
             None => self.transferred(disk, memory, direction),
-            step => step,
+            op => op,
         })
     }
 
-    fn transfer_step(&self, direction: Direction) -> Option<Step> {
-        let rest = &self.vectors[self.next..];
-        let count = rest.len().min(MOST_VECTORS) as u32;
-        (count > 0).then_some(Step::Transfer {
+    fn transfer_op(&self, direction: Direction) -> Option<FileOp> {
+        let rest = &self.vectors[self.next_vector..];
+        let count = rest.len().min(MAX_VECTORS) as u32;
+        (count > 0).then_some(FileOp::Transfer {
             direction,
             vectors: rest.as_ptr(),
             count,
@@ -207,91 +212,91 @@ impl Job {
     }
 
     /// All data has been moved.
-    fn transferred(&mut self, disk: &Disk, memory: &GuestMemory, direction: Direction) -> Option<Step> {
+    fn transferred(&mut self, disk: &Disk, memory: &GuestMemory, direction: Direction) -> Option<FileOp> {
         match direction {
             Direction::Read => {
                 // After the kernel's writes, so that whoever clears the mark in between sees them all.
                 self.request.mark(memory);
                 self.end(OK)
             }
-            Direction::Write => self.written(disk),
+            Direction::Write => self.finish_write(disk),
         }
     }
 
     /// Takes `moved` bytes off the vectors.
     fn advance(&mut self, mut moved: usize) {
         self.offset += moved as u64;
-        while let Some(first) = self.vectors.get_mut(self.next) {
+        while let Some(first) = self.vectors.get_mut(self.next_vector) {
             if moved < first.iov_len {
                 first.iov_base = first.iov_base.wrapping_byte_add(moved);
                 first.iov_len -= moved;
                 break;
             }
             moved -= first.iov_len;
-            self.next += 1;
+            self.next_vector += 1;
         }
     }
 
-    /// The image has changed: durably, for a driver that never flushes.
-    fn written(&mut self, disk: &Disk) -> Option<Step> {
+    /// The image has changed. For a driver that never flushes, the change is made durable.
+    fn finish_write(&mut self, disk: &Disk) -> Option<FileOp> {
         if disk.writes_through() { self.sync(disk) } else { self.end(OK) }
     }
 
-    fn sync(&mut self, disk: &Disk) -> Option<Step> {
+    fn sync(&mut self, disk: &Disk) -> Option<FileOp> {
         if disk.image.is_readonly() {
             return self.end(OK);
         }
         self.stage = Stage::Sync;
-        Some(Step::Sync)
+        Some(FileOp::Sync)
     }
 
-    fn next_range(&mut self, disk: &Disk, memory: &GuestMemory) -> Option<Step> {
-        while self.ranges < MOST_RANGES
+    fn next_range(&mut self, disk: &Disk, memory: &GuestMemory) -> Option<FileOp> {
+        while self.ranges < MAX_RANGES
             && let Some(range) = self.request.next_range(memory)
         {
             self.ranges += 1;
-            let discard = self.operation == Operation::Discard;
-            if range.strange || range.unmap && discard {
+            let discard = self.request_type == RequestType::Discard;
+            if range.unknown_flags || range.unmap && discard {
                 return self.end(UNSUPPORTED);
             }
-            let len = u64::from(range.sectors) * 512;
+            let len = u64::from(range.sectors) * SECTOR;
             let offset = disk.image.check(range.sector, len, true);
-            let (Ok(offset), true) = (offset, range.sectors <= MOST_SECTORS) else { return self.end(FAILED) };
+            let (Ok(offset), true) = (offset, range.sectors <= MAX_SECTORS) else { return self.end(FAILED) };
             if len == 0 || discard && disk.image.is_on_nfs() {
                 continue;
             }
             self.deallocate = discard || range.unmap;
             return if disk.image.is_on_nfs() {
-                self.zeros_step(offset, len)
+                self.zeros_op(offset, len)
             } else {
-                self.range_step(offset, len)
+                self.range_op(offset, len)
             };
         }
         // More ranges than were promised, or a part of one.
-        if self.request.outgoing().is_empty() { self.written(disk) } else { self.end(FAILED) }
+        if self.request.outgoing().is_empty() { self.finish_write(disk) } else { self.end(FAILED) }
     }
 
-    fn range_step(&mut self, offset: u64, len: u64) -> Option<Step> {
+    fn range_op(&mut self, offset: u64, len: u64) -> Option<FileOp> {
         self.stage = Stage::Range(offset, len);
         let mode = if self.deallocate { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
-        Some(Step::Allocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len })
+        Some(FileOp::Allocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, offset, len })
     }
 
-    fn zeros_step(&mut self, offset: u64, len: u64) -> Option<Step> {
+    fn zeros_op(&mut self, offset: u64, len: u64) -> Option<FileOp> {
         self.stage = Stage::Zeros(offset, len);
-        (self.next, self.offset) = (0, offset);
+        (self.next_vector, self.offset) = (0, offset);
         self.vectors.clear();
         let mut rest = len;
-        while rest > 0 && self.vectors.len() < MOST_VECTORS {
+        while rest > 0 && self.vectors.len() < MAX_VECTORS {
             let piece = rest.min(ZEROS.0.len() as u64);
             self.vectors
                 .push(libc::iovec { iov_base: ZEROS.0.as_ptr().cast_mut().cast(), iov_len: piece as usize });
             rest -= piece;
         }
-        self.transfer_step(Direction::Write)
+        self.transfer_op(Direction::Write)
     }
 
-    fn identify(&mut self, disk: &Disk, memory: &GuestMemory) -> Option<Step> {
+    fn get_id(&mut self, disk: &Disk, memory: &GuestMemory) -> Option<FileOp> {
         let mut rest = &disk.identity[..];
         for part in self.request.incoming() {
             let count = part.len.min(rest.len());
@@ -299,7 +304,7 @@ impl Job {
             let _ = memory.write_slice(&rest[..count], part.address);
             rest = &rest[count..];
         }
-        self.written = (disk.identity.len() - rest.len()) as u32;
+        self.used_len = (disk.identity.len() - rest.len()) as u32;
         self.end(OK)
     }
 }

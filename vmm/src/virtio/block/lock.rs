@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 
 /// What a lock allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lock {
+pub enum LockKind {
     /// Reading, beside others who read.
     Shared,
     /// Writing, beside nobody.
@@ -32,11 +32,11 @@ fn whole(kind: libc::c_int) -> libc::flock {
 ///
 /// # Errors
 /// If the file system has no such locks.
-pub fn set(file: &File, lock: Lock) -> io::Result<bool> {
-    let kind = match lock {
-        Lock::Shared => libc::F_RDLCK,
-        Lock::Exclusive => libc::F_WRLCK,
-        Lock::None => libc::F_UNLCK,
+pub fn set(file: &File, kind: LockKind) -> io::Result<bool> {
+    let kind = match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+        LockKind::None => libc::F_UNLCK,
     };
     let range = whole(kind);
     // SAFETY: the command reads one flock, which lives across the call.
@@ -50,9 +50,9 @@ pub fn set(file: &File, lock: Lock) -> io::Result<bool> {
     }
 }
 
-/// Whether a lock on `file` can decide between hosts. A block device's lock is known to its own host
-/// only, however many hosts reach the device; so is, on the file systems named here, a file's, or
-/// nobody can tell. (A file on a local file system is one that no other host has.)
+/// Whether a lock on `file` can decide between hosts. A block device's lock is known to its own host only,
+/// however many hosts reach the device. A file's lock on the file systems named here is known to its own host
+/// only as well, or nobody can tell. (A file on a local file system is one that no other host has.)
 pub fn decides(file: &File) -> bool {
     // libc lacks this one.
     const NINE_P: libc::c_long = 0x0102_1997;
@@ -104,8 +104,8 @@ pub fn holder(file: &File) -> String {
     }
 }
 
-/// Which process the kernel names as holder of a lock on `file`: 0 for any of another host, that it knows from the file's
-/// server; -1 for an open file of this one. Only this older command tells these apart.
+/// Which process the kernel names as holder of a lock on `file`: 0 for any of another host, that it knows
+/// from the file's server; -1 for an open file of this one. Only this older command tells these apart.
 fn named(file: &File) -> Option<libc::pid_t> {
     let mut found = whole(libc::F_WRLCK);
     // SAFETY: the command reads and writes one flock, which lives across the call.

@@ -1,12 +1,13 @@
-//! Whether somebody else has had an image since it was given up.
+//! Whether somebody else has used an image since its lock was released here.
 //!
-//! A lock tells who has the image now. It does not tell a source that takes it back whether the destination had it
-//! in between: one that ran the guest and died has left no lock. But what it wrote is on the disk, and memory at the
-//! source is older than that: a guest that went on from there would find another disk than it left, and ruin it. So
-//! whoever takes an image to run its guest marks it, before the guest runs, by its time of last
-//! modification: the one thing that every file system has, that all hosts see, and that anybody who writes to the
-//! image changes anyway.
+//! A lock tells who has the image now. It does not tell a source that takes it back whether the destination
+//! had it in between: one that ran the guest and died has left no lock. But what it wrote is on the disk, and
+//! memory at the source is older than that: a guest that went on from there would find another disk than it
+//! left, and ruin it. So whoever takes an image to run its guest marks it, before the guest runs, by its time
+//! of last modification: the one thing that every file system has, that all hosts see, and that anybody who
+//! writes to the image changes anyway.
 
+use super::statx::statx;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 /// A file system may keep time in ticks: 10 ms and less.
 const TICK: Duration = Duration::from_millis(1);
-const MOST_TICKS: usize = 100;
+const MAX_TICKS: usize = 100;
 
 /// The time of last modification: seconds and nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,17 +27,9 @@ pub struct Mark(i64, u32);
 /// # Errors
 /// What the system says.
 pub fn read(file: &File) -> io::Result<Mark> {
-    // SAFETY: all zeros is a valid value of the structure, and the kernel fills it in.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     // What this host remembers of a file on a server may be old.
-    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_FORCE_SYNC;
-    // SAFETY: an empty path with this flag means the descriptor itself; the structure lives across the call.
-    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_MTIME, &mut stat) };
-    if result == 0 {
-        Ok(Mark(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec))
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let stat = statx(file, libc::AT_STATX_FORCE_SYNC, libc::STATX_MTIME)?;
+    Ok(Mark(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec))
 }
 
 /// Gives the image another mark.
@@ -45,7 +38,7 @@ pub fn read(file: &File) -> io::Result<Mark> {
 /// What the system says, or if its clock stands still.
 pub fn change(file: &File) -> io::Result<()> {
     let before = read(file)?;
-    for _ in 0..MOST_TICKS {
+    for _ in 0..MAX_TICKS {
         // To now: whoever may write to a file may do that, its owner or not.
         // SAFETY: no times are passed, and the descriptor is open.
         if unsafe { libc::futimens(file.as_raw_fd(), std::ptr::null()) } != 0 {

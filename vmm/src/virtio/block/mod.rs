@@ -2,7 +2,7 @@
 //!
 //! Several hosts may have the image open; at most one may write. The right to write is an
 //! open-file-description lock over the whole image (`lock.rs`), which a machine takes before it
-//! runs and gives up, after flushing, when it hands its guest over. So a destination can open the
+//! runs and releases, after flushing, when it hands its guest over. So a destination can open the
 //! image in good time, before it may touch it. A disk that is only read takes a shared lock.
 //!
 //! I/O is direct by default: what the source wrote is on the storage, and the destination has no
@@ -11,37 +11,39 @@
 //! | file | what |
 //! |---|---|
 //! | `device.rs` | features, configuration, which way requests are carried out |
-//! | `request.rs` | a request's buffers, and what it asks for |
-//! | `job.rs` | a request as steps that follow one another |
-//! | `step.rs` | one such step, and how a system call carries it out |
-//! | `ring.rs` | several requests at a time, by io_uring |
-//! | `bounce.rs` | what direct I/O does not take as it is |
+//! | `request.rs` | a request's type and buffers |
+//! | `job.rs` | a request as file operations that follow one another |
+//! | `file_op.rs` | a file operation, and how a system call executes it |
+//! | `uring.rs` | several requests at a time, by io_uring |
+//! | `bounce.rs` | bounce buffers, for what direct I/O does not take as it is |
 //! | `image.rs` | the image: opening, locking, flushing |
 //! | `lock.rs` | who may write |
 //! | `mark.rs` | whether somebody else could, since |
+//! | `statx.rs` | what the system tells of an open file |
 
 mod bounce;
 mod device;
+mod file_op;
 mod image;
 mod job;
 mod lock;
 mod mark;
 mod request;
-mod ring;
 mod state;
-mod step;
+mod statx;
 #[cfg(test)]
 mod tests;
+mod uring;
 
 pub use device::Block;
-pub(crate) use image::Image;
+pub(crate) use image::DiskImage;
 
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::{Path, PathBuf};
 
 /// Most queues that a disk has.
-pub const MOST_QUEUES: u16 = 16;
+pub const MAX_QUEUES: u16 = 16;
 
 /// What a disk is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +54,7 @@ pub struct BlockConfig {
     pub readonly: bool,
     /// Whether the host's page cache is used.
     pub cached: bool,
-    /// Number of queues, 1 to [`MOST_QUEUES`].
+    /// Number of queues, 1 to [`MAX_QUEUES`].
     pub queues: u16,
     /// The geometry that the guest knows; `None` for what the image has.
     pub geometry: Option<Geometry>,
@@ -100,7 +102,7 @@ pub enum Aio {
 /// # Errors
 /// Why not.
 pub fn io_uring() -> io::Result<()> {
-    ring::Ring::new().map(drop)
+    uring::Uring::new().map(drop)
 }
 
 /// A disk's size and unit.
@@ -196,7 +198,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A number of queues that no disk has.
-    #[error("a disk with {0} queues: use 1 to {MOST_QUEUES}")]
+    #[error("a disk with {0} queues: use 1 to {MAX_QUEUES}")]
     Queues(u16),
     /// Somebody else may write to it, or, for a writer, read it.
     #[error("the disk image {} is in use by {holder}; stop that first, or share it read-only", path.display())]

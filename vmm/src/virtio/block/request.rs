@@ -1,31 +1,31 @@
 //! A request's buffers, however the guest has cut them up: a header of 16 bytes, data, and a byte
-//! for the outcome.
+//! for its status.
 
 use crate::memory::GuestMemory;
-use crate::virtio::queue::{Broken, Chain};
+use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::structure::Structure;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_discard_write_zeroes,
+    virtio_blk_outhdr,
 };
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
-const HEADER: usize = 16;
-/// Length of a range to be discarded or zeroed, in a request that names several.
-const RANGE: usize = 16;
+/// Bytes of a sector, by which requests and configuration count, whatever the image's own unit is.
+pub const SECTOR: u64 = 512;
 /// Most buffers of one request: as many as descriptors in the queue.
-pub const MOST_BUFFERS: usize = 256;
-const OUTSIDE: Broken = Broken::Request("a buffer lies outside guest memory");
+pub const MAX_BUFFERS: usize = 256;
 /// Most ranges in one request.
-pub const MOST_RANGES: usize = 32;
+pub const MAX_RANGES: usize = 32;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Operation {
+pub enum RequestType {
     Read,
     Write,
     Flush,
-    Identify,
+    GetId,
     Discard,
     WriteZeroes,
     #[default]
@@ -34,32 +34,32 @@ pub enum Operation {
 
 /// A range of sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
+pub struct SectorRange {
     pub sector: u64,
     pub sectors: u32,
-    /// Its storage may be given back.
+    /// The file system may free it.
     pub unmap: bool,
-    /// It has flags that nobody knows.
-    pub strange: bool,
+    /// It has flags that this device does not know.
+    pub unknown_flags: bool,
 }
 
-/// A part of guest RAM, all of it in one region.
+/// A piece of a buffer in guest RAM, all of it in one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct Segment {
     pub address: GuestAddress,
     pub len: usize,
 }
 
-impl Part {
+impl Segment {
     /// What is left of it after `count` bytes.
-    pub fn after(self, count: usize) -> Option<Part> {
+    pub fn after(self, count: usize) -> Option<Segment> {
         let len = self.len.checked_sub(count).filter(|len| *len > 0)?;
-        Some(Part { address: self.address.unchecked_add(count as u64), len })
+        Some(Segment { address: self.address.unchecked_add(count as u64), len })
     }
 
     /// Where it is in this process.
-    pub fn vector(self, memory: &GuestMemory) -> Result<libc::iovec, Broken> {
-        let slice = memory.get_slice(self.address, self.len).map_err(|_| OUTSIDE)?;
+    pub fn vector(self, memory: &GuestMemory) -> Result<libc::iovec, QueueError> {
+        let slice = memory.get_slice(self.address, self.len).map_err(|_| QueueError::OUTSIDE)?;
         Ok(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: self.len })
     }
 }
@@ -67,9 +67,9 @@ impl Part {
 /// One request; used again for another, so that its lists need not grow anew.
 #[derive(Default)]
 pub struct Request {
-    readable: Vec<Part>,
-    writable: Vec<Part>,
-    outcome: GuestAddress,
+    readable: Vec<Segment>,
+    writable: Vec<Segment>,
+    status_at: GuestAddress,
     pub sector: u64,
 }
 
@@ -77,56 +77,51 @@ impl Request {
     /// Takes a chain apart.
     ///
     /// # Errors
-    /// [`Broken::Request`] if a part is missing or outside RAM.
-    pub fn parse(&mut self, memory: &GuestMemory, chain: &mut Chain<'_>) -> Result<Operation, Broken> {
+    /// [`QueueError::Request`] if a part is missing or outside RAM.
+    pub fn parse(&mut self, memory: &GuestMemory, chain: &mut Chain<'_>) -> Result<RequestType, QueueError> {
         self.readable.clear();
         self.writable.clear();
         for (count, buffer) in chain.enumerate() {
             // With indirect descriptors a chain could have far more.
-            if count == MOST_BUFFERS {
-                return Err(Broken::Request("it has more buffers than a queue holds"));
+            if count == MAX_BUFFERS {
+                return Err(QueueError::Request("it has more buffers than a queue holds"));
             }
             let list = if buffer.is_write_only() { &mut self.writable } else { &mut self.readable };
             let mut address = buffer.addr();
             for slice in GuestMemoryBackend::get_slices(memory, address, buffer.len() as usize) {
-                let len = slice.map_err(|_| OUTSIDE)?.len();
-                list.push(Part { address, len });
+                let len = slice.map_err(|_| QueueError::OUTSIDE)?.len();
+                list.push(Segment { address, len });
                 address = address.unchecked_add(len as u64);
             }
         }
-        let mut header = [0; HEADER];
-        if take_front(&mut self.readable, memory, &mut header) != HEADER {
-            return Err(Broken::Request("it has no header"));
-        }
-        let outcome = take_last_byte(&mut self.writable);
-        self.outcome = outcome.ok_or(Broken::Request("it has no place for its outcome"))?;
-        let [kind, _, sector @ ..]: [[u8; 4]; 4] =
-            std::array::from_fn(|word| std::array::from_fn(|byte| header[word * 4 + byte]));
-        let [low, high] = sector.map(u32::from_le_bytes);
-        self.sector = u64::from(low) | u64::from(high) << 32;
-        Ok(match u32::from_le_bytes(kind) {
-            VIRTIO_BLK_T_IN => Operation::Read,
-            VIRTIO_BLK_T_OUT => Operation::Write,
-            VIRTIO_BLK_T_FLUSH => Operation::Flush,
-            VIRTIO_BLK_T_GET_ID => Operation::Identify,
-            VIRTIO_BLK_T_DISCARD => Operation::Discard,
-            VIRTIO_BLK_T_WRITE_ZEROES => Operation::WriteZeroes,
-            _ => Operation::Unknown,
+        let header: Option<virtio_blk_outhdr> = take_front(&mut self.readable, memory);
+        let header = header.ok_or(QueueError::Request("it has no header"))?;
+        let status_at = take_last_byte(&mut self.writable);
+        self.status_at = status_at.ok_or(QueueError::Request("it has no status byte"))?;
+        self.sector = header.sector;
+        Ok(match header.type_ {
+            VIRTIO_BLK_T_IN => RequestType::Read,
+            VIRTIO_BLK_T_OUT => RequestType::Write,
+            VIRTIO_BLK_T_FLUSH => RequestType::Flush,
+            VIRTIO_BLK_T_GET_ID => RequestType::GetId,
+            VIRTIO_BLK_T_DISCARD => RequestType::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => RequestType::WriteZeroes,
+            _ => RequestType::Unknown,
         })
     }
 
     /// The data that goes to the disk.
-    pub fn outgoing(&self) -> &[Part] {
+    pub fn outgoing(&self) -> &[Segment] {
         &self.readable
     }
 
     /// Where data from the disk goes.
-    pub fn incoming(&self) -> &[Part] {
+    pub fn incoming(&self) -> &[Segment] {
         &self.writable
     }
 
-    /// Marks all of that as written: the kernel writes there through bare addresses. To be called after it has, also
-    /// where it failed, since that may have been half-way.
+    /// Marks all of that as written: the kernel writes there through bare addresses. To be called after it
+    /// has, also where it failed, since that may have been half-way.
     pub fn mark(&self, memory: &GuestMemory) {
         for part in &self.writable {
             if let Ok(slice) = memory.get_slice(part.address, part.len) {
@@ -136,30 +131,29 @@ impl Request {
     }
 
     /// The next of the ranges that the outgoing data names.
-    pub fn next_range(&mut self, memory: &GuestMemory) -> Option<Range> {
-        let mut bytes = [0; RANGE];
-        if take_front(&mut self.readable, memory, &mut bytes) != RANGE {
-            return None;
-        }
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let sector = u64::from(word(0)) | u64::from(word(4)) << 32;
-        let flags = word(12);
-        Some(Range {
-            sector,
-            sectors: word(8),
-            unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
-            strange: flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+    pub fn next_range(&mut self, memory: &GuestMemory) -> Option<SectorRange> {
+        let range: virtio_blk_discard_write_zeroes = take_front(&mut self.readable, memory)?;
+        Some(SectorRange {
+            sector: range.sector,
+            sectors: range.num_sectors,
+            unmap: range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+            unknown_flags: range.flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
         })
     }
 
-    /// Writes the outcome.
-    pub fn conclude(&self, memory: &GuestMemory, outcome: u8) -> Result<(), Broken> {
-        memory.write_obj(outcome, self.outcome).map_err(|_| OUTSIDE)
+    /// Writes the status byte.
+    pub fn complete(&self, memory: &GuestMemory, status: u8) -> Result<(), QueueError> {
+        memory.write_obj(status, self.status_at).map_err(|_| QueueError::OUTSIDE)
     }
 }
 
-/// Copies the first bytes into `buffer` and takes them off the list; how many there were.
-fn take_front(parts: &mut Vec<Part>, memory: &GuestMemory, buffer: &mut [u8]) -> usize {
+/// Takes a structure off the front of the list, if it is there as a whole.
+fn take_front<T: Default>(parts: &mut Vec<Segment>, memory: &GuestMemory) -> Option<T>
+where
+    Structure<T>: ByteValued,
+{
+    let mut taken = Structure(T::default());
+    let buffer = taken.as_mut_slice();
     let (mut copied, mut whole) = (0, 0);
     while copied < buffer.len()
         && let Some(part) = parts.get_mut(whole)
@@ -174,12 +168,15 @@ fn take_front(parts: &mut Vec<Part>, memory: &GuestMemory, buffer: &mut [u8]) ->
             None => whole += 1,
         }
     }
+    if copied < buffer.len() {
+        return None;
+    }
     parts.drain(..whole);
-    copied
+    Some(taken.0)
 }
 
 /// Takes the last byte off the list.
-fn take_last_byte(parts: &mut Vec<Part>) -> Option<GuestAddress> {
+fn take_last_byte(parts: &mut Vec<Segment>) -> Option<GuestAddress> {
     let last = parts.last_mut()?;
     last.len -= 1;
     let byte = last.address.unchecked_add(last.len as u64);

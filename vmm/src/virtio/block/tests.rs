@@ -1,40 +1,45 @@
 //! The device, driven through its registers, with a real image.
 
-mod flight;
+mod concurrent;
 mod pace;
 
-use super::ring::Ring;
+use super::device::{MAX_SECTORS, QUEUE_SIZE};
+use super::request::{MAX_RANGES, SECTOR};
+use super::uring::Uring;
 use super::{Aio, Block, BlockConfig, Error, Geometry, Images};
 use crate::virtio::VirtioDevice;
+use crate::virtio::common_config::Register;
+use crate::virtio::net::wire::skip::skipped;
 use crate::virtio::testing::{BUFFERS, Bench, Buffer};
 use std::fs::File;
-use std::io::Write;
+use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    virtio_blk_config,
 };
 
 const LEN: u64 = 4 << 20;
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
-/// Where the tests put a request's header and outcome, and its data.
+/// Where the tests put a request's header and status, and its data.
 const HEADER: u64 = BUFFERS;
-const OUTCOME: u64 = BUFFERS + 0x1000;
+const STATUS: u64 = BUFFERS + 0x1000;
 const DATA: u64 = BUFFERS + 0x10_0000;
 
 /// Each of the following tests, once for either way of carrying requests out.
 macro_rules! both_ways {
     ($($test:ident,)*) => {
-        mod in_turn {
+        mod sync {
             $(#[test] fn $test() { super::$test(super::Aio::Sync) })*
         }
-        mod by_ring {
+        mod by_uring {
             $(#[test] fn $test() {
-                if super::has_ring() {
+                if super::has_uring() {
                     super::$test(super::Aio::IoUring)
                 }
             })*
@@ -58,18 +63,17 @@ both_ways! {
     an_arriving_machine_has_only_images_that_were_set_aside,
 }
 
-fn has_ring() -> bool {
-    let refused = Ring::new().err();
-    if let Some(error) = &refused {
-        skipped("disks by io_uring", error);
+/// Whether there is an io_uring. A kernel that has one and refuses what disks need of it is an error.
+pub fn has_uring() -> bool {
+    match Uring::new() {
+        Ok(_) => true,
+        // None in the kernel; or switched off, or forbidden to this process.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+            skipped(format_args!("no io_uring: {error}"));
+            false
+        }
+        Err(error) => panic!("there is an io_uring, and disks cannot use it: {error}"),
     }
-    refused.is_none()
-}
-
-/// Says so past the harness, which keeps to itself what passing tests print.
-fn skipped(what: &str, why: &dyn std::fmt::Display) {
-    let line = format!("SKIPPED {what}: {why}\n");
-    std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
 }
 
 /// An image whose byte at offset n is made of n, in a folder that is removed with it.
@@ -123,24 +127,24 @@ fn expected(offset: u64, len: usize) -> Vec<u8> {
 
 /// A running disk that holds its lock.
 fn bench(disk: Arc<Block>) -> Bench {
-    disk.take_storage().unwrap();
+    disk.take_disk_lock().unwrap();
     Bench::with(disk).running()
 }
 
-/// One request on a queue: the outcome and how many bytes the device says it wrote.
+/// One request on a queue: the status and how many bytes the device says it wrote.
 fn request(bench: &mut Bench, queue: usize, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[8..].copy_from_slice(&sector.to_le_bytes());
     bench.guest_writes(HEADER, &header);
-    bench.guest_writes(OUTCOME, &[0x77]);
-    let buffers = [&[Buffer::Out(HEADER, 16)], data, &[Buffer::In(OUTCOME, 1)]].concat();
+    bench.guest_writes(STATUS, &[0x77]);
+    let buffers = [&[Buffer::Out(HEADER, 16)], data, &[Buffer::In(STATUS, 1)]].concat();
     let (_, written) = bench.request(queue, &buffers);
-    (bench.bytes(OUTCOME, 1)[0], written)
+    (bench.bytes(STATUS, 1)[0], written)
 }
 
-/// Makes a request of one page available, with descriptors, header, outcome and data of its own, by its place; does not
-/// ring the doorbell.
+/// Makes a request of one page available, with descriptors, header, status and data of its own, by its place;
+/// does not ring the doorbell.
 fn offer_page(bench: &mut Bench, place: u16, kind: u32, sector: u64) {
     let at = u64::from(place);
     let mut header = [0; 16];
@@ -149,7 +153,7 @@ fn offer_page(bench: &mut Bench, place: u16, kind: u32, sector: u64) {
     bench.guest_writes(HEADER + at * 16, &header);
     let data = DATA + at * 4096;
     let data = if kind == VIRTIO_BLK_T_IN { Buffer::In(data, 4096) } else { Buffer::Out(data, 4096) };
-    bench.offer(0, place * 3, &[Buffer::Out(HEADER + at * 16, 16), data, Buffer::In(OUTCOME + at, 1)]);
+    bench.offer(0, place * 3, &[Buffer::Out(HEADER + at * 16, 16), data, Buffer::In(STATUS + at, 1)]);
 }
 
 fn what_is_written_is_read_and_in_the_image(aio: Aio) {
@@ -174,7 +178,7 @@ fn what_is_written_is_read_and_in_the_image(aio: Aio) {
 fn buffers_may_be_cut_up_and_lie_anywhere(aio: Aio) {
     let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|_| {}));
-    // A header in three parts, data at odd addresses, the outcome behind the data in one buffer.
+    // A header in three parts, data at odd addresses, the status behind the data in one buffer.
     let mut header = [0; 16];
     header[8] = 16;
     bench.guest_writes(HEADER + 5, &header);
@@ -201,26 +205,26 @@ fn buffers_may_be_cut_up_and_lie_anywhere(aio: Aio) {
 fn every_page_it_writes_is_logged_and_no_other(aio: Aio) {
     let folder = Folder::new(aio);
     let mut bench = bench(folder.disk(|_| {}));
-    let (data, outcome) = (DATA >> 12, OUTCOME >> 12);
+    let (data, status) = (DATA >> 12, STATUS >> 12);
     let used = Bench::used_page(0);
     bench.logged(0);
     let buffers = [Buffer::In(DATA, 8192), Buffer::In(DATA + 0x8000, 4096)];
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_IN, 0, &buffers).0, OK);
-    assert_eq!(bench.logged(0), [used, outcome, data, data + 1, data + 8]);
+    assert_eq!(bench.logged(0), [used, status, data, data + 1, data + 8]);
     // By way of the copy that odd addresses need.
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_IN, 0, &[Buffer::In(DATA + 1, 4096)]).0, OK);
-    assert_eq!(bench.logged(0), [used, outcome, data, data + 1]);
+    assert_eq!(bench.logged(0), [used, status, data, data + 1]);
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_OUT, 0, &[Buffer::Out(DATA, 4096)]).0, OK);
-    assert_eq!(bench.logged(0), [used, outcome]);
+    assert_eq!(bench.logged(0), [used, status]);
     let id = [Buffer::In(DATA + 0x2ff8, 20)];
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_GET_ID, 0, &id), (OK, 21));
     assert_eq!(bench.bytes(DATA + 0x2ff8, 8), b"disk.raw");
-    assert_eq!(bench.logged(0), [used, outcome, data + 2, data + 3]);
+    assert_eq!(bench.logged(0), [used, status, data + 2, data + 3]);
     // A read that fails half-way: the image has become shorter.
     File::options().write(true).open(folder.image()).unwrap().set_len(LEN - 4096).unwrap();
     let end = LEN / 512 - 16;
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_IN, end, &[Buffer::In(DATA, 8192)]), (IOERR, 1));
-    assert_eq!(bench.logged(0), [used, outcome, data, data + 1]);
+    assert_eq!(bench.logged(0), [used, status, data, data + 1]);
 }
 
 /// Whoever sees that a chain is back sees as well that its pages are dirty.
@@ -233,14 +237,14 @@ fn pages_are_logged_before_the_chain_is_back(aio: Aio) {
         let page = DATA + round % 64 * 4096;
         bench.logged(0);
         let before = bench.used(0);
-        bench.offer(0, 0, &[Buffer::Out(HEADER, 16), Buffer::In(page, 4096), Buffer::In(OUTCOME, 1)]);
+        bench.offer(0, 0, &[Buffer::Out(HEADER, 16), Buffer::In(page, 4096), Buffer::In(STATUS, 1)]);
         bench.notify(0);
         while bench.used(0) == before {
             std::hint::spin_loop();
         }
         let logged = bench.logged(0);
         assert!(
-            [page >> 12, OUTCOME >> 12].iter().all(|page| logged.contains(page)),
+            [page >> 12, STATUS >> 12].iter().all(|page| logged.contains(page)),
             "round {round}: {logged:?}"
         );
         bench.wait_used(0);
@@ -276,7 +280,7 @@ fn ranges_of(folder: &Folder) {
     let one = ranges(&bench, &[(64, 64, 0)]);
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_DISCARD, 0, &one), (OK, 1));
     assert_eq!(folder.bytes(128 * 512, 4096), expected(128 * 512, 4096));
-    for (kind, range, outcome) in [
+    for (kind, range, status) in [
         (VIRTIO_BLK_T_DISCARD, (0, 8, 1), UNSUPP),
         (VIRTIO_BLK_T_WRITE_ZEROES, (0, 8, 2), UNSUPP),
         (VIRTIO_BLK_T_WRITE_ZEROES, (LEN / 512 - 8, 16, 0), IOERR),
@@ -284,8 +288,9 @@ fn ranges_of(folder: &Folder) {
         (VIRTIO_BLK_T_DISCARD, (0, u32::MAX, 0), IOERR),
     ] {
         let data = ranges(&bench, &[range]);
-        assert_eq!(request(&mut bench, 0, kind, 0, &data), (outcome, 1), "{range:?}");
+        assert_eq!(request(&mut bench, 0, kind, 0, &data), (status, 1), "{range:?}");
     }
+    ranges(&bench, &[(256, 8, 0), (272, 8, 0)]);
     let part = [Buffer::Out(DATA, 24)];
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_DISCARD, 0, &part), (IOERR, 1), "a range and a half");
     assert_eq!(folder.bytes(0, 4096), expected(0, 4096));
@@ -302,9 +307,9 @@ fn what_is_none_of_the_guest_s_is_refused(aio: Aio) {
     assert_eq!(request(&mut bench, 0, 99, 0, &[]), (UNSUPP, 1));
     let hostile: [&[Buffer]; 4] = [
         &[Buffer::Out(HEADER, 16)],
-        &[Buffer::Out(HEADER, 15), Buffer::In(OUTCOME, 1)],
-        &[Buffer::Out(HEADER, 16), Buffer::In(u64::MAX - 1, 4096), Buffer::In(OUTCOME, 1)],
-        &[Buffer::In(OUTCOME, 1)],
+        &[Buffer::Out(HEADER, 15), Buffer::In(STATUS, 1)],
+        &[Buffer::Out(HEADER, 16), Buffer::In(u64::MAX - 1, 4096), Buffer::In(STATUS, 1)],
+        &[Buffer::In(STATUS, 1)],
     ];
     for buffers in hostile {
         bench.offer(0, 0, buffers);
@@ -320,9 +325,9 @@ fn a_read_only_disk_is_not_written_and_is_shared(aio: Aio) {
     let readonly = |config: &mut BlockConfig| config.readonly = true;
     let mut one = bench(folder.disk(readonly));
     let other = folder.disk(readonly);
-    other.take_storage().unwrap();
-    assert!(!other.has_arbiter(), "it decides nothing");
-    assert!(matches!(folder.disk(|_| {}).take_storage(), Err(crate::Error::Disk(Error::Held { .. }))));
+    other.take_disk_lock().unwrap();
+    assert!(!other.disk_lock_decides(), "it decides nothing");
+    assert!(matches!(folder.disk(|_| {}).take_disk_lock(), Err(crate::Error::Disk(Error::Held { .. }))));
     let page = [Buffer::Out(DATA, 4096)];
     assert_eq!(request(&mut one, 0, VIRTIO_BLK_T_OUT, 0, &page), (IOERR, 1));
     let range = ranges(&one, &[(0, 8, 0)]);
@@ -334,23 +339,23 @@ fn a_read_only_disk_is_not_written_and_is_shared(aio: Aio) {
 fn one_machine_writes_and_the_next_is_told_who(aio: Aio) {
     let folder = Folder::new(aio);
     let (first, second) = (folder.disk(|_| {}), folder.disk(|_| {}));
-    first.take_storage().unwrap();
-    first.take_storage().unwrap();
-    let refusal = second.take_storage().unwrap_err();
+    first.take_disk_lock().unwrap();
+    first.take_disk_lock().unwrap();
+    let refusal = second.take_disk_lock().unwrap_err();
     assert_eq!(refusal.code(), migration::Code::DISKS);
     let me = format!("process {}", std::process::id());
     assert!(refusal.to_string().contains(&me), "{refusal}");
-    assert!(first.holds_storage() && !second.holds_storage());
+    assert!(first.holds_disk_lock() && !second.holds_disk_lock());
     // Whoever does not hold it does no I/O, whatever its guest asks.
     let mut idle = Bench::with(second.clone()).running();
     let page = [Buffer::Out(DATA, 4096)];
     assert_eq!(request(&mut idle, 0, VIRTIO_BLK_T_OUT, 0, &page), (IOERR, 1));
     assert_eq!(folder.bytes(0, 4096), expected(0, 4096));
-    first.release_storage().unwrap();
-    first.release_storage().unwrap();
-    second.take_storage().unwrap();
+    first.release_disk_lock().unwrap();
+    first.release_disk_lock().unwrap();
+    second.take_disk_lock().unwrap();
     assert_eq!(request(&mut idle, 0, VIRTIO_BLK_T_OUT, 0, &page), (OK, 1));
-    assert!(first.take_storage().is_err());
+    assert!(first.take_disk_lock().is_err());
 }
 
 fn requests_go_on_in_the_machine_that_gets_the_lock(aio: Aio) {
@@ -366,12 +371,12 @@ fn requests_go_on_in_the_machine_that_gets_the_lock(aio: Aio) {
         let mut header = [0; 16];
         header[8..].copy_from_slice(&sector.to_le_bytes());
         bench.guest_writes(HEADER, &header);
-        let buffers = [Buffer::Out(HEADER, 16), Buffer::In(DATA + 0x2000, 4096), Buffer::In(OUTCOME, 1)];
+        let buffers = [Buffer::Out(HEADER, 16), Buffer::In(DATA + 0x2000, 4096), Buffer::In(STATUS, 1)];
         bench.offer(queue, 4, &buffers);
         bench.notify(queue);
         let next = folder.disk(|config| config.queues = 2);
-        bench.function.device().release_storage().unwrap();
-        next.take_storage().unwrap();
+        bench.function.device().release_disk_lock().unwrap();
+        next.take_disk_lock().unwrap();
         bench = bench.hop(next);
         assert_eq!(bench.wait_used(queue), (4, 4097));
         assert_eq!(bench.bytes(DATA + 0x2000, 4096), [round as u8 + 1; 4096]);
@@ -381,7 +386,7 @@ fn requests_go_on_in_the_machine_that_gets_the_lock(aio: Aio) {
 fn a_driver_that_never_flushes_writes_through(aio: Aio) {
     let folder = Folder::new(aio);
     let disk = folder.disk(|_| {});
-    disk.take_storage().unwrap();
+    disk.take_disk_lock().unwrap();
     let mut bench = Bench::with(disk);
     bench.function.resume();
     bench.start(bench.offered() & !(1 << VIRTIO_BLK_F_FLUSH));
@@ -392,11 +397,25 @@ fn a_driver_that_never_flushes_writes_through(aio: Aio) {
 fn the_configuration_tells_the_geometry(aio: Aio) {
     let folder = Folder::new(aio);
     let bench = bench(folder.disk(|config| config.queues = 4));
-    assert_eq!(bench.read(4, 0, 8), LEN / 512);
-    assert_eq!(bench.read(4, 34, 2), 4);
-    assert!(matches!(bench.read(4, 20, 4), 512 | 4096));
-    assert_eq!(bench.read(4, 0x800, 4), 0);
-    assert_eq!(bench.read(1, 0x12, 2), 4);
+    let field = |offset, len| bench.config(offset, len);
+    assert_eq!(field(offset_of!(virtio_blk_config, capacity), 8), LEN / SECTOR);
+    assert_eq!(field(offset_of!(virtio_blk_config, num_queues), 2), 4);
+    let unit = field(offset_of!(virtio_blk_config, blk_size), 4);
+    assert!(matches!(unit, 512 | 4096), "{unit}");
+    assert_eq!(field(offset_of!(virtio_blk_config, seg_max), 4), u64::from(QUEUE_SIZE) - 2);
+    for (sectors, ranges) in [
+        (offset_of!(virtio_blk_config, max_discard_sectors), offset_of!(virtio_blk_config, max_discard_seg)),
+        (
+            offset_of!(virtio_blk_config, max_write_zeroes_sectors),
+            offset_of!(virtio_blk_config, max_write_zeroes_seg),
+        ),
+    ] {
+        assert_eq!((field(sectors, 4), field(ranges, 4)), (MAX_SECTORS.into(), MAX_RANGES as u64));
+    }
+    assert_eq!(field(offset_of!(virtio_blk_config, discard_sector_alignment), 4), unit / SECTOR);
+    assert_eq!(field(offset_of!(virtio_blk_config, write_zeroes_may_unmap), 1), 1);
+    assert_eq!(field(0x800, 4), 0);
+    assert_eq!(bench.register(Register::NumQueues), 4);
 }
 
 fn images_that_cannot_be_disks_are_refused_by_name(aio: Aio) {

@@ -5,7 +5,7 @@ use super::state::ConsoleState;
 use crate::component::{self, Component, Kind};
 use crate::error::Error;
 use crate::serial::Output;
-use crate::virtio::queue::{Broken, Next, Serving};
+use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
@@ -45,15 +45,15 @@ impl Console {
     }
 
     /// Copies what the guest wrote to the output.
-    fn transmit(&self, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    fn transmit(&self, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
         let mut output = self.output.clone();
         let mut bytes = [0; PIECE];
-        while let Some(mut chain) = queue.take()? {
+        while let Some(mut chain) = queue.pop()? {
             for buffer in chain.by_ref().filter(|descriptor| !descriptor.is_write_only()) {
                 let (mut address, mut rest) = (buffer.addr(), buffer.len() as usize);
                 while rest > 0 {
                     let piece = &mut bytes[..PIECE.min(rest)];
-                    let refused = |_| Broken::Request("a buffer lies outside guest memory");
+                    let refused = |_| QueueError::OUTSIDE;
                     queue.memory().read_slice(piece, address).map_err(refused)?;
                     // What the output cannot take is counted there.
                     let _ = output.write(piece);
@@ -61,40 +61,40 @@ impl Console {
                     rest -= piece.len();
                 }
             }
-            queue.give_back(chain.head_index(), 0)?;
+            queue.add_used(chain.head_index(), 0)?;
         }
-        Ok(Next::Buffers)
+        Ok(WaitFor::Buffers)
     }
 
     /// Reads input into the guest's buffers, a chain for what one read gives.
-    fn receive(&self, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    fn receive(&self, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
         let Some(mut input) = self.input.as_ref().filter(|_| !self.input_ended.load(Ordering::Relaxed))
         else {
             // The buffers stay with the device for an input that may be there after a move.
-            return Ok(Next::Input);
+            return Ok(WaitFor::Input);
         };
-        while let Some(mut chain) = queue.take()? {
+        while let Some(mut chain) = queue.pop()? {
             let head = chain.head_index();
             let Some(buffer) = chain.find(|descriptor| descriptor.is_write_only()) else {
-                return Err(Broken::Request("a receive buffer cannot be written"));
+                return Err(QueueError::Request("a receive buffer cannot be written"));
             };
             let mut bytes = [0; PIECE];
             match input.read(&mut bytes[..PIECE.min(buffer.len() as usize)]) {
                 Ok(read @ 1..) => {
-                    let refused = |_| Broken::Request("a buffer lies outside guest memory");
+                    let refused = |_| QueueError::OUTSIDE;
                     queue.memory().write_slice(&bytes[..read], buffer.addr()).map_err(refused)?;
-                    queue.give_back(head, read as u32)?;
+                    queue.add_used(head, read as u32)?;
                 }
                 ended => {
                     // Nothing to read now, or, if it is anything else, nothing ever again.
                     let later = matches!(ended, Err(error) if error.kind() == ErrorKind::WouldBlock);
                     self.input_ended.store(!later, Ordering::Relaxed);
-                    queue.put_back(1);
-                    return Ok(Next::Input);
+                    queue.undo_pop(1);
+                    return Ok(WaitFor::Input);
                 }
             }
         }
-        Ok(Next::Buffers)
+        Ok(WaitFor::Buffers)
     }
 }
 
@@ -124,6 +124,7 @@ impl VirtioDevice for Console {
         DeviceConfig::Console
     }
 
+    // Without features the configuration space is empty: columns, rows and ports all belong to some.
     fn features(&self) -> u64 {
         0
     }
@@ -132,12 +133,7 @@ impl VirtioDevice for Console {
         &[QUEUE_SIZE; 2]
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        // Columns, rows and ports all belong to features that are not offered.
-        data.fill(0);
-    }
-
-    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
         if index == RECEIVE { self.receive(queue) } else { self.transmit(queue) }
     }
 

@@ -1,7 +1,7 @@
 //! What the driver asks for on the control queue.
 
 use super::Mac;
-use crate::virtio::queue::{Broken, Next, Serving};
+use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net::{
 use vm_memory::{Bytes, GuestAddress};
 
 /// Longest command that there is, with its class and number.
-const MOST: usize = 2 + 8;
+const MAX_COMMAND: usize = 2 + 8;
 
 /// A command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,11 +46,14 @@ impl Command {
     }
 }
 
-/// Carries out what there is by `obey`, which says whether it could.
-pub fn control(queue: &mut Serving<'_>, obey: impl Fn(Command) -> bool) -> Result<Next, Broken> {
+/// Serves the control queue. `execute` carries a command out, and says whether it could.
+pub fn control(
+    queue: &mut LockedQueue<'_>,
+    execute: impl Fn(Command) -> bool,
+) -> Result<WaitFor, QueueError> {
     let memory = queue.memory();
-    while let Some(mut chain) = queue.take()? {
-        let mut bytes = [0; MOST + 1];
+    while let Some(mut chain) = queue.pop()? {
+        let mut bytes = [0; MAX_COMMAND + 1];
         let mut len = 0;
         let mut answer = None;
         for buffer in chain.by_ref() {
@@ -60,18 +63,20 @@ pub fn control(queue: &mut Serving<'_>, obey: impl Fn(Command) -> bool) -> Resul
             }
             let rest = &mut bytes[len..];
             let count = rest.len().min(buffer.len() as usize);
-            let refused = |_| Broken::Request("a buffer lies outside guest memory");
+            let refused = |_| QueueError::OUTSIDE;
             memory.read_slice(&mut rest[..count], buffer.addr()).map_err(refused)?;
             len += count;
         }
-        let answer: GuestAddress = answer.ok_or(Broken::Request("it has no place for its outcome"))?;
+        let answer: GuestAddress = answer.ok_or(QueueError::Request("it has no place for its answer"))?;
         // One that is too long is none of those that are known.
-        let done = Command::parse(&bytes[..len]).is_some_and(&obey);
+        let done = Command::parse(&bytes[..len]).is_some_and(&execute);
         let outcome = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR } as u8;
-        memory.write_obj(outcome, answer).map_err(|_| Broken::Request("it has no place for its outcome"))?;
-        queue.give_back(chain.head_index(), 1)?;
+        memory
+            .write_obj(outcome, answer)
+            .map_err(|_| QueueError::Request("it has no place for its answer"))?;
+        queue.add_used(chain.head_index(), 1)?;
     }
-    Ok(Next::Buffers)
+    Ok(WaitFor::Buffers)
 }
 
 #[cfg(test)]

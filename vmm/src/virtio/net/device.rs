@@ -1,23 +1,25 @@
 //! The interface as its driver sees it.
 
 use super::control::{Command, control};
-use super::receive::{Terms, receive};
+use super::receive::{ReceiveConfig, receive};
 use super::state::NetState;
 use super::tap::{OFFLOADS, Tap};
 use super::transmit::transmit;
-use super::{Error, MOST_PAIRS, NetConfig, Promise, TapConfig};
+use super::{Error, MAX_PAIRS, Negotiated, NetConfig, TapConfig};
 use crate::component::{self, Component, Kind};
-use crate::virtio::queue::{Broken, Next, Serving};
+use crate::lock::lock;
+use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
+use crate::virtio::structure::Structure;
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP, virtio_net_config,
 };
 
 /// Network controller, Ethernet.
@@ -25,7 +27,7 @@ const CLASS: u32 = 0x02_0000;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
 /// Smallest MTU that a driver takes.
-const LEAST_MTU: u16 = 68;
+const MIN_MTU: u16 = 68;
 
 /// What an interface offers whatever its tap can do.
 const ALWAYS: u64 = 1 << VIRTIO_NET_F_MAC
@@ -48,7 +50,7 @@ const GUEST_OFFLOADS: [(u64, libc::c_uint); 4] = [
     (1 << VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
 ];
 /// Frames may be longer than the MTU.
-const UNCUT: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
+const UNSEGMENTED: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
 const CONTROL_OFFLOADS: u64 = 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
 const MULTIQUEUE: u64 = 1 << VIRTIO_NET_F_MQ;
 const ANNOUNCE: u64 = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
@@ -81,10 +83,10 @@ fn names(features: u64) -> String {
     named.chain(others).collect::<Vec<_>>().join(", ")
 }
 
-/// What the driver has agreed to and asked for.
+/// The features that the driver accepted, and what it requested on the control queue.
 struct Inner {
     accepted: u64,
-    asked: NetState,
+    requested: NetState,
 }
 
 /// A network interface.
@@ -97,12 +99,12 @@ pub struct Net {
     inner: Mutex<Inner>,
 }
 
-/// Who a queue is for.
+/// What a queue is for.
 enum Role {
     Receive(usize),
     Transmit(usize),
     Control,
-    Nobody,
+    Unused,
 }
 
 impl Net {
@@ -111,8 +113,8 @@ impl Net {
     /// # Errors
     /// [`Error`].
     pub fn open(config: &NetConfig, taps: &[TapConfig]) -> Result<Self, Error> {
-        let &NetConfig { number, mac, pairs, promise } = config;
-        if !(1..=MOST_PAIRS).contains(&pairs) {
+        let &NetConfig { number, mac, pairs, negotiated } = config;
+        if !(1..=MAX_PAIRS).contains(&pairs) {
             return Err(Error::Pairs(pairs));
         }
         if !mac.is_unicast() {
@@ -133,66 +135,66 @@ impl Net {
             }
         };
         let able = ALWAYS | multiqueue | offloads;
-        let (offered, mtu) = match promise {
+        let (offered, mtu) = match negotiated {
             None => (able, tap.mtu()),
-            Some(promise) => {
-                let missing = promise.accepted & !able & !crate::virtio::transport::COMMON_FEATURES;
+            Some(negotiated) => {
+                let missing = negotiated.accepted & !able & !crate::virtio::transport::COMMON_FEATURES;
                 if missing != 0 {
                     return Err(Error::Offloads { name: local.name.clone(), missing: names(missing) });
                 }
-                if promise.mtu > tap.mtu() || promise.mtu < LEAST_MTU {
-                    let (found, wanted) = (tap.mtu(), promise.mtu);
+                if negotiated.mtu > tap.mtu() || negotiated.mtu < MIN_MTU {
+                    let (found, wanted) = (tap.mtu(), negotiated.mtu);
                     return Err(Error::Mtu { name: local.name.clone(), found, wanted });
                 }
-                (promise.offered & able, promise.mtu)
+                (negotiated.offered & able, negotiated.mtu)
             }
         };
         let mut queue_sizes = vec![QUEUE_SIZE; usize::from(pairs) * 2];
         queue_sizes.push(CONTROL_SIZE);
-        let inner = Inner { accepted: 0, asked: NetState::initial(mac) };
+        let inner = Inner { accepted: 0, requested: NetState::initial(mac) };
         Ok(Net { config: config.clone(), offered, mtu, tap, queue_sizes, inner: Mutex::new(inner) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
-    /// What a queue is for depends on what the driver knows of: without several pairs the control
+    /// What a queue is for depends on the accepted features: without several pairs the control
     /// queue comes after the first one.
     fn role(&self, index: usize, accepted: u64) -> Role {
         let pairs = if accepted & MULTIQUEUE != 0 { usize::from(self.config.pairs) } else { 1 };
         match index {
             _ if index == pairs * 2 => Role::Control,
-            _ if index > pairs * 2 => Role::Nobody,
+            _ if index > pairs * 2 => Role::Unused,
             _ if index.is_multiple_of(2) => Role::Receive(index / 2),
             _ => Role::Transmit(index / 2),
         }
     }
 
-    /// Makes the tap do what was agreed on and asked for.
+    /// Makes the tap do what was negotiated and requested.
     fn apply(&self, inner: &Inner) {
         // What the tap said it can do when it was opened does not fail; if it is gone, all else is.
-        let _ = self.tap.set_offloads(tap_offloads(inner.asked.offloads.unwrap_or(inner.accepted)));
-        let _ = self.tap.use_queues(usize::from(inner.asked.pairs));
+        let _ = self.tap.set_offloads(tap_offloads(inner.requested.offloads.unwrap_or(inner.accepted)));
+        let _ = self.tap.use_queues(usize::from(inner.requested.pairs));
     }
 
     /// Carries out a command; false if that is not possible.
-    fn obey(&self, command: Command) -> bool {
+    fn execute(&self, command: Command) -> bool {
         let mut inner = self.lock();
         let accepted = inner.accepted;
-        let asked = &mut inner.asked;
+        let requested = &mut inner.requested;
         match command {
-            Command::Announced => asked.announce = false,
-            Command::SetMac(mac) if mac.is_unicast() => asked.mac = mac,
+            Command::Announced => requested.announce = false,
+            Command::SetMac(mac) if mac.is_unicast() => requested.mac = mac,
             Command::SetPairs(pairs)
                 if accepted & MULTIQUEUE != 0 && (1..=self.config.pairs).contains(&pairs) =>
             {
-                asked.pairs = pairs;
+                requested.pairs = pairs;
             }
             Command::SetOffloads(offloads)
                 if accepted & CONTROL_OFFLOADS != 0 && offloads & !accepted == 0 =>
             {
-                asked.offloads = Some(offloads);
+                requested.offloads = Some(offloads);
             }
             _ => return false,
         }
@@ -212,8 +214,8 @@ impl VirtioDevice for Net {
 
     fn config(&self) -> DeviceConfig {
         let accepted = self.lock().accepted;
-        let promise = Promise { offered: self.offered, accepted, mtu: self.mtu };
-        DeviceConfig::Net(NetConfig { promise: Some(promise), ..self.config.clone() })
+        let negotiated = Negotiated { offered: self.offered, accepted, mtu: self.mtu };
+        DeviceConfig::Net(NetConfig { negotiated: Some(negotiated), ..self.config.clone() })
     }
 
     fn features(&self) -> u64 {
@@ -225,16 +227,16 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let inner = self.lock();
-        let announce = if inner.asked.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
-        let mut config = [0; 12];
-        config[..6].copy_from_slice(&inner.asked.mac.0);
-        config[6..8].copy_from_slice(&((VIRTIO_NET_S_LINK_UP | announce) as u16).to_le_bytes());
-        config[8..10].copy_from_slice(&self.config.pairs.to_le_bytes());
-        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        for (byte, at) in data.iter_mut().zip(offset as usize..) {
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        let NetState { mac, announce, .. } = self.lock().requested;
+        let announce = if announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let fields = virtio_net_config {
+            mac: mac.0,
+            status: (VIRTIO_NET_S_LINK_UP | announce) as u16,
+            max_virtqueue_pairs: self.config.pairs,
+            mtu: self.mtu,
+            ..Default::default()
+        };
+        Structure(fields).read_config(offset, data);
     }
 
     fn activate(&self, features: u64) {
@@ -245,20 +247,21 @@ impl VirtioDevice for Net {
 
     fn reset(&self) {
         let mut inner = self.lock();
-        *inner = Inner { accepted: 0, asked: NetState::initial(self.config.mac) };
+        *inner = Inner { accepted: 0, requested: NetState::initial(self.config.mac) };
         self.apply(&inner);
     }
 
-    fn serve(&self, index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
         let accepted = self.lock().accepted;
         match self.role(index, accepted) {
             Role::Receive(pair) => {
-                let terms = Terms::new(accepted & MERGEABLE != 0, accepted & UNCUT != 0, self.mtu);
-                receive(&self.tap, pair, terms, queue)
+                let config =
+                    ReceiveConfig::new(accepted & MERGEABLE != 0, accepted & UNSEGMENTED != 0, self.mtu);
+                receive(&self.tap, pair, config, queue)
             }
             Role::Transmit(pair) => transmit(&self.tap, pair, queue),
-            Role::Control => control(queue, |command| self.obey(command)),
-            Role::Nobody => Ok(Next::Buffers),
+            Role::Control => control(queue, |command| self.execute(command)),
+            Role::Unused => Ok(WaitFor::Buffers),
         }
     }
 
@@ -271,9 +274,9 @@ impl VirtioDevice for Net {
 
     fn announce(&self) -> bool {
         let mut inner = self.lock();
-        self.tap.send(&inner.asked.mac.rarp());
-        inner.asked.announce = inner.accepted & ANNOUNCE != 0;
-        inner.asked.announce
+        self.tap.send(&inner.requested.mac.rarp());
+        inner.requested.announce = inner.accepted & ANNOUNCE != 0;
+        inner.requested.announce
     }
 
     fn state_kind(&self) -> Kind {
@@ -281,23 +284,25 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self, index: u8) -> Result<Component, component::Error> {
-        Component::new(Kind::Net, index, &self.lock().asked)
+        Component::new(Kind::Net, index, &self.lock().requested)
     }
 
     fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
-        let asked: NetState = component::payload(components, Kind::Net, index)?;
-        let offloads = asked.offloads.unwrap_or(0);
-        if !asked.mac.is_unicast()
-            || !(1..=self.config.pairs).contains(&asked.pairs)
+        let requested: NetState = component::payload(components, Kind::Net, index)?;
+        let offloads = requested.offloads.unwrap_or(0);
+        if !requested.mac.is_unicast()
+            || !(1..=self.config.pairs).contains(&requested.pairs)
             || offloads & !self.offered != 0
         {
-            let what =
-                format!("{asked:?} where {} pairs and {:#x} are offered", self.config.pairs, self.offered);
+            let what = format!(
+                "{requested:?} where {} pairs and {:#x} are offered",
+                self.config.pairs, self.offered
+            );
             return Err(component::Error::Malformed { kind: Kind::Net, index, what });
         }
         // What has come in so far was for whoever had the guest then, and may have reached it there.
         self.tap.discard();
-        self.lock().asked = asked;
+        self.lock().requested = requested;
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::str::FromStr;
 
 /// Length of a frame without the checksum that the wire adds, at least.
-const SHORTEST_FRAME: usize = 60;
+const MIN_FRAME: usize = 60;
 /// The protocol of a RARP frame.
 const RARP: [u8; 2] = [0x80, 0x35];
 
@@ -34,8 +34,8 @@ impl Mac {
 
     /// A broadcast frame as if the interface had sent it: a reverse ARP request for its own address.
     /// Every switch that passes it on learns where the address is, and no host has to answer.
-    pub(super) fn rarp(self) -> [u8; SHORTEST_FRAME] {
-        let mut frame = [0; SHORTEST_FRAME];
+    pub(super) fn rarp(self) -> [u8; MIN_FRAME] {
+        let mut frame = [0; MIN_FRAME];
         let mut at = 0;
         let mut put = |bytes: &[u8]| {
             frame[at..at + bytes.len()].copy_from_slice(bytes);

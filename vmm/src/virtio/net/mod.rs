@@ -1,19 +1,19 @@
 //! virtio-net: a network interface whose other end is a tap of this host.
 //!
-//! Which tap is each host's own business, so that nobody who sends a guest can choose one. What
-//! travels is what the guest knows: its address, its queues, and what it was offered. The tap of a
-//! host that the guest comes to must have what the guest uses of it, or the guest is not taken in.
+//! Each host chooses the tap itself, so that nobody who sends a guest can choose one. What
+//! travels is what the guest knows: its address, its queues, and the features that it was offered. The
+//! destination's tap must have what the guest uses, or the guest is refused.
 //!
 //! Frames go between the tap and guest RAM without a copy of ours, with a header before each that
 //! says what is left to do: a checksum to fill in, a segment to be cut up. Offloads are features of
 //! the device on one side and of the tap on the other.
 //!
-//! A host that is to receive a guest has the tap open before it owns the guest. It sends nothing
-//! then, and what came in by the time the guest is loaded is thrown away.
+//! A destination has the tap open before it owns the guest. Until then it sends nothing. What has come
+//! in by the time the guest is loaded is thrown away.
 //!
 //! | file | what |
 //! |---|---|
-//! | `device.rs` | features, configuration, who serves which queue |
+//! | `device.rs` | features, configuration, what each queue is for |
 //! | `receive.rs` | frames from the tap into the guest's buffers |
 //! | `transmit.rs` | frames from the guest to the tap |
 //! | `control.rs` | what the driver asks for on the control queue |
@@ -32,7 +32,7 @@ mod tap;
 mod tests;
 mod transmit;
 #[cfg(test)]
-mod wire;
+pub(crate) mod wire;
 
 pub use announcing::Announcing;
 pub use device::Net;
@@ -40,14 +40,17 @@ pub use mac::Mac;
 
 use serde::{Deserialize, Serialize};
 use std::io;
+use virtio_bindings::virtio_net::virtio_net_hdr_v1;
 
 /// Most pairs of queues that an interface has.
-pub const MOST_PAIRS: u16 = 8;
+pub const MAX_PAIRS: u16 = 8;
 
-/// Bytes before each frame.
-const HEADER: usize = 12;
-/// Longest frame: an IP packet of 64 KiB, with a hardware header and a VLAN tag.
-const MOST_FRAME: usize = 65535 + 18;
+/// Bytes of the virtio header before each frame.
+const HEADER: usize = size_of::<virtio_net_hdr_v1>();
+/// Bytes of a frame's Ethernet header, with a VLAN tag.
+const ETHERNET_HEADER: usize = 18;
+/// Longest frame: an IP packet of 64 KiB behind that.
+const MAX_FRAME: usize = 65535 + ETHERNET_HEADER;
 
 /// What a network interface is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,15 +59,15 @@ pub struct NetConfig {
     pub number: u8,
     /// Its address.
     pub mac: Mac,
-    /// Number of pairs of queues, 1 to [`MOST_PAIRS`].
+    /// Number of pairs of queues, 1 to [`MAX_PAIRS`].
     pub pairs: u16,
-    /// What the guest was told; `None` for whatever the tap has.
-    pub promise: Option<Promise>,
+    /// What the guest has negotiated; `None` for a new guest, which is offered whatever the tap has.
+    pub negotiated: Option<Negotiated>,
 }
 
-/// What a guest was told of its interface.
+/// What a guest has negotiated for its interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Promise {
+pub struct Negotiated {
     /// The features that it was offered.
     pub offered: u64,
     /// Those of them that it uses.
@@ -146,7 +149,7 @@ pub enum Error {
         wanted: u16,
     },
     /// A number of queues that no interface has.
-    #[error("a network interface with {0} pairs of queues: use 1 to {MOST_PAIRS}")]
+    #[error("a network interface with {0} pairs of queues: use 1 to {MAX_PAIRS}")]
     Pairs(u16),
     /// An address that no interface may have.
     #[error("{0} is not an address of a network interface; use one such as 52:54:00:12:34:56")]

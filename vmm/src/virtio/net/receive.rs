@@ -1,73 +1,75 @@
 //! Frames from the tap into the guest's buffers.
 //!
-//! The length of the next frame is unknown until the frame has been read. So it is read only when there
-//! is room for the longest one: as many chains as that takes when the guest has agreed that a frame
-//! may be spread over several of them (mergeable buffers), or else one, which such a guest makes
-//! long enough. Chains that the frame did not need stay for the next one, and go back to the ring
-//! when there is none.
+//! The length of a frame is known only once it has been read. So a frame is read only when there is
+//! room for the longest one: as many chains as that takes if the guest has accepted mergeable buffers,
+//! which let a frame span several chains, and otherwise one chain, which such a guest makes long enough.
+//! Chains that the frame did not need stay for the next one, and go back to the available ring when
+//! there is none.
 
 use super::tap::{Tap, vector};
-use super::{HEADER, MOST_FRAME};
+use super::{ETHERNET_HEADER, HEADER, MAX_FRAME};
 use crate::memory::{GuestMemory, Slice};
-use crate::virtio::queue::{Broken, Chain, Next, Serving};
+use crate::virtio::queue::{Chain, LockedQueue, QueueError, WaitFor};
 use std::collections::VecDeque;
+use std::mem::offset_of;
+use virtio_bindings::virtio_net::virtio_net_hdr_v1;
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
 /// Most parts of memory that one system call takes, but for the one after the guest's.
-const MOST_PARTS: usize = libc::UIO_MAXIOV as usize - 1;
-/// Where the header says over how many chains a frame is spread.
-const CHAINS_AT: usize = 10;
+const MAX_PARTS: usize = libc::UIO_MAXIOV as usize - 1;
+/// Where the header says how many chains a frame spans.
+const NUM_BUFFERS: usize = offset_of!(virtio_net_hdr_v1, num_buffers);
 
-/// What the guest has agreed to.
+/// How frames are received, by what the guest has negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Terms {
-    /// A frame may be spread over several chains.
+pub struct ReceiveConfig {
+    /// A frame may span several chains.
     pub mergeable: bool,
     /// Bytes of the longest frame, with its header.
     pub longest: usize,
 }
 
-impl Terms {
-    /// Terms with frames of `mtu` bytes beside their hardware header, or with such as are yet to be
-    /// cut up.
-    pub fn new(mergeable: bool, uncut: bool, mtu: u16) -> Self {
-        let frame = if uncut { MOST_FRAME } else { usize::from(mtu) + 18 };
-        Terms { mergeable, longest: HEADER + frame }
+impl ReceiveConfig {
+    /// For frames of `mtu` bytes beside their hardware header, or for TCP segments that are still to be cut
+    /// into such frames.
+    pub fn new(mergeable: bool, unsegmented: bool, mtu: u16) -> Self {
+        let frame = if unsegmented { MAX_FRAME } else { usize::from(mtu) + ETHERNET_HEADER };
+        ReceiveConfig { mergeable, longest: HEADER + frame }
     }
 }
 
 /// Chains to read into.
 #[derive(Default)]
-struct Room<'m> {
+struct ReceiveBuffers<'m> {
     /// Their heads, and how many parts of memory each has.
     chains: VecDeque<(u16, usize)>,
     parts: VecDeque<Slice<'m>>,
     len: usize,
 }
 
-impl<'m> Room<'m> {
-    fn add(&mut self, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<(), Broken> {
+impl<'m> ReceiveBuffers<'m> {
+    fn add(&mut self, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<(), QueueError> {
         let before = self.parts.len();
         for buffer in chain.by_ref() {
             if !buffer.is_write_only() {
-                return Err(Broken::Request("a receive buffer cannot be written"));
+                return Err(QueueError::Request("a receive buffer cannot be written"));
             }
             for slice in GuestMemoryBackend::get_slices(memory, buffer.addr(), buffer.len() as usize) {
-                let slice = slice.map_err(|_| Broken::Request("a buffer lies outside guest memory"))?;
+                let slice = slice.map_err(|_| QueueError::OUTSIDE)?;
                 self.len += slice.len();
                 self.parts.push_back(slice);
             }
-            if self.parts.len() > MOST_PARTS {
-                return Err(Broken::Request("a receive buffer is in too many parts"));
+            if self.parts.len() > MAX_PARTS {
+                return Err(QueueError::Request("a receive buffer is in too many parts"));
             }
         }
         self.chains.push_back((chain.head_index(), self.parts.len() - before));
         Ok(())
     }
 
-    fn is_enough(&self, terms: Terms) -> bool {
-        if terms.mergeable { self.len >= terms.longest } else { !self.chains.is_empty() }
+    fn is_enough(&self, config: ReceiveConfig) -> bool {
+        if config.mergeable { self.len >= config.longest } else { !self.chains.is_empty() }
     }
 
     /// Marks what the kernel wrote through bare addresses: the first `len` bytes.
@@ -123,49 +125,54 @@ impl<'m> Room<'m> {
 }
 
 /// Reads frames as long as there are frames, and room for them.
-pub fn receive(tap: &Tap, index: usize, terms: Terms, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+pub fn receive(
+    tap: &Tap,
+    index: usize,
+    config: ReceiveConfig,
+    queue: &mut LockedQueue<'_>,
+) -> Result<WaitFor, QueueError> {
     let memory = queue.memory();
-    let mut room = Room::default();
+    let mut buffers = ReceiveBuffers::default();
     let mut filled = Vec::new();
     let mut vectors = Vec::new();
     let mut more = [0u8; 1];
     let next = loop {
-        while !room.is_enough(terms) {
-            match queue.take()? {
-                Some(mut chain) => room.add(memory, &mut chain)?,
+        while !buffers.is_enough(config) {
+            match queue.pop()? {
+                Some(mut chain) => buffers.add(memory, &mut chain)?,
                 None => break,
             }
         }
-        if !room.is_enough(terms) {
-            break Next::Buffers;
+        if !buffers.is_enough(config) {
+            break WaitFor::Buffers;
         }
         // What does not fit shows by the byte that follows.
         let after = vector(more.as_mut_ptr(), more.len());
-        let parts = room.parts.iter().map(|part| vector(part.ptr_guard_mut().as_ptr(), part.len()));
+        let parts = buffers.parts.iter().map(|part| vector(part.ptr_guard_mut().as_ptr(), part.len()));
         vectors.clear();
         vectors.extend(parts.chain([after]));
         // SAFETY: each vector is a part of guest RAM, which `memory` keeps mapped and into which no
         // reference exists, but for the last, which is a byte of our own that nobody reads.
         let read = unsafe { tap.read(index, &vectors) };
         let len = match read {
-            Ok(None) => break Next::Input,
+            Ok(None) => break WaitFor::Input,
             Ok(Some(len)) => len,
             Err(_) => {
                 // A call that failed may have written in part.
-                room.mark(room.len);
-                break Next::Input;
+                buffers.mark(buffers.len);
+                break WaitFor::Input;
             }
         };
         // After the write, so that whoever clears the mark in between sees it.
-        room.mark(len);
-        if len > room.len || len < HEADER {
+        buffers.mark(len);
+        if len > buffers.len || len < HEADER {
             continue;
         }
-        room.filled(len, &mut filled);
-        room.write(CHAINS_AT, &(filled.len() as u16).to_le_bytes());
-        room.remove(filled.len());
-        queue.give_back_all(&filled)?;
+        buffers.filled(len, &mut filled);
+        buffers.write(NUM_BUFFERS, &(filled.len() as u16).to_le_bytes());
+        buffers.remove(filled.len());
+        queue.add_used_all(&filled)?;
     };
-    queue.put_back(room.chains.len() as u16);
+    queue.undo_pop(buffers.chains.len() as u16);
     Ok(next)
 }

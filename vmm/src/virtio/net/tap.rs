@@ -1,6 +1,7 @@
 //! A tap: an interface of the host whose frames a process reads and writes.
 
 use super::{Error, HEADER};
+use crate::lock::lock;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Everything that a tap may leave to whoever reads from it.
@@ -132,7 +133,7 @@ impl Tap {
     }
 
     fn lock(&self) -> MutexGuard<'_, usize> {
-        self.in_use.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.in_use)
     }
 
     /// What to wait for when queue `index` has no frame.
@@ -203,13 +204,13 @@ impl Tap {
     /// Throws away what is waiting to be read: at most as much as there can be now, however fast more
     /// comes in.
     pub fn discard(&self) {
-        const MOST_WAITING: usize = 4096;
+        const MAX_WAITING: usize = 4096;
         let mut header = [0u8; HEADER];
         let vectors = [vector(header.as_mut_ptr(), header.len())];
         for index in 0..self.queues.len() {
             // SAFETY: the header lives across the call, and nobody else uses it.
             let read = || unsafe { self.read(index, &vectors) };
-            (0..MOST_WAITING).take_while(|_| matches!(read(), Ok(Some(_)))).for_each(drop);
+            (0..MAX_WAITING).take_while(|_| matches!(read(), Ok(Some(_)))).for_each(drop);
         }
     }
 }

@@ -2,7 +2,10 @@
 
 #![allow(dead_code, unreachable_pub)] // each test program uses its own part of this
 
-use std::io::{self, Write};
+#[path = "../skip.rs"]
+pub mod skip;
+
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,11 +15,12 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs `test` in a network namespace of its own, which has these taps.
 pub fn with_taps(taps: &[&str], test: impl FnOnce() + Send) {
+    let name = std::thread::current().name().unwrap_or("a test of virtio-net").to_owned();
     let run = || {
         // SAFETY: changes the namespace of this thread only, which ends with the test.
         let own = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
         if !own || std::fs::File::open("/dev/net/tun").is_err() {
-            skipped("needs root and /dev/net/tun, for a network namespace with taps");
+            skip::skipped("needs root and /dev/net/tun, for a network namespace with taps");
             return;
         }
         ip("link set lo up");
@@ -25,18 +29,12 @@ pub fn with_taps(taps: &[&str], test: impl FnOnce() + Send) {
         }
         test();
     };
-    let result = std::thread::scope(|scope| scope.spawn(run).join());
+    let result = std::thread::scope(|scope| {
+        std::thread::Builder::new().name(name).spawn_scoped(scope, run).expect("a thread").join()
+    });
     if let Err(panic) = result {
         std::panic::resume_unwind(panic);
     }
-}
-
-/// Past the harness, which keeps what passing tests print.
-fn skipped(why: &str) {
-    let test = std::thread::current();
-    let text = format!("SKIPPED {}: {why}\n", test.name().unwrap_or("a test of virtio-net"));
-    // A closed output is no reason to fail.
-    let _ = io::stdout().lock().write_all(text.as_bytes());
 }
 
 /// Makes a tap, and puts it up.

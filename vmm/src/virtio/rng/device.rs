@@ -2,7 +2,7 @@
 
 use super::state::RngState;
 use crate::component::{self, Component, Kind};
-use crate::virtio::queue::{Broken, Chain, Next, Serving};
+use crate::virtio::queue::{Chain, LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::io;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -11,10 +11,10 @@ use vm_memory::Bytes;
 /// "Other" class: an entropy source has none of its own.
 const CLASS: u32 = 0xff_0000;
 /// Chains that fit the queue.
-const QUEUE_SIZE: u16 = 64;
+pub const QUEUE_SIZE: u16 = 64;
 /// Most bytes for one request: a guest that asks for gigabytes must not keep its machine from
 /// pausing. It is told how much it got, and asks again.
-const MOST_BYTES: u32 = 64 << 10;
+const MAX_BYTES: u32 = 64 << 10;
 /// Bytes fetched at a time; the kernel gives up to 256 without being interrupted by signals.
 const PIECE: usize = 256;
 
@@ -30,15 +30,15 @@ impl Rng {
 }
 
 /// Fills the chain's writable buffers; returns how many bytes were written.
-fn fill(chain: &mut Chain<'_>, queue: &Serving<'_>) -> Result<u32, Broken> {
+fn fill(chain: &mut Chain<'_>, queue: &LockedQueue<'_>) -> Result<u32, QueueError> {
     let mut written = 0;
     for buffer in chain.filter(|descriptor| descriptor.is_write_only()) {
-        let (mut address, mut rest) = (buffer.addr(), buffer.len().min(MOST_BYTES - written));
+        let (mut address, mut rest) = (buffer.addr(), buffer.len().min(MAX_BYTES - written));
         while rest > 0 {
             let mut random = [0; PIECE];
             let piece = &mut random[..PIECE.min(rest as usize)];
-            get_random(piece).map_err(|_| Broken::Request("the host has no random numbers"))?;
-            let refused = |_| Broken::Request("a buffer lies outside guest memory");
+            get_random(piece).map_err(|_| QueueError::Request("the host has no random numbers"))?;
+            let refused = |_| QueueError::OUTSIDE;
             queue.memory().write_slice(piece, address).map_err(refused)?;
             let len = piece.len() as u32;
             address.0 = address.0.wrapping_add(u64::from(len));
@@ -76,16 +76,12 @@ impl VirtioDevice for Rng {
         &[QUEUE_SIZE]
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn serve(&self, _index: usize, queue: &mut Serving<'_>) -> Result<Next, Broken> {
-        while let Some(mut chain) = queue.take()? {
+    fn serve(&self, _index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+        while let Some(mut chain) = queue.pop()? {
             let written = fill(&mut chain, queue)?;
-            queue.give_back(chain.head_index(), written)?;
+            queue.add_used(chain.head_index(), written)?;
         }
-        Ok(Next::Buffers)
+        Ok(WaitFor::Buffers)
     }
 
     fn state_kind(&self) -> Kind {

@@ -1,9 +1,13 @@
 //! The device, driven through its registers.
 
 use super::Rng;
+use super::device::QUEUE_SIZE;
+use crate::virtio::common_config::Register;
 use crate::virtio::queue::NO_VECTOR;
-use crate::virtio::testing::{BUFFERS, Bench, Buffer, SIZE, WITHOUT_EVENT_INDEX};
+use crate::virtio::registers::{CapabilityType, DRIVER_OK, FEATURES_OK};
+use crate::virtio::testing::{BUFFERS, Bench, Buffer, DRIVER, SIZE, WITHOUT_EVENT_INDEX};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 fn bench() -> Bench {
     Bench::with(Arc::new(Rng::new())).running()
@@ -42,7 +46,7 @@ fn it_rests_while_paused_and_goes_on_in_another_machine() {
         bench.logged(0);
         bench.offer(0, 4, &[Buffer::In(BUFFERS + 0x1000, 32)]);
         bench.notify(0);
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
         assert_eq!((bench.used(0), bench.logged(0)), (number, vec![]), "a paused device does nothing");
         bench = bench.hop(Arc::new(Rng::new()));
         assert_eq!(bench.wait_used(0), (4, 32), "the notification went astray, the request did not");
@@ -97,24 +101,53 @@ fn what_no_driver_does_ends_in_a_reset_and_not_in_a_panic() {
 #[test]
 fn registers_hold_what_they_may() {
     let mut bench = bench();
-    assert_eq!(bench.read(1, 0x12, 2), 1, "one queue");
-    assert_eq!(bench.read(1, 0x18, 2), u64::from(SIZE));
-    bench.write(1, 0x18, 2, 8);
-    bench.write(1, 0x20, 4, 0x5000);
-    assert_eq!((bench.read(1, 0x18, 2), bench.read(1, 0x20, 8)), (u64::from(SIZE), 0x1_0000), "it is in use");
-    bench.write(1, 0x1a, 2, 2);
-    assert_eq!(bench.read(1, 0x1a, 2), u64::from(NO_VECTOR), "there is no vector 2");
-    bench.write(1, 0x16, 2, 1);
-    assert_eq!((bench.read(1, 0x18, 2), bench.read(1, 0x1c, 2)), (0, 0), "there is no queue 1");
-    bench.write(1, 0x1c, 2, 1);
-    bench.write(1, 0x14, 1, 0);
+    let size = |bench: &Bench| bench.register(Register::QueueSize);
+    assert_eq!(bench.register(Register::NumQueues), 1);
+    assert_eq!(size(&bench), u32::from(SIZE));
+    bench.set_register(Register::QueueSize, 8);
+    bench.set_register(Register::QueueDescLow, 0x5000);
+    assert_eq!(
+        (size(&bench), bench.register(Register::QueueDescLow)),
+        (u32::from(SIZE), 0x1_0000),
+        "it is in use"
+    );
+    bench.set_register(Register::QueueMsixVector, 2);
+    assert_eq!(bench.register(Register::QueueMsixVector), u32::from(NO_VECTOR), "there is no vector 2");
+    bench.set_register(Register::QueueSelect, 1);
+    assert_eq!((size(&bench), bench.register(Register::QueueEnable)), (0, 0), "there is no queue 1");
+    assert_eq!(bench.register(Register::QueueMsixVector), u32::from(NO_VECTOR));
+    bench.set_register(Register::QueueEnable, 1);
+    bench.set_status(0);
     assert_eq!(bench.status(), 0);
-    bench.write(1, 0x16, 2, 0);
-    assert_eq!((bench.read(1, 0x18, 2), bench.read(1, 0x1c, 2)), (64, 0));
-    bench.write(1, 0x18, 2, 48);
-    assert_eq!(bench.read(1, 0x18, 2), 64, "no power of two");
-    bench.write(1, 0x20, 8, 0x1_2345_6780);
-    assert_eq!(bench.read(1, 0x20, 8), 0x1_2345_6780, "both halves at once");
+    bench.set_register(Register::QueueSelect, 0);
+    assert_eq!((size(&bench), bench.register(Register::QueueEnable)), (u32::from(QUEUE_SIZE), 0));
+    bench.set_register(Register::QueueSize, 48);
+    assert_eq!(size(&bench), u32::from(QUEUE_SIZE), "no power of two");
+    let (address, _) = Register::QueueDescLow.place();
+    bench.write(CapabilityType::Common, address, 8, 0x1_2345_6780);
+    assert_eq!(bench.read(CapabilityType::Common, address, 8), 0x1_2345_6780, "both halves at once");
     bench.start(bench.offered());
     assert_eq!(bench.request(0, &[Buffer::In(BUFFERS, 16)]), (0, 16));
+}
+
+/// A driver that looks at the status does not wait for whoever serves a queue, nor stop it.
+#[test]
+fn registers_that_are_no_queue_s_are_read_without_its_lock() {
+    let bench = bench();
+    let read = || {
+        [Register::DeviceStatus, Register::NumQueues, Register::ConfigMsixVector, Register::QueueMsixVector]
+            .map(|register| bench.register(register))
+    };
+    let expected = [u32::from(DRIVER | FEATURES_OK | DRIVER_OK), 1, 0, 1];
+    std::thread::scope(|scope| {
+        bench.function.with_queue_locked(0, || {
+            let reader = scope.spawn(read);
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !reader.is_finished() {
+                assert!(Instant::now() < deadline, "the registers wait for the queue");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(reader.join().unwrap(), expected);
+        });
+    });
 }

@@ -42,7 +42,7 @@ impl Driver {
             seen = seen.wrapping_add(1);
             let (head, _) = self.bench.wait_used(0);
             let place = head as u16 / 3;
-            assert_eq!(self.bench.bytes(OUTCOME + u64::from(place), 1), [OK]);
+            assert_eq!(self.bench.bytes(STATUS + u64::from(place), 1), [OK]);
             done += 1;
             if began.elapsed() < EACH { self.offer(place) } else { in_flight -= 1 }
         }
@@ -78,7 +78,7 @@ fn requests_a_second() {
                         let mut driver = Driver { bench, kind, depth, seed: round as u64 };
                         figures[way].push(driver.pace());
                         driver.bench.function.pause();
-                        driver.bench.function.device().release_storage().unwrap();
+                        driver.bench.function.device().release_disk_lock().unwrap();
                     }
                 }
                 let mut ratios: Vec<_> =
@@ -88,7 +88,7 @@ fn requests_a_second() {
                     list[list.len() / 2]
                 };
                 println!(
-                    "{} {what} at depth {depth}: {:.0}/s in turn, {:.0}/s by ring, ratio {:.2} ({:.2} to {:.2})",
+                    "{} {what} at depth {depth}: {:.0}/s sync, {:.0}/s by io_uring, ratio {:.2} ({:.2} to {:.2})",
                     if cached { "cached" } else { "direct" },
                     median(&mut figures[0]),
                     median(&mut figures[1]),

@@ -1,5 +1,5 @@
-//! Several requests at a time, on storage that can be held up: a file system that is frozen keeps writes waiting, in the
-//! kernel, until it is thawed, and lets reads pass.
+//! Several requests at a time, on storage that can be held up: a file system that is frozen keeps writes
+//! waiting, in the kernel, until it is thawed, and lets reads pass.
 
 use super::*;
 use crate::virtio::testing::SIZE;
@@ -32,7 +32,7 @@ impl Mounted {
         match made {
             Ok(()) => Some(Mounted(folder)),
             Err(error) => {
-                skipped("several requests at a time (root, loop, ext4)", &error);
+                skipped(format_args!("needs root, loop devices and ext4: {error}"));
                 None
             }
         }
@@ -74,7 +74,7 @@ impl Drop for Mounted {
 
 /// A request for the page of the image that has its number.
 fn offer(bench: &mut Bench, number: u16, kind: u32) {
-    bench.guest_writes(OUTCOME + u64::from(number), &[0x77]);
+    bench.guest_writes(STATUS + u64::from(number), &[0x77]);
     offer_page(bench, number, kind, u64::from(number) * 8);
     bench.notify(0);
 }
@@ -93,6 +93,19 @@ fn held_up(mounted: &Mounted) -> (Bench, BlockConfig, Frozen) {
     (bench, config, frozen)
 }
 
+/// Does `work`, which has to wait for the writes, and thaws the file system meanwhile.
+fn waits_for_writes(bench: &Bench, frozen: Frozen, work: impl FnOnce() + Send) {
+    let used = bench.used(0);
+    thread::scope(|scope| {
+        let work = scope.spawn(work);
+        thread::sleep(WHILE);
+        assert!(!work.is_finished(), "writes are in flight");
+        assert_eq!(bench.used(0), used);
+        drop(frozen);
+        work.join().unwrap();
+    });
+}
+
 fn assert_written(config: &BlockConfig) {
     let mut bytes = vec![0; 4096];
     for number in 0..WRITES {
@@ -104,25 +117,19 @@ fn assert_written(config: &BlockConfig) {
 /// What is offered last comes back first, and what saves the device finds nothing in flight.
 #[test]
 fn requests_overtake_one_another_and_a_pause_waits_for_all() {
-    let Some(mounted) = has_ring().then(Mounted::new).flatten() else { return };
+    let Some(mounted) = has_uring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
     offer(&mut bench, WRITES, VIRTIO_BLK_T_IN);
     assert_eq!(bench.wait_used(0), (u32::from(WRITES) * 3, 4097));
     let at = u64::from(WRITES) * 4096;
     assert_eq!(bench.bytes(DATA + at, 4096), expected(at, 4096));
-    thread::scope(|scope| {
-        let pause = scope.spawn(|| bench.function.pause());
-        thread::sleep(WHILE);
-        assert!(!pause.is_finished(), "writes are in flight");
-        assert_eq!(bench.used(0), 1);
-        drop(frozen);
-        pause.join().unwrap();
-    });
+    assert_eq!(bench.used(0), 1);
+    waits_for_writes(&bench, frozen, || bench.function.pause());
     assert_eq!(bench.used(0), WRITES + 1);
     assert_written(&config);
-    bench.function.device().release_storage().unwrap();
+    bench.function.device().release_disk_lock().unwrap();
     let next = Block::open(&config, &Images::Any, Aio::IoUring).unwrap();
-    next.take_storage().unwrap();
+    next.take_disk_lock().unwrap();
     let mut bench = bench.hop(Arc::new(next));
     let mut heads: Vec<_> = (0..WRITES).map(|_| bench.wait_used(0)).collect();
     heads.sort_unstable();
@@ -133,15 +140,9 @@ fn requests_overtake_one_another_and_a_pause_waits_for_all() {
 
 #[test]
 fn a_reset_waits_for_all_as_well() {
-    let Some(mounted) = has_ring().then(Mounted::new).flatten() else { return };
+    let Some(mounted) = has_uring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
-    thread::scope(|scope| {
-        let reset = scope.spawn(|| bench.write(1, 0x14, 1, 0));
-        thread::sleep(WHILE);
-        assert!(!reset.is_finished(), "writes are in flight");
-        drop(frozen);
-        reset.join().unwrap();
-    });
+    waits_for_writes(&bench, frozen, || bench.set_status(0));
     assert_written(&config);
     bench.start(bench.offered());
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_IN, 0, &[Buffer::In(DATA, 4096)]), (OK, 4097));
@@ -150,17 +151,11 @@ fn a_reset_waits_for_all_as_well() {
 /// What ends the use of a queue leaves nothing in flight either.
 #[test]
 fn a_malformed_request_waits_for_those_before_it() {
-    let Some(mounted) = has_ring().then(Mounted::new).flatten() else { return };
+    let Some(mounted) = has_uring().then(Mounted::new).flatten() else { return };
     let (mut bench, config, frozen) = held_up(&mounted);
     bench.offer(0, SIZE - 1, &[Buffer::Out(HEADER, 16)]);
     bench.notify(0);
-    thread::scope(|scope| {
-        let broken = scope.spawn(|| bench.wait_needs_reset());
-        thread::sleep(WHILE);
-        assert!(!broken.is_finished(), "writes are in flight");
-        drop(frozen);
-        broken.join().unwrap();
-    });
+    waits_for_writes(&bench, frozen, || bench.wait_needs_reset());
     assert_written(&config);
     bench.start(bench.offered());
     assert_eq!(request(&mut bench, 0, VIRTIO_BLK_T_IN, 0, &[Buffer::In(DATA, 4096)]), (OK, 4097));

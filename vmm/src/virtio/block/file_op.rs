@@ -1,6 +1,6 @@
-//! One step of a request: one system call, or one entry of a ring.
+//! An operation on an image's file: one system call, or one entry of an io_uring.
 
-use super::image::Image;
+use super::image::DiskImage;
 use std::io;
 
 /// Which way data goes.
@@ -14,9 +14,9 @@ pub enum Direction {
 
 /// Something to be done to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Move data between the image, from byte `offset` on, and `count` vectors. The maker of the step keeps
-    /// them, and what they point to, in place until the step has a result.
+pub enum FileOp {
+    /// Move data between the image, from byte `offset` on, and `count` vectors. The maker of the operation
+    /// keeps them, and what they point to, in place until the operation has a result.
     Transfer {
         /// Which way.
         direction: Direction,
@@ -40,20 +40,20 @@ pub enum Step {
     },
 }
 
-impl Image {
-    /// Does it at once, and returns how many bytes a transfer has moved.
+impl DiskImage {
+    /// Executes an operation at once. Returns how many bytes a transfer moved.
     ///
     /// # Errors
     /// What the system says.
-    pub fn carry_out(&self, step: Step) -> io::Result<usize> {
+    pub fn execute(&self, op: FileOp) -> io::Result<usize> {
         let fd = self.fd();
         loop {
-            let result = match step {
-                Step::Transfer { direction, vectors, count, offset } => {
+            let result = match op {
+                FileOp::Transfer { direction, vectors, count, offset } => {
                     let (count, offset) = (count as libc::c_int, offset as i64);
                     // SAFETY: `count` vectors are there, each a part of guest RAM, or of constant zeros that
-                    // are only written to the image, as the step's maker promises; no reference into guest
-                    // RAM exists that the kernel's writes could contradict.
+                    // are only written to the image, as the operation's maker promises; no reference into
+                    // guest RAM exists that the kernel's writes could contradict.
                     unsafe {
                         match direction {
                             Direction::Read => libc::preadv(fd, vectors, count, offset),
@@ -62,8 +62,8 @@ impl Image {
                     }
                 }
                 // SAFETY: the call takes an open descriptor only.
-                Step::Sync => unsafe { libc::fdatasync(fd) as isize },
-                Step::Allocate { mode, offset, len } => {
+                FileOp::Sync => unsafe { libc::fdatasync(fd) as isize },
+                FileOp::Allocate { mode, offset, len } => {
                     // SAFETY: the call takes integers only.
                     unsafe { libc::fallocate(fd, mode, offset as i64, len as i64) as isize }
                 }

@@ -1,4 +1,4 @@
-//! Carries out requests with an io_uring, while further requests are taken.
+//! Carries out requests with an io_uring, while further requests are taken from the queue.
 //!
 //! The queue's thread submits what the guest has made available, then waits for completions and for the
 //! doorbell alike, so that a request never waits for another. Before it lets go of the queue's lock it waits
@@ -6,46 +6,46 @@
 //! or reset the queue.
 
 use super::device::{Disk, QUEUE_SIZE};
+use super::file_op::{Direction, FileOp};
 use super::job::Job;
-use super::step::{Direction, Step};
 use crate::memory::GuestMemory;
-use crate::virtio::queue::{Broken, Next, Serving};
+use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use io_uring::register::Restriction;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Most requests in flight: all that the queue holds.
-const MOST: usize = QUEUE_SIZE as usize;
+/// Most requests in flight: as many as the queue holds.
+const MAX_IN_FLIGHT: usize = QUEUE_SIZE as usize;
 
 /// A ring that has worked fails in this way only if the restrictions of this thread have changed.
-const REFUSED: Broken = Broken::Request("the kernel does not take it");
+const REFUSED: QueueError = QueueError::Request("the kernel does not take it");
 
 /// A queue's ring and the requests in it.
-pub struct Ring {
+pub struct Uring {
     uring: IoUring,
     /// As many as were ever in flight at a time, in no order.
     jobs: Vec<Job>,
     /// Those that are not in flight.
     free: Vec<u16>,
-    /// Steps that the ring has and the kernel not yet.
+    /// Operations that are in the ring and not yet submitted.
     queued: usize,
-    /// Steps that the kernel has.
+    /// Operations that the kernel has.
     submitted: usize,
-    /// Chains to give back, and how much was written to each.
+    /// Chains for the used ring: heads, and how many bytes were written to each.
     done: Vec<(u16, u32)>,
-    /// The kernel has refused a step: it gets no more.
+    /// The kernel has refused an operation: it gets no more.
     dead: bool,
 }
 
-impl Ring {
+impl Uring {
     /// A ring for one queue.
     ///
     /// # Errors
     /// If the kernel has no io_uring, or the restrictions of this process forbid it.
     pub fn new() -> io::Result<Self> {
-        let uring = IoUring::builder().setup_r_disabled().build(MOST as u32)?;
+        let uring = IoUring::builder().setup_r_disabled().build(MAX_IN_FLIGHT as u32)?;
         // Threads that serve a guest may make few system calls (`sandbox`). A ring carries out calls of its
         // own, and must not be a way around that.
         let mut allowed =
@@ -53,7 +53,7 @@ impl Ring {
                 .map(Restriction::sqe_op);
         uring.submitter().register_restrictions(&mut allowed)?;
         uring.submitter().register_enable_rings()?;
-        Ok(Ring {
+        Ok(Uring {
             uring,
             jobs: Vec::new(),
             free: Vec::new(),
@@ -69,7 +69,7 @@ impl Ring {
     ///
     /// # Errors
     /// As [`serve`](crate::virtio::VirtioDevice::serve) says.
-    pub fn serve(&mut self, disk: &Disk, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    pub fn serve(&mut self, disk: &Disk, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
         if self.dead {
             return Err(REFUSED);
         }
@@ -80,28 +80,28 @@ impl Ring {
         served
     }
 
-    fn work(&mut self, disk: &Disk, queue: &mut Serving<'_>) -> Result<Next, Broken> {
+    fn work(&mut self, disk: &Disk, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
         let memory = queue.memory();
         loop {
             while let Some(place) = self.place()
-                && let Some(chain) = queue.take()?
+                && let Some(chain) = queue.pop()?
             {
                 match self.jobs[usize::from(place)].begin(disk, memory, chain)? {
-                    Some(step) => {
+                    Some(op) => {
                         self.free.pop();
-                        self.push(disk, place, step);
+                        self.push(disk, place, op);
                     }
-                    None => self.done.push(self.jobs[usize::from(place)].conclude(memory)?),
+                    None => self.done.push(self.jobs[usize::from(place)].complete(memory)?),
                 }
             }
             self.submit()?;
             self.reap(disk, memory)?;
             if !self.done.is_empty() {
-                queue.give_back_all(&self.done)?;
+                queue.add_used_all(&self.done)?;
                 self.done.clear();
             } else if self.queued == 0 {
                 if self.submitted == 0 {
-                    return Ok(Next::Buffers);
+                    return Ok(WaitFor::Buffers);
                 }
                 let room = self.place().is_some();
                 queue.wait(self.fd(), room)?;
@@ -112,37 +112,37 @@ impl Ring {
     /// Where the next request goes, if there is room for one more. It stays free until it is taken off the
     /// list.
     fn place(&mut self) -> Option<u16> {
-        if self.free.is_empty() && self.jobs.len() < MOST {
+        if self.free.is_empty() && self.jobs.len() < MAX_IN_FLIGHT {
             self.free.push(self.jobs.len() as u16);
             self.jobs.push(Job::default());
         }
         self.free.last().copied()
     }
 
-    fn push(&mut self, disk: &Disk, place: u16, step: Step) {
+    fn push(&mut self, disk: &Disk, place: u16, op: FileOp) {
         let fd = Fd(disk.image.fd());
-        let entry = match step {
-            Step::Transfer { direction: Direction::Read, vectors, count, offset } => {
+        let entry = match op {
+            FileOp::Transfer { direction: Direction::Read, vectors, count, offset } => {
                 opcode::Readv::new(fd, vectors, count).offset(offset).build()
             }
-            Step::Transfer { direction: Direction::Write, vectors, count, offset } => {
+            FileOp::Transfer { direction: Direction::Write, vectors, count, offset } => {
                 opcode::Writev::new(fd, vectors, count).offset(offset).build()
             }
-            Step::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-            Step::Allocate { mode, offset, len } => {
+            FileOp::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            FileOp::Allocate { mode, offset, len } => {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
         };
-        // SAFETY: a job's vectors, and guest RAM or constants, which they point to, stay until its step has
-        // been reaped: the job is not used before, and nobody leaves `serve` while a step is in flight. The
-        // image is open as long as its disk.
+        // SAFETY: a job's vectors, and guest RAM or constants, which they point to, stay until its operation
+        // has been reaped: the job is not used before, and nobody leaves `serve` while an operation is in
+        // flight. The image is open as long as its disk.
         let pushed = unsafe { self.uring.submission().push(&entry.user_data(u64::from(place))) };
-        debug_assert!(pushed.is_ok(), "each request has one step in flight, and the ring room for all");
+        debug_assert!(pushed.is_ok(), "each request has one operation in flight, and the ring room for all");
         self.queued += 1;
     }
 
     /// Hands the kernel what it does not have yet.
-    fn submit(&mut self) -> Result<(), Broken> {
+    fn submit(&mut self) -> Result<(), QueueError> {
         if self.queued == 0 {
             return Ok(());
         }
@@ -160,14 +160,14 @@ impl Ring {
         }
     }
 
-    fn reap(&mut self, disk: &Disk, memory: &GuestMemory) -> Result<(), Broken> {
+    fn reap(&mut self, disk: &Disk, memory: &GuestMemory) -> Result<(), QueueError> {
         while let Some((place, result)) = self.completion() {
             let job = &mut self.jobs[usize::from(place)];
             match job.proceed(disk, memory, result) {
-                Some(step) => self.push(disk, place, step),
+                Some(op) => self.push(disk, place, op),
                 None => {
                     self.free.push(place);
-                    self.done.push(self.jobs[usize::from(place)].conclude(memory)?);
+                    self.done.push(self.jobs[usize::from(place)].complete(memory)?);
                 }
             }
         }
@@ -183,14 +183,14 @@ impl Ring {
 
     /// Waits until the kernel has nothing left, so that it does not touch guest RAM any more. The guest is
     /// told nothing, because the queue is broken until a reset.
-    fn drain(&mut self, queue: &mut Serving<'_>) {
+    fn drain(&mut self, queue: &mut LockedQueue<'_>) {
         while self.queued + self.submitted > 0 {
             if self.submit().is_err() {
                 // What is left in the ring must never come out of it.
                 (self.dead, self.queued) = (true, 0);
             }
             if let Some((place, _)) = self.completion() {
-                self.jobs[usize::from(place)].abandon(queue.memory());
+                self.jobs[usize::from(place)].cancel(queue.memory());
                 self.free.push(place);
             } else if self.submitted > 0 {
                 // Fails only for the guest's rings, which are not looked at.
@@ -208,11 +208,15 @@ impl Ring {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::has_uring;
     use super::*;
 
     #[test]
     fn it_carries_out_nothing_that_a_disk_does_not_need() {
-        let Ok(mut ring) = Ring::new() else { return };
+        if !has_uring() {
+            return;
+        }
+        let mut ring = Uring::new().unwrap();
         let nowhere = c"/dev/null".as_ptr();
         let entries = [
             (opcode::Nop::new().build(), -libc::EACCES),

@@ -1,0 +1,335 @@
+//! When to stop copying and switch over.
+//!
+//! Pure arithmetic on what the rounds measured. The predicted blackout is what is still dirty at
+//! the rate of the last real round, plus the barrier and what the [`Handover`] itself takes.
+//! The downtime limit is a bound, not a goal: once under it, another round is made as long as
+//! rounds still shorten the blackout by a quarter or more and it is long enough to be worth it.
+
+use crate::failure::{Code, Failure};
+use crate::policy::{OnStall, Policy};
+use std::time::Duration;
+
+/// When what is left travels in less than this, another round is not worth its traffic: the fixed costs of a
+/// switchover are of the same size.
+const SHORT_ENOUGH: Duration = Duration::from_millis(5);
+
+/// A round of fewer bytes than this measures latency, not the rate.
+const MIN_RATE_SAMPLE: u64 = 1 << 20;
+
+/// Rate to assume before any round has measured one, in bytes a second: a tenth of a 10 Gb/s link.
+const FIRST_GUESS: f64 = 125e6;
+
+/// What each side's part of a handover is taken to last if neither side says: better a round more than a
+/// blackout over the limit.
+const UNKNOWN_HANDOVER: Duration = Duration::from_millis(25);
+
+/// Messages of the blackout that are answered before it goes on: the state and `Commit`.
+const ROUND_TRIPS: u32 = 2;
+
+/// What a switchover takes with no memory left to send.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Handover {
+    /// What the source's machine says of its part: pausing, saving, giving up its disks.
+    pub source: Option<Duration>,
+    /// What the destination's machine says of its part: loading, taking the disks, running.
+    pub destination: Option<Duration>,
+    /// The shortest round trip between the two that was seen so far.
+    pub round_trip: Duration,
+    /// What an earlier handover of such a machine took in all, if that is known.
+    pub known: Option<Duration>,
+}
+
+impl Handover {
+    /// How long to expect it to take. A side that says nothing is taken to need what the other says.
+    pub fn expected(&self) -> Duration {
+        let said =
+            |this: Option<Duration>, other: Option<Duration>| this.or(other).unwrap_or(UNKNOWN_HANDOVER);
+        let machines = match (self.source, self.destination, self.known) {
+            // Nothing is better known than what was measured.
+            (None, None, Some(_)) => Duration::ZERO,
+            (source, destination, _) => said(source, destination).saturating_add(said(destination, source)),
+        };
+        let messages = self.round_trip.saturating_mul(ROUND_TRIPS);
+        machines.saturating_add(messages).max(self.known.unwrap_or_default())
+    }
+}
+
+/// What one round measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RoundFacts {
+    /// Bytes that travelled.
+    pub sent: u64,
+    /// From the round's beginning to its confirmed barrier.
+    pub elapsed: Duration,
+    /// The barrier's part of that.
+    pub barrier: Duration,
+    /// Bytes that were dirty again at the end.
+    pub remaining: u64,
+    /// Since pre-copy began.
+    pub total_elapsed: Duration,
+}
+
+/// What to do after a round.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Make another round.
+    Again,
+    /// Switch over. `Some` says why a blackout over the limit is accepted.
+    Switch(Option<String>),
+    /// Give up.
+    GiveUp(Failure),
+}
+
+/// Follows one migration and decides after each round.
+#[derive(Debug)]
+pub struct Judge {
+    policy: Policy,
+    handover: Handover,
+    rate: f64,
+    rounds: u32,
+    last: Option<Duration>,
+    best: Option<Duration>,
+    stalled: u32,
+}
+
+impl Judge {
+    /// A judge under `policy` of a machine with this `handover`.
+    pub fn new(policy: Policy, handover: Handover) -> Self {
+        Judge { policy, handover, rate: FIRST_GUESS, rounds: 0, last: None, best: None, stalled: 0 }
+    }
+
+    /// Forgets the measured rate and the record of progress: the transport has changed.
+    pub fn start_over(&mut self) {
+        *self = Judge { rounds: self.rounds, ..Judge::new(self.policy.clone(), self.handover) };
+    }
+
+    /// Blackout to expect if it began now.
+    pub fn predict(&self, remaining: u64, barrier: Duration) -> Duration {
+        let seconds = remaining as f64 / self.rate;
+        // A rate of nearly nothing predicts more than a Duration can hold.
+        let transfer = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        transfer.saturating_add(barrier).saturating_add(self.handover.expected())
+    }
+
+    /// Learns from a round's facts; returns the prediction made of them.
+    pub fn observe(&mut self, facts: &RoundFacts) -> Duration {
+        if facts.sent >= MIN_RATE_SAMPLE && !facts.elapsed.is_zero() {
+            self.rate = facts.sent as f64 / facts.elapsed.as_secs_f64();
+        }
+        // A barrier goes there and back too, and may have been quicker than the greeting.
+        self.handover.round_trip = self.handover.round_trip.min(facts.barrier);
+        self.predict(facts.remaining, facts.barrier)
+    }
+
+    /// Takes a round's facts; returns the prediction made of them and what to do.
+    pub fn round(&mut self, facts: &RoundFacts) -> (Duration, Decision) {
+        self.rounds += 1;
+        let predicted = self.observe(facts);
+        let decision = self.decide(predicted, facts);
+        self.last = Some(predicted);
+        (predicted, decision)
+    }
+
+    /// Why a switchover over the limit is accepted that an operator asked for, with this blackout
+    /// `predicted`; `None` if it is not over the limit.
+    pub fn switch_now(&self, predicted: Duration) -> Option<String> {
+        let limit = self.policy.downtime_limit;
+        (predicted > limit).then(|| {
+            format!(
+                "an operator asked for the switchover although a blackout of {} was expected (limit {})",
+                milliseconds(predicted),
+                milliseconds(limit),
+            )
+        })
+    }
+
+    fn decide(&mut self, predicted: Duration, facts: &RoundFacts) -> Decision {
+        let limit = self.policy.downtime_limit;
+        let out_of_rounds = self.rounds >= self.policy.max_rounds;
+        let out_of_time = self.policy.timeout.is_some_and(|t| facts.total_elapsed >= t);
+        if predicted <= limit {
+            let improving = self.last.is_none_or(|last| predicted < last.mul_f64(0.75));
+            let worth_it = predicted.saturating_sub(self.handover.expected()) > SHORT_ENOUGH
+                && improving
+                && !out_of_rounds
+                && !out_of_time;
+            return if worth_it { Decision::Again } else { Decision::Switch(None) };
+        }
+        if self.best.is_none_or(|best| predicted < best.mul_f64(0.9)) {
+            self.best = Some(predicted);
+            self.stalled = 0;
+        } else {
+            self.stalled += 1;
+        }
+        let why = if out_of_rounds {
+            format!("after {} rounds", self.rounds)
+        } else if out_of_time {
+            format!("after {:.1} s", facts.total_elapsed.as_secs_f64())
+        } else if self.stalled >= self.policy.stall_rounds {
+            format!("{} rounds made no progress", self.stalled)
+        } else {
+            return Decision::Again;
+        };
+        let story = format!(
+            "the guest dirties memory faster than it can be sent: {why}, {} MiB are still dirty, which at {:.0} MiB/s \
+             means a blackout of {}, {} of it for the handover itself (limit {})",
+            facts.remaining >> 20,
+            self.rate / f64::from(1 << 20),
+            milliseconds(predicted),
+            milliseconds(self.handover.expected()),
+            milliseconds(limit),
+        );
+        match self.policy.on_stall {
+            OnStall::Switch => Decision::Switch(Some(story)),
+            OnStall::Abort => Decision::GiveUp(Failure::new(
+                Code::NOT_CONVERGING,
+                format_args!("{story}; raise the downtime limit, or choose to switch over on a stall"),
+            )),
+        }
+    }
+}
+
+fn milliseconds(duration: Duration) -> String {
+    format!("{:.0} ms", duration.as_secs_f64() * 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A handover of 2 ms.
+    const QUICK: Handover = Handover {
+        source: Some(Duration::from_millis(1)),
+        destination: Some(Duration::from_millis(1)),
+        round_trip: Duration::ZERO,
+        known: None,
+    };
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// Rounds at 1000 MiB/s in which the given amounts (in MiB) are sent and stay dirty.
+    fn judge(policy: Policy, rounds: &[(u64, u64)]) -> Decision {
+        let mut judge = Judge::new(policy, QUICK);
+        let mut total_elapsed = Duration::ZERO;
+        for (index, (sent, remaining)) in rounds.iter().enumerate() {
+            let elapsed = Duration::from_millis(*sent);
+            total_elapsed += elapsed;
+            let facts = RoundFacts {
+                sent: sent * MIB,
+                elapsed,
+                barrier: Duration::from_micros(100),
+                remaining: remaining * MIB,
+                total_elapsed,
+            };
+            let (_, decision) = judge.round(&facts);
+            if decision != Decision::Again {
+                assert_eq!(index + 1, rounds.len(), "decided early: {decision:?}");
+                return decision;
+            }
+        }
+        Decision::Again
+    }
+
+    #[test]
+    fn an_idle_guest_switches_after_one_round() {
+        assert_eq!(judge(Policy::default(), &[(4096, 0)]), Decision::Switch(None));
+    }
+
+    #[test]
+    fn an_untouched_guest_switches_although_no_rate_was_measured() {
+        assert_eq!(judge(Policy::default(), &[(0, 0)]), Decision::Switch(None));
+    }
+
+    #[test]
+    fn under_the_limit_it_goes_on_while_that_helps_and_no_longer() {
+        assert_eq!(judge(Policy::default(), &[(4096, 200)]), Decision::Again);
+        assert_eq!(judge(Policy::default(), &[(4096, 200), (200, 60), (60, 55)]), Decision::Switch(None));
+        assert_eq!(judge(Policy::default(), &[(4096, 64), (64, 64)]), Decision::Switch(None));
+    }
+
+    #[test]
+    fn a_guest_that_dirties_too_fast_is_noticed_and_the_policy_obeyed() {
+        let rounds = [(4096, 2000), (2000, 1000), (1000, 990), (990, 1010), (1000, 995)];
+        let Decision::GiveUp(failure) = judge(Policy::default(), &rounds) else { panic!("did not give up") };
+        assert_eq!(failure.code, Code::NOT_CONVERGING);
+        let switch = Policy { on_stall: OnStall::Switch, ..Policy::default() };
+        assert!(matches!(judge(switch, &rounds), Decision::Switch(Some(_))));
+    }
+
+    #[test]
+    fn rounds_and_time_are_limited() {
+        let two = Policy { max_rounds: 2, ..Policy::default() };
+        assert!(matches!(judge(two, &[(4096, 2000), (2000, 1000)]), Decision::GiveUp(_)));
+        let brief = Policy { timeout: Some(Duration::from_secs(5)), ..Policy::default() };
+        assert!(matches!(judge(brief, &[(4096, 2000), (2000, 1000)]), Decision::GiveUp(_)));
+    }
+
+    #[test]
+    fn a_handover_is_what_both_sides_say_and_the_messages_between() {
+        let unknown = Handover::default();
+        assert_eq!(unknown.expected(), 2 * UNKNOWN_HANDOVER);
+        let one_says = Handover { source: Some(ms(300)), ..unknown };
+        assert_eq!(one_says.expected(), ms(600), "the other side is no quicker");
+        let both_say = Handover { destination: Some(ms(10)), ..one_says };
+        assert_eq!(both_say.expected(), ms(310));
+        assert_eq!(Handover { round_trip: ms(20), ..both_say }.expected(), ms(350));
+        assert_eq!(Handover { known: Some(ms(200)), ..both_say }.expected(), ms(310), "the longer counts");
+        assert_eq!(Handover { known: Some(ms(400)), ..both_say }.expected(), ms(400));
+        assert_eq!(Handover { known: Some(ms(30)), ..unknown }.expected(), ms(30), "measured, not guessed");
+    }
+
+    #[test]
+    fn a_handover_over_the_limit_is_not_begun() {
+        let facts = RoundFacts {
+            sent: 1000 * MIB,
+            elapsed: Duration::from_secs(1),
+            barrier: ms(1),
+            remaining: 0,
+            total_elapsed: Duration::from_secs(1),
+        };
+        let decide = |limit, source| {
+            let policy = Policy::default().with_downtime_limit(ms(limit)).with_max_rounds(1);
+            Judge::new(policy, Handover { source: Some(ms(source)), ..QUICK }).round(&facts)
+        };
+        let (predicted, decision) = decide(300, 300);
+        assert_eq!(predicted, ms(302), "with the destination's 1 ms and the barrier's");
+        let Decision::GiveUp(why) = decision else { panic!("{decision:?}") };
+        assert!(why.message.contains("302 ms, 301 ms of it for the handover itself (limit 300 ms)"), "{why}");
+        assert_eq!(decide(310, 300).1, Decision::Switch(None));
+    }
+
+    #[test]
+    fn a_quicker_barrier_corrects_the_round_trip() {
+        let slow_greeting = Handover { round_trip: ms(100), ..QUICK };
+        let mut judge = Judge::new(Policy::default(), slow_greeting);
+        assert_eq!(judge.predict(0, ms(5)), ms(5 + 2 + 200));
+        let facts =
+            RoundFacts { sent: 0, elapsed: ms(10), barrier: ms(5), remaining: 0, total_elapsed: ms(10) };
+        assert_eq!(judge.observe(&facts), ms(5 + 2 + 10));
+    }
+
+    #[test]
+    fn an_operator_may_switch_over_the_limit_and_the_report_says_so() {
+        let judge = Judge::new(Policy::default(), QUICK);
+        assert_eq!(judge.switch_now(ms(300)), None);
+        let why = judge.switch_now(ms(800)).unwrap();
+        assert!(why.contains("800 ms") && why.contains("limit 300 ms"), "{why}");
+    }
+
+    #[test]
+    fn a_rate_of_nothing_predicts_forever_without_overflow() {
+        let mut judge = Judge::new(Policy::default(), QUICK);
+        let facts = RoundFacts {
+            sent: MIN_RATE_SAMPLE,
+            elapsed: Duration::MAX,
+            barrier: Duration::MAX,
+            remaining: u64::MAX,
+            total_elapsed: Duration::MAX,
+        };
+        assert_eq!(judge.round(&facts), (Duration::MAX, Decision::Again));
+    }
+}
