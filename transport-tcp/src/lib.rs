@@ -141,3 +141,7 @@ impl From<Error> for Failure {
         Failure::new(error.code(), error)
     }
 }
+
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/bring-your-own-machine.md")]
+mod bring_your_own_machine {}

@@ -3,7 +3,7 @@
 mod common;
 
 use common::guests::{self, BAD_READS, LOOPS, TICKS};
-use common::{boot, copy_ram, machine_with_devices, peek, wait_above};
+use common::{DISK_BYTES, boot, copy_ram, disk, machine_with_devices, peek, wait_above};
 use migration::dirty::{DirtySet, runs};
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use migration::{Code, Failure};
@@ -13,22 +13,6 @@ use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
 use whimbrel_vmm::virtio::block::{BlockConfig, Images};
 use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
 use whimbrel_vmm::{Machine, SerialOutput};
-
-const LEN: u64 = 4 << 20;
-
-/// An image in a folder; cached where the folder's file system has no direct I/O.
-fn disk(folder: &Path, name: &str) -> DeviceConfig {
-    let path = folder.join(name);
-    if !path.exists() {
-        std::fs::File::create(&path).unwrap().set_len(LEN).unwrap();
-    }
-    let direct = BlockConfig::new(path);
-    let config = DeviceConfig::Block(direct.clone());
-    match config.build(&LocalConfig::default()) {
-        Ok(_) => config,
-        Err(_) => DeviceConfig::Block(BlockConfig { cached: true, ..direct }),
-    }
-}
 
 /// The code of what the engine is told when the disks are not to be had.
 fn refusal(taken: Result<(), whimbrel_vmm::Error>) -> Code {
@@ -134,10 +118,10 @@ fn what_a_destination_lacks_is_refused_before_anything_moves() {
     assert!(not_allowed.message.contains("--disks"), "{not_allowed}");
     assert!(shadow(&source, &[folder.path()]).is_ok());
     let image = folder.path().join("a");
-    std::fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(LEN * 2).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(DISK_BYTES * 2).unwrap();
     let resized = refused(&[folder.path()]);
     assert_eq!(resized.code, Code::DEVICE);
-    assert!(resized.message.contains(&(LEN * 2).to_string()), "{resized}");
+    assert!(resized.message.contains(&(DISK_BYTES * 2).to_string()), "{resized}");
     std::fs::remove_file(&image).unwrap();
     let missing = refused(&[folder.path()]);
     assert_eq!(missing.code, Code::DEVICE);

@@ -6,6 +6,7 @@
 
 pub mod bed;
 pub mod cases;
+pub mod machine;
 
 pub use bed::Bed;
 

@@ -69,6 +69,10 @@ guest!(
     toucher, guest_toucher_start, guest_toucher_end
 );
 guest!(
+    /// Writes a number that goes up into each page from 2 MiB to 4 MiB in turn, for ever.
+    writer, guest_writer_start, guest_writer_end
+);
+guest!(
     /// Gives back what comes in by the serial port.
     echo, guest_echo_start, guest_echo_end
 );
@@ -396,6 +400,19 @@ global_asm!(
         jmp 2b
     .globl guest_toucher_end
     guest_toucher_end:
+
+    .globl guest_writer_start
+    guest_writer_start:
+        xor eax, eax
+    1:  mov edi, 0x200000
+    2:  inc eax
+        mov dword ptr [edi], eax
+        add edi, 4096
+        cmp edi, 0x400000
+        jb 2b
+        jmp 1b
+    .globl guest_writer_end
+    guest_writer_end:
 
     .globl guest_echo_start
     guest_echo_start:

@@ -2,9 +2,11 @@
 
 #![allow(dead_code, unreachable_pub)] // each test program uses its own part of this module
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
-use whimbrel_vmm::virtio::DeviceConfig;
+use whimbrel_vmm::virtio::block::BlockConfig;
+use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
 use whimbrel_vmm::{Boot, Host, Image, Machine, MachineConfig, SerialOutput};
 
 pub mod elf;
@@ -35,6 +37,23 @@ pub fn machine_with_devices(mib: u64, vcpus: u32, devices: Vec<DeviceConfig>) ->
     let serial = SerialOutput::Null;
     let config = MachineConfig { serial, devices, ..MachineConfig::new(&host, mib << 20, vcpus).unwrap() };
     Machine::build(&host, config).unwrap()
+}
+
+/// Length of a [`disk`].
+pub const DISK_BYTES: u64 = 4 << 20;
+
+/// An image in a folder; cached where the folder's file system has no direct I/O.
+pub fn disk(folder: &Path, name: &str) -> DeviceConfig {
+    let path = folder.join(name);
+    if !path.exists() {
+        std::fs::File::create(&path).unwrap().set_len(DISK_BYTES).unwrap();
+    }
+    let direct = BlockConfig::new(path);
+    let config = DeviceConfig::Block(direct.clone());
+    match config.build(&LocalConfig::default()) {
+        Ok(_) => config,
+        Err(_) => DeviceConfig::Block(BlockConfig { cached: true, ..direct }),
+    }
 }
 
 /// Four bytes of guest memory.
