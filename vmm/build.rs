@@ -18,7 +18,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     let output = PathBuf::from(env::var("OUT_DIR")?).join("guest.elf");
-    // docs.rs compiles the crate for its documentation only, with a nightly compiler and no bare-metal target.
+    // docs.rs compiles the crate for its documentation only, with a nightly compiler and no bare-metal
+    // target.
     if env::var_os("DOCS_RS").is_some() {
         return Ok(std::fs::write(output, [])?);
     }

@@ -1,4 +1,5 @@
-//! A program for the small guest (`ci/guest/build`): sends every datagram that reaches UDP port 7 back to its sender.
+//! A program for the small guest (`ci/guest/build`): sends every datagram that reaches UDP port 7 back to its
+//! sender.
 
 use std::net::UdpSocket;
 

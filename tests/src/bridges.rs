@@ -1,5 +1,5 @@
-//! A network for guests, as seen by a client of theirs: a bridge for each of two hosts, a third one as the switch
-//! between, and a client behind it in a namespace of its own. In the lab.
+//! A network for guests, as seen by a client of theirs: a bridge for each of two hosts, a third one as the
+//! switch between, and a client behind it in a namespace of its own. In the lab.
 
 use crate::command::must;
 use crate::wire::{HEADER, Wire};

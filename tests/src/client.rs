@@ -114,8 +114,8 @@ pub fn echo(bridges: &Bridges, done: &AtomicBool) -> Echoes {
     echoes
 }
 
-/// Sends random bytes to the guest until `done`, at most `rate` a second, and compares what comes back, all over one
-/// connection; returns how many did.
+/// Sends random bytes to the guest until `done`, at most `rate` a second, and compares what comes back, all
+/// over one connection; returns how many did.
 ///
 /// # Panics
 /// When the connection breaks, or a byte is wrong or missing.
@@ -223,7 +223,8 @@ impl Drop for Browser {
     }
 }
 
-/// Types a line every 100 ms over one connection until `done`, and waits for each to come back; how long that took.
+/// Types a line every 100 ms over one connection until `done`, and waits for each to come back; how long that
+/// took.
 ///
 /// # Panics
 /// When the connection breaks, or a line is another.

@@ -1,9 +1,9 @@
 //! Schedules of `kill -9` during a migration.
 //!
-//! The two sides talk through a relay that is as slow as a long line, so that each phase lasts long enough to be
-//! hit, and that knows which messages were delivered. Each schedule aims at a phase, waits until the source
-//! says it is in it, and kills some random time later. `WHIMBREL_SEED` repeats a choice of schedules; when
-//! exactly each kill strikes is up to the machine.
+//! The two sides talk through a relay that is as slow as a long line, so that each phase lasts long enough to
+//! be hit, and that knows which messages were delivered. Each schedule aims at a phase, waits until the
+//! source says it is in it, and kills some random time later. `WHIMBREL_SEED` repeats a choice of schedules;
+//! when exactly each kill strikes is up to the machine.
 
 use crate::proxy::{Plane, Proxy, Rules, Way};
 use crate::say;
@@ -70,8 +70,8 @@ pub fn schedules(scenario: &str, count: usize) -> Vec<Schedule> {
 }
 
 impl Schedule {
-    /// Begins a migration through the relay and kills the victim; the phase in which that struck. `look` sees the
-    /// source just before.
+    /// Begins a migration through the relay and kills the victim; the phase in which that struck. `look` sees
+    /// the source just before.
     ///
     /// # Panics
     /// When the migration does not begin.

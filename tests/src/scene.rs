@@ -57,8 +57,8 @@ impl Scene {
         Scene { folder: tempfile::tempdir().expect("a folder"), disk, observer, programs }
     }
 
-    /// A disk on an NFS server. Each host is a client of its own. The lab's kernel cannot tell which process touches the
-    /// disk.
+    /// A disk on an NFS server. Each host is a client of its own. The lab's kernel cannot tell which process
+    /// touches the disk.
     ///
     /// # Panics
     /// Outside the lab.
@@ -109,8 +109,8 @@ impl Scene {
         assert_eq!(self.disk.entries(), Ok(testimony.journal));
     }
 
-    /// The guest is gone: what it wrote is there, `known` entries at least, and another starts from its disk, moves to
-    /// `receiver`, if there is one, and works.
+    /// The guest is gone: what it wrote is there, `known` entries at least, and another starts from its disk,
+    /// moves to `receiver`, if there is one, and works.
     pub fn finish_anew(&self, known: u64, receiver: Option<(&mut Node, SocketAddr)>) {
         let entries = self.disk.entries().unwrap();
         assert!(entries >= known, "{entries} entries of {known} that were confirmed");
@@ -128,7 +128,8 @@ impl Scene {
     pub fn owners(&self) -> usize {
         let Some(observer) = &self.observer else { return 0 };
         let mut seen = observer.seen();
-        // This process reads it when nobody has it. That it has the lock is where guests have come to be inspected.
+        // This process reads it when nobody has it. That it has the lock is where guests have come to be
+        // inspected.
         seen.retain(|access| access.pid != std::process::id() || access.standing != Standing::Unlocked);
         let owners = owners(&seen).unwrap();
         assert!(!owners.is_empty(), "the observer sees nothing");
@@ -215,8 +216,8 @@ fn held_for_good(source: &mut Node, scene: &Scene, known: u64) {
     assert_eq!(source.quit().unwrap().code(), Some(0));
 }
 
-/// Kills either side `count` times, at random moments: the guest runs at exactly one side, or has died with its machine.
-/// How many processes were seen to have the disk, one after the other.
+/// Kills either side `count` times, at random moments: the guest runs at exactly one side, or has died with
+/// its machine. How many processes were seen to have the disk, one after the other.
 ///
 /// # Panics
 /// When anything else comes of it.
@@ -242,9 +243,9 @@ pub fn kills(scenario: &str, count: usize, scene: impl Fn() -> Scene) -> usize {
     touched
 }
 
-/// The destination runs the guest for a while, and dies before the source has heard of it. Nobody has the lock then, but
-/// the guest's memory at the source is older than its disk, and must never run. While the destination has the lock, the
-/// source names the `holder`.
+/// The destination runs the guest for a while, and dies before the source has heard of it. Nobody has the
+/// lock then, but the guest's memory at the source is older than its disk, and must never run. While the
+/// destination has the lock, the source names the `holder`.
 ///
 /// # Panics
 /// When it does run.

@@ -28,8 +28,8 @@ pub struct Told {
     pub at: Duration,
     /// The host it came from: 0 or 1.
     pub host: usize,
-    /// Its length, addresses of its header, operation, then hardware and protocol addresses of sender and target, and
-    /// what is malformed: as `tshark` writes them, separated by commas.
+    /// Its length, addresses of its header, operation, then hardware and protocol addresses of sender and
+    /// target, and what is malformed: as `tshark` writes them, separated by commas.
     pub fields: String,
 }
 
@@ -67,8 +67,8 @@ impl Recording {
     }
 }
 
-/// Records what comes in by a port into a file of its name. (`dumpcap` has no such direction, and a filter for it
-/// loses the first frames.)
+/// Records what comes in by a port into a file of its name. (`dumpcap` has no such direction, and a filter
+/// for it loses the first frames.)
 fn record(folder: &Path, port: &str) -> Child {
     let mut command = Command::new("tcpdump");
     command.args(["-i", port, "-Q", "in", "-n", "-U", "-w"]).arg(folder.join(port)).arg("rarp");

@@ -1,5 +1,5 @@
-//! What both processes have the kernel copy while a guest moves: over RDMA next to nothing, over TCP all of it.
-//! That the processes copy nothing on their own either is shown by `transport-rdma/tests/untouchable.rs`.
+//! What both processes have the kernel copy while a guest moves: over RDMA next to nothing, over TCP all of
+//! it. That the processes copy nothing on their own either is shown by `transport-rdma/tests/untouchable.rs`.
 
 use migration::report::Report;
 use std::collections::BTreeMap;

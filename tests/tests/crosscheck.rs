@@ -1,6 +1,6 @@
-//! What another implementation makes of the devices: the `ibverbs` crate, which has bindings and wrappers of its
-//! own and links the library. It has no part in the data plane, which it could not carry; but it must see what our
-//! probe sees, and its messages must go where our writes go.
+//! What another implementation makes of the devices: the `ibverbs` crate, which has bindings and wrappers of
+//! its own and links the library. It has no part in the data plane, which it could not carry; but it must see
+//! what our probe sees, and its messages must go where our writes go.
 
 use std::ffi::CStr;
 use std::net::{IpAddr, Ipv6Addr};

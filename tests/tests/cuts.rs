@@ -1,5 +1,5 @@
-//! The line is cut at any byte of a migration, in any connection and either way: the guest runs at exactly one
-//! side or is held, the receiver takes the next guest, and nothing is lost.
+//! The line is cut at any byte of a migration, in any connection and either way: the guest runs at exactly
+//! one side or is held, the receiver takes the next guest, and nothing is lost.
 
 use migration::report::Verdict;
 use migration::{Code, preamble};

@@ -1,6 +1,6 @@
 //! Guests that are not ours: a bare-metal program and Debian's kernel, as a bzImage and as an ELF file with a
-//! PVH entry. The loader takes them and they can be moved. How far they come is up to the host's KVM: one that
-//! emulates guest kernels stops at instructions that it does not know, and the test says how far it was.
+//! PVH entry. The loader takes them and they can be moved. How far they come is up to the host's KVM: one
+//! that emulates guest kernels stops at instructions that it does not know, and the test says how far it was.
 
 use migration::report::{Report, Verdict};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! `kill -9` of either side at fifty random moments: afterwards the guest runs at exactly one side, or is held
-//! paused at the source, which says so.
+//! `kill -9` of either side at fifty random moments: afterwards the guest runs at exactly one side, or is
+//! held paused at the source, which says so.
 
 use migration::report::Verdict;
 use std::net::SocketAddr;
@@ -39,7 +39,8 @@ struct Case {
 }
 
 impl Case {
-    /// The guest runs at the destination if that was told so, and nowhere otherwise: it died with its machine.
+    /// The guest runs at the destination if that was told so, and nowhere otherwise: it died with its
+    /// machine.
     fn source_died(&self, destination: &mut Node, address: SocketAddr, folder: &Path) -> &'static str {
         // Either event is the last word about this guest; the relay delivers what it still has.
         match destination.next_event().unwrap() {

@@ -1,5 +1,5 @@
-//! `kill -9` of either side while Linux writes to ext4 on a disk that both sides may open. What the journal leaves is
-//! clean, and what the guest knew to be durable is there: run by `ci/linux-kill`, in the lab.
+//! `kill -9` of either side while Linux writes to ext4 on a disk that both sides may open. What the journal
+//! leaves is clean, and what the guest knew to be durable is there: run by `ci/linux-kill`, in the lab.
 
 use migration::monitor::Phase;
 use migration::report::Verdict;

@@ -1,5 +1,6 @@
-//! A stock Linux guest with a network interface moves between two hosts' bridges, with a switch between them and a
-//! client behind it, and the client notices little. In the lab: `ci/net` builds the guest and runs this.
+//! A stock Linux guest with a network interface moves between two hosts' bridges, with a switch between them
+//! and a client behind it, and the client notices little. In the lab: `ci/net` builds the guest and runs
+//! this.
 
 use migration::Code;
 use migration::report::{Report, Verdict};
@@ -132,8 +133,8 @@ fn rarps(captured: &[Captured], host: usize) -> Vec<Duration> {
     rarps.iter().map(|captured| captured.at).collect()
 }
 
-/// What is captured until all rounds have come from `host`, and a little longer, for what should not come. How fast
-/// they come on a busy machine decides nothing.
+/// What is captured until all rounds have come from `host`, and a little longer, for what should not come.
+/// How fast they come on a busy machine decides nothing.
 fn all_rounds(capture: &Capture, host: usize) -> Vec<Captured> {
     let mut captured = Vec::new();
     wait_until("five rounds of RARP", || {
@@ -176,8 +177,8 @@ fn a_silent_guest_is_found_where_it_went() {
         let own = |c: &&Captured| c.host == to && c.protocol() == ARP && c.frame[28..32] == c.frame[38..42];
         let announced = captured.iter().filter(own).count();
         assert!(announced >= 1, "{captured:02x?}");
-        // What tshark says: five from the new host's port and none from the old one's, of 60 bytes, broadcast by the
-        // guest's address, reverse requests (3) of that address for itself, and nothing malformed.
+        // What tshark says: five from the new host's port and none from the old one's, of 60 bytes, broadcast
+        // by the guest's address, reverse requests (3) of that address for itself, and nothing malformed.
         let told = recording.end();
         let fields = format!("60,{MAC},ff:ff:ff:ff:ff:ff,3,{MAC},{MAC},0.0.0.0,0.0.0.0,");
         assert!(

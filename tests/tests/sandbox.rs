@@ -51,8 +51,8 @@ fn is_confined(status: &Status) -> bool {
         && capabilities.iter().all(|set| u64::from_str_radix(&status[*set], 16).unwrap() & !allowed == 0)
 }
 
-/// Waits until every thread of a process is confined: those that end with a migration may still have been started
-/// with more.
+/// Waits until every thread of a process is confined: those that end with a migration may still have been
+/// started with more.
 fn assert_confined(node: &Node) {
     assert!(threads(node).iter().filter(|status| serves_a_guest(status)).count() >= 2);
     wait_until("confinement of all threads", || threads(node).iter().all(is_confined));

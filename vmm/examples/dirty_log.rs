@@ -3,8 +3,8 @@
 //! ```sh
 //! cargo run --release -p whimbrel-vmm --example dirty_log
 //! ```
-//! Nothing of the machine's memory is mapped by KVM, so that clearing has no page to write-protect: what is measured
-//! is the calls and the bitmaps. The median of several repetitions, and the least in parentheses.
+//! Nothing of the machine's memory is mapped by KVM, so that clearing has no page to write-protect: what is
+//! measured is the calls and the bitmaps. The median of several repetitions, and the least in parentheses.
 
 use migration::dirty::DirtySet;
 use migration::machine::SourceMachine;

@@ -37,7 +37,8 @@ fn attach(machine: &Machine, input: &impl std::os::fd::AsFd) {
     machine.serial().attach_input(input.into(), Some).unwrap();
 }
 
-/// What a guest has been sent and has not read moves with it; what was typed while it was paused waits for it.
+/// What a guest has been sent and has not read moves with it; what was typed while it was paused waits for
+/// it.
 #[test]
 fn no_input_is_lost_or_doubled_when_a_guest_moves() {
     let folder = tempfile::tempdir().unwrap();

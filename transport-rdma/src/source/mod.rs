@@ -127,8 +127,8 @@ impl Drop for RdmaPlane {
         self.lanes.lanes.clear();
         let _ = self.registry.queue().reset();
         self.ids.iter().for_each(|id| id.disconnect());
-        // Those of lanes that somebody has taken live on. The disconnection has stopped their sending, and this
-        // does on every kind of device. The other way round librdmacm would not disconnect.
+        // Those of lanes that somebody has taken live on. The disconnection has stopped their sending, and
+        // this does on every kind of device. The other way round librdmacm would not disconnect.
         self.lanes.queues.iter().filter_map(Weak::upgrade).for_each(|queue| drop(queue.reset()));
         let register = self.register.take();
         let registry = Arc::clone(&self.registry);

@@ -2,8 +2,8 @@
 
 use super::abi::{self, PAGE};
 
-/// Counts the entries in the journal that fills `image`. At every moment there is an unbroken series: the last
-/// entries, as many as there are blocks.
+/// Counts the entries in the journal that fills `image`. At every moment there is an unbroken series: the
+/// last entries, as many as there are blocks.
 ///
 /// # Errors
 /// What is wrong, in words.

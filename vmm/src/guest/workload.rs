@@ -10,8 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 /// The guest's ELF file.
 pub const ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 
-/// Timer interrupts a second where nothing is asked for: a guest that always works looks at the clock anyway, one that
-/// sleeps only when it is woken.
+/// Timer interrupts a second where nothing is asked for: a guest that always works looks at the clock anyway,
+/// one that sleeps only when it is woken.
 const BUSY_HZ: u32 = 100;
 const SLEEPY_HZ: u32 = 1000;
 
@@ -42,8 +42,8 @@ pub struct Workload {
     pub fill: u64,
     /// With what.
     pub content: Content,
-    /// Blocks of its first disk, of 4 KiB each, that it keeps writing and checking in turn, whatever they hold; 0 for
-    /// none.
+    /// Blocks of its first disk, of 4 KiB each, that it keeps writing and checking in turn, whatever they
+    /// hold; 0 for none.
     pub journal: u64,
 }
 

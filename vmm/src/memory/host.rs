@@ -34,8 +34,8 @@ pub fn available() -> Option<u64> {
     meminfo("MemAvailable:")
 }
 
-/// Shared memory in use on the whole host (`Shmem`), in bytes: guests' RAM is part of it. `None` where /proc does not
-/// say.
+/// Shared memory in use on the whole host (`Shmem`), in bytes: guests' RAM is part of it. `None` where /proc
+/// does not say.
 pub fn shared() -> Option<u64> {
     meminfo("Shmem:")
 }

@@ -1,19 +1,20 @@
 //! Saving a machine's state and loading it into another.
 //!
-//! The state is a list of components (each vCPU, the interrupt controllers, the timer, the clock,
-//! the serial port, each PCI device), each with a kind, a version and a payload. A component that this version does
-//! not know, or that is missing, or has bytes left over is refused by name: a guest that was
-//! restored in part must never run.
+//! The state is a list of components (each vCPU, the interrupt controllers, the timer, the clock, the serial
+//! port, each PCI device), each with a kind, a version and a payload. A component that this version does not
+//! know, or that is missing, or has bytes left over is refused by name: a guest that was restored in part
+//! must never run.
 //!
-//! Order matters. Saving: every vCPU with `mp_state` first, since reading it lets pending INIT and
-//! SIPI take effect, and `vcpu_events` last, since reading other state may queue events. Loading:
-//! vCPUs, then one shift of the TSC for all of them, then the interrupt controllers, the timer and
-//! devices (whose queues are checked against RAM, which must be in place), the TSC deadlines (which need LAPIC and TSC in place), and the clock last, so that as
-//! little as possible passes between setting it and running.
+//! Order matters. Saving: every vCPU with `mp_state` first, since reading it lets pending INIT and SIPI take
+//! effect, and `vcpu_events` last, since reading other state may queue events. Loading: vCPUs, then one shift
+//! of the TSC for all of them, then the interrupt controllers, the timer and devices (whose queues are
+//! checked against RAM, which must be in place), the TSC deadlines (which need LAPIC and TSC in place), and
+//! the clock last, so that as little as possible passes between setting it and running.
 //!
-//! Two saves of one paused machine are equal but for what time itself changes: the clock component
-//! (kvmclock, real time and the TSC at that moment), each LAPIC's current count and its processor
-//! priority (which KVM works out only when it needs it), IA32_TSC, and what in the PIT and in KVM's clock derives from the host's time at the moment of reading.
+//! Two saves of one paused machine are equal but for what time itself changes: the clock component (kvmclock,
+//! real time and the TSC at that moment), each LAPIC's current count and its processor priority (which KVM
+//! works out only when it needs it), IA32_TSC, and what in the PIT and in KVM's clock derives from the host's
+//! time at the moment of reading.
 
 mod clock;
 mod irqchip;

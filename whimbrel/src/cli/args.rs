@@ -84,8 +84,8 @@ pub struct WorkloadArgs {
     /// Pages that it rewrites each second; 0 for as many as it can
     #[arg(long, default_value_t = 0)]
     pub rate: u64,
-    /// Timer interrupts a second on each of its virtual CPUs. The default is 1000 for an idle guest, which looks at
-    /// the clock at each of them, and 100 for a guest that never sleeps
+    /// Timer interrupts a second on each of its virtual CPUs. The default is 1000 for an idle guest, which
+    /// looks at the clock at each of them, and 100 for a guest that never sleeps
     #[arg(long, value_parser = clap::value_parser!(u32).range(20..=10_000))]
     pub timer_hz: Option<u32>,
     /// Memory to fill before it starts, in addition to its working set
@@ -94,8 +94,8 @@ pub struct WorkloadArgs {
     /// What to fill it with
     #[arg(long, default_value = "random", value_parser = one_of(CONTENTS))]
     pub fill_with: Content,
-    /// Number of blocks of 4 KiB at the start of its first disk that it keeps writing and checking; their present
-    /// content is lost
+    /// Number of blocks of 4 KiB at the start of its first disk that it keeps writing and checking; their
+    /// present content is lost
     #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
     pub journal: u64,
 }
@@ -104,8 +104,8 @@ pub struct WorkloadArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
-    /// Kernel to start: a PVH ELF image or a 64-bit bzImage. Without it, the machine boots the kernel on its first
-    /// disk, or the embedded guest if it has no disk
+    /// Kernel to start: a PVH ELF image or a 64-bit bzImage. Without it, the machine boots the kernel on its
+    /// first disk, or the embedded guest if it has no disk
     #[arg(long, short = 'k')]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel
@@ -134,7 +134,8 @@ pub struct RunArgs {
 /// What a machine's process is connected to.
 #[derive(Args, Clone, Debug)]
 pub struct ProcessArgs {
-    /// TOML file with further options, by their long names. Options on the command line replace those of the file
+    /// TOML file with further options, by their long names. Options on the command line replace those of the
+    /// file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Unix socket for the API; the other commands reach the machine through it
@@ -143,25 +144,26 @@ pub struct ProcessArgs {
     /// The machine's name, as `status` shows it
     #[arg(long, default_value = "vm")]
     pub name: String,
-    /// Where the serial port goes: stdio, stdout, none, or a file to append to. With stdio it also reads standard
-    /// input. If that is a terminal, all keys go to the guest; Ctrl-A x quits, and Ctrl-A twice sends one Ctrl-A
+    /// Where the serial port goes: stdio, stdout, none, or a file to append to. With stdio it also reads
+    /// standard input. If that is a terminal, all keys go to the guest; Ctrl-A x quits, and Ctrl-A twice
+    /// sends one Ctrl-A
     #[arg(long, default_value = "stdout")]
     pub serial: SerialTarget,
-    /// Where the output of the virtio console goes: stdout, none, or a file to append to. With `run`, this option also
-    /// gives the machine a console. A machine that arrives has one or not, and without this option its output is
-    /// dropped
+    /// Where the output of the virtio console goes: stdout, none, or a file to append to. With `run`, this
+    /// option also gives the machine a console. A machine that arrives has one or not, and without this
+    /// option its output is dropped
     #[arg(long)]
     pub console: Option<OutputTarget>,
     /// File, pipe or terminal that the virtio console reads
     #[arg(long, requires = "console")]
     pub console_input: Option<PathBuf>,
-    /// How disks carry out requests: several at a time with io_uring, or one after the other with system calls (sync).
-    /// auto uses io_uring if the kernel has it, except for disks that use the page cache
+    /// How disks carry out requests: several at a time with io_uring, or one after the other with system
+    /// calls (sync). auto uses io_uring if the kernel has it, except for disks that use the page cache
     #[arg(long, default_value = "auto", value_parser = one_of(AIO))]
     pub aio: Aio,
     /// How often, and when, the network is told where the guest is after it has arrived here or come back, as
-    /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]. initial is the wait after the first round; each further wait
-    /// is longer by step, up to max
+    /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]. initial is the wait after the first round; each
+    /// further wait is longer by step, up to max
     #[arg(long, value_name = "OPTION,...", default_value = "rounds=5,initial=50ms,step=100ms,max=550ms")]
     #[arg(value_parser = announcing)]
     pub announce: Announcing,
@@ -211,17 +213,19 @@ impl std::str::FromStr for OutputTarget {
 
 #[derive(Args, Debug)]
 pub struct ReceiveArgs {
-    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. The port is not authenticated:
-    /// use an address of a trusted network
+    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. The port is not
+    /// authenticated: use an address of a trusted network
     #[arg(long, short = 'l')]
     pub listen: SocketAddr,
-    /// Make guest memory exist before the source may write to it. This takes time at first, and saves time later
+    /// Make guest memory exist before the source may write to it. This takes time at first, and saves time
+    /// later
     #[arg(long)]
     pub populate: bool,
     /// Spin on RDMA completions instead of sleeping
     #[arg(long)]
     pub busy_poll: bool,
-    /// Folder whose files an arriving guest may have as disks; repeatable. Without it, guests with disks are refused
+    /// Folder whose files an arriving guest may have as disks; repeatable. Without it, guests with disks are
+    /// refused
     #[arg(long, value_name = "FOLDER")]
     pub disks: Vec<PathBuf>,
     /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Give it once for each of the guest's
@@ -280,7 +284,8 @@ pub struct PolicyArgs {
     /// RDMA queue pairs; 0 for the default
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     pub queue_pairs: u16,
-    /// Spin on RDMA completions instead of sleeping: shorter waits, but each queue pair keeps a processor busy
+    /// Spin on RDMA completions instead of sleeping: shorter waits, but each queue pair keeps a processor
+    /// busy
     #[arg(long)]
     pub busy_poll: bool,
     /// Longest acceptable blackout
@@ -320,7 +325,8 @@ pub struct DemoArgs {
     /// Memory that the guest keeps rewriting and checking while it moves; 0 for an idle guest
     #[arg(long, default_value = "64M", value_parser = size)]
     pub working_set: u64,
-    /// Address of this host that the guest moves through; the address of an RDMA device makes it move over RDMA
+    /// Address of this host that the guest moves through; the address of an RDMA device makes it move over
+    /// RDMA
     #[arg(long, default_value = "127.0.0.1")]
     pub via: IpAddr,
     /// How many times it moves

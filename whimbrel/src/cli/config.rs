@@ -1,8 +1,8 @@
 //! The command line, with what a configuration file adds to it.
 //!
-//! A file's entries become arguments: `memory = "4G"` is `--memory=4G`. So there is one definition of what a machine
-//! can be told, one parser for each value, and one judge of what goes together: clap. Whatever the command line
-//! itself says of an option replaces what the file says of it.
+//! A file's entries become arguments: `memory = "4G"` is `--memory=4G`. So there is one definition of what a
+//! machine can be told, one parser for each value, and one judge of what goes together: clap. Whatever the
+//! command line itself says of an option replaces what the file says of it.
 
 use super::args::Cli;
 use clap::error::{ContextKind, ContextValue};

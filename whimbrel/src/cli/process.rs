@@ -67,9 +67,9 @@ fn output(target: &OutputTarget) -> SerialOutput {
 /// How long a guest may take to shut down after SIGTERM: less than a service manager waits (systemd: 90 s).
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(60);
 
-/// Handles signals. SIGTERM presses the power button of a guest that listens to it, and quits if the guest has not
-/// shut down in time. SIGTERM quits at once if the guest does not listen or is being moved; so do SIGINT and any further
-/// signal. Without a guest, the process exits.
+/// Handles signals. SIGTERM presses the power button of a guest that listens to it, and quits if the guest
+/// has not shut down in time. SIGTERM quits at once if the guest does not listen or is being moved; so do
+/// SIGINT and any further signal. Without a guest, the process exits.
 pub fn quit_on_signals(slot: &Arc<Slot>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let slot = Arc::clone(slot);

@@ -1,7 +1,7 @@
 //! Standard input as a guest's keyboard: `--serial stdio`.
 //!
-//! A terminal's own keys (Ctrl-C, Ctrl-Z, line editing) go to the guest as well. Only Ctrl-A is kept for the operator of
-//! the machine, as in QEMU.
+//! A terminal's own keys (Ctrl-C, Ctrl-Z, line editing) go to the guest as well. Only Ctrl-A is kept for the
+//! operator of the machine, as in QEMU.
 
 use anyhow::Context;
 use std::fs::{File, OpenOptions};
@@ -50,7 +50,8 @@ pub fn connect(port: &SerialPort) -> anyhow::Result<Terminal> {
 /// Gives the terminal back, if it was taken.
 pub fn restore() {
     if let Some(before) = before().take() {
-        // SAFETY: the settings are those that the terminal had. If it has gone, there is nothing to be restored.
+        // SAFETY: the settings are those that the terminal had. If it has gone, there is nothing to be
+        // restored.
         unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &before) };
     }
 }
