@@ -6,7 +6,7 @@
 //!
 //! # Features
 //!
-//! - `conformance`: the suites that transports are tested with.
+//! - `conformance`: the suites that transports and machines are tested with.
 //! - `internals`: the messages, the preamble and both state machines, for the transports, tests and tools
 //!   that are released together with this crate. What it shows may change in any release.
 

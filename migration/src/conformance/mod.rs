@@ -1,4 +1,5 @@
-//! The suite that every transport passes: the contract of [`crate::transport`], as tests.
+//! The suite that every transport passes: the contract of [`crate::transport`], as tests. The suite for
+//! machines is in [`machine`].
 //!
 //! A transport's crate implements [`Fixture`] and has [`conformance_suite!`](crate::conformance_suite)
 //! make a test of each [case](cases). The cases run both ends in one process, on RAM of their own, and

@@ -1,21 +1,20 @@
 //! The suite that every machine passes: the contract of [`crate::machine`], as tests.
 //!
-//! A VMM implements [`MachineFixture`] and has
-//! [`machine_conformance_suite!`](crate::machine_conformance_suite) make a test of each case, for its machine
-//! at the [`source`] and for its host and its machine at the [`destination`]. The cases need no transport:
-//! they call the traits in the order in which the engine does, with memory copied in between.
+//! A VMM implements [`MachineFixture`]. [`machine_conformance_suite!`](crate::machine_conformance_suite) makes
+//! a test of each case: those in [`source`] are for the machine that is moved away, those in [`destination`]
+//! for the host and the machine that it builds. The cases need no transport. They call the traits in the
+//! order in which the engine does, and copy memory in between.
 //!
-//! The guest has to write to memory all the time, and may be as small as that. So has its memory to be small:
-//! some 16 MiB are plenty, because most cases read all of it several times.
+//! The guest must write to memory all the time; nothing more is asked of it. Its memory should be small:
+//! 16 MiB are plenty, because most cases read all of it several times.
 
-pub mod copy;
+mod copy;
 pub mod destination;
+#[cfg(test)]
 mod memory;
 pub mod source;
 #[cfg(test)]
 mod tests;
-
-pub use memory::{Arrived, Memory, MemoryHost};
 
 use crate::machine::{DestinationHost, SourceMachine};
 use crate::memory::Extent;
@@ -45,8 +44,8 @@ pub trait MachineFixture {
         Vec::new()
     }
 
-    /// Whether machines, at both sides, have an [`Arbiter`](crate::machine::Arbiter) that decides. The
-    /// machine and what the hosts build have to want the same locks then. By default there is none.
+    /// Whether machines, at both sides, have an [`Arbiter`](crate::machine::Arbiter) that decides. If
+    /// so, the machine and what the hosts build must need the same locks. By default there is none.
     fn has_arbiter(&self) -> bool {
         false
     }

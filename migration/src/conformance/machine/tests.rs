@@ -1,6 +1,7 @@
 //! The suite passes what is right, and each of its cases finds what it is there to find.
 
-use super::{Arrived, MachineFixture, Memory, MemoryHost, destination, source};
+use super::memory::{Arrived, Memory, MemoryHost};
+use super::{MachineFixture, destination, source};
 use crate::dirty::DirtySet;
 use crate::failure::{Code, Failure};
 use crate::machine::{Arbiter, DestinationHost, DestinationMachine, SourceMachine};
