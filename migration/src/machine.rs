@@ -12,27 +12,47 @@
 //!
 //! | step | calls | the guest |
 //! |---|---|---|
-//! | begin | [`ram`](SourceMachine::ram), [`describe`](SourceMachine::describe) | runs |
-//! | pre-copy | [`handover_estimate`](SourceMachine::handover_estimate), [`start_tracking`](SourceMachine::start_tracking), then for each round [`clear_dirty`](SourceMachine::clear_dirty) many times and [`collect_dirty`](SourceMachine::collect_dirty) once | runs |
-//! | switchover | [`before_pause`](SourceMachine::before_pause), [`pause`](SourceMachine::pause), `collect_dirty`, [`save`](SourceMachine::save), [`Arbiter::release`] | paused from `pause` on |
-//! | hand-over | none: the message `Commit` leaves | paused |
+//! | begin | [`ram`], [`describe`] | runs |
+//! | pre-copy | [`start_tracking`]; in each round [`clear_dirty`] often and [`collect_dirty`] once | runs |
+//! | switchover | [`before_pause`], [`pause`], `collect_dirty`, [`save`], [`release`] | stands still |
+//! | hand-over | none: the message `Commit` leaves | stands still |
 //!
 //! The verdict tells what follows:
 //!
 //! | verdict | the engine's last calls | the VMM's turn |
 //! |---|---|---|
-//! | *moved* | none: the machine stays paused and tracked, its disk locks given up | drop the machine, and never run it again |
-//! | *stayed* | [`Arbiter::take`] if the locks were given up, [`resume`](SourceMachine::resume) if it was paused, [`stop_tracking`](SourceMachine::stop_tracking) | nothing; it may be moved again |
-//! | *held* | none, or an `Arbiter::take` or a `resume` that failed | see [below](#leaving-held) |
+//! | *moved* | none: it stays paused and tracked, without its locks | drop it, and never run it again |
+//! | *stayed* | [`take`], [`resume`], as far as needed; [`stop_tracking`] | none; it may be moved again |
+//! | *held* | none, or a `take` or a `resume` that failed | see [below](#leaving-held) |
 //!
 //! At the destination, [`destination::Migration`](crate::destination::Migration) makes these:
 //!
 //! | step | calls |
 //! |---|---|
-//! | begin | [`build`](DestinationHost::build), [`ram`](DestinationMachine::ram), [`memory_is_zero`](DestinationMachine::memory_is_zero), [`handover_estimate`](DestinationMachine::handover_estimate); data planes then write to the memory |
-//! | the state has come | data planes are shut out; [`load`](DestinationMachine::load) |
-//! | `Commit` has come | [`Arbiter::take`], [`run`](DestinationMachine::run), [`announce`](DestinationMachine::announce) |
-//! | afterwards | [`after_run`](DestinationMachine::after_run), when the [`Arrival`](crate::destination::Arrival) is concluded or dropped |
+//! | begin | [`build`], `ram`, [`memory_is_zero`]; then data planes write to the memory |
+//! | the state has come | data planes are shut out; [`load`] |
+//! | `Commit` has come | [`take`], [`run`], [`announce`] |
+//! | afterwards | [`after_run`], when the [`Arrival`] is concluded or dropped |
+//!
+//! [`ram`]: SourceMachine::ram
+//! [`describe`]: SourceMachine::describe
+//! [`start_tracking`]: SourceMachine::start_tracking
+//! [`clear_dirty`]: SourceMachine::clear_dirty
+//! [`collect_dirty`]: SourceMachine::collect_dirty
+//! [`before_pause`]: SourceMachine::before_pause
+//! [`pause`]: SourceMachine::pause
+//! [`save`]: SourceMachine::save
+//! [`release`]: Arbiter::release
+//! [`take`]: Arbiter::take
+//! [`resume`]: SourceMachine::resume
+//! [`stop_tracking`]: SourceMachine::stop_tracking
+//! [`build`]: DestinationHost::build
+//! [`memory_is_zero`]: DestinationMachine::memory_is_zero
+//! [`load`]: DestinationMachine::load
+//! [`run`]: DestinationMachine::run
+//! [`announce`]: DestinationMachine::announce
+//! [`after_run`]: DestinationMachine::after_run
+//! [`Arrival`]: crate::destination::Arrival
 //!
 //! If any of this fails before `run` has succeeded, the machine is *dropped*, and only then the source is
 //! told: it runs its guest on that word. So dropping a `DestinationMachine` must end it for certain, even
@@ -78,11 +98,13 @@
 //! migration has begun is not lost. A second attempt takes a new one: at the source, one that is given a used
 //! monitor fails with [`Code::BUSY`](crate::Code::BUSY) before it begins.
 //!
-//! # Errors
+//! # Errors and panics
 //!
 //! An error is a [`Failure`]: a code for programs and a sentence for people. It reaches the operators of both
 //! sides, so it should say what is wrong and what to do. Any error before `Commit` leaves the guest running
-//! at the source. A panic in a call of the source's machine counts as an error of that call.
+//! at the source. A panic in a call counts as an error of that call, with one exception: if dropping a
+//! `DestinationMachine` panics, the panic goes on to whoever has called `run`. The source is then not told
+//! that the guest is gone, as nobody knows.
 
 pub use crate::message::{MAX_DESCRIPTION, MAX_REMARKS, MAX_STATE, MAX_STATE_PART};
 

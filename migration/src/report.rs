@@ -119,7 +119,9 @@ pub struct Report {
     pub destination_cpu_us: Option<u64>,
     /// Bytes of guest memory resident at the destination afterwards, if it said so.
     pub destination_resident: Option<u64>,
-    /// What the destination's VMM had to say afterwards, in its own form; `None` if it said nothing.
+    /// What the destination's VMM had to say afterwards, in its own form; `None` if it said nothing. Earlier
+    /// programs called it the testimony.
+    #[serde(alias = "testimony")]
     pub remarks: Option<String>,
 }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Host, Source, content, existing, move_over, moved};
+use common::{Host, Log, Source, content, existing, move_over, moved};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -139,6 +139,35 @@ fn writes_of_a_machine_in_software_are_not_lost() {
     assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
     assert!(report.rounds.len() > 1 && report.sent() > PAGE_SIZE, "{:?}", report.rounds);
     assert!(content(&twin.unwrap().ram) == content(&source.ram), "a write was lost");
+}
+
+#[test]
+fn a_destination_that_panics_leaves_the_guest_where_it_runs() {
+    for (call, verdict) in [
+        ("build", Verdict::Stayed),
+        ("load", Verdict::Stayed),
+        ("take", Verdict::Stayed),
+        ("run", Verdict::Stayed),
+        ("announce", Verdict::Moved),
+        ("after_run", Verdict::Moved),
+    ] {
+        let source = Source::with_locks(true);
+        source.write(0, 1, b"one");
+        let mut host = Host { log: Log::that_panics(call), ..Host::default() };
+        let (report, taken) = moved(&source, &mut host);
+        assert_eq!(report.verdict, verdict, "{call}: {:?}", report.failure);
+        assert_eq!(source.paused.load(Ordering::Relaxed), verdict == Verdict::Moved, "{call}");
+        match taken {
+            Ok(twin) => assert!(content(&twin.ram) == content(&source.ram), "{call}"),
+            Err(why) => {
+                assert!(why.message.contains(&format!("this machine panics in {call}")), "{why}");
+                // The source is told once the machine is gone, if there was one.
+                assert_eq!(host.log.calls().contains(&"drop"), call != "build");
+                let told = report.failure.unwrap();
+                assert!(told.message.contains(&why.message), "{told}");
+            }
+        }
+    }
 }
 
 /// Bytes that are not alike anywhere.

@@ -1,6 +1,6 @@
 //! Peers that do not keep to the protocol, on either side.
 
-use migration::message::{FEATURES, Hello, Message, Prepare};
+use migration::message::{Hello, Message, Prepare};
 use migration::preamble::{self, Preamble};
 use migration::transport::Token;
 use std::io::{Read, Write};
@@ -37,9 +37,10 @@ impl Rogue {
         rogue
     }
 
-    /// Greets the receiver as a source should.
+    /// Greets the receiver as a source should that knows no feature, so that nothing is sent it but what it
+    /// must have.
     pub fn greet(mut self) -> Self {
-        self.send(&Message::Hello(Hello { software: "rogue".into(), features: FEATURES }));
+        self.send(&Message::Hello(Hello { software: "rogue".into(), features: 0 }));
         assert_eq!(self.receive().map(|m| m.name()), Some("Welcome"));
         self
     }

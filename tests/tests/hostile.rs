@@ -2,7 +2,7 @@
 //! a receiver waits for the next caller.
 
 use migration::Code;
-use migration::message::{FEATURES, Hello, Message, Offer, Prepare, Prepared, State};
+use migration::message::{FEATURES, Hello, Message, Offer, Prepare, Prepared, State, StatePart};
 use migration::preamble::{Preamble, Status};
 use migration::transport::Token;
 use std::net::SocketAddr;
@@ -308,6 +308,15 @@ fn sources_that_are_none() {
                 rogue.send(&Message::Prepare(honest.clone()));
                 assert_eq!(rogue.receive().map(|m| m.name()), Some("Prepared"));
                 rogue.send(&Message::Commit);
+                rogue
+            }),
+            Code::PROTOCOL,
+        ),
+        (
+            "a part of a state before there is a machine",
+            Box::new(|rogue| {
+                let mut rogue = rogue.greet();
+                rogue.send(&Message::StatePart(StatePart(vec![0x5a; 1000])));
                 rogue
             }),
             Code::PROTOCOL,

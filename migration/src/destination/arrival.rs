@@ -5,6 +5,7 @@ use crate::machine::DestinationMachine;
 use crate::memory::{PAGE_SIZE, Ram};
 use crate::message::{Epilogue, MAX_REMARKS, Message};
 use crate::scan;
+use crate::unwind;
 use std::time::Duration;
 
 /// A guest that has arrived and runs.
@@ -55,8 +56,11 @@ impl<'a, M: DestinationMachine> Arrival<'a, M> {
 
     fn tell(&mut self) {
         let Some(machine) = &mut self.machine else { return };
-        // While a panic unwinds, only what cannot panic again is asked: the guest must not die of a remark.
-        let remarks = if std::thread::panicking() { None } else { machine.after_run() };
+        // The guest does not end for the lack of a remark. While a panic unwinds, nothing may panic again.
+        let remarks = match std::thread::panicking() {
+            true => None,
+            false => unwind::catch("after run", || Ok(machine.after_run())).ok().flatten(),
+        };
         let epilogue = Epilogue {
             remarks: remarks.filter(|text| text.len() <= MAX_REMARKS),
             cpu_us: self.cpu.as_micros() as u64,

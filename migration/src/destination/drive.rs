@@ -16,6 +16,7 @@ use crate::message::{
 use crate::report::Span;
 use crate::scan;
 use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session};
+use crate::unwind;
 use std::time::{Duration, Instant};
 
 /// How often a wait looks whether data still arrives, and whether it has been cancelled. Messages wake it at
@@ -65,7 +66,11 @@ pub(super) fn drive<'a, 'o, H: DestinationHost>(
     let Driver { link, sender, machine, .. } = driver;
     match (outcome, machine) {
         (Outcome::Running, Some(mut machine)) => {
-            machine.announce();
+            // The guest runs: it does not end because the network cannot be told.
+            let _ = unwind::catch("announce", || {
+                machine.announce();
+                Ok(())
+            });
             monitor.enter(Phase::Arrived);
             Ok(Arrival::new(machine, link, sender, cpu))
         }
@@ -105,7 +110,25 @@ fn timed<T>(name: &str, work: impl FnOnce() -> T) -> (T, Span) {
 }
 
 impl<H: DestinationHost> Driver<'_, '_, H> {
+    /// Carries a command out. If somebody else's code panics in it, it has failed.
+    ///
+    /// A panic while the machine is dropped goes on to the caller instead. Nobody knows what of the machine
+    /// is left, so `GaveUp` must not be said.
     fn carry_out(&mut self, command: Command) -> Event {
+        let (step, panicked): (_, fn(Failure) -> Event) = match command {
+            Command::Discard | Command::Finish(_) => return self.perform(command),
+            Command::Wait(_) => ("wait for a message", Event::LinkLost),
+            Command::Send(_) => ("send a message", Event::LinkLost),
+            Command::Build(_) => ("build", Event::Failed),
+            Command::Retire(_) | Command::Fence => ("fence", Event::Failed),
+            Command::Load(_) => ("load state", Event::Failed),
+            Command::TakeDisks => ("take disks", Event::Failed),
+            Command::Run => ("run", Event::Failed),
+        };
+        unwind::catch(step, || Ok(self.perform(command))).unwrap_or_else(panicked)
+    }
+
+    fn perform(&mut self, command: Command) -> Event {
         let result = match command {
             Command::Wait(waiting) => return self.wait(waiting),
             Command::Send(message) => {

@@ -37,8 +37,8 @@ impl Default for Timeouts {
 ///
 /// ```no_run
 /// use whimbrel_migration::destination::Migration;
-/// # use whimbrel_migration::transport::DestinationTransport;
 /// # use whimbrel_migration::{Failure, link::ControlLink, machine::DestinationHost};
+/// # use whimbrel_migration::transport::DestinationTransport;
 ///
 /// # fn take<H: DestinationHost>(
 /// #     host: &mut H, link: &mut dyn ControlLink, tcp: impl DestinationTransport + 'static,

@@ -28,15 +28,22 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What was called, in order.
 #[derive(Clone, Default)]
-pub struct Log(Arc<Mutex<Vec<&'static str>>>);
+pub struct Log(Arc<Mutex<Vec<&'static str>>>, Option<&'static str>);
 
 impl Log {
+    /// A log for a machine that panics in this call.
+    pub fn that_panics(call: &'static str) -> Self {
+        Log(Arc::default(), Some(call))
+    }
+
     pub fn note(&self, call: &'static str) {
         let mut calls = self.calls();
         // Rounds come as often as they come.
         if calls.last() != Some(&call) {
             calls.push(call);
         }
+        drop(calls);
+        assert!(self.1 != Some(call), "this machine panics in {call}");
     }
 
     pub fn calls(&self) -> MutexGuard<'_, Vec<&'static str>> {
