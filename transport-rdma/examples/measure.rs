@@ -221,7 +221,7 @@ fn register(arguments: &Arguments) -> Outcome<()> {
         unsafe { address.write(1) };
     }
     for chunk in [2, 4, 8, 16, 32, 64, 128] {
-        let options = Options { chunk: chunk << 20, ..arguments.options.clone() };
+        let options = arguments.options.clone().with_chunk(chunk << 20);
         let arguments = Arguments { command: String::new(), options, ..*arguments };
         // The destination's memory is new every time, unless huge: registering makes it exist.
         let (mut pair, _) = connect(&arguments, &source, &shadow.clone().unwrap_or_else(|| ram(len)))?;

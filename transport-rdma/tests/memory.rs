@@ -29,7 +29,7 @@ fn untouched_chunks_stay_untouched() {
 fn every_choice_carries_a_round() {
     let devices = Devices::of_this_host();
     for (waiting, chunk) in [(Waiting::BusyPoll, MIN_CHUNK), (Waiting::Sleep, 1), (Waiting::Sleep, 1 << 30)] {
-        let options = Options { waiting, chunk, ..Options::default() };
+        let options = Options::default().with_waiting(waiting).with_chunk(chunk);
         let mut bed = Bed::new(&Devices { options, ..devices }, 2);
         let mut random = fastrand::Rng::with_seed(chunk);
         // Across every boundary of a small chunk, and the end of the region.

@@ -10,7 +10,7 @@ use transport_tcp::{Call, Connection, Listener, TcpDestination, TcpSource};
 pub fn source(request: &MigrationRequest, connection: &Connection) -> Vec<Box<dyn SourceTransport>> {
     let rdma = || -> Box<dyn SourceTransport> {
         let waiting = waiting(request.busy_poll);
-        Box::new(RdmaSource::new(Options { lanes: request.queue_pairs, waiting, ..Options::default() }))
+        Box::new(RdmaSource::new(Options::default().with_lanes(request.queue_pairs).with_waiting(waiting)))
     };
     let tcp = || -> Box<dyn SourceTransport> { Box::new(TcpSource::new(connection.peer(), request.streams)) };
     match request.transport {
@@ -33,7 +33,7 @@ pub fn destination(call: &Call, listener: &Listener, busy_poll: bool) -> Vec<Box
     // RDMA uses the address that the source has called, because this is the network that the operator chose.
     // A connection that has no address any more is about to fail by itself.
     if let Ok(local) = call.local() {
-        let options = Options { waiting: waiting(busy_poll), ..Options::default() };
+        let options = Options::default().with_waiting(waiting(busy_poll));
         transports.push(Box::new(RdmaDestination::new(local.ip(), options)));
     }
     transports.push(Box::new(TcpDestination::new(listener)));

@@ -124,8 +124,7 @@ impl Probe {
     ) -> anyhow::Result<Box<dyn SourcePlane>> {
         Ok(match self.terms.transport {
             TransportChoice::Rdma => {
-                let (lanes, depth) = (self.streams, self.depth);
-                let options = transport_rdma::Options { lanes, depth, ..self.terms.rdma() };
+                let options = self.terms.rdma().with_lanes(self.streams).with_depth(self.depth);
                 RdmaSource::new(options).connect(session, offer)?
             }
             TransportChoice::Auto | TransportChoice::Tcp => {

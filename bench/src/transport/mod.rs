@@ -57,7 +57,7 @@ impl SessionConfig {
             Completion::BusyPoll => Waiting::BusyPoll,
         };
         let chunk = if self.chunk == 0 { transport_rdma::DEFAULT_CHUNK } else { self.chunk };
-        transport_rdma::Options { waiting, chunk, ..Default::default() }
+        transport_rdma::Options::default().with_waiting(waiting).with_chunk(chunk)
     }
 }
 

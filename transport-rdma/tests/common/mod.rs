@@ -30,7 +30,7 @@ impl Devices {
 
 impl Fixture for Devices {
     fn source(&self, lanes: u16) -> Box<dyn SourceTransport> {
-        Box::new(RdmaSource::new(Options { lanes, ..self.options.clone() }))
+        Box::new(RdmaSource::new(self.options.clone().with_lanes(lanes)))
     }
 
     fn destination(&self) -> Box<dyn DestinationTransport> {
