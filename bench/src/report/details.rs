@@ -57,9 +57,12 @@ struct Migration {
 impl Migration {
     /// Reads what a contender said; `None` if it was not Whimbrel.
     fn of(said: &Value) -> Option<Self> {
+        // Read apart from the report, whose remarks had this name in earlier programs.
+        let mut report = said.clone();
+        report.as_object_mut()?.remove("testimony");
         let field = |name: &str| said.get(name).cloned().unwrap_or_default();
         Some(Migration {
-            report: serde_json::from_value(said.clone()).ok()?,
+            report: serde_json::from_value(report).ok()?,
             testimony: serde_json::from_value(field("testimony")).ok()?,
             pace: serde_json::from_value(field("pace")).unwrap_or_default(),
         })
