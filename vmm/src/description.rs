@@ -3,7 +3,7 @@
 use crate::component::{Error as StateError, strict};
 use crate::error::Error;
 use crate::machine::{Machine, MachineConfig};
-use crate::memory::PageSize;
+use crate::memory::{PageSize, Thp};
 use crate::serial::SerialOutput;
 use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
@@ -77,6 +77,7 @@ impl Description {
         MachineConfig {
             memory: self.memory,
             pages: self.pages,
+            thp: Thp::default(),
             vcpus: self.vcpus,
             cpuid: self.cpuid,
             tsc_khz: Some(self.tsc_khz),

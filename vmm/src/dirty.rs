@@ -14,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use migration::dirty::DirtySet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Dirty tracking of one machine.
@@ -22,6 +23,8 @@ pub(crate) struct DirtyTracking {
     /// What KVM answered last, before it is merged: it overwrites, and the caller wants an OR.
     /// Allocated when tracking starts, one word per 64 pages of the largest region.
     scratch: Mutex<Vec<u64>>,
+    /// Whether tracking is on.
+    on: Arc<AtomicBool>,
 }
 
 impl DirtyTracking {
@@ -38,13 +41,19 @@ impl DirtyTracking {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         cap.args[0] = u64::from(wanted);
         vm.enable_cap(&cap).context("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")?;
-        Ok(DirtyTracking { vm: vm.clone(), scratch: Mutex::new(Vec::new()) })
+        Ok(DirtyTracking { vm: vm.clone(), scratch: Mutex::default(), on: Arc::default() })
+    }
+
+    /// Whether tracking is on, for those who look at it now and then. They are told before it starts.
+    pub fn is_on(&self) -> Arc<AtomicBool> {
+        self.on.clone()
     }
 
     /// Starts tracking; every page counts as dirty. Starting again starts afresh.
     pub fn start(&self, ram: &GuestRam) -> Result<(), KvmError> {
         let largest = ram.ram().regions().iter().map(|r| r.pages().div_ceil(64)).max().unwrap_or(0);
         let mut scratch = lock(&self.scratch);
+        self.on.store(true, Ordering::Relaxed);
         *scratch = vec![0; largest as usize];
         for region in 0..ram.ram().regions().len() {
             // Off and on again: KVM makes a new log, all set, only then.
@@ -62,6 +71,7 @@ impl DirtyTracking {
     pub fn stop(&self, ram: &GuestRam) -> Result<(), KvmError> {
         let mut scratch = lock(&self.scratch);
         *scratch = Vec::new();
+        self.on.store(false, Ordering::Relaxed);
         slot::set_all(&self.vm, ram)
     }
 

@@ -5,7 +5,8 @@ use crate::description::Description;
 use crate::error::Error;
 use crate::guest::{self, When};
 use crate::host::Host;
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineConfig};
+use crate::memory::Thp;
 use crate::outgoing::half_a_handover;
 use crate::serial::SerialOutput;
 use crate::vcpu::msr;
@@ -28,6 +29,8 @@ pub struct IncomingOptions {
     pub local: LocalConfig,
     /// Whether RAM is populated before the source may write to it.
     pub populate: bool,
+    /// Whether RAM may come to lie in transparent huge pages.
+    pub thp: Thp,
 }
 
 /// Builds shadow machines on this host.
@@ -53,10 +56,8 @@ impl IncomingHost {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }
         let msrs = description.msrs().to_vec();
-        let machine = Machine::build(
-            &self.host,
-            description.into_config(self.options.serial.clone(), self.options.local.clone()),
-        )?;
+        let config = description.into_config(self.options.serial.clone(), self.options.local.clone());
+        let machine = Machine::build(&self.host, MachineConfig { thp: self.options.thp, ..config })?;
         // A register that this host lacks would fail the load in the middle of the blackout.
         let known = machine.saved_msrs();
         let lacking: Vec<_> = msrs

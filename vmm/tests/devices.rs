@@ -23,7 +23,13 @@ fn refusal(taken: Result<(), whimbrel_vmm::Error>) -> Code {
 fn host(folders: &[&Path]) -> IncomingHost {
     let images = Images::Below(folders.iter().map(PathBuf::from).collect());
     let local = LocalConfig { images, ..LocalConfig::default() };
-    IncomingHost::open(IncomingOptions { serial: SerialOutput::Null, local, populate: false }).unwrap()
+    IncomingHost::open(IncomingOptions {
+        serial: SerialOutput::Null,
+        local,
+        populate: false,
+        ..Default::default()
+    })
+    .unwrap()
 }
 
 fn shadow(source: &Machine, folders: &[&Path]) -> Result<IncomingMachine, Failure> {

@@ -3,7 +3,7 @@
 use crate::cpuid;
 use crate::error::Error;
 use crate::host::Host;
-use crate::memory::PageSize;
+use crate::memory::{PageSize, Thp};
 use crate::serial::SerialOutput;
 use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
@@ -15,6 +15,8 @@ pub struct MachineConfig {
     pub memory: u64,
     /// What backs it.
     pub pages: PageSize,
+    /// Whether it may come to lie in transparent huge pages, which this host decides for itself.
+    pub thp: Thp,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// The CPU all vCPUs are told they are, before each gets its identity.
@@ -38,6 +40,7 @@ impl MachineConfig {
         Ok(MachineConfig {
             memory,
             pages: PageSize::Small,
+            thp: Thp::default(),
             vcpus,
             cpuid: cpuid::baseline(host.kvm())?,
             tsc_khz: None,

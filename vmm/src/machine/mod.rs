@@ -18,6 +18,7 @@ use crate::host::Host;
 use crate::ioctl::{KvmContext, KvmError};
 use crate::loader::{self, Boot};
 use crate::lock::lock;
+use crate::memory::collapse::Collapser;
 use crate::memory::{self, GuestRam};
 use crate::pci::{KvmPlatform, Platform};
 use crate::power::{Power, SCI};
@@ -64,6 +65,8 @@ pub struct Machine {
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracking: DirtyTracking,
     ram: GuestRam,
+    /// Works while the guest runs and its writes are not tracked for a migration.
+    _collapser: Option<Collapser>,
     tsc_khz: u32,
     saved_msrs: Vec<u32>,
     /// Serialises pause, resume, save and load; true once the guest has run and was paused, or was
@@ -86,7 +89,7 @@ impl Machine {
             return Err(memory::Error::AddressBits { size: config.memory, bits }.into());
         }
         control::install_kick_handler().map_err(Error::Thread)?;
-        let ram = GuestRam::new(config.memory, config.pages)?;
+        let ram = GuestRam::with_thp(config.memory, config.pages, config.thp)?;
         let vm = Arc::new(create_vm(host)?);
         memory::slot::set_all(&vm, &ram)?;
         let tracking = DirtyTracking::new(&vm)?;
@@ -110,12 +113,16 @@ impl Machine {
             (boot_vcpu.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
         };
         let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
+        let (running, tracked) = (shared.clone(), tracking.is_on());
+        let collapser =
+            Collapser::start(&ram, move || running.is_running() && !tracked.load(Ordering::Relaxed));
         let mut machine = Machine {
             config,
             threads: Vec::new(),
             shared,
             tracking,
             ram,
+            _collapser: collapser,
             tsc_khz,
             saved_msrs,
             interrupted: Mutex::new(false),

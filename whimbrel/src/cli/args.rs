@@ -1,6 +1,6 @@
 //! The command line.
 
-use super::choice::{AIO, CONTENTS, ON_STALL, SECCOMP, TRANSPORTS, one_of};
+use super::choice::{AIO, CONTENTS, ON_STALL, SECCOMP, THP, TRANSPORTS, one_of};
 use clap::{Args, Parser, Subcommand};
 use migration::policy::OnStall;
 use std::net::{IpAddr, SocketAddr};
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use vmm::guest::Content;
 use vmm::host::MAX_VCPUS;
-use vmm::memory::PageSize;
+use vmm::memory::{PageSize, Thp};
 use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES};
 use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
@@ -157,6 +157,10 @@ pub struct ProcessArgs {
     /// File, pipe or terminal that the virtio console reads
     #[arg(long, requires = "console")]
     pub console_input: Option<PathBuf>,
+    /// Whether guest memory in pages of 4k may come to lie in transparent huge pages, at once or later. Each
+    /// host decides for itself
+    #[arg(long, default_value = "on", value_parser = one_of(THP))]
+    pub thp: Thp,
     /// How disks carry out requests: several at a time with io_uring, or one after the other with system
     /// calls (sync). auto uses io_uring if the kernel has it, except for disks that use the page cache
     #[arg(long, default_value = "auto", value_parser = one_of(AIO))]

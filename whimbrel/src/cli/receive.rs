@@ -36,6 +36,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             ..args.process.local()
         },
         populate: args.populate,
+        thp: args.process.thp,
     })?;
     // While nobody waits for it.
     transport_rdma::warm_up();

@@ -27,6 +27,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let host = Host::open()?;
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
+    config.thp = args.process.thp;
     config.serial = args.process.serial();
     config.devices = devices(&args)?;
     let taps = args.net.iter().map(|net| net.tap.clone()).collect();
