@@ -48,8 +48,18 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The destination is not written as one is.
+    #[error("{to:?} is no destination: {why}; write the destination as host:port")]
+    Form {
+        /// What was asked for.
+        to: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The destination's name means nothing.
-    #[error("cannot find {to:?}: {why}; write the destination as host:port")]
+    #[error(
+        "cannot find the host of {to:?}: {why}; is its name right, and does this host's resolver know it?"
+    )]
     Resolve {
         /// What was asked for.
         to: String,
@@ -128,6 +138,7 @@ impl Error {
             Error::Busy { .. } => Code::BUSY,
             Error::Silent { .. } => Code::TIMEOUT,
             Error::Bind { .. }
+            | Error::Form { .. }
             | Error::Resolve { .. }
             | Error::Connect { .. }
             | Error::Descriptor(_)
