@@ -8,6 +8,7 @@
 //! may be stream sockets of any family.
 
 mod acceptor;
+mod cause;
 mod destination;
 pub mod frame;
 mod iovec;

@@ -338,14 +338,23 @@ impl<'a> Driver<'a> {
         };
         match work(precopy, &mut self.path) {
             Ok(()) => Event::Done,
-            Err(why) if why.code == Code::TRANSPORT => match self.path.receive(LAST_WORDS) {
-                Ok(Some(frame)) => match Message::decode(&frame) {
-                    Ok(message) => Event::Received(message),
-                    Err(_) => Event::Failed(why),
-                },
-                _ => Event::Failed(why),
-            },
+            Err(why) if matches!(why.code, Code::TRANSPORT | Code::TIMEOUT) => self.last_words(why),
             Err(why) => Event::Failed(why),
+        }
+    }
+
+    /// What becomes of a data plane's failure: the destination's own word, or what the control link's fate adds.
+    fn last_words(&mut self, why: Failure) -> Event {
+        if self.monitor.stopped().is_some() {
+            return Event::Failed(why);
+        }
+        match self.path.receive(LAST_WORDS) {
+            Ok(Some(frame)) => Message::decode(&frame).map_or(Event::Failed(why), Event::Received),
+            Ok(None) => Event::Failed(why),
+            Err(lost) => {
+                let both = format_args!("{why}; {lost} too");
+                Event::Failed(Failure::new(why.code, both))
+            }
         }
     }
 
