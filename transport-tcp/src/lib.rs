@@ -23,7 +23,7 @@ mod stream;
 pub use acceptor::LaneAcceptor;
 pub use destination::TcpDestination;
 pub use link::{Connection, StreamLink, connect_control};
-pub use listener::{Call, Listener};
+pub use listener::{Call, Listener, Refused};
 pub use source::{DEFAULT_STREAMS, TcpSource};
 pub use stream::Stream;
 
