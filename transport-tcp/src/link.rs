@@ -112,8 +112,8 @@ impl<S: Stream> ControlLink for StreamLink<S> {
     }
 }
 
-/// Whether `to` has the form of a destination, whatever its name means. The library would take an IPv6 address
-/// without brackets for a shorter one with a port.
+/// Whether `to` has the form of a destination, whatever its name means. The library would take an IPv6
+/// address without brackets for a shorter one with a port.
 fn check_form(to: &str) -> Result<(), Error> {
     let form = |why: String| Err(Error::Form { to: to.into(), why });
     if to.parse::<SocketAddr>().is_ok() {

@@ -211,8 +211,8 @@ impl Receiver<'_> {
         }
     }
 
-    /// Reads a table of extents and checks each before anything is touched. Extents that overlap are refused: a
-    /// short frame could name all memory thousands of times.
+    /// Reads a table of extents and checks each before anything is touched. Extents that overlap are refused:
+    /// a short frame could name all memory thousands of times.
     fn read_table(&mut self, extents: usize) -> Result<(), PlaneError> {
         debug_assert!(extents <= MAX_FRAME_EXTENTS, "the header's bound");
         self.table.resize(extents * UNIT, 0);
@@ -233,8 +233,8 @@ impl Receiver<'_> {
     }
 }
 
-/// Whether any of the extents overlap. Their order is free, but the engine's is that of their addresses, which
-/// costs one pass.
+/// Whether any of the extents overlap. Their order is free, but the engine's is that of their addresses,
+/// which costs one pass.
 fn overlap(extents: &[Extent]) -> bool {
     let meet = |pair: &[Extent]| {
         let [one, next] = pair else { return false };

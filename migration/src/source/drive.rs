@@ -343,7 +343,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// What becomes of a data plane's failure: the destination's own word, or what the control link's fate adds.
+    /// What becomes of a data plane's failure: the destination's own word, or what the control link tells.
     fn last_words(&mut self, why: Failure) -> Event {
         if self.monitor.stopped().is_some() {
             return Event::Failed(why);

@@ -51,8 +51,8 @@ pub(super) struct Story {
 }
 
 impl<'a> Precopy<'a> {
-    /// `patience`: how long to wait for an operator's word before the switchover, `None` not to. The migration
-    /// `began` before its memory did.
+    /// `patience`: how long to wait for an operator's word before the switchover, `None` not to. The
+    /// migration `began` before its memory did.
     pub(super) fn new(
         machine: &'a dyn SourceMachine,
         ram: &'a Ram,
