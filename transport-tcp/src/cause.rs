@@ -1,8 +1,8 @@
 //! Why a data connection is of no more use.
 //!
 //! An error number alone does not tell. A `sendfile` that has moved a part swallows the error that stopped
-//! it, and whatever is sent next meets "broken pipe". So TCP itself is asked: a connection that ended because the
-//! other side took nothing still has the number of its vain attempts, and says when it last heard anything.
+//! it, and whatever is sent next meets "broken pipe". So TCP itself is asked: a connection that ended because
+//! the other side took nothing still has the number of its vain attempts, and says when it last heard anything.
 
 use migration::transport::PlaneError;
 use socket2::Socket;

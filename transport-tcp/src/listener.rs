@@ -191,8 +191,8 @@ impl Listener {
     }
 
     /// Calls `callback` when a caller is not let in: one that sends no preamble, that finds this side busy,
-    /// or that is one too many. At most once a second; the next call tells how many it left out. It comes from a
-    /// thread of the listener's.
+    /// or that is one too many. At most once a second; the next call tells how many it left out. It comes
+    /// from a thread of the listener's.
     pub fn on_refused(&self, callback: impl Fn(&Refused) + Send + 'static) {
         self.shared.refusals().callback = Some(Box::new(callback));
     }
