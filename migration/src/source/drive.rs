@@ -15,9 +15,10 @@ use crate::message::{
     StatePart,
 };
 use crate::monitor::{Monitor, Phase};
-use crate::policy::Policy;
+use crate::policy::{OnStall, Policy};
 use crate::report::{LAST_PAGES, Report, Span, Verdict};
 use crate::unwind;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How often a wait looks whether it has been cancelled. Messages wake it at once.
@@ -66,6 +67,44 @@ pub(super) fn drive<'a>(
     options: &'a Options,
     monitor: &'a Monitor,
 ) -> Report {
+    let began = Instant::now();
+    let run = || run(machine, ram, has_arbiter, path, options, monitor, began);
+    // One that is to switch over when its time has passed stops at nothing else.
+    let Some(limit) = options.policy.timeout.filter(|_| options.policy.on_stall == OnStall::Abort) else {
+        return run();
+    };
+    monitor.set_deadline(began.checked_add(limit));
+    thread::scope(|scope| {
+        let watch = thread::Builder::new().name("deadline".into());
+        if let Err(e) = watch.spawn_scoped(scope, || monitor.keep_deadline()) {
+            let why = Failure::new(Code::OTHER, format_args!("cannot start a thread: {e}"));
+            monitor.end(Phase::Stayed);
+            return Report::not_begun(why, ram.len());
+        }
+        // Dropped also when the VMM's code panics: the thread is waited for.
+        let _settled = Settled(monitor);
+        run()
+    })
+}
+
+/// Whatever happens, the deadline does not matter any more once this is dropped.
+struct Settled<'a>(&'a Monitor);
+
+impl Drop for Settled<'_> {
+    fn drop(&mut self) {
+        self.0.settle();
+    }
+}
+
+fn run<'a>(
+    machine: &'a dyn SourceMachine,
+    ram: &'a Ram,
+    has_arbiter: bool,
+    path: Path<'a>,
+    options: &'a Options,
+    monitor: &'a Monitor,
+    began: Instant,
+) -> Report {
     let mut driver = Driver {
         machine,
         ram,
@@ -81,7 +120,7 @@ pub(super) fn drive<'a>(
         blackout_began: None,
         blackout_us: 0,
         spans: Vec::new(),
-        began: Instant::now(),
+        began,
     };
     let cpu = thread_cpu();
     let hello = Hello { software: options.software.clone(), features: message::FEATURES };
@@ -93,6 +132,7 @@ pub(super) fn drive<'a>(
         }
         let commits = matches!(command, Command::Send(Message::Commit));
         if commits {
+            monitor.settle();
             monitor.update(|p| p.phase = Phase::Committed);
         }
         let event = driver.carry_out(command);
@@ -281,7 +321,14 @@ impl<'a> Driver<'a> {
     fn begin_precopy(&self) -> Precopy<'a> {
         let handover = Handover { source: self.machine.handover_estimate(), ..self.handover };
         let judge = Judge::new(self.options.policy.clone(), handover);
-        Precopy::new(self.machine, self.ram, self.monitor, judge, self.options.switchover_patience)
+        Precopy::new(
+            self.machine,
+            self.ram,
+            self.monitor,
+            judge,
+            self.options.switchover_patience,
+            self.began,
+        )
     }
 
     /// Moves memory. When that fails, the destination may have said why: its word goes first.
@@ -291,14 +338,23 @@ impl<'a> Driver<'a> {
         };
         match work(precopy, &mut self.path) {
             Ok(()) => Event::Done,
-            Err(why) if why.code == Code::TRANSPORT => match self.path.receive(LAST_WORDS) {
-                Ok(Some(frame)) => match Message::decode(&frame) {
-                    Ok(message) => Event::Received(message),
-                    Err(_) => Event::Failed(why),
-                },
-                _ => Event::Failed(why),
-            },
+            Err(why) if matches!(why.code, Code::TRANSPORT | Code::TIMEOUT) => self.last_words(why),
             Err(why) => Event::Failed(why),
+        }
+    }
+
+    /// What becomes of a data plane's failure: the destination's own word, or what the control link tells.
+    fn last_words(&mut self, why: Failure) -> Event {
+        if self.monitor.stopped().is_some() {
+            return Event::Failed(why);
+        }
+        match self.path.receive(LAST_WORDS) {
+            Ok(Some(frame)) => Message::decode(&frame).map_or(Event::Failed(why), Event::Received),
+            Ok(None) => Event::Failed(why),
+            Err(lost) => {
+                let both = format_args!("{why}; {lost} too");
+                Event::Failed(Failure::new(why.code, both))
+            }
         }
     }
 
@@ -339,6 +395,11 @@ impl<'a> Driver<'a> {
                     None => continue,
                 },
                 Ok(None) if waiting != Waiting::Running && self.monitor.cancelled() => return Event::Cancel,
+                Ok(None) if waiting != Waiting::Running => {
+                    if let Some(why) = self.monitor.stopped() {
+                        return Event::Failed(why);
+                    }
+                }
                 Ok(None) => {}
                 Err(error) => return Event::LinkLost(error.into()),
             }

@@ -37,7 +37,8 @@ pub enum Command {
     Describe,
     /// Send a message. → `Done` or `LinkLost`
     Send(Message),
-    /// Wait for a message. → `Received`, `LinkLost`, `Deadline` or `Cancel`
+    /// Wait for a message. → `Received`, `LinkLost`, `Deadline`, `Cancel`, or `Failed` when the operator's
+    /// time limit has passed
     Wait(Waiting),
     /// Connect one of the offered data planes. → `Done` or `Failed`
     Connect(Vec<Offer>),

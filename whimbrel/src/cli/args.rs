@@ -298,7 +298,8 @@ pub struct PolicyArgs {
     /// The most pre-copy rounds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: u32,
-    /// The longest time for pre-copy, such as 2m. Without it, pre-copy continues as long as it makes progress
+    /// The longest time until the guest is handed over, such as 2m. Without it, memory is copied as long as
+    /// that makes progress
     #[arg(long, value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
     /// What to do with a guest that dirties memory faster than it can be sent

@@ -102,11 +102,10 @@ fn show(bar: &ProgressBar, progress: &Progress) {
     bar.set_length(progress.round_bytes);
     bar.set_position(progress.round_done);
     bar.set_message(format!(
-        "{} sent at {}/s over {}, dirtied {}/s, blackout of {:.1} ms expected",
+        "{} sent at {}/s over {}{}",
         render::size(progress.sent),
         render::size(progress.rate as u64),
         progress.transport,
-        render::size(progress.dirty_rate as u64),
-        progress.predicted_blackout_us as f64 / 1e3,
+        render::outlook(progress),
     ));
 }

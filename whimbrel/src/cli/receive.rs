@@ -42,6 +42,13 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     transport_rdma::warm_up();
     let listener = Listener::bind(args.listen)?;
     let address = listener.local_addr();
+    listener.on_refused(|refused| {
+        let more = match refused.untold {
+            0 => String::new(),
+            untold => format!(" ({untold} more before it)"),
+        };
+        eprintln!("whimbrel: the caller from {} was refused: {}{more}", refused.peer, refused.why);
+    });
     args.process.tell(
         "listening",
         &format!("waiting for a guest on {address}"),

@@ -1,6 +1,7 @@
 //! Reports for people, and the JSON for programs where it differs from the API's.
 
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
+use migration::monitor::Progress;
 use migration::report::{Report, Verdict};
 use serde_json::Value;
 use std::fmt::Write;
@@ -55,16 +56,22 @@ pub fn migration(migration: &Migration) -> String {
         None => {
             let p = &migration.progress;
             format!(
-                "moving to {}: round {}, {} sent at {}/s, dirtied {}/s, blackout of {} expected",
+                "moving to {}: round {}, {} sent at {}/s{}",
                 migration.to,
                 p.round,
                 size(p.sent),
                 size(p.rate as u64),
-                size(p.dirty_rate as u64),
-                ms(p.predicted_blackout_us)
+                outlook(p),
             )
         }
     }
+}
+
+/// What a migration's rounds let expect, as far as it is known.
+pub fn outlook(progress: &Progress) -> String {
+    let dirtied = progress.dirty_rate.map(|rate| format!(", dirtied {}/s", size(rate as u64)));
+    let blackout = progress.predicted_blackout_us.map(|us| format!(", blackout of {} expected", ms(us)));
+    [dirtied, blackout].into_iter().flatten().collect()
 }
 
 /// The whole story.
@@ -216,7 +223,7 @@ fn right_align(mut table: Table) -> Table {
 
 #[cfg(test)]
 mod tests {
-    use super::size;
+    use super::{Progress, outlook, size};
 
     #[test]
     fn sizes_read_well() {
@@ -224,5 +231,13 @@ mod tests {
         assert_eq!(size(1023), "1023 B");
         assert_eq!(size(1536), "1.5 KiB");
         assert_eq!(size(8 << 30), "8.0 GiB");
+    }
+
+    #[test]
+    fn what_is_not_known_yet_is_not_shown() {
+        let mut progress = Progress::default();
+        assert_eq!(outlook(&progress), "");
+        (progress.dirty_rate, progress.predicted_blackout_us) = (Some(0.0), Some(2000));
+        assert!(outlook(&progress).starts_with(", dirtied 0 B/s, blackout of 2"), "{}", outlook(&progress));
     }
 }
