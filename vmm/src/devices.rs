@@ -63,6 +63,14 @@ impl Devices {
         &self.virtio
     }
 
+    /// Refuses disks that nobody else has locked. The machine that a guest comes from has locked all of them.
+    ///
+    /// # Errors
+    /// If this host sees no lock on one of them.
+    pub fn check_disks_shared(&self) -> Result<(), Error> {
+        self.virtio.iter().try_for_each(|function| function.device().check_disk_shared())
+    }
+
     /// Takes the locks of all disks. If it fails, the machine holds those that it held before and no others.
     ///
     /// # Errors

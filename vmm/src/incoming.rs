@@ -28,6 +28,10 @@ pub struct IncomingOptions {
     pub local: LocalConfig,
     /// Whether RAM is populated before the source may write to it.
     pub populate: bool,
+    /// Whether disks count as those of the source without proof. The proof is that this host sees the source's
+    /// locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes over what
+    /// is there.
+    pub trust_storage: bool,
 }
 
 /// Builds shadow machines on this host.
@@ -70,6 +74,9 @@ impl IncomingHost {
         if machine.memory().ram().layout() != layout {
             let text = "the announced memory layout is not the one that the described machine has";
             return Err(Failure::new(Code::MEMORY, text));
+        }
+        if !self.options.trust_storage {
+            machine.shared.devices.check_disks_shared()?;
         }
         if self.options.populate {
             let threads = std::thread::available_parallelism().map_or(1, usize::from);

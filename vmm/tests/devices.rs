@@ -23,7 +23,16 @@ fn refusal(taken: Result<(), whimbrel_vmm::Error>) -> Code {
 fn host(folders: &[&Path]) -> IncomingHost {
     let images = Images::Below(folders.iter().map(PathBuf::from).collect());
     let local = LocalConfig { images, ..LocalConfig::default() };
-    IncomingHost::open(IncomingOptions { serial: SerialOutput::Null, local, populate: false }).unwrap()
+    IncomingHost::open(IncomingOptions { serial: SerialOutput::Null, local, ..IncomingOptions::default() })
+        .unwrap()
+}
+
+/// The same, without proof that the disks are the source's.
+fn trusting_host(folder: &Path) -> IncomingHost {
+    let local = LocalConfig { images: Images::Below(vec![folder.into()]), ..LocalConfig::default() };
+    let serial = SerialOutput::Null;
+    let options = IncomingOptions { serial, local, trust_storage: true, ..IncomingOptions::default() };
+    IncomingHost::open(options).unwrap()
 }
 
 fn shadow(source: &Machine, folders: &[&Path]) -> Result<IncomingMachine, Failure> {
@@ -112,6 +121,7 @@ fn what_a_destination_lacks_is_refused_before_anything_moves() {
     let folder = tempfile::tempdir().unwrap();
     let source = machine_with_devices(16, 1, vec![disk(folder.path(), "a")]);
     source.boot(&boot(guests::hello())).unwrap();
+    source.take_disk_locks().unwrap();
     let refused = |folders: &[&Path]| shadow(&source, folders).err().unwrap();
     let not_allowed = refused(&[]);
     assert_eq!(not_allowed.code, Code::DEVICE);
@@ -126,6 +136,32 @@ fn what_a_destination_lacks_is_refused_before_anything_moves() {
     let missing = refused(&[folder.path()]);
     assert_eq!(missing.code, Code::DEVICE);
     assert!(missing.message.contains("cannot open the disk image"), "{missing}");
+}
+
+/// Puts an equal file in its place.
+fn exchange(image: &Path) {
+    let copy = image.with_extension("copy");
+    std::fs::copy(image, &copy).unwrap();
+    std::fs::rename(copy, image).unwrap();
+}
+
+#[test]
+fn a_disk_that_only_looks_like_the_source_s_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for readonly in [false, true] {
+        let DeviceConfig::Block(config) = disk(folder.path(), "a") else { unreachable!("a disk") };
+        let config = DeviceConfig::Block(BlockConfig { readonly, ..config });
+        let source = machine_with_devices(16, 1, vec![disk(folder.path(), "b"), config]);
+        source.boot(&boot(guests::hello())).unwrap();
+        source.take_disk_locks().unwrap();
+        assert!(shadow(&source, &[folder.path()]).is_ok(), "readonly: {readonly}");
+        exchange(&folder.path().join("a"));
+        let refused = shadow(&source, &[folder.path()]).err().unwrap();
+        assert_eq!(refused.code, Code::DEVICE);
+        assert!(refused.message.contains("--trust-storage"), "{refused}");
+        let layout = source.memory().ram().layout();
+        assert!(trusting_host(folder.path()).build(&source.describe().unwrap(), &layout).is_ok());
+    }
 }
 
 #[test]

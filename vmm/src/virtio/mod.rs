@@ -149,6 +149,15 @@ pub trait VirtioDevice: Send + Sync {
     /// less to do later.
     fn flush_disk(&self) {}
 
+    /// Refuses a disk that is not the one of the machine that the guest comes from, as far as locks can tell:
+    /// that machine has it locked. Touches nothing of the disk.
+    ///
+    /// # Errors
+    /// If nobody has locked it.
+    fn check_disk_shared(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Takes its disk lock, without which it neither reads nor writes the disk. Does nothing if it holds the
     /// lock.
     ///

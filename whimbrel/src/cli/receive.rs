@@ -36,6 +36,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             ..args.process.local()
         },
         populate: args.populate,
+        trust_storage: args.trust_storage,
     })?;
     // While nobody waits for it.
     transport_rdma::warm_up();

@@ -196,6 +196,10 @@ impl VirtioDevice for Block {
         let _ = self.disk.image.flush();
     }
 
+    fn check_disk_shared(&self) -> Result<(), crate::Error> {
+        Ok(self.disk.image.check_shared()?)
+    }
+
     fn take_disk_lock(&self) -> Result<(), crate::Error> {
         Ok(self.disk.image.take_lock()?)
     }

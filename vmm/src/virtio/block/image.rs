@@ -100,6 +100,20 @@ impl DiskImage {
         !self.readonly && lock::decides(&self.file)
     }
 
+    /// Refuses an image on which nobody else has a lock that this host can see. The machine that a guest comes
+    /// from has locked its images, so such an image is another file, or on storage whose locks end at a host.
+    /// Touches nothing of the image.
+    ///
+    /// # Errors
+    /// [`Error::NotShared`] or [`Error::Lock`].
+    pub fn check_shared(&self) -> Result<(), Error> {
+        match lock::is_seen(&self.file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::NotShared { path: self.path.clone() }),
+            Err(source) => Err(Error::Lock { path: self.path.clone(), source }),
+        }
+    }
+
     /// Takes the lock that its use needs. Does nothing if the lock is held here.
     ///
     /// # Errors

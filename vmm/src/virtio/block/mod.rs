@@ -197,6 +197,17 @@ pub enum Error {
         /// The image.
         path: PathBuf,
     },
+    /// An arriving guest's image is locked by nobody, though the machine that it comes from has locked its own.
+    #[error(
+        "the guest's disk image {} is not locked here, as it is where the guest comes from: this host has another file \
+         by this path, or storage whose locks do not reach from host to host; make the same image reachable by the \
+         same path, or, if you are sure that both hosts have the same image, start the receiver with --trust-storage",
+        path.display()
+    )]
+    NotShared {
+        /// The image.
+        path: PathBuf,
+    },
     /// A number of queues that no disk has.
     #[error("a disk with {0} queues: use 1 to {MAX_QUEUES}")]
     Queues(u16),
