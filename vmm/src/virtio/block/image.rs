@@ -5,13 +5,13 @@ use super::lock::{self, LockKind};
 use super::mark::{self, Mark};
 use super::request::SECTOR;
 use super::statx::statx;
-use super::{BlockConfig, Error, Geometry};
+use super::{BlockConfig, Error, Geometry, Images};
 use crate::component::Kind;
 use crate::lock::lock;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,30 +35,19 @@ impl DiskImage {
     /// Opens the image without touching its content and without a lock.
     ///
     /// # Errors
-    /// [`Error`], if there is no such image, or another than the guest knows.
-    pub fn open(config: &BlockConfig) -> Result<Self, Error> {
+    /// [`Error`], if there is no such image, none that this machine may have, or another than the guest knows.
+    pub fn open(config: &BlockConfig, images: &Images) -> Result<Self, Error> {
         let path = config.path.clone();
         let failed = |source| Error::Open { path: path.clone(), source };
-        let kind = std::fs::metadata(&path).map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::NoImage { path });
-        }
-        let flags = if config.cached { 0 } else { libc::O_DIRECT };
-        let opened = OpenOptions::new().read(true).write(!config.readonly).custom_flags(flags).open(&path);
-        let file = match opened {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && !config.cached => {
-                return Err(Error::NoDirectIo { path });
-            }
-            opened => opened.map_err(failed)?,
-        };
+        let file = images.open(&path, !config.readonly, !config.cached)?;
+        let is_device = file.metadata().map_err(failed)?.file_type().is_block_device();
         // Also right for block devices, whose metadata has no length.
         // SAFETY: seeking needs nothing but a descriptor; this file's position is not used.
         let len = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
         let len = u64::try_from(len).map_err(|_| failed(io::Error::last_os_error()))?;
         let on_nfs = lock::is_on_nfs(&file);
         // Direct I/O to a server takes any buffers.
-        let (alignment, unit) =
-            if config.cached || on_nfs { (1, 512) } else { direct_io(&file, kind.is_block_device()) };
+        let (alignment, unit) = if config.cached || on_nfs { (1, 512) } else { direct_io(&file, is_device) };
         if len == 0 || !len.is_multiple_of(u64::from(unit)) {
             return Err(Error::Size { path, len, unit });
         }

@@ -17,6 +17,7 @@
 //! | `uring.rs` | several requests at a time, by io_uring |
 //! | `bounce.rs` | bounce buffers, for what direct I/O does not take as it is |
 //! | `image.rs` | the image: opening, locking, flushing |
+//! | `images.rs` | which images there may be, and how their paths are resolved |
 //! | `lock.rs` | who may write |
 //! | `mark.rs` | whether somebody else could, since |
 //! | `statx.rs` | what the system tells of an open file |
@@ -25,6 +26,7 @@ mod bounce;
 mod device;
 mod file_op;
 mod image;
+mod images;
 mod job;
 mod lock;
 mod mark;
@@ -37,10 +39,11 @@ mod uring;
 
 pub use device::Block;
 pub(crate) use image::DiskImage;
+pub use images::Images;
 
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Most queues that a disk has.
 pub const MAX_QUEUES: u16 = 16;
@@ -58,31 +61,6 @@ pub struct BlockConfig {
     pub queues: u16,
     /// The geometry that the guest knows; `None` for what the image has.
     pub geometry: Option<Geometry>,
-}
-
-/// Which images a machine may have. A machine that comes from elsewhere names its own, and whoever
-/// sent it must not thereby reach every file of this host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Images {
-    /// Whatever this process can open.
-    #[default]
-    Any,
-    /// Those below these folders.
-    Below(Vec<PathBuf>),
-}
-
-impl Images {
-    /// Refuses an image that a machine may not have.
-    ///
-    /// # Errors
-    /// [`Error::NotAllowed`], or [`Error::Open`] for one that is not there if only some are allowed.
-    fn check(&self, path: &Path) -> Result<(), Error> {
-        let Images::Below(folders) = self else { return Ok(()) };
-        // Where symbolic links and `..` lead.
-        let real = path.canonicalize().map_err(|source| Error::Open { path: path.into(), source })?;
-        let below = |folder: &PathBuf| folder.canonicalize().is_ok_and(|folder| real.starts_with(folder));
-        if folders.iter().any(below) { Ok(()) } else { Err(Error::NotAllowed { path: path.into() }) }
-    }
 }
 
 /// How a disk's requests are carried out.
