@@ -75,9 +75,7 @@ impl IncomingHost {
             let text = "the announced memory layout is not the one that the described machine has";
             return Err(Failure::new(Code::MEMORY, text));
         }
-        if !self.options.trust_storage {
-            machine.shared.devices.check_disks_shared()?;
-        }
+        machine.shared.devices.check_disks_shared(self.options.trust_storage)?;
         if self.options.populate {
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             machine.memory().populate(threads).map_err(Error::from)?;

@@ -7,6 +7,7 @@ use common::{DISK_BYTES, boot, copy_ram, disk, machine_with_devices, peek, wait_
 use migration::dirty::{DirtySet, runs};
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use migration::{Code, Failure};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
@@ -162,6 +163,51 @@ fn a_disk_that_only_looks_like_the_source_s_is_refused() {
         let layout = source.memory().ram().layout();
         assert!(trusting_host(folder.path()).build(&source.describe().unwrap(), &layout).is_ok());
     }
+}
+
+#[test]
+fn an_image_that_is_not_raw_is_refused_before_it_is_written_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    let put = |at: u64, bytes: &[u8]| {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(bytes, at).unwrap();
+    };
+    let device = disk(folder.path(), "a");
+    let build = || {
+        let machine = machine_with_devices(16, 1, vec![device.clone()]);
+        machine.boot(&boot(guests::hello())).unwrap();
+        machine
+    };
+    let formats: [(u64, &[u8], &str); 6] = [
+        (0, b"QFI\xfb\0\0\0\x03", "qcow2"),
+        (0, b"KDMV", "vmdk"),
+        (0, b"# Disk DescriptorFile\n", "vmdk"),
+        (64, b"\x7f\x10\xda\xbe", "vdi"),
+        (0, b"vhdxfile", "vhdx"),
+        (0, b"conectix", "vpc"),
+    ];
+    for (at, magic, name) in formats {
+        let machine = build();
+        put(at, magic);
+        let refused = Machine::resume(&machine).unwrap_err().to_string();
+        assert!(refused.contains(&format!("format {name}")), "{refused}");
+        assert!(refused.contains("qemu-img convert -O raw"), "{refused}");
+        put(at, &vec![0; magic.len()]);
+        machine.take_disk_locks().unwrap();
+    }
+    // What is a disk of the guest's already may have what the guest likes.
+    let source = build();
+    source.take_disk_locks().unwrap();
+    put(0, b"QFI\xfb");
+    let layout = source.memory().ram().layout();
+    let description = source.describe().unwrap();
+    assert!(shadow(&source, &[folder.path()]).is_ok());
+    source.release_disk_locks().unwrap();
+    source.take_disk_locks().unwrap();
+    // Where nothing but the operator's word says that it is the same one, it must be raw.
+    drop(source);
+    let refused = trusting_host(folder.path()).build(&description, &layout).err().unwrap();
+    assert!(refused.message.contains("format qcow2"), "{refused}");
 }
 
 #[test]

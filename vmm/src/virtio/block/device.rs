@@ -195,8 +195,8 @@ impl VirtioDevice for Block {
         let _ = self.disk.image.flush();
     }
 
-    fn check_disk_shared(&self) -> Result<(), crate::Error> {
-        Ok(self.disk.image.check_shared()?)
+    fn check_disk_shared(&self, trusted: bool) -> Result<(), crate::Error> {
+        Ok(self.disk.image.check_shared(trusted)?)
     }
 
     fn take_disk_lock(&self) -> Result<(), crate::Error> {

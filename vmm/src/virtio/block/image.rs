@@ -1,6 +1,7 @@
 //! A disk's image.
 
 use super::bounce::{BounceBuffer, MAX_BOUNCE, PAGE};
+use super::format;
 use super::lock::{self, LockKind};
 use super::mark::{self, Mark};
 use super::request::SECTOR;
@@ -23,6 +24,8 @@ pub struct DiskImage {
     readonly: bool,
     geometry: Geometry,
     on_nfs: bool,
+    /// No guest has had it yet. One that has may write whatever it likes to where a format has its magic.
+    unused: AtomicBool,
     /// Alignment that buffers must have, in memory; 1 without direct I/O.
     alignment: usize,
     /// Whether the lock is held: without it nothing is read or written.
@@ -65,6 +68,7 @@ impl DiskImage {
             readonly: config.readonly,
             geometry,
             on_nfs,
+            unused: AtomicBool::new(config.geometry.is_none()),
             alignment,
             held,
             released_at,
@@ -91,13 +95,14 @@ impl DiskImage {
 
     /// Refuses an image on which nobody else has a lock that this host can see. The machine that a guest comes
     /// from has locked its images, so such an image is another file, or on storage whose locks end at a host.
-    /// Touches nothing of the image.
+    /// Touches nothing of the image. One that is `trusted` needs no lock, but must be raw.
     ///
     /// # Errors
-    /// [`Error::NotShared`] or [`Error::Lock`].
-    pub fn check_shared(&self) -> Result<(), Error> {
+    /// [`Error::NotShared`] or [`Error::Lock`]; [`Error::Format`] or [`Error::Read`] for one that is trusted.
+    pub fn check_shared(&self, trusted: bool) -> Result<(), Error> {
         match lock::is_seen(&self.file) {
             Ok(true) => Ok(()),
+            Ok(false) if trusted => self.check_format(),
             Ok(false) => Err(Error::NotShared { path: self.path.clone() }),
             Err(source) => Err(Error::Lock { path: self.path.clone(), source }),
         }
@@ -107,7 +112,8 @@ impl DiskImage {
     ///
     /// # Errors
     /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was released
-    /// before and somebody else has used the image since, or nobody can tell.
+    /// before and somebody else has used the image since, or nobody can tell; [`Error::Format`] or
+    /// [`Error::Read`] for the image of a new guest.
     pub fn take_lock(&self) -> Result<(), Error> {
         // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not
         // heard of this host for too long, would give it anew, and the guest go on with a disk that is newer
@@ -118,16 +124,33 @@ impl DiskImage {
         let lock = if self.readonly { LockKind::Shared } else { LockKind::Exclusive };
         match lock::set(&self.file, lock) {
             Ok(true) => {
-                if let Err(why) = self.check_unused() {
+                if let Err(why) = self.check_unused().and_then(|()| self.check_new()) {
                     // Closing the file releases it as well.
                     let _ = lock::set(&self.file, LockKind::None);
                     return Err(why);
                 }
+                self.unused.store(false, Ordering::Relaxed);
                 self.held.store(true, Ordering::Release);
                 Ok(())
             }
             Ok(false) => Err(Error::Held { path: self.path.clone(), holder: lock::holder(&self.file) }),
             Err(source) => Err(Error::Lock { path: self.path.clone(), source }),
+        }
+    }
+
+    /// Refuses a new guest's image that is not raw.
+    fn check_new(&self) -> Result<(), Error> {
+        if self.unused.load(Ordering::Relaxed) { self.check_format() } else { Ok(()) }
+    }
+
+    /// Refuses an image that is not raw.
+    fn check_format(&self) -> Result<(), Error> {
+        let mut head = [0; format::HEAD];
+        let read = self.read(0, &mut head);
+        read.map_err(|source| Error::Read { path: self.path.clone(), source })?;
+        match format::of(&head) {
+            Some(format) => Err(Error::Format { path: self.path.clone(), format }),
+            None => Ok(()),
         }
     }
 
@@ -235,11 +258,14 @@ impl DiskImage {
     /// # Errors
     /// What the system says, or if the range is none of the disk's, or the lock not held.
     pub fn read_exact_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        if self.holds_lock() { self.read(offset, bytes) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    /// The same, whoever holds the lock.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let unit = u64::from(self.geometry.unit);
         let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.geometry.len);
-        let (Some(end), true) = (end, self.holds_lock()) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
+        let end = end.ok_or(io::ErrorKind::InvalidInput)?;
         // The image is whole units, so what is read beyond the range is there too.
         let (mut at, end) = (offset / unit * unit, end.next_multiple_of(unit));
         let mut bounce = BounceBuffer::new(MAX_BOUNCE.min((end - at) as usize))?;

@@ -17,6 +17,7 @@
 //! | `uring.rs` | several requests at a time, by io_uring |
 //! | `bounce.rs` | bounce buffers, for what direct I/O does not take as it is |
 //! | `image.rs` | the image: opening, locking, flushing |
+//! | `format.rs` | images that are not raw |
 //! | `images.rs` | which images there may be, and how their paths are resolved |
 //! | `lock.rs` | who may write |
 //! | `mark.rs` | whether somebody else could, since |
@@ -25,6 +26,7 @@
 mod bounce;
 mod device;
 mod file_op;
+mod format;
 mod image;
 mod images;
 mod job;
@@ -125,6 +127,25 @@ pub enum Error {
     NoImage {
         /// What was named.
         path: PathBuf,
+    },
+    /// An image that is not raw: taken for raw, the guest would read the format's tables and overwrite them.
+    #[error(
+        "the disk image {} is in the format {format}, and disks must be raw; convert it: qemu-img convert -O raw {} {}.raw",
+        path.display(), path.display(), path.display()
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
+    /// It cannot be read.
+    #[error("cannot read the disk image {}: {source}", path.display())]
+    Read {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
     },
     /// Its file system has no direct I/O.
     #[error(
