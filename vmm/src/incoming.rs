@@ -31,6 +31,10 @@ pub struct IncomingOptions {
     pub populate: bool,
     /// Whether RAM may come to lie in transparent huge pages.
     pub thp: Thp,
+    /// Whether disks count as those of the source without proof. The proof is that this host sees the source's
+    /// locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes over what
+    /// is there.
+    pub trust_storage: bool,
 }
 
 /// Builds shadow machines on this host.
@@ -72,6 +76,7 @@ impl IncomingHost {
             let text = "the announced memory layout is not the one that the described machine has";
             return Err(Failure::new(Code::MEMORY, text));
         }
+        machine.shared.devices.check_disks_shared(self.options.trust_storage)?;
         if self.options.populate {
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             machine.memory().populate(threads).map_err(Error::from)?;

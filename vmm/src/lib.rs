@@ -12,6 +12,7 @@ mod description;
 pub mod devices;
 mod dirty;
 mod error;
+mod fatal;
 pub mod guest;
 pub mod host;
 pub mod incoming;

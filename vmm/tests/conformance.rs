@@ -40,7 +40,7 @@ impl MachineFixture for Vmm {
         let images = Images::Below(vec![self.folder.path().into()]);
         let local = LocalConfig { images, ..LocalConfig::default() };
         let serial = SerialOutput::Null;
-        IncomingHost::open(IncomingOptions { serial, local, populate: false, ..Default::default() }).unwrap()
+        IncomingHost::open(IncomingOptions { serial, local, ..IncomingOptions::default() }).unwrap()
     }
 
     /// At the end of memory, where the guest does not write.

@@ -14,6 +14,7 @@ use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
 use crate::error::Error;
+use crate::fatal::EndOnPanic;
 use crate::host::Host;
 use crate::ioctl::{KvmContext, KvmError};
 use crate::loader::{self, Boot};
@@ -370,6 +371,7 @@ impl Drop for Machine {
 }
 
 fn run_vcpu(shared: &Shared, index: usize) {
+    let _end = EndOnPanic;
     sandbox::serve();
     let run_page = lock(&shared.vcpus[index]).run_page();
     // SAFETY: the vCPU, and with it the page, belongs to `shared`, which outlives this function.

@@ -12,6 +12,7 @@
 
 use super::VirtioDevice;
 use super::interrupt::Interrupt;
+use crate::fatal::EndOnPanic;
 use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::poll::poll;
@@ -295,6 +296,7 @@ impl VirtQueue {
         let name = format!("{}.{index}", device.name());
         let served = shared.clone();
         let work = move || {
+            let _end = EndOnPanic;
             sandbox::serve();
             let mut wait_for_input = false;
             loop {

@@ -12,13 +12,16 @@ use axum::routing::{get, put};
 use axum::{Json, Router};
 use migration::{Code, Failure};
 use serde::Deserialize;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::oneshot;
 
 /// Largest request body in bytes.
@@ -69,10 +72,11 @@ impl Slot {
 pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
     let bind = |source| Error::Bind { path: path.into(), source };
     clear_stale(path)?;
-    let listener = UnixListener::bind(path).map_err(bind)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(bind)?;
-    listener.set_nonblocking(true).map_err(bind)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(bind)?;
+    let listener = {
+        let _entered = runtime.enter();
+        listen(path).map_err(bind)?
+    };
     let router = router(slot);
     let (close, closed) = oneshot::channel();
     let thread = thread::Builder::new()
@@ -88,9 +92,20 @@ pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
     Ok(Server { path: path.into(), close: Some(close), thread: Some(thread) })
 }
 
+/// Listens on a new socket at `path`. It has its mode before it has a name, so that nobody else can open it in
+/// between.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    /// As many as the C library's usual limit: callers that wait to be accepted.
+    const BACKLOG: u32 = 128;
+    let socket = UnixSocket::new_stream()?;
+    let itself = File::from(socket.as_fd().try_clone_to_owned()?);
+    itself.set_permissions(Permissions::from_mode(0o600))?;
+    socket.bind(path)?;
+    socket.listen(BACKLOG)
+}
+
 /// Serves until `closed`, then at most [`FAREWELL`] longer.
 async fn answer(listener: UnixListener, router: Router, closed: oneshot::Receiver<()>) -> io::Result<()> {
-    let listener = tokio::net::UnixListener::from_std(listener)?;
     let (closing, last_call) = oneshot::channel();
     let graceful = axum::serve(listener, router).with_graceful_shutdown(async {
         // An error means that the server was dropped, which is the same.
@@ -252,4 +267,36 @@ async fn migration(Present(instance): Present) -> Result<Json<Migration>, Refusa
 
 async fn cancel(Present(instance): Present) -> Result<Json<Migration>, Refusal> {
     blocking(move || instance.cancel()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn nobody_else_can_open_the_socket_at_any_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let (stop, seen) = (AtomicBool::new(false), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok(metadata) = std::fs::symlink_metadata(&path) else { continue };
+                    seen.store(true, Ordering::Relaxed);
+                    if metadata.permissions().mode() & 0o777 != 0o600 {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                }
+            });
+            for _ in 0..300 {
+                let server = serve(&path, Arc::default()).unwrap();
+                assert!(UnixStream::connect(&path).is_ok());
+                drop(server);
+                assert!(!stop.load(Ordering::Relaxed), "others could open it for a moment");
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(seen.load(Ordering::Relaxed), "nobody looked: this proves nothing");
+    }
 }

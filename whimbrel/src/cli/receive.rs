@@ -37,6 +37,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         },
         populate: args.populate,
         thp: args.process.thp,
+        trust_storage: args.trust_storage,
     })?;
     // While nobody waits for it.
     transport_rdma::warm_up();
