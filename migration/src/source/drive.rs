@@ -142,8 +142,8 @@ fn doing(command: &Command) -> &'static str {
         Command::Connect(_) => "connect",
         Command::Precopy => "pre-copy",
         Command::Pause => "pause",
-        Command::FinalRound => LAST_PAGES,
         Command::Save => "save state",
+        Command::FinalRound => LAST_PAGES,
         Command::ReleaseDisks => "release disks",
         Command::TakeDisks => "take disks",
         Command::Resume => "resume",
@@ -156,8 +156,8 @@ fn in_blackout(command: &Command) -> bool {
     matches!(
         command,
         Command::Pause
-            | Command::FinalRound
             | Command::Save
+            | Command::FinalRound
             | Command::Send(Message::State(_) | Message::Commit)
             | Command::Wait(Waiting::Ready | Waiting::Running)
             | Command::ReleaseDisks
@@ -189,6 +189,10 @@ impl<'a> Driver<'a> {
             self.monitor.enter(Phase::Switchover);
             self.blackout_began = Some(Instant::now());
         }
+        let command = match command {
+            Command::Send(Message::State(state)) => Command::Send(Message::State(self.with_digest(state))),
+            command => command,
+        };
         let began = Instant::now();
         let event = self.perform(command);
         let mut us = began.elapsed().as_micros() as u64;
@@ -226,11 +230,11 @@ impl<'a> Driver<'a> {
                 self.memory(Precopy::run)
             }
             Command::Pause => event(self.machine.pause()),
-            Command::FinalRound => self.memory(Precopy::finish),
             Command::Save => match self.save() {
                 Ok(state) => Event::Saved(Box::new(state)),
                 Err(why) => Event::Failed(why),
             },
+            Command::FinalRound => self.memory(Precopy::finish),
             Command::ReleaseDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::release)),
             Command::TakeDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::take)),
             Command::Resume => {
@@ -314,8 +318,18 @@ impl<'a> Driver<'a> {
                 ),
             ));
         }
-        let digest = self.options.compare_memory.then(|| digest::of(self.ram));
-        Ok(message::State { state, digest })
+        Ok(message::State { state, digest: None })
+    }
+
+    /// Adds the digest of all RAM, if it was asked for: the last round is through, so it no longer changes.
+    fn with_digest(&mut self, state: message::State) -> message::State {
+        if !self.options.compare_memory {
+            return state;
+        }
+        let began = Instant::now();
+        let digest = digest::of(self.ram);
+        self.spans.push(Span { name: "digest memory".into(), us: began.elapsed().as_micros() as u64 });
+        message::State { digest: Some(digest), ..state }
     }
 
     fn wait(&mut self, waiting: Waiting) -> Event {

@@ -100,6 +100,8 @@ pub struct Source {
     pub ram: Arc<Ram>,
     pub marks: Marks,
     pub state: Vec<u8>,
+    /// A page that saving writes to, as a kernel does that shares it with the guest.
+    pub saving_writes: Option<(usize, u64)>,
     pub locks: Option<Locks>,
     pub log: Log,
     /// Held by whoever writes to the memory, and by a paused machine.
@@ -116,6 +118,7 @@ impl Source {
             marks: Marks::new(&ram),
             ram,
             state: vec![7; 100],
+            saving_writes: None,
             locks: None,
             log: Log::default(),
             writing: Mutex::new(()),
@@ -188,6 +191,10 @@ impl SourceMachine for Source {
 
     fn save(&self) -> Result<Vec<u8>, Failure> {
         self.log.note("save");
+        if let Some((region, page)) = self.saving_writes {
+            self.ram.regions()[region].write(page * PAGE_SIZE, b"saved").unwrap();
+            self.marks.mark(region, page);
+        }
         Ok(self.state.clone())
     }
 
