@@ -57,6 +57,7 @@ impl IncomingHost {
             &self.host,
             description.into_config(self.options.serial.clone(), self.options.local.clone()),
         )?;
+        machine.take_in();
         // A register that this host lacks would fail the load in the middle of the blackout.
         let known = machine.saved_msrs();
         let lacking: Vec<_> = msrs
@@ -133,7 +134,7 @@ impl DestinationMachine for IncomingMachine {
     fn after_run(&mut self) -> Option<String> {
         guest::testimony(self.machine.memory())?;
         std::thread::sleep(AFTERMATH);
-        guest::set_phase(self.machine.memory(), When::After);
+        guest::set_phase(&self.machine, When::After);
         guest::testimony(self.machine.memory()).and_then(|t| serde_json::to_string(&t).ok())
     }
 }

@@ -6,8 +6,10 @@
 
 mod announce;
 mod config;
+mod ram;
 
 pub use config::MachineConfig;
+pub use ram::{RamView, RamWriter};
 
 use crate::acpi;
 use crate::cpuid;
@@ -56,6 +58,15 @@ impl Shared {
     }
 }
 
+/// How a machine stands between two runs of its guest.
+#[derive(Default)]
+pub(crate) struct Standing {
+    /// The guest has run and was paused, or was loaded: it has to be told that its clock stood still.
+    interrupted: bool,
+    /// RAM is the migration engine's: it is being moved away or taken in, and nobody here may write to it.
+    engine_has_ram: bool,
+}
+
 /// A machine.
 pub struct Machine {
     config: MachineConfig,
@@ -63,12 +74,11 @@ pub struct Machine {
     threads: Vec<JoinHandle<()>>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracking: DirtyTracking,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
     tsc_khz: u32,
     saved_msrs: Vec<u32>,
-    /// Serialises pause, resume, save and load; true once the guest has run and was paused, or was
-    /// loaded: it has to be told that its clock stood still.
-    interrupted: Mutex<bool>,
+    /// Serialises pause, resume, save, load, and this process's own writes to guest memory.
+    standing: Mutex<Standing>,
     /// The guest was given up, and may have run elsewhere meanwhile.
     given_up: AtomicBool,
 }
@@ -86,10 +96,10 @@ impl Machine {
             return Err(memory::Error::AddressBits { size: config.memory, bits }.into());
         }
         control::install_kick_handler().map_err(Error::Thread)?;
-        let ram = GuestRam::new(config.memory, config.pages)?;
+        let ram = Arc::new(GuestRam::new(config.memory, config.pages)?);
         let vm = Arc::new(create_vm(host)?);
         memory::slot::set_all(&vm, &ram)?;
-        let tracking = DirtyTracking::new(&vm)?;
+        let tracking = DirtyTracking::new(&vm, &ram)?;
         let platform: Arc<dyn Platform> = Arc::new(KvmPlatform(vm.clone()));
         let virtio = virtio::transport::functions(&config.devices, &config.local, &platform, ram.memory())?;
         let line = vm.clone();
@@ -118,7 +128,7 @@ impl Machine {
             ram,
             tsc_khz,
             saved_msrs,
-            interrupted: Mutex::new(false),
+            standing: Mutex::default(),
             given_up: AtomicBool::new(false),
         };
         machine.spawn_threads()?;
@@ -128,14 +138,16 @@ impl Machine {
     /// Loads a kernel and points the boot vCPU at it.
     ///
     /// # Errors
-    /// [`Error::Loader`] for an image that cannot be booted.
+    /// [`Error::Loader`] for an image that cannot be booted, [`Error::MemoryIsMoving`].
     pub fn boot(&self, boot: &Boot) -> Result<(), Error> {
-        let entry = loader::load(self.ram.memory(), boot)?;
+        let writer = self.write_memory()?;
+        let memory = writer.memory();
+        let entry = loader::load(memory, boot)?;
         let vcpus = self.shared.vcpus.len() as u8;
-        loader::mptable::write(self.ram.memory(), vcpus)?;
-        acpi::write(self.ram.memory(), vcpus).map_err(loader::Error::from)?;
+        loader::mptable::write(memory, vcpus)?;
+        acpi::write(memory, vcpus).map_err(loader::Error::from)?;
         let boot_vcpu = lock(&self.shared.vcpus[0]);
-        Ok(entry.apply(&boot_vcpu.fd, self.ram.memory())?)
+        Ok(entry.apply(&boot_vcpu.fd, memory)?)
     }
 
     /// Presses the guest's power button. False if it does not listen to it.
@@ -151,9 +163,9 @@ impl Machine {
     /// [`Error::Ended`] if the guest has ended, [`Error::Stopped`] after [`stop`](Self::stop),
     /// [`Error::Disk`] if somebody else has a disk.
     pub fn resume(&self) -> Result<(), Error> {
-        let interrupted = lock(&self.interrupted);
+        let mut standing = lock(&self.standing);
         self.shared.devices.take_disk_locks()?;
-        if *interrupted && !self.is_running() {
+        if standing.interrupted && !self.is_running() {
             for vcpu in &self.shared.vcpus {
                 // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
                 // not use it makes this EINVAL, and needs no telling.
@@ -165,6 +177,7 @@ impl Machine {
             outcome => Error::Ended(outcome),
         })?;
         self.shared.devices.resume();
+        standing.engine_has_ram = false;
         if self.given_up.swap(false, Ordering::Relaxed) {
             self.announce();
         }
@@ -190,10 +203,19 @@ impl Machine {
     /// # Errors
     /// [`Error::Stopped`] after [`stop`](Self::stop).
     pub fn pause(&self) -> Result<(), Error> {
-        let mut interrupted = lock(&self.interrupted);
-        if self.is_running() {
-            *interrupted = true;
-        }
+        self.pause_for(false)
+    }
+
+    /// Pauses as [`pause`](Self::pause) does. From then until the guest runs again, nobody but the migration
+    /// engine has any business with its RAM.
+    pub(crate) fn pause_to_move(&self) -> Result<(), Error> {
+        self.pause_for(true)
+    }
+
+    fn pause_for(&self, moving: bool) -> Result<(), Error> {
+        let mut standing = lock(&self.standing);
+        standing.interrupted |= self.is_running();
+        standing.engine_has_ram |= moving;
         self.park();
         match self.shared.control.status() {
             (Phase::Stopping, _) => Err(Error::Stopped),
@@ -287,15 +309,15 @@ impl Machine {
     /// # Errors
     /// [`Error::State`] for a state that is not one of an equal machine; [`Error::NotPaused`].
     pub fn load(&self, state: &[u8]) -> Result<(), Error> {
-        let mut interrupted = self.guard_paused()?;
+        let mut standing = self.guard_paused()?;
         let Shared { vm, vcpus, devices, .. } = &*self.shared;
         state::load(vm, vcpus, devices, state)?;
-        *interrupted = true;
+        standing.interrupted = true;
         Ok(())
     }
 
-    fn guard_paused(&self) -> Result<MutexGuard<'_, bool>, Error> {
-        let guard = lock(&self.interrupted);
+    fn guard_paused(&self) -> Result<MutexGuard<'_, Standing>, Error> {
+        let guard = lock(&self.standing);
         match self.shared.control.status() {
             (Phase::Running, _) => Err(Error::NotPaused),
             (Phase::Stopping, _) => Err(Error::Stopped),
@@ -318,9 +340,27 @@ impl Machine {
         &self.config
     }
 
-    /// Its RAM.
-    pub fn memory(&self) -> &GuestRam {
-        &self.ram
+    /// Its RAM, to be read.
+    pub fn memory(&self) -> RamView<'_> {
+        RamView::new(&self.ram)
+    }
+
+    /// Leave to write to its RAM. Pausing waits until it is dropped.
+    ///
+    /// # Errors
+    /// [`Error::MemoryIsMoving`] from the pause for a move on until the guest runs here again, and before a
+    /// guest that is taken in runs here.
+    pub fn write_memory(&self) -> Result<RamWriter<'_>, Error> {
+        let standing = lock(&self.standing);
+        if standing.engine_has_ram {
+            return Err(Error::MemoryIsMoving);
+        }
+        Ok(RamWriter::new(&self.ram, standing))
+    }
+
+    /// Leaves RAM to the migration engine until the guest runs.
+    pub(crate) fn take_in(&self) {
+        lock(&self.standing).engine_has_ram = true;
     }
 
     /// Its serial port.
