@@ -38,7 +38,7 @@ impl DirtyTracking {
         }
         let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         cap.args[0] = u64::from(wanted);
-        vm.enable_cap(&cap).context("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")?;
+        ioctl::call("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", || vm.enable_cap(&cap))?;
         Ok(DirtyTracking { vm: vm.clone(), ram: ram.clone(), scratch: Mutex::new(Vec::new()) })
     }
 
@@ -70,8 +70,9 @@ impl DirtyTracking {
     pub fn collect(&self, set: &mut DirtySet) -> Result<(), KvmError> {
         let mut scratch = lock(&self.scratch);
         for (number, region) in self.ram.ram().regions().iter().enumerate().take(set.regions()) {
-            ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
-                .context("KVM_GET_DIRTY_LOG")?;
+            ioctl::call("KVM_GET_DIRTY_LOG", || {
+                ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
+            })?;
             let words = set.words_mut(number);
             words.iter_mut().zip(scratch.iter()).for_each(|(out, word)| *out |= word);
             if let Some(log) = self.ram.write_log(number) {
@@ -95,7 +96,8 @@ impl DirtyTracking {
             log.clear(first_page, words);
         }
         let pages = u32::try_from(pages).map_err(|_| out_of_range()).context("KVM_CLEAR_DIRTY_LOG")?;
-        ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
-            .context("KVM_CLEAR_DIRTY_LOG")
+        ioctl::call("KVM_CLEAR_DIRTY_LOG", || {
+            ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
+        })
     }
 }

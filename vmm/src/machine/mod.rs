@@ -17,7 +17,7 @@ use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
 use crate::error::Error;
 use crate::host::Host;
-use crate::ioctl::{KvmContext, KvmError};
+use crate::ioctl::{self, KvmError};
 use crate::loader::{self, Boot};
 use crate::lock::lock;
 use crate::memory::{self, GuestRam};
@@ -117,7 +117,7 @@ impl Machine {
             .collect::<Result<Vec<_>, KvmError>>()?;
         let (tsc_khz, saved_msrs) = {
             let boot_vcpu = lock(&vcpus[0]);
-            (boot_vcpu.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
+            (ioctl::call("KVM_GET_TSC_KHZ", || boot_vcpu.fd.get_tsc_khz())?, boot_vcpu.msrs.indices())
         };
         let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
         let mut machine = Machine {
@@ -413,12 +413,12 @@ fn run_vcpu(shared: &Shared, index: usize) {
 }
 
 fn create_vm(host: &Host) -> Result<VmFd, Error> {
-    let vm = host.kvm().create_vm().context("KVM_CREATE_VM")?;
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
-    vm.set_tss_address(TSS_ADDRESS).context("KVM_SET_TSS_ADDR")?;
-    vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+    let vm = ioctl::call("KVM_CREATE_VM", || host.kvm().create_vm())?;
+    ioctl::call("KVM_SET_IDENTITY_MAP_ADDR", || vm.set_identity_map_address(IDENTITY_MAP_ADDRESS))?;
+    ioctl::call("KVM_SET_TSS_ADDR", || vm.set_tss_address(TSS_ADDRESS))?;
+    ioctl::call("KVM_CREATE_IRQCHIP", || vm.create_irq_chip())?;
     // With the dummy, KVM answers port 0x61 as well, by which guests calibrate against the PIT.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).context("KVM_CREATE_PIT2")?;
+    ioctl::call("KVM_CREATE_PIT2", || vm.create_pit2(pit))?;
     Ok(vm)
 }
