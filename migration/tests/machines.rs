@@ -149,6 +149,18 @@ fn what_saving_writes_to_memory_moves_as_well() {
 }
 
 #[test]
+fn pages_that_differ_are_named() {
+    let source = Source { late_writes: vec![(0, 5), (0, 600), (1, 66)], ..Source::new() };
+    source.ram.regions()[0].write(5 * PAGE_SIZE, b"early").unwrap();
+    let (report, twin) = moved(&source, &mut Host::default());
+    assert_eq!(report.verdict, Verdict::Stayed);
+    let why = report.failure.unwrap();
+    assert_eq!(why.code, Code::DIGEST);
+    assert!(why.message.ends_with("these pages differ: 0x5000, 0x258000, 0x100042000"), "{why}");
+    assert_eq!(twin.err().unwrap().code, Code::DIGEST);
+}
+
+#[test]
 fn a_destination_that_panics_leaves_the_guest_where_it_runs() {
     for (call, verdict) in [
         ("build", Verdict::Stayed),

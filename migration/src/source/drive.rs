@@ -11,8 +11,8 @@ use crate::judge::{Handover, Judge};
 use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
 use crate::message::{
-    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS,
-    StatePart,
+    self, ChunkDigests, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, NAMED_DIFFERENCES, Offer,
+    Prepare, STATE_IN_PARTS, StatePart,
 };
 use crate::monitor::{Monitor, Phase};
 use crate::policy::Policy;
@@ -76,6 +76,8 @@ pub(super) fn drive<'a>(
         handover: Handover { known: options.handover, ..Handover::default() },
         greeted: None,
         features: 0,
+        chunks: None,
+        differing: Vec::new(),
         build_us: 0,
         setup: None,
         blackout_began: None,
@@ -118,6 +120,10 @@ struct Driver<'a> {
     greeted: Option<Instant>,
     /// Feature bits that both sides have.
     features: u64,
+    /// Digests of the chunks of RAM, if they are to be sent with the state.
+    chunks: Option<Vec<u64>>,
+    /// Guest addresses of pages that differ.
+    differing: Vec<u64>,
     build_us: u64,
     setup: Option<Duration>,
     blackout_began: Option<Instant>,
@@ -265,6 +271,12 @@ impl<'a> Driver<'a> {
             }
         }
         state.state.drain(..last);
+        if let Some(chunks) = self.chunks.take() {
+            match self.send(&Message::ChunkDigests(ChunkDigests(chunks))) {
+                Event::Done => {}
+                lost => return lost,
+            }
+        }
         self.send(&Message::State(state))
     }
 
@@ -327,7 +339,8 @@ impl<'a> Driver<'a> {
             return state;
         }
         let began = Instant::now();
-        let digest = digest::of(self.ram);
+        let (digest, chunks) = digest::of(self.ram);
+        self.chunks = (self.features & NAMED_DIFFERENCES != 0).then_some(chunks);
         self.spans.push(Span { name: "digest memory".into(), us: began.elapsed().as_micros() as u64 });
         message::State { digest: Some(digest), ..state }
     }
@@ -374,6 +387,10 @@ impl<'a> Driver<'a> {
                 self.handover.destination = Some(Duration::from_micros(estimate.handover_us));
                 return None;
             }
+            Message::PageHashes(theirs) if waiting == Waiting::Ready && self.options.compare_memory => {
+                digest::name_differing(self.ram, theirs, &mut self.differing);
+                return None;
+            }
             Message::Prepared(prepared) => self.build_us = prepared.build_us,
             _ => {}
         }
@@ -387,6 +404,12 @@ impl<'a> Driver<'a> {
             Outcome::Stayed(why) => (Verdict::Stayed, Phase::Stayed, Some(why)),
             Outcome::Held(why) => (Verdict::Held, Phase::Held, Some(why)),
         };
+        if !self.differing.is_empty() {
+            let pages: Vec<_> = self.differing.iter().map(|address| format!("{address:#x}")).collect();
+            failure = failure.map(|f| {
+                Failure::new(f.code, format_args!("{}; these pages differ: {}", f.message, pages.join(", ")))
+            });
+        }
         let epilogue = (verdict == Verdict::Moved).then(|| self.epilogue()).flatten();
         if verdict == Verdict::Stayed
             && let Err(why) = unwind::catch("stop dirty tracking", || self.machine.stop_tracking())
