@@ -52,12 +52,13 @@ impl IncomingHost {
         if !missing.is_empty() {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }
+        let stays_paused = description.stays_paused();
         let msrs = description.msrs().to_vec();
         let machine = Machine::build(
             &self.host,
             description.into_config(self.options.serial.clone(), self.options.local.clone()),
         )?;
-        machine.take_in();
+        machine.take_in(stays_paused);
         // A register that this host lacks would fail the load in the middle of the blackout.
         let known = machine.saved_msrs();
         let lacking: Vec<_> = msrs
@@ -123,7 +124,7 @@ impl DestinationMachine for IncomingMachine {
     }
 
     fn run(&mut self) -> Result<(), Failure> {
-        Ok(self.machine.resume()?)
+        Ok(self.machine.resume_after_move()?)
     }
 
     fn announce(&mut self) {
@@ -133,6 +134,9 @@ impl DestinationMachine for IncomingMachine {
     /// What the guest says of its move, as JSON, if it keeps such a record.
     fn after_run(&mut self) -> Option<String> {
         guest::testimony(self.machine.memory())?;
+        if self.machine.stays_paused() {
+            return None;
+        }
         std::thread::sleep(AFTERMATH);
         guest::set_phase(&self.machine, When::After);
         guest::testimony(self.machine.memory()).and_then(|t| serde_json::to_string(&t).ok())

@@ -64,7 +64,7 @@ impl SourceMachine for Machine {
     }
 
     fn resume(&self) -> Result<(), Failure> {
-        match Machine::resume(self) {
+        match self.resume_after_move() {
             // Nothing is left to run, which is no failure of the migration's.
             Err(Error::Ended(_)) => Ok(()),
             result => Ok(result?),

@@ -65,6 +65,8 @@ pub(crate) struct Standing {
     interrupted: bool,
     /// RAM is the migration engine's: it is being moved away or taken in, and nobody here may write to it.
     engine_has_ram: bool,
+    /// An operator has paused the guest: wherever it is, it runs again only when an operator says so.
+    stays_paused: bool,
 }
 
 /// A machine.
@@ -178,6 +180,7 @@ impl Machine {
         })?;
         self.shared.devices.resume();
         standing.engine_has_ram = false;
+        standing.stays_paused = false;
         if self.given_up.swap(false, Ordering::Relaxed) {
             self.announce();
         }
@@ -221,6 +224,32 @@ impl Machine {
             (Phase::Stopping, _) => Err(Error::Stopped),
             _ => Ok(()),
         }
+    }
+
+    /// Decides that the paused guest stays paused, also when it is moved, until [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// [`Error::NotPaused`], [`Error::Stopped`].
+    pub fn stay_paused(&self) -> Result<(), Error> {
+        self.guard_paused()?.stays_paused = true;
+        Ok(())
+    }
+
+    /// Whether the guest is to stay paused until it is resumed.
+    pub fn stays_paused(&self) -> bool {
+        lock(&self.standing).stays_paused
+    }
+
+    /// What follows a move: the guest runs, or it stays as paused as it was.
+    pub(crate) fn resume_after_move(&self) -> Result<(), Error> {
+        let mut standing = lock(&self.standing);
+        if !standing.stays_paused {
+            drop(standing);
+            return self.resume();
+        }
+        self.shared.devices.take_disk_locks()?;
+        standing.engine_has_ram = false;
+        Ok(())
     }
 
     /// Whether the guest is running.
@@ -358,9 +387,13 @@ impl Machine {
         Ok(RamWriter::new(&self.ram, standing))
     }
 
-    /// Leaves RAM to the migration engine until the guest runs.
-    pub(crate) fn take_in(&self) {
-        lock(&self.standing).engine_has_ram = true;
+    /// Leaves RAM to the migration engine until the guest runs, or has come to stay paused.
+    pub(crate) fn take_in(&self, stays_paused: bool) {
+        let mut standing = lock(&self.standing);
+        standing.engine_has_ram = true;
+        standing.stays_paused = stays_paused;
+        // Whenever it runs here, the network has to be told.
+        self.given_up.store(stays_paused, Ordering::Relaxed);
     }
 
     /// Its serial port.
