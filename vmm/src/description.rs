@@ -9,8 +9,12 @@ use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
-/// The version that this program writes and reads.
+/// The version of the description of a machine whose guest is to run.
 const VERSION: u16 = 2;
+
+/// The version of one whose guest stays paused. But for that it is the same; a program that does not know it
+/// would let the guest run.
+const VERSION_PAUSED: u16 = 3;
 
 /// Most CPUID entries that KVM takes.
 const MAX_CPUID_ENTRIES: usize = 256;
@@ -27,6 +31,9 @@ pub(crate) struct Description {
     msrs: Vec<u32>,
     /// PCI devices by place.
     devices: Vec<DeviceConfig>,
+    /// Told by the version.
+    #[serde(skip)]
+    stays_paused: bool,
 }
 
 impl Description {
@@ -40,11 +47,13 @@ impl Description {
             cpuid: config.cpuid.clone(),
             msrs: machine.saved_msrs().to_vec(),
             devices: machine.device_configs(),
+            stays_paused: machine.stays_paused(),
         }
     }
 
     pub fn encode(&self) -> Result<Vec<u8>, Error> {
-        Ok(postcard::to_stdvec(&(VERSION, self)).map_err(StateError::Encode)?)
+        Ok(postcard::to_stdvec(&(if self.stays_paused { VERSION_PAUSED } else { VERSION }, self))
+            .map_err(StateError::Encode)?)
     }
 
     /// Reads what a peer sent.
@@ -52,19 +61,25 @@ impl Description {
         let refuse = |what| Error::State(StateError::NotDescription(what));
         // The version first, and alone: another version's fields need not decode.
         let (version, _) = postcard::take_from_bytes::<u16>(bytes).map_err(|e| refuse(e.to_string()))?;
-        if version != VERSION {
+        if ![VERSION, VERSION_PAUSED].contains(&version) {
             return Err(refuse(format!("it has version {version} and this program reads version {VERSION}")));
         }
-        let (_, description): (u16, Description) = strict(bytes).map_err(refuse)?;
+        let (_, mut description): (u16, Description) = strict(bytes).map_err(refuse)?;
         if description.cpuid.len() > MAX_CPUID_ENTRIES {
             return Err(refuse(format!("it has {} CPUID entries", description.cpuid.len())));
         }
+        description.stays_paused = version == VERSION_PAUSED;
         Ok(description)
     }
 
     /// The CPU that the guest was promised.
     pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
         &self.cpuid
+    }
+
+    /// Whether the guest is to stay paused.
+    pub fn stays_paused(&self) -> bool {
+        self.stays_paused
     }
 
     /// The registers that the guest's state will have.
@@ -102,6 +117,7 @@ mod tests {
             cpuid: vec![kvm_cpuid_entry2 { function: 7, ebx: 5, ..Default::default() }],
             msrs: vec![0x10, 0xc000_0080],
             devices: vec![DeviceConfig::Rng, DeviceConfig::Console],
+            stays_paused: false,
         };
         let bytes = description.encode().unwrap();
         assert_eq!(Description::decode(&bytes).unwrap(), description);
@@ -109,6 +125,10 @@ mod tests {
             assert!(Description::decode(&bytes[..end]).is_err(), "cut at {end}");
         }
         assert!(Description::decode(&[&bytes[..], &[0]].concat()).is_err());
+        let paused = Description { stays_paused: true, ..description };
+        let of_paused = paused.encode().unwrap();
+        assert_eq!(Description::decode(&of_paused).unwrap(), paused);
+        assert_eq!((bytes[0], of_paused[0]), (2, 3), "a program that knows only 2 must not run it");
         let mut newer = bytes.clone();
         newer[0] = 9;
         assert!(Description::decode(&newer).unwrap_err().to_string().contains("version 9"));

@@ -59,9 +59,11 @@ impl IncomingHost {
         if !missing.is_empty() {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }
+        let stays_paused = description.stays_paused();
         let msrs = description.msrs().to_vec();
         let config = description.into_config(self.options.serial.clone(), self.options.local.clone());
         let machine = Machine::build(&self.host, MachineConfig { thp: self.options.thp, ..config })?;
+        machine.take_in(stays_paused);
         // A register that this host lacks would fail the load in the middle of the blackout.
         let known = machine.saved_msrs();
         let lacking: Vec<_> = msrs
@@ -128,7 +130,7 @@ impl DestinationMachine for IncomingMachine {
     }
 
     fn run(&mut self) -> Result<(), Failure> {
-        Ok(self.machine.resume()?)
+        Ok(self.machine.resume_after_move()?)
     }
 
     fn announce(&mut self) {
@@ -138,8 +140,11 @@ impl DestinationMachine for IncomingMachine {
     /// What the guest says of its move, as JSON, if it keeps such a record.
     fn after_run(&mut self) -> Option<String> {
         guest::testimony(self.machine.memory())?;
+        if self.machine.stays_paused() {
+            return None;
+        }
         std::thread::sleep(AFTERMATH);
-        guest::set_phase(self.machine.memory(), When::After);
+        guest::set_phase(&self.machine, When::After);
         guest::testimony(self.machine.memory()).and_then(|t| serde_json::to_string(&t).ok())
     }
 }

@@ -46,7 +46,7 @@ impl MachineFixture for Vmm {
     /// At the end of memory, where the guest does not write.
     fn vmm_writes(&self, machine: &Machine) -> Vec<Extent> {
         let offset = (MIB << 20) - 5000;
-        machine.memory().memory().write_slice(&[7; 2000], GuestAddress(offset)).unwrap();
+        machine.write_memory().unwrap().memory().write_slice(&[7; 2000], GuestAddress(offset)).unwrap();
         vec![Extent { region: 0, offset, len: 2000 }]
     }
 

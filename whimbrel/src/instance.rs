@@ -10,7 +10,8 @@
 //! | ended | has powered off, crashed or been stopped |
 //!
 //! An instance begins *running*: its guest has just been booted here, or has just arrived. An operator may
-//! pause and resume it as often as wanted. A migration begins only from running, and as long as it lasts the
+//! pause and resume it as often as wanted. A migration begins from running or from paused (the guest then
+//! arrives paused, and the instance there begins so), and as long as it lasts the
 //! guest can be neither paused nor resumed from outside, so that nobody but the engine touches the machine in
 //! the blackout. When the destination says that the guest runs there, the instance is *moved* and its machine
 //! is stopped for good. [`Instance::wait`] then returns, and the process stays a little longer, for somebody
@@ -18,7 +19,7 @@
 //!
 //! What goes wrong leads to one of these states:
 //!
-//! - A migration that fails or is cancelled before the guest was handed over leads back to *running*; another
+//! - A migration that fails or is cancelled before the guest was handed over leads back to where it began; another
 //!   may follow.
 //! - If the guest was handed over and the destination falls silent, nobody here can know whether it runs
 //!   there. It is *held*: only an operator, who can know, resumes it by force or ends the process.
@@ -96,10 +97,11 @@ fn busy(message: &str) -> Failure {
 }
 
 impl Instance {
-    /// An instance of a machine that runs. There is nothing in it that could fail: a guest that has just
+    /// An instance of a machine that runs, or whose guest has arrived paused. There is nothing in it that could fail: a guest that has just
     /// arrived runs nowhere else any more.
     pub fn new(name: String, machine: Arc<Machine>) -> Arc<Self> {
-        let inner = Inner { state: State::Running, quit: false, attempt: None };
+        let state = if machine.stays_paused() { State::Paused } else { State::Running };
+        let inner = Inner { state, quit: false, attempt: None };
         Arc::new(Instance { name, machine, inner: Mutex::new(inner), report_seen: AtomicBool::new(false) })
     }
 
@@ -220,7 +222,7 @@ impl Instance {
     /// Starts to move the guest away.
     ///
     /// # Errors
-    /// [`Code::BUSY`] when it is already moving, paused or held.
+    /// [`Code::BUSY`] when it is already moving or held.
     pub fn migrate(self: Arc<Self>, request: MigrationRequest) -> Result<Migration, Failure> {
         let token = Token::random()
             .map_err(|e| Failure::new(Code::HOST, format_args!("the kernel has no random numbers: {e}")))?;
@@ -228,7 +230,7 @@ impl Instance {
         inner.refuse_unless_ours()?;
         match inner.state {
             State::Running => {}
-            State::Paused => return Err(busy("the guest is paused; resume it first")),
+            State::Paused => self.machine.stay_paused()?,
             _ => return Err(busy("the guest is held; decide about it first")),
         }
         if let Some(outcome) = self.machine.outcome() {

@@ -11,8 +11,8 @@ use crate::judge::{Handover, Judge};
 use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
 use crate::message::{
-    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS,
-    StatePart,
+    self, ChunkDigests, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, NAMED_DIFFERENCES, Offer,
+    Prepare, STATE_IN_PARTS, StatePart,
 };
 use crate::monitor::{Monitor, Phase};
 use crate::policy::{OnStall, Policy};
@@ -115,6 +115,8 @@ fn run<'a>(
         handover: Handover { known: options.handover, ..Handover::default() },
         greeted: None,
         features: 0,
+        chunks: None,
+        differing: Vec::new(),
         build_us: 0,
         setup: None,
         blackout_began: None,
@@ -158,6 +160,10 @@ struct Driver<'a> {
     greeted: Option<Instant>,
     /// Feature bits that both sides have.
     features: u64,
+    /// Digests of the chunks of RAM, if they are to be sent with the state.
+    chunks: Option<Vec<u64>>,
+    /// Guest addresses of pages that differ.
+    differing: Vec<u64>,
     build_us: u64,
     setup: Option<Duration>,
     blackout_began: Option<Instant>,
@@ -182,8 +188,8 @@ fn doing(command: &Command) -> &'static str {
         Command::Connect(_) => "connect",
         Command::Precopy => "pre-copy",
         Command::Pause => "pause",
-        Command::FinalRound => LAST_PAGES,
         Command::Save => "save state",
+        Command::FinalRound => LAST_PAGES,
         Command::ReleaseDisks => "release disks",
         Command::TakeDisks => "take disks",
         Command::Resume => "resume",
@@ -196,8 +202,8 @@ fn in_blackout(command: &Command) -> bool {
     matches!(
         command,
         Command::Pause
-            | Command::FinalRound
             | Command::Save
+            | Command::FinalRound
             | Command::Send(Message::State(_) | Message::Commit)
             | Command::Wait(Waiting::Ready | Waiting::Running)
             | Command::ReleaseDisks
@@ -229,6 +235,10 @@ impl<'a> Driver<'a> {
             self.monitor.enter(Phase::Switchover);
             self.blackout_began = Some(Instant::now());
         }
+        let command = match command {
+            Command::Send(Message::State(state)) => Command::Send(Message::State(self.with_digest(state))),
+            command => command,
+        };
         let began = Instant::now();
         let event = self.perform(command);
         let mut us = began.elapsed().as_micros() as u64;
@@ -266,11 +276,11 @@ impl<'a> Driver<'a> {
                 self.memory(Precopy::run)
             }
             Command::Pause => event(self.machine.pause()),
-            Command::FinalRound => self.memory(Precopy::finish),
             Command::Save => match self.save() {
                 Ok(state) => Event::Saved(Box::new(state)),
                 Err(why) => Event::Failed(why),
             },
+            Command::FinalRound => self.memory(Precopy::finish),
             Command::ReleaseDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::release)),
             Command::TakeDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::take)),
             Command::Resume => {
@@ -301,6 +311,12 @@ impl<'a> Driver<'a> {
             }
         }
         state.state.drain(..last);
+        if let Some(chunks) = self.chunks.take() {
+            match self.send(&Message::ChunkDigests(ChunkDigests(chunks))) {
+                Event::Done => {}
+                lost => return lost,
+            }
+        }
         self.send(&Message::State(state))
     }
 
@@ -370,8 +386,19 @@ impl<'a> Driver<'a> {
                 ),
             ));
         }
-        let digest = self.options.compare_memory.then(|| digest::of(self.ram));
-        Ok(message::State { state, digest })
+        Ok(message::State { state, digest: None })
+    }
+
+    /// Adds the digest of all RAM, if it was asked for: the last round is through, so it no longer changes.
+    fn with_digest(&mut self, state: message::State) -> message::State {
+        if !self.options.compare_memory {
+            return state;
+        }
+        let began = Instant::now();
+        let (digest, chunks) = digest::of(self.ram);
+        self.chunks = (self.features & NAMED_DIFFERENCES != 0).then_some(chunks);
+        self.spans.push(Span { name: "digest memory".into(), us: began.elapsed().as_micros() as u64 });
+        message::State { digest: Some(digest), ..state }
     }
 
     fn wait(&mut self, waiting: Waiting) -> Event {
@@ -421,6 +448,10 @@ impl<'a> Driver<'a> {
                 self.handover.destination = Some(Duration::from_micros(estimate.handover_us));
                 return None;
             }
+            Message::PageHashes(theirs) if waiting == Waiting::Ready && self.options.compare_memory => {
+                digest::name_differing(self.ram, theirs, &mut self.differing);
+                return None;
+            }
             Message::Prepared(prepared) => self.build_us = prepared.build_us,
             _ => {}
         }
@@ -434,6 +465,12 @@ impl<'a> Driver<'a> {
             Outcome::Stayed(why) => (Verdict::Stayed, Phase::Stayed, Some(why)),
             Outcome::Held(why) => (Verdict::Held, Phase::Held, Some(why)),
         };
+        if !self.differing.is_empty() {
+            let pages: Vec<_> = self.differing.iter().map(|address| format!("{address:#x}")).collect();
+            failure = failure.map(|f| {
+                Failure::new(f.code, format_args!("{}; these pages differ: {}", f.message, pages.join(", ")))
+            });
+        }
         let epilogue = (verdict == Verdict::Moved).then(|| self.epilogue()).flatten();
         if verdict == Verdict::Stayed
             && let Err(why) = unwind::catch("stop dirty tracking", || self.machine.stop_tracking())

@@ -101,11 +101,12 @@ fn welcome(
         eprintln!("whimbrel: the guest's serial port has no input: {error:#}");
         None
     });
+    let what = if machine.stays_paused() { "is paused, as it was there" } else { "runs" };
     let instance = Instance::new(process.name.clone(), machine);
     slot.put(Arc::clone(&instance));
     process.tell(
         "arrived",
-        &format!("a guest has arrived from {peer} and runs"),
+        &format!("a guest has arrived from {peer} and {what}"),
         json!({ "from": peer, "sender": arrival.sender() }),
     );
     arrival.conclude();
