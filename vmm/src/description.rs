@@ -2,7 +2,7 @@
 
 use crate::component::{Error as StateError, strict};
 use crate::error::Error;
-use crate::machine::{Machine, MachineConfig};
+use crate::machine::{Machine, MachineConfig, check_name};
 use crate::memory::PageSize;
 use crate::serial::SerialOutput;
 use crate::virtio::{DeviceConfig, LocalConfig};
@@ -10,7 +10,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 /// The version that this program writes and reads.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// Most CPUID entries that KVM takes.
 const MAX_CPUID_ENTRIES: usize = 256;
@@ -18,6 +18,8 @@ const MAX_CPUID_ENTRIES: usize = 256;
 /// A machine, but for its state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Description {
+    /// What its operators call it.
+    name: String,
     memory: u64,
     pages: PageSize,
     vcpus: u32,
@@ -33,6 +35,7 @@ impl Description {
     pub fn of(machine: &Machine) -> Self {
         let config = machine.config();
         Description {
+            name: config.name.clone(),
             memory: config.memory,
             pages: config.pages,
             vcpus: config.vcpus,
@@ -59,6 +62,7 @@ impl Description {
         if description.cpuid.len() > MAX_CPUID_ENTRIES {
             return Err(refuse(format!("it has {} CPUID entries", description.cpuid.len())));
         }
+        check_name(&description.name).map_err(|error| refuse(error.to_string()))?;
         Ok(description)
     }
 
@@ -75,6 +79,7 @@ impl Description {
     /// The machine to be built.
     pub fn into_config(self, serial: SerialOutput, local: LocalConfig) -> MachineConfig {
         MachineConfig {
+            name: self.name,
             memory: self.memory,
             pages: self.pages,
             vcpus: self.vcpus,
@@ -94,6 +99,7 @@ mod tests {
     #[test]
     fn a_peer_s_description_is_read_exactly() {
         let description = Description {
+            name: "web1".into(),
             memory: 16 << 20,
             pages: PageSize::Huge2M,
             vcpus: 3,
@@ -108,6 +114,11 @@ mod tests {
             assert!(Description::decode(&bytes[..end]).is_err(), "cut at {end}");
         }
         assert!(Description::decode(&[&bytes[..], &[0]].concat()).is_err());
+        for bad in [String::new(), "a\nb".into(), "x".repeat(129)] {
+            let unnamed = Description { name: bad, ..description.clone() };
+            let refused = Description::decode(&unnamed.encode().unwrap()).unwrap_err().to_string();
+            assert!(refused.contains("1 to 128 bytes"), "{refused}");
+        }
         let mut newer = bytes.clone();
         newer[0] = 9;
         assert!(Description::decode(&newer).unwrap_err().to_string().contains("version 9"));

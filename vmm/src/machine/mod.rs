@@ -7,7 +7,7 @@
 mod announce;
 mod config;
 
-pub use config::MachineConfig;
+pub use config::{BadName, MAX_NAME, MachineConfig, check_name};
 
 use crate::acpi;
 use crate::cpuid;
