@@ -2,7 +2,7 @@
 
 use crate::component::{Error as StateError, strict};
 use crate::error::Error;
-use crate::machine::{Machine, MachineConfig};
+use crate::machine::{Machine, MachineConfig, check_name};
 use crate::memory::{PageSize, Thp};
 use crate::serial::SerialOutput;
 use crate::virtio::{DeviceConfig, LocalConfig};
@@ -10,11 +10,11 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 /// The version of the description of a machine whose guest is to run.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// The version of one whose guest stays paused. But for that it is the same; a program that does not know it
 /// would let the guest run.
-const VERSION_PAUSED: u16 = 3;
+const VERSION_PAUSED: u16 = 4;
 
 /// Most CPUID entries that KVM takes.
 const MAX_CPUID_ENTRIES: usize = 256;
@@ -22,6 +22,8 @@ const MAX_CPUID_ENTRIES: usize = 256;
 /// A machine, but for its state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Description {
+    /// What its operators call it.
+    name: String,
     memory: u64,
     pages: PageSize,
     vcpus: u32,
@@ -40,6 +42,7 @@ impl Description {
     pub fn of(machine: &Machine) -> Self {
         let config = machine.config();
         Description {
+            name: config.name.clone(),
             memory: config.memory,
             pages: config.pages,
             vcpus: config.vcpus,
@@ -68,6 +71,7 @@ impl Description {
         if description.cpuid.len() > MAX_CPUID_ENTRIES {
             return Err(refuse(format!("it has {} CPUID entries", description.cpuid.len())));
         }
+        check_name(&description.name).map_err(|error| refuse(error.to_string()))?;
         description.stays_paused = version == VERSION_PAUSED;
         Ok(description)
     }
@@ -90,6 +94,7 @@ impl Description {
     /// The machine to be built.
     pub fn into_config(self, serial: SerialOutput, local: LocalConfig) -> MachineConfig {
         MachineConfig {
+            name: self.name,
             memory: self.memory,
             pages: self.pages,
             thp: Thp::default(),
@@ -110,6 +115,7 @@ mod tests {
     #[test]
     fn a_peer_s_description_is_read_exactly() {
         let description = Description {
+            name: "web1".into(),
             memory: 16 << 20,
             pages: PageSize::Huge2M,
             vcpus: 3,
@@ -125,10 +131,15 @@ mod tests {
             assert!(Description::decode(&bytes[..end]).is_err(), "cut at {end}");
         }
         assert!(Description::decode(&[&bytes[..], &[0]].concat()).is_err());
+        for bad in [String::new(), "a\nb".into(), "x".repeat(129)] {
+            let unnamed = Description { name: bad, ..description.clone() };
+            let refused = Description::decode(&unnamed.encode().unwrap()).unwrap_err().to_string();
+            assert!(refused.contains("1 to 128 bytes"), "{refused}");
+        }
         let paused = Description { stays_paused: true, ..description };
         let of_paused = paused.encode().unwrap();
         assert_eq!(Description::decode(&of_paused).unwrap(), paused);
-        assert_eq!((bytes[0], of_paused[0]), (2, 3), "a program that knows only 2 must not run it");
+        assert_eq!((bytes[0], of_paused[0]), (3, 4), "a program that knows only 3 must not run it");
         let mut newer = bytes.clone();
         newer[0] = 9;
         assert!(Description::decode(&newer).unwrap_err().to_string().contains("version 9"));

@@ -8,7 +8,7 @@ mod announce;
 mod config;
 mod ram;
 
-pub use config::MachineConfig;
+pub use config::{BadName, MAX_NAME, MachineConfig, check_name};
 pub use ram::{RamView, RamWriter};
 
 use crate::acpi;

@@ -23,7 +23,9 @@ pub struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the migration failed and the guest runs \
-on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed.";
+on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed; 6 it is unknown whether the guest has \
+moved; 7 (status) no guest runs here; 8 nobody answers on the API's socket; 130, 143 (migrate) interrupted, and the \
+migration goes on.";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -141,9 +143,13 @@ pub struct ProcessArgs {
     /// Unix socket for the API; the other commands reach the machine through it
     #[arg(long)]
     pub api: Option<PathBuf>,
-    /// The machine's name, as `status` shows it
-    #[arg(long, default_value = "vm")]
-    pub name: String,
+    /// The machine's name, as `status` shows it. Default: `vm`, or for a guest that arrives the name that it
+    /// has
+    #[arg(long, value_parser = name)]
+    pub name: Option<String>,
+    /// File to which what became of each move is appended, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     /// Where the serial port goes: stdio, stdout, none, or a file to append to. With stdio it also reads
     /// standard input. If that is a terminal, all keys go to the guest; Ctrl-A x quits, and Ctrl-A twice
     /// sends one Ctrl-A
@@ -359,6 +365,12 @@ fn memory(text: &str) -> Result<u64, String> {
     let bytes = size(text)?;
     vmm::memory::layout::regions(bytes).map_err(|e| e.to_string())?;
     Ok(bytes)
+}
+
+/// A name that a machine can have.
+fn name(text: &str) -> Result<String, String> {
+    vmm::machine::check_name(text).map_err(|error| error.to_string())?;
+    Ok(text.into())
 }
 
 /// A disk, with the options after its path.

@@ -6,7 +6,7 @@ use migration::report::{Report, Verdict};
 use serde_json::Value;
 use std::fmt::Write;
 use vmm::guest::Testimony;
-use whimbrel::api::model::{Migration, Vm};
+use whimbrel::api::model::{Arrival, Migration, Vm, VmState};
 
 /// A number of bytes in the largest binary unit that it fills.
 pub fn size(bytes: u64) -> String {
@@ -46,7 +46,26 @@ pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
 pub fn vm(vm: &Vm) -> String {
     let state =
         serde_json::to_value(vm.state).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
-    format!("{}: {state}, {}, {}, process {}", vm.name, vcpus(vm.vcpus), size(vm.memory), vm.pid)
+    let name = if vm.name.is_empty() { "receiver" } else { &vm.name };
+    match vm.state {
+        VmState::Waiting | VmState::Receiving => format!("{name}: {state}, process {}", vm.pid),
+        _ => format!("{name}: {state}, {}, {}, process {}", vcpus(vm.vcpus), size(vm.memory), vm.pid),
+    }
+}
+
+/// A guest that comes, has come or was not taken in.
+pub fn arrival(arrival: &Arrival) -> String {
+    let p = &arrival.progress;
+    let so_far = format!("{} of memory, {} placed in {}", size(p.memory), size(p.placed), ms(p.elapsed_us));
+    match (&arrival.ended, &arrival.failure) {
+        (None, _) => {
+            let phase = serde_json::to_value(p.phase).ok();
+            let phase = phase.as_ref().and_then(Value::as_str).unwrap_or_default();
+            format!("a guest comes from {}: {phase}, {so_far}", arrival.from)
+        }
+        (Some(at), Some(why)) => format!("the guest from {} was not taken in at {at}: {why}", arrival.from),
+        (Some(at), None) => format!("the guest arrived from {} at {at}: {so_far}", arrival.from),
+    }
 }
 
 /// A migration's status or report.
