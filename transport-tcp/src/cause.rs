@@ -2,7 +2,8 @@
 //!
 //! An error number alone does not tell. A `sendfile` that has moved a part swallows the error that stopped
 //! it, and whatever is sent next meets "broken pipe". So TCP itself is asked: a connection that ended because
-//! the other side took nothing still has the number of its vain attempts, and says when it last heard anything.
+//! the other side took nothing still has the number of its vain attempts, and says when it last heard
+//! anything.
 
 use migration::transport::PlaneError;
 use socket2::Socket;
@@ -16,6 +17,8 @@ use std::time::Duration;
 struct Knowledge {
     /// Something was sent again, or a closed window probed, without success.
     in_vain: bool,
+    /// The peer's host has something to confirm.
+    pending: bool,
     /// Since the peer's host confirmed anything.
     heard: Duration,
 }
@@ -42,9 +45,18 @@ impl Knowledge {
         let info = unsafe { info.assume_init() };
         Some(Knowledge {
             in_vain: info.tcpi_retransmits > 0 || info.tcpi_probes > 0,
+            pending: unconfirmed(stream).is_ok_and(|bytes| bytes > 0),
             heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
         })
     }
+}
+
+/// Bytes that the peer's kernel has not confirmed.
+pub(crate) fn unconfirmed(stream: &Socket) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the request (SIOCOUTQ by its other name) writes one int, which lives across the call.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+    if result == 0 { Ok(bytes.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// What `error`, which `stream` met while `what` was being done, means for its lane. The peer may have been
@@ -59,6 +71,8 @@ fn explain(tcp: Option<Knowledge>, what: &'static str, error: io::Error, patienc
     let closed = matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof);
     match tcp {
         None if waited => PlaneError::Timeout(patience),
+        // A host that has nothing to confirm is silent by right: only the program's answer is missing.
+        Some(tcp) if error.kind() == ErrorKind::WouldBlock && !tcp.pending => PlaneError::Timeout(patience),
         // Confirmations of probes come rarer and rarer: half of the time is silence enough.
         Some(tcp) if waited || gone || (closed && tcp.in_vain) => {
             PlaneError::Stalled { what, patience, reachable: !gone && tcp.heard < patience / 2 }
@@ -76,7 +90,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(10);
 
     fn text(in_vain: bool, heard: u64, error: ErrorKind) -> String {
-        let tcp = Knowledge { in_vain, heard: Duration::from_secs(heard) };
+        let tcp = Knowledge { in_vain, pending: true, heard: Duration::from_secs(heard) };
         explain(Some(tcp), "sending memory", error.into(), PATIENCE).to_string()
     }
 

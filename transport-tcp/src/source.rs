@@ -197,10 +197,7 @@ impl TcpLane {
 
     /// Bytes that the peer's kernel has not confirmed.
     fn unconfirmed(&self) -> io::Result<u32> {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: the request (SIOCOUTQ by its other name) writes one int, which lives across the call.
-        let result = unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
-        if result == 0 { Ok(bytes.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
+        cause::unconfirmed(&self.stream)
     }
 
     fn check(&self, extents: &[Extent]) -> Result<(), PlaneError> {
