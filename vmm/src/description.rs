@@ -116,6 +116,7 @@ mod tests {
             cpuid: vec![kvm_cpuid_entry2 { function: 7, ebx: 5, ..Default::default() }],
             msrs: vec![0x10, 0xc000_0080],
             devices: vec![DeviceConfig::Rng, DeviceConfig::Console],
+            stays_paused: false,
         };
         let bytes = description.encode().unwrap();
         assert_eq!(Description::decode(&bytes).unwrap(), description);

@@ -19,8 +19,8 @@
 //!
 //! What goes wrong leads to one of these states:
 //!
-//! - A migration that fails or is cancelled before the guest was handed over leads back to where it began; another
-//!   may follow.
+//! - A migration that fails or is cancelled before the guest was handed over leads back to where it began;
+//!   another may follow.
 //! - If the guest was handed over and the destination falls silent, nobody here can know whether it runs
 //!   there. It is *held*: only an operator, who can know, resumes it by force or ends the process.
 //! - A guest that ends by itself is *ended*. A migration that is under way then fails, since nothing is left
@@ -97,8 +97,8 @@ fn busy(message: &str) -> Failure {
 }
 
 impl Instance {
-    /// An instance of a machine that runs, or whose guest has arrived paused. There is nothing in it that could fail: a guest that has just
-    /// arrived runs nowhere else any more.
+    /// An instance of a machine that runs, or whose guest has arrived paused. There is nothing in it
+    /// that could fail: a guest that has just arrived runs nowhere else any more.
     pub fn new(name: String, machine: Arc<Machine>) -> Arc<Self> {
         let state = if machine.stays_paused() { State::Paused } else { State::Running };
         let inner = Inner { state, quit: false, attempt: None };

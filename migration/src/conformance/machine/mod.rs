@@ -1,9 +1,10 @@
 //! The suite that every machine passes: the contract of [`crate::machine`], as tests.
 //!
-//! A VMM implements [`MachineFixture`]. [`machine_conformance_suite!`](crate::machine_conformance_suite) makes
-//! a test of each case: those in [`source`] are for the machine that is moved away, those in [`destination`]
-//! for the host and the machine that it builds. The cases need no transport. They call the traits in the
-//! order in which the engine does, and copy memory in between.
+//! A VMM implements [`MachineFixture`]. The macro
+//! [`machine_conformance_suite!`](crate::machine_conformance_suite) makes a test of each case: those in
+//! [`source`] are for the machine that is moved away, those in [`destination`] for the host and the machine
+//! that it builds. The cases need no transport. They call the traits in the order in which the engine does,
+//! and copy memory in between.
 //!
 //! The guest must write to memory all the time; nothing more is asked of it. Its memory should be small:
 //! 16 MiB are plenty, because most cases read all of it several times.
