@@ -96,8 +96,8 @@ pub enum Message {
     /// Source, before `State` with a digest: digests of the chunks of RAM. Only to a peer with
     /// [`NAMED_DIFFERENCES`].
     ChunkDigests(ChunkDigests),
-    /// Destination, before it gives up as memory differs, to a source that has sent `ChunkDigests`: what it has
-    /// in one of the chunks that differ.
+    /// Destination, before it gives up as memory differs, to a source that has sent `ChunkDigests`: what it
+    /// has in one of the chunks that differ.
     PageHashes(PageHashes),
 }
 

@@ -19,8 +19,8 @@ struct Storm(libc::timer_t);
 
 impl Storm {
     fn begin(every: Duration) -> Storm {
-        // SAFETY: a zeroed sigaction has no flags, an empty mask, and gets its handler below; the handler does
-        // nothing but add to an atomic.
+        // SAFETY: a zeroed sigaction has no flags, an empty mask, and gets its handler below; the handler
+        // does nothing but add to an atomic.
         unsafe {
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
             action.sa_sigaction = count as extern "C" fn(libc::c_int) as libc::sighandler_t;

@@ -1,9 +1,9 @@
 //! A machine's RAM as others see it: everybody may read, and a writer needs [`RamWriter`].
 //!
-//! A move promises that memory stands still from the pause on. Devices and vCPUs are stopped by the pause. All
-//! else in this process that writes to a guest's memory has to hold a [`RamWriter`], which pausing waits for,
-//! and which is refused from the pause for a move until the guest runs again. The writable memory itself never
-//! leaves the machine.
+//! A move promises that memory stands still from the pause on. Devices and vCPUs are stopped by the pause.
+//! All else in this process that writes to a guest's memory has to hold a [`RamWriter`], which pausing waits
+//! for, and which is refused from the pause for a move until the guest runs again. The writable memory itself
+//! never leaves the machine.
 
 use super::Standing;
 use crate::memory::{Error, GuestMemory, GuestRam, PageSize};
@@ -55,8 +55,8 @@ impl<'m> RamView<'m> {
     }
 }
 
-/// Leave to write to a machine's RAM. While it exists, nobody can pause, resume, save or load the machine. What
-/// is written is logged, so that a migration under way carries it along.
+/// Leave to write to a machine's RAM. While it exists, nobody can pause, resume, save or load the machine.
+/// What is written is logged, so that a migration under way carries it along.
 pub struct RamWriter<'m> {
     ram: &'m GuestRam,
     _standing: MutexGuard<'m, Standing>,
