@@ -28,9 +28,9 @@ pub struct IncomingOptions {
     pub local: LocalConfig,
     /// Whether RAM is populated before the source may write to it.
     pub populate: bool,
-    /// Whether disks count as those of the source without proof. The proof is that this host sees the source's
-    /// locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes over what
-    /// is there.
+    /// Whether disks count as those of the source without proof. The proof is that this host sees the
+    /// source's locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes
+    /// over what is there.
     pub trust_storage: bool,
 }
 
