@@ -31,9 +31,9 @@ pub struct IncomingOptions {
     pub populate: bool,
     /// Whether RAM may come to lie in transparent huge pages.
     pub thp: Thp,
-    /// Whether disks count as those of the source without proof. The proof is that this host sees the source's
-    /// locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes over what
-    /// is there.
+    /// Whether disks count as those of the source without proof. The proof is that this host sees the
+    /// source's locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes
+    /// over what is there.
     pub trust_storage: bool,
 }
 

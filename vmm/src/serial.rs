@@ -30,8 +30,8 @@ pub enum SerialOutput {
     /// This process's standard output.
     #[default]
     Stdout,
-    /// A file or device, appended to; created if absent. A file becomes no longer than 256 MiB; what the guest
-    /// writes beyond that is dropped until somebody truncates the file.
+    /// A file or device, appended to; created if absent. A file becomes no longer than 256 MiB; what the
+    /// guest writes beyond that is dropped until somebody truncates the file.
     File(PathBuf),
     /// Nowhere.
     Null,

@@ -6,8 +6,8 @@
 //! kept here, and a thread that lives for as long as there is such a backlog writes it. Only what a backlog
 //! of [`MAX_BACKLOG`] bytes cannot take is lost.
 //!
-//! A file that others read later has a greatest length, so that a guest cannot fill the host's disk. What does
-//! not fit any more is lost too, until somebody makes the file shorter.
+//! A file that others read later has a greatest length, so that a guest cannot fill the host's disk. What
+//! does not fit any more is lost too, until somebody makes the file shorter.
 
 use crate::lock::lock;
 use crate::poll::poll;
@@ -103,8 +103,8 @@ impl Inner {
     /// Whether the file has no room for `bytes` more.
     fn is_full(&self, mut file: &File, bytes: usize) -> bool {
         let Some(limit) = self.limit else { return false };
-        // Where the end is now: somebody may have made it shorter. Writes go to the end wherever this leaves the
-        // position.
+        // Where the end is now: somebody may have made it shorter. Writes go to the end wherever this leaves
+        // the position.
         let full = file.seek(SeekFrom::End(0)).is_ok_and(|len| len + bytes as u64 > limit);
         if full && !self.told.swap(true, Ordering::Relaxed) {
             eprintln!(

@@ -150,8 +150,8 @@ pub trait VirtioDevice: Send + Sync {
     fn flush_disk(&self) {}
 
     /// Refuses a disk that is not the one of the machine that the guest comes from, as far as locks can tell:
-    /// that machine has it locked. Touches nothing of the disk. One that is `trusted` needs no lock, but must be
-    /// raw.
+    /// that machine has it locked. Touches nothing of the disk. One that is `trusted` needs no lock, but must
+    /// be raw.
     ///
     /// # Errors
     /// If nobody has locked it, or it is not raw.

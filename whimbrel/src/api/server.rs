@@ -77,8 +77,8 @@ pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
     Ok(Server { path: path.into(), close: Some(close), thread: Some(thread) })
 }
 
-/// Listens on a new socket at `path`. It has its mode before it has a name, so that nobody else can open it in
-/// between.
+/// Listens on a new socket at `path`. It has its mode before it has a name, so that nobody else can open it
+/// in between.
 fn listen(path: &Path) -> io::Result<UnixListener> {
     /// As many as the C library's usual limit: callers that wait to be accepted.
     const BACKLOG: u32 = 128;

@@ -238,8 +238,8 @@ pub struct ReceiveArgs {
     /// refused
     #[arg(long, value_name = "FOLDER")]
     pub disks: Vec<PathBuf>,
-    /// Take in guests whose disks this host cannot prove to be the same as the source's, by the source's locks
-    /// on them. If they are not the same, the guest gets wrong data and overwrites what is there
+    /// Take in guests whose disks this host cannot prove to be the same as the source's, by the source's
+    /// locks on them. If they are not the same, the guest gets wrong data and overwrites what is there
     #[arg(long)]
     pub trust_storage: bool,
     /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Give it once for each of the guest's

@@ -38,7 +38,8 @@ impl DiskImage {
     /// Opens the image without touching its content and without a lock.
     ///
     /// # Errors
-    /// [`Error`], if there is no such image, none that this machine may have, or another than the guest knows.
+    /// [`Error`], if there is no such image, none that this machine may have, or another than the guest
+    /// knows.
     pub fn open(config: &BlockConfig, images: &Images) -> Result<Self, Error> {
         let path = config.path.clone();
         let failed = |source| Error::Open { path: path.clone(), source };
@@ -93,9 +94,9 @@ impl DiskImage {
         !self.readonly && lock::decides(&self.file)
     }
 
-    /// Refuses an image on which nobody else has a lock that this host can see. The machine that a guest comes
-    /// from has locked its images, so such an image is another file, or on storage whose locks end at a host.
-    /// Touches nothing of the image. One that is `trusted` needs no lock, but must be raw.
+    /// Refuses an image on which nobody else has a lock that this host can see. The machine that a guest
+    /// comes from has locked its images, so such an image is another file, or on storage whose locks end at a
+    /// host. Touches nothing of the image. One that is `trusted` needs no lock, but must be raw.
     ///
     /// # Errors
     /// [`Error::NotShared`] or [`Error::Lock`]; [`Error::Format`] or [`Error::Read`] for one that is trusted.

@@ -35,7 +35,8 @@ impl Images {
     /// [`Error::Open`].
     pub(super) fn open(&self, path: &Path, write: bool, direct: bool) -> Result<File, Error> {
         let failed = |source| Error::Open { path: path.into(), source };
-        // A descriptor that names a file and does nothing with it: opening a device or a pipe can have effects.
+        // A descriptor that names a file and does nothing with it: opening a device or a pipe can have
+        // effects.
         let place = match self {
             Images::Any => {
                 OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(failed)?
@@ -88,8 +89,8 @@ fn resolve(root: &File, path: &Path) -> io::Result<File> {
     how.flags = (libc::O_PATH | libc::O_CLOEXEC) as u64;
     how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS;
     for _ in 0..MAX_TRIES {
-        // SAFETY: the call reads a string that ends with a zero and a structure of the length given; both live
-        // across the call.
+        // SAFETY: the call reads a string that ends with a zero and a structure of the length given; both
+        // live across the call.
         let fd = unsafe {
             libc::syscall(
                 libc::SYS_openat2,

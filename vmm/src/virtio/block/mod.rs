@@ -196,7 +196,8 @@ pub enum Error {
         /// The image.
         path: PathBuf,
     },
-    /// An arriving guest's image is locked by nobody, though the machine that it comes from has locked its own.
+    /// An arriving guest's image is locked by nobody, though the machine that it comes from has locked its
+    /// own.
     #[error(
         "the guest's disk image {} is not locked here, as it is where the guest comes from: this host has another file \
          by this path, or storage whose locks do not reach from host to host; make the same image reachable by the \
