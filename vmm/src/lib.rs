@@ -15,6 +15,9 @@ mod error;
 pub mod guest;
 pub mod host;
 pub mod incoming;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod ioctl;
 pub mod loader;
 mod lock;
