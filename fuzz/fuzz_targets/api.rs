@@ -17,7 +17,7 @@ struct Served {
     _server: Server,
 }
 
-fuzz_target!(|bytes: &[u8]| {
+fuzz_target!(init: whimbrel_fuzz::ignore_broken_pipes(), |bytes: &[u8]| {
     if let Ok(request) = serde_json::from_slice::<MigrationRequest>(bytes) {
         let _ = request.policy();
         let again = serde_json::to_vec(&request).expect("JSON");

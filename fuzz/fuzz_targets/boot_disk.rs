@@ -1,24 +1,27 @@
-//! A disk to boot from: its partition table and its file system, as a guest may have left them. The first byte chooses a
-//! good disk; the rest changes it.
+//! A disk to boot from: its partition table and its file system, as a guest may have left them. The first
+//! byte chooses a good disk; the rest changes it.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 use tempfile::TempDir;
 use vmm::boot_disk;
 use vmm::virtio::block::BlockConfig;
-use whimbrel_fuzz::{Input, patch};
+use whimbrel_fuzz::{Input, change};
 
 /// Bytes of a disk, and of its file system where it has partitions.
 const LEN: usize = 512 << 10;
 const START: usize = 64 << 10;
 
-/// Disks: empty; a file system; a GPT with one; an MBR with one.
+/// Disks: empty; a file system; a GPT with one; an MBR with one. Each is a file with its content.
 struct Disks {
-    folder: TempDir,
-    good: [Vec<u8>; 4],
+    _folder: TempDir,
+    good: [(PathBuf, File, Vec<u8>); 4],
 }
 
 fn file_system(folder: &TempDir, kind: &str, len: usize) -> Vec<u8> {
@@ -73,19 +76,30 @@ fn disks() -> &'static Disks {
             &[(446 + 4, &[0x83]), (446 + 8, &first), (446 + 12, &sectors), (510, &[0x55, 0xaa])],
             &small,
         );
-        Disks { folder, good: [vec![0; LEN], whole, gpt, mbr] }
+        let mut number = 0;
+        let good = [vec![0; LEN], whole, gpt, mbr].map(|content| {
+            number += 1;
+            let path = folder.path().join(number.to_string());
+            std::fs::write(&path, &content).expect("a disk");
+            let file = File::options().write(true).open(&path).expect("the disk");
+            (path, file, content)
+        });
+        Disks { _folder: folder, good }
     })
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    let Disks { folder, good } = disks();
     let mut input = Input(bytes);
     let Some(which) = input.byte() else { return };
-    let unchanged = input.0.is_empty();
-    let mut disk = good[usize::from(which % 4)].clone();
-    patch(&mut disk, &mut input);
-    let path = folder.path().join("disk");
-    std::fs::write(&path, &disk).expect("a disk");
-    let read = boot_disk::read(&BlockConfig { cached: true, ..BlockConfig::new(path) }, 0, "quiet");
-    assert!(!unchanged || read.is_ok() != (which % 4 == 0), "{:?}", read.err());
+    let (path, file, good) = &disks().good[usize::from(which % 4)];
+    let mut changed = Vec::new();
+    while let Some((at, bytes)) = change(LEN, &mut input) {
+        file.write_all_at(bytes, at as u64).expect("a change");
+        changed.push(at..at + bytes.len());
+    }
+    let read = boot_disk::read(&BlockConfig { cached: true, ..BlockConfig::new(path.clone()) }, 0, "quiet");
+    assert!(!changed.is_empty() || read.is_ok() != (which % 4 == 0), "{:?}", read.err());
+    for range in changed {
+        file.write_all_at(&good[range.clone()], range.start as u64).expect("the disk as it was");
+    }
 });

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use vmm::virtio::console::ConsoleConfig;
 use vmm::virtio::{DeviceConfig, LocalConfig};
 use vmm::{Host, Machine, MachineConfig, SerialOutput};
-use whimbrel_fuzz::{Input, patch};
+use whimbrel_fuzz::{Input, change};
 
 fn machine() -> &'static (Machine, Vec<u8>) {
     static MACHINE: OnceLock<(Machine, Vec<u8>)> = OnceLock::new();
@@ -29,7 +29,10 @@ fn machine() -> &'static (Machine, Vec<u8>) {
 fuzz_target!(|bytes: &[u8]| {
     let (machine, saved) = machine();
     let mut state = saved.clone();
-    patch(&mut state, &mut Input(bytes));
+    let mut input = Input(bytes);
+    while let Some((at, bytes)) = change(saved.len(), &mut input) {
+        state[at..at + bytes.len()].copy_from_slice(bytes);
+    }
     let loaded = machine.load(&state);
     assert!(state != *saved || loaded.is_ok(), "{loaded:?}");
 });

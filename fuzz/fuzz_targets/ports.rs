@@ -1,4 +1,5 @@
-//! All that a guest reaches by ports and by memory that is not RAM: serial port, power registers, PCI configuration, BARs.
+//! All that a guest reaches by ports and by memory that is not RAM: serial port, power registers,
+//! PCI configuration, BARs.
 
 #![no_main]
 

@@ -1,5 +1,5 @@
-//! Both engines as they are, each with a peer that sends any messages: who runs the guest is checked by the rules of
-//! ownership.
+//! Both engines as they are, each with a peer that sends any messages: who runs the guest is checked by the
+//! rules of ownership.
 
 #![no_main]
 

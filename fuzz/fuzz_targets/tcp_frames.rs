@@ -1,5 +1,5 @@
-//! What a source sends on a lane, behind its preamble: frames of writes, zeros and barriers. What is placed stays inside
-//! memory, and the fence returns.
+//! What a source sends on a lane, behind its preamble: frames of writes, zeros and barriers. What is placed
+//! stays inside memory, and the fence returns.
 
 #![no_main]
 
@@ -33,7 +33,7 @@ fn unread(stream: &UnixStream) -> libc::c_int {
     if asked == 0 { bytes } else { 0 }
 }
 
-fuzz_target!(|frames: &[u8]| {
+fuzz_target!(init: whimbrel_fuzz::ignore_broken_pipes(), |frames: &[u8]| {
     for unit in frames.as_chunks::<UNIT>().0 {
         if let Ok(header) = Header::decode(unit) {
             assert_eq!(header.encode(), *unit);

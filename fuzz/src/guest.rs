@@ -1,5 +1,5 @@
-//! A hostile driver of a virtio device: it does with the device's registers, its rings and its memory what the
-//! input says.
+//! A hostile driver of a virtio device: it does with the device's registers, its rings and its memory what
+//! the input says.
 
 use crate::Input;
 use std::sync::Arc;

@@ -2,6 +2,13 @@
 
 pub mod guest;
 
+/// Makes a write to a connection whose other end has gone an error, as in every Rust program. Here
+/// `main` is the fuzzer's.
+pub fn ignore_broken_pipes() {
+    // SAFETY: no handler is installed; the signal is ignored.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
 /// An input, from which values are taken one after the other.
 pub struct Input<'a>(pub &'a [u8]);
 
@@ -44,12 +51,10 @@ impl<'a> Input<'a> {
     }
 }
 
-/// `base` with changes to it: each an offset, a length and that many bytes.
-pub fn patch(base: &mut [u8], input: &mut Input<'_>) {
-    while let (Some(at), Some(len)) = (input.long(), input.byte()) {
-        let bytes = input.bytes(len.into());
-        let at = at as usize % base.len();
-        let len = bytes.len().min(base.len() - at);
-        base[at..at + len].copy_from_slice(&bytes[..len]);
-    }
+/// A change to `len` bytes, as the input says: where, and what is there then.
+pub fn change<'a>(len: usize, input: &mut Input<'a>) -> Option<(usize, &'a [u8])> {
+    let (at, count) = (input.long()?, input.byte()?);
+    let at = at as usize % len;
+    let bytes = input.bytes(count.into());
+    Some((at, &bytes[..bytes.len().min(len - at)]))
 }

@@ -323,7 +323,13 @@ impl VirtQueue {
 
     /// Serves the queue in this thread, once its own thread is done.
     #[cfg(feature = "internals")]
-    pub fn serve(&self, index: usize, device: &dyn VirtioDevice, memory: &GuestMemory, interrupt: &Interrupt) {
+    pub fn serve(
+        &self,
+        index: usize,
+        device: &dyn VirtioDevice,
+        memory: &GuestMemory,
+        interrupt: &Interrupt,
+    ) {
         self.shared.serve(index, device, memory, interrupt);
     }
 
