@@ -16,6 +16,9 @@ mod fatal;
 pub mod guest;
 pub mod host;
 pub mod incoming;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod ioctl;
 pub mod loader;
 mod lock;

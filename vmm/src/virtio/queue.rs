@@ -323,6 +323,18 @@ impl VirtQueue {
         self.shared.ring_doorbell();
     }
 
+    /// Serves the queue in this thread, once its own thread is done.
+    #[cfg(feature = "internals")]
+    pub fn serve(
+        &self,
+        index: usize,
+        device: &dyn VirtioDevice,
+        memory: &GuestMemory,
+        interrupt: &Interrupt,
+    ) {
+        self.shared.serve(index, device, memory, interrupt);
+    }
+
     /// Its interrupt vector.
     pub fn vector(&self) -> u16 {
         self.shared.vector.load(Ordering::Relaxed)
