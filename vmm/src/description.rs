@@ -22,8 +22,6 @@ const MAX_CPUID_ENTRIES: usize = 256;
 /// A machine, but for its state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Description {
-    /// What its operators call it.
-    name: String,
     memory: u64,
     pages: PageSize,
     vcpus: u32,
@@ -33,6 +31,8 @@ pub(crate) struct Description {
     msrs: Vec<u32>,
     /// PCI devices by place.
     devices: Vec<DeviceConfig>,
+    /// What its operators call it.
+    name: String,
     /// Told by the version.
     #[serde(skip)]
     stays_paused: bool,

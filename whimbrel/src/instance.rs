@@ -19,8 +19,8 @@
 //!
 //! What goes wrong leads to one of these states:
 //!
-//! - A migration that fails or is cancelled before the guest was handed over leads back to where it began; another
-//!   may follow.
+//! - A migration that fails or is cancelled before the guest was handed over leads back to where it began;
+//!   another may follow.
 //! - If the guest was handed over and the destination falls silent, nobody here can know whether it runs
 //!   there. It is *held*: only an operator, who can know, resumes it by force or ends the process.
 //! - A guest that ends by itself is *ended*. A migration that is under way then fails, since nothing is left
