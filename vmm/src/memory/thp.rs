@@ -4,7 +4,7 @@
 //! `advise` only where they were asked for. So all guest RAM is advised, and lies where they fit. Whatever
 //! the setting is, short of `deny`, the kernel makes one of what is there if it is asked to at once
 //! (`MADV_COLLAPSE`, Linux 6.1). That copies 2 MiB, with the guest shut out of them meanwhile, and is done
-//! [in the background](super::collapse), or while [RAM is populated](super::GuestRam::populate).
+//! in the background, or while [RAM is populated](super::GuestRam::populate).
 
 use super::{Error, GuestRam, PageSize};
 use migration::memory::{ALIGNMENT, RamRegion};
