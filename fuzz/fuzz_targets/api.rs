@@ -10,7 +10,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tempfile::TempDir;
 use whimbrel::api::model::MigrationRequest;
-use whimbrel::api::server::{self, Server, Slot};
+use whimbrel::api::server::{self, Server};
+use whimbrel::slot::Slot;
 
 struct Served {
     folder: TempDir,
