@@ -154,7 +154,7 @@ fn a_guest_that_does_not_converge() {
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let report = &ran.json()["report"];
     assert_eq!(report["verdict"], "moved");
-    assert!(report["over_limit"].as_str().is_some_and(|why| why.contains("limit 1 ms")), "{report}");
+    assert!(report["over_limit"].as_str().is_some_and(|why| why.contains("limit 1.0 ms")), "{report}");
     destination.expect("arrived").unwrap();
     settle(&destination, &guest);
     say::figures("a guest that does not converge", "stayed twice, then moved over its limit");
