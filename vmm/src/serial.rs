@@ -30,8 +30,7 @@ pub enum SerialOutput {
     /// This process's standard output.
     #[default]
     Stdout,
-    /// A file or device, appended to; created if absent. A file becomes no longer than 256 MiB; what the
-    /// guest writes beyond that is dropped until somebody truncates the file.
+    /// A file or device, appended to; created if absent.
     File(PathBuf),
     /// Nowhere.
     Null,
@@ -47,11 +46,7 @@ impl SerialOutput {
             }
             SerialOutput::File(path) => {
                 let file = OpenOptions::new().append(true).create(true).open(path);
-                let regular = |file: &File| file.metadata().is_ok_and(|metadata| metadata.is_file());
-                let output = |file| {
-                    if regular(&file) { Output::bounded(file, output::MAX_FILE) } else { Output::to(file) }
-                };
-                (path.display().to_string(), file.map(output))
+                (path.display().to_string(), file.map(Output::to))
             }
             SerialOutput::Null => ("nowhere".into(), Ok(Output::null())),
         }

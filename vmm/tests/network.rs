@@ -45,8 +45,7 @@ fn machine(taps: &[&str]) -> Machine {
 }
 
 fn shadow(source: &Machine, taps: &[&str]) -> Result<IncomingMachine, migration::Failure> {
-    let options =
-        IncomingOptions { serial: SerialOutput::Null, local: local(taps), ..IncomingOptions::default() };
+    let options = IncomingOptions { serial: SerialOutput::Null, local: local(taps), populate: false };
     let mut host = IncomingHost::open(options).unwrap();
     let shadow = host.build(&source.describe().unwrap(), &source.memory().ram().layout())?;
     taps.iter().for_each(|tap| wait_up(tap));

@@ -284,12 +284,8 @@ impl Node {
     /// # Errors
     /// [`Error::Timeout`], or when the API is gone.
     pub fn wait_migration(&self, patience: Duration) -> Result<Migration, Error> {
-        match self.api.call_within(patience, Method::GET, "/v1/migration?wait=true", &()) {
-            Err(crate::api::Error::Silent(patience)) => {
-                Err(Error::Timeout { what: "the migration's end", patience })
-            }
-            answer => self.told(answer),
-        }
+        let ended = |migration: &Migration| migration.report.is_some();
+        poll("the migration's end", patience, || Ok(Some(self.migration()?).filter(ended)))
     }
 
     /// Ends the machine and its process.

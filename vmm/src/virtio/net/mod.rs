@@ -37,7 +37,6 @@ pub(crate) mod wire;
 pub use announcing::Announcing;
 pub use device::Net;
 pub use mac::Mac;
-pub use tap::find as find_tap;
 
 use serde::{Deserialize, Serialize};
 use std::io;
