@@ -3,7 +3,9 @@
 //! Pure arithmetic on what the rounds measured. The predicted blackout is what is still dirty at
 //! the rate of the last real round, plus the barrier and what the [`Handover`] itself takes.
 //! The downtime limit is a bound, not a goal: once under it, another round is made as long as
-//! rounds still shorten the blackout by a quarter or more and it is long enough to be worth it.
+//! rounds still shorten the blackout by a quarter or more and it is long enough to be worth it. That is a
+//! risk, as the guest may dirty more in that round. So it is taken only where rounds and time are left for
+//! another one after it, and never again once it was lost.
 
 use crate::failure::{Code, Failure};
 use crate::policy::{OnStall, Policy};
@@ -65,8 +67,23 @@ pub struct RoundFacts {
     pub barrier: Duration,
     /// Bytes that were dirty again at the end.
     pub remaining: u64,
-    /// Since pre-copy began.
+    /// Since the migration began, without the time that an operator was waited for.
     pub total_elapsed: Duration,
+}
+
+/// A blackout to expect, by its parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Parts {
+    /// Sending what is dirty.
+    transfer: Duration,
+    barrier: Duration,
+    handover: Duration,
+}
+
+impl Parts {
+    fn total(&self) -> Duration {
+        self.transfer.saturating_add(self.barrier).saturating_add(self.handover)
+    }
 }
 
 /// What to do after a round.
@@ -90,12 +107,28 @@ pub struct Judge {
     last: Option<Duration>,
     best: Option<Duration>,
     stalled: u32,
+    /// The last prediction that kept to the limit.
+    met: Option<Duration>,
 }
 
 impl Judge {
     /// A judge under `policy` of a machine with this `handover`.
     pub fn new(policy: Policy, handover: Handover) -> Self {
-        Judge { policy, handover, rate: FIRST_GUESS, rounds: 0, last: None, best: None, stalled: 0 }
+        Judge {
+            policy,
+            handover,
+            rate: FIRST_GUESS,
+            rounds: 0,
+            last: None,
+            best: None,
+            stalled: 0,
+            met: None,
+        }
+    }
+
+    /// Longest blackout that is acceptable.
+    pub fn downtime_limit(&self) -> Duration {
+        self.policy.downtime_limit
     }
 
     /// Forgets the measured rate and the record of progress: the transport has changed.
@@ -105,10 +138,14 @@ impl Judge {
 
     /// Blackout to expect if it began now.
     pub fn predict(&self, remaining: u64, barrier: Duration) -> Duration {
+        self.parts(remaining, barrier).total()
+    }
+
+    fn parts(&self, remaining: u64, barrier: Duration) -> Parts {
         let seconds = remaining as f64 / self.rate;
         // A rate of nearly nothing predicts more than a Duration can hold.
         let transfer = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        transfer.saturating_add(barrier).saturating_add(self.handover.expected())
+        Parts { transfer, barrier, handover: self.handover.expected() }
     }
 
     /// Learns from a round's facts; returns the prediction made of them.
@@ -144,16 +181,10 @@ impl Judge {
     }
 
     fn decide(&mut self, predicted: Duration, facts: &RoundFacts) -> Decision {
-        let limit = self.policy.downtime_limit;
-        let out_of_rounds = self.rounds >= self.policy.max_rounds;
-        let out_of_time = self.policy.timeout.is_some_and(|t| facts.total_elapsed >= t);
-        if predicted <= limit {
-            let improving = self.last.is_none_or(|last| predicted < last.mul_f64(0.75));
-            let worth_it = predicted.saturating_sub(self.handover.expected()) > SHORT_ENOUGH
-                && improving
-                && !out_of_rounds
-                && !out_of_time;
-            return if worth_it { Decision::Again } else { Decision::Switch(None) };
+        if predicted <= self.policy.downtime_limit {
+            let again = self.another_round_is_worth_it(predicted, facts);
+            (self.met, self.best, self.stalled) = (Some(predicted), None, 0);
+            return if again { Decision::Again } else { Decision::Switch(None) };
         }
         if self.best.is_none_or(|best| predicted < best.mul_f64(0.9)) {
             self.best = Some(predicted);
@@ -161,24 +192,17 @@ impl Judge {
         } else {
             self.stalled += 1;
         }
-        let why = if out_of_rounds {
+        let stalled = self.stalled >= self.policy.stall_rounds;
+        let why = if self.rounds >= self.policy.max_rounds {
             format!("after {} rounds", self.rounds)
-        } else if out_of_time {
+        } else if self.out_of_time(facts.total_elapsed) {
             format!("after {:.1} s", facts.total_elapsed.as_secs_f64())
-        } else if self.stalled >= self.policy.stall_rounds {
+        } else if stalled {
             format!("{} rounds made no progress", self.stalled)
         } else {
             return Decision::Again;
         };
-        let story = format!(
-            "the guest dirties memory faster than it can be sent: {why}, {} MiB are still dirty, which at {:.0} MiB/s \
-             means a blackout of {}, {} of it for the handover itself (limit {})",
-            facts.remaining >> 20,
-            self.rate / f64::from(1 << 20),
-            milliseconds(predicted),
-            milliseconds(self.handover.expected()),
-            milliseconds(limit),
-        );
+        let story = self.story(&why, stalled, facts);
         match self.policy.on_stall {
             OnStall::Switch => Decision::Switch(Some(story)),
             OnStall::Abort => Decision::GiveUp(Failure::new(
@@ -187,10 +211,54 @@ impl Judge {
             )),
         }
     }
+
+    /// Whether to go on although `predicted` keeps to the limit.
+    fn another_round_is_worth_it(&self, predicted: Duration, facts: &RoundFacts) -> bool {
+        let improving = self.last.is_none_or(|last| predicted < last.mul_f64(0.75));
+        let long = predicted.saturating_sub(self.handover.expected()) > SHORT_ENOUGH;
+        // Over the limit after it was met: the risk was taken before, and lost.
+        let lost = self.met.is_some() && self.best.is_some();
+        // If it is lost this time, there has to be another round after it.
+        let rounds_left = self.policy.max_rounds.saturating_sub(self.rounds) > 1;
+        let two_rounds = predicted.saturating_mul(2).saturating_add(facts.total_elapsed);
+        improving && long && !lost && rounds_left && !self.out_of_time(two_rounds)
+    }
+
+    fn out_of_time(&self, elapsed: Duration) -> bool {
+        self.policy.timeout.is_some_and(|timeout| elapsed >= timeout)
+    }
+
+    /// Why the limit cannot be kept to: what is at fault, and every part of the blackout to expect.
+    fn story(&self, why: &str, stalled: bool, facts: &RoundFacts) -> String {
+        let parts = self.parts(facts.remaining, facts.barrier);
+        let limit = self.policy.downtime_limit;
+        let fault = if parts.barrier.saturating_add(parts.handover) > limit {
+            "a switchover takes longer than the downtime limit even with no memory left to send"
+        } else if stalled {
+            "the guest dirties memory faster than it can be sent"
+        } else {
+            "too much memory is still dirty for a switchover within the downtime limit"
+        };
+        let mut story = format!(
+            "{fault}: {why}, a blackout of {} is expected (limit {}): {} to send the {} MiB that are still dirty \
+             at {:.0} MiB/s, {} for the barrier, and {} for the handover itself",
+            milliseconds(parts.total()),
+            milliseconds(limit),
+            milliseconds(parts.transfer),
+            facts.remaining >> 20,
+            self.rate / f64::from(1 << 20),
+            milliseconds(parts.barrier),
+            milliseconds(parts.handover),
+        );
+        if let Some(met) = self.met {
+            story += &format!("; after an earlier round it was {}", milliseconds(met));
+        }
+        story
+    }
 }
 
 fn milliseconds(duration: Duration) -> String {
-    format!("{:.0} ms", duration.as_secs_f64() * 1e3)
+    format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
 #[cfg(test)]
@@ -268,6 +336,70 @@ mod tests {
         assert!(matches!(judge(brief, &[(4096, 2000), (2000, 1000)]), Decision::GiveUp(_)));
     }
 
+    /// A judge, and what it says after rounds at 1000 MiB/s with these MiB left and these milliseconds of
+    /// barrier, a second each.
+    fn decisions(policy: Policy, rounds: &[(u64, u64)]) -> Vec<(Duration, Decision)> {
+        let mut judge = Judge::new(policy, QUICK);
+        let facts = rounds.iter().zip(1..).map(|((remaining, barrier), second)| RoundFacts {
+            sent: 1000 * MIB,
+            elapsed: Duration::from_secs(1),
+            barrier: ms(*barrier),
+            remaining: remaining * MIB,
+            total_elapsed: Duration::from_secs(second),
+        });
+        facts.map(|facts| judge.round(&facts)).collect()
+    }
+
+    #[test]
+    fn the_last_round_that_keeps_to_the_limit_is_not_risked() {
+        // Under the limit of 300 ms, and shorter than before by more than a quarter.
+        let rounds = [(900, 1), (248, 1)];
+        let two = decisions(Policy::default().with_max_rounds(2), &rounds);
+        assert_eq!(two[1], (ms(251), Decision::Switch(None)));
+        let three = decisions(Policy::default().with_max_rounds(3), &rounds);
+        assert_eq!(three[1].1, Decision::Switch(None), "a third round could not be mended");
+        let four = decisions(Policy::default().with_max_rounds(4), &rounds);
+        assert_eq!(four[1].1, Decision::Again);
+        // Two seconds have passed; two more rounds of a quarter second each still fit in, or do not.
+        let timed = |limit| Policy::default().with_timeout(Some(ms(limit)));
+        assert_eq!(decisions(timed(2400), &rounds)[1].1, Decision::Switch(None));
+        assert_eq!(decisions(timed(2600), &rounds)[1].1, Decision::Again);
+        // Exactly out of time, and under the limit all the same.
+        assert_eq!(decisions(timed(2000), &rounds)[1].1, Decision::Switch(None));
+    }
+
+    #[test]
+    fn a_risk_that_was_lost_is_not_taken_again() {
+        let rounds = [(900, 1), (248, 1), (100, 205), (170, 1)];
+        let told: Vec<_> = decisions(Policy::default(), &rounds).into_iter().map(|(_, told)| told).collect();
+        assert_eq!(told, [Decision::Again, Decision::Again, Decision::Again, Decision::Switch(None)]);
+    }
+
+    #[test]
+    fn a_verdict_names_every_part_and_what_is_at_fault() {
+        let story = |rounds: &[(u64, u64)]| match decisions(
+            Policy::default().with_max_rounds(rounds.len() as u32),
+            rounds,
+        )
+        .pop()
+        {
+            Some((_, Decision::GiveUp(why))) => why.message,
+            other => panic!("{other:?}"),
+        };
+        let slow_barrier = story(&[(100, 205)]);
+        assert!(
+            slow_barrier.contains(
+                "a blackout of 307.0 ms is expected (limit 300.0 ms): 100.0 ms to send the 100 MiB"
+            ) && slow_barrier.contains("205.0 ms for the barrier, and 2.0 ms for the handover itself"),
+            "{slow_barrier}"
+        );
+        assert!(slow_barrier.starts_with("too much memory is still dirty"), "{slow_barrier}");
+        let stalled = story(&[(900, 1), (900, 1), (900, 1), (900, 1)]);
+        assert!(stalled.starts_with("the guest dirties memory faster than it can be sent"), "{stalled}");
+        let lost = story(&[(900, 1), (248, 1), (900, 1), (900, 1)]);
+        assert!(lost.ends_with("after an earlier round it was 251.0 ms; raise the downtime limit, or choose to switch over on a stall"), "{lost}");
+    }
+
     #[test]
     fn a_handover_is_what_both_sides_say_and_the_messages_between() {
         let unknown = Handover::default();
@@ -298,7 +430,12 @@ mod tests {
         let (predicted, decision) = decide(300, 300);
         assert_eq!(predicted, ms(302), "with the destination's 1 ms and the barrier's");
         let Decision::GiveUp(why) = decision else { panic!("{decision:?}") };
-        assert!(why.message.contains("302 ms, 301 ms of it for the handover itself (limit 300 ms)"), "{why}");
+        assert!(why.message.starts_with("a switchover takes longer than the downtime limit"), "{why}");
+        assert!(why.message.contains("a blackout of 302.0 ms is expected (limit 300.0 ms)"), "{why}");
+        assert!(
+            why.message.contains("1.0 ms for the barrier, and 301.0 ms for the handover itself"),
+            "{why}"
+        );
         assert_eq!(decide(310, 300).1, Decision::Switch(None));
     }
 
@@ -317,7 +454,7 @@ mod tests {
         let judge = Judge::new(Policy::default(), QUICK);
         assert_eq!(judge.switch_now(ms(300)), None);
         let why = judge.switch_now(ms(800)).unwrap();
-        assert!(why.contains("800 ms") && why.contains("limit 300 ms"), "{why}");
+        assert!(why.contains("800.0 ms") && why.contains("limit 300.0 ms"), "{why}");
     }
 
     #[test]

@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | begin | [`ram`], [`describe`] | runs |
 //! | pre-copy | [`start_tracking`]; in each round [`clear_dirty`] often and [`collect_dirty`] once | runs |
-//! | switchover | [`before_pause`], [`pause`], `collect_dirty`, [`save`], [`release`] | stands still |
+//! | switchover | [`before_pause`], [`pause`], [`save`], `collect_dirty`, [`release`] | stands still |
 //! | hand-over | none: the message `Commit` leaves | stands still |
 //!
 //! The verdict tells what follows:
@@ -166,7 +166,8 @@ pub trait SourceMachine: Send + Sync {
     /// Lets a paused machine run on.
     fn resume(&self) -> Result<(), Failure>;
 
-    /// The state of the paused machine: vCPUs, interrupt controllers, clocks, devices. At most
+    /// The state of the paused machine: vCPUs, interrupt controllers, clocks, devices. What saving itself
+    /// writes to RAM has to show in the [`collect_dirty`](Self::collect_dirty) that follows. At most
     /// [`MAX_STATE`] bytes; what is over
     /// [`MAX_STATE_PART`] needs a destination that is not older than this
     /// engine.

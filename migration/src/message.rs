@@ -18,6 +18,8 @@
 //! | [`MAX_REGIONS`] | memory regions | 64 |
 //! | [`failure::MAX_MESSAGE`](crate::failure::MAX_MESSAGE) | a failure's text that is kept | 2 KiB |
 
+use crate::digest::MAX_CHUNKS;
+pub use crate::digest::PageHashes;
 use crate::failure::{Code, Failure};
 use crate::memory::{MAX_REGIONS, RegionLayout, check_layout};
 use crate::report::Span;
@@ -91,6 +93,12 @@ pub enum Message {
     /// Destination, before `Prepared`: how long its part of the switchover takes, if its machine knows. Only
     /// to a peer with [`HANDOVER_ESTIMATE`].
     Estimate(Estimate),
+    /// Source, before `State` with a digest: digests of the chunks of RAM. Only to a peer with
+    /// [`NAMED_DIFFERENCES`].
+    ChunkDigests(ChunkDigests),
+    /// Destination, before it gives up as memory differs, to a source that has sent `ChunkDigests`: what it
+    /// has in one of the chunks that differ.
+    PageHashes(PageHashes),
 }
 
 /// Feature bit: takes a machine's state in parts.
@@ -99,9 +107,12 @@ pub const STATE_IN_PARTS: u64 = 1 << 0;
 /// Feature bit: counts an [`Estimate`] in the predictions of the blackout.
 pub const HANDOVER_ESTIMATE: u64 = 1 << 1;
 
+/// Feature bit: names the pages that differ when a comparison of memory fails.
+pub const NAMED_DIFFERENCES: u64 = 1 << 2;
+
 /// Feature bits of this program. A peer's unknown bits are ignored; both sides use the
 /// intersection.
-pub const FEATURES: u64 = STATE_IN_PARTS | HANDOVER_ESTIMATE;
+pub const FEATURES: u64 = STATE_IN_PARTS | HANDOVER_ESTIMATE | NAMED_DIFFERENCES;
 
 /// Greeting of either side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -165,6 +176,14 @@ pub struct State {
 /// Bytes of a machine's state, to be followed by more.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StatePart(#[serde(with = "bytes")] pub Vec<u8>);
+
+/// Digests of the chunks of RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ChunkDigests(
+    /// Of each, in the order of regions and addresses.
+    #[serde(deserialize_with = "at_most::<MAX_CHUNKS, _, _>")]
+    pub Vec<u64>,
+);
 
 /// The destination could run the guest now.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -253,13 +272,15 @@ impl Message {
             Message::Retired => "Retired",
             Message::StatePart(_) => "StatePart",
             Message::Estimate(_) => "Estimate",
+            Message::ChunkDigests(_) => "ChunkDigests",
+            Message::PageHashes(_) => "PageHashes",
         }
     }
 }
 
 /// Decodes a list, and refuses it as soon as it has more than `MOST` elements: elements may take much more
 /// room here than in the frame.
-fn at_most<'de, const MOST: usize, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
+pub(crate) fn at_most<'de, const MOST: usize, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     T: Deserialize<'de>,
     D: Deserializer<'de>,

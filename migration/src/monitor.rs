@@ -54,10 +54,10 @@ pub struct Progress {
     pub round_done: u64,
     /// Sending rate in bytes a second, of the last round or of this one so far.
     pub rate: f64,
-    /// Bytes a second that the guest dirtied during the last round.
-    pub dirty_rate: f64,
-    /// Blackout in microseconds to expect if it began after the last round; 0 before one.
-    pub predicted_blackout_us: u64,
+    /// Bytes a second that the guest dirtied during the last round; `None` before the first has ended.
+    pub dirty_rate: Option<f64>,
+    /// Blackout in microseconds to expect if it began after the last round; `None` while nothing is known.
+    pub predicted_blackout_us: Option<u64>,
     /// Microseconds since the migration began.
     pub elapsed_us: u64,
 }
@@ -75,8 +75,9 @@ pub struct Monitor {
     zero: AtomicU64,
     round_done: AtomicU64,
     taken: AtomicBool,
-    /// Apart from the other orders, as lanes look at it once a chunk.
+    /// Apart from the other orders, as lanes look at these two once a chunk.
     cancelled: AtomicBool,
+    expired: AtomicBool,
     orders: Mutex<Orders>,
     ordered: Condvar,
     interrupter: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -94,6 +95,18 @@ struct Current {
 struct Orders {
     switch_now: bool,
     proceed: bool,
+    deadline: Deadline,
+}
+
+/// When the migration is to have handed the guest over.
+#[derive(Clone, Copy, Default)]
+enum Deadline {
+    /// At no time: there is none, or the clock stands still while an operator is waited for.
+    #[default]
+    Never,
+    At(Instant),
+    /// It no longer matters: the guest is handed over, or the migration has ended.
+    Done,
 }
 
 impl Default for Monitor {
@@ -107,6 +120,7 @@ impl Default for Monitor {
             round_done: AtomicU64::new(0),
             taken: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
+            expired: AtomicBool::new(false),
             orders: Mutex::default(),
             ordered: Condvar::new(),
             interrupter: Mutex::new(None),
@@ -151,9 +165,7 @@ impl Monitor {
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
         self.order(|_| {});
-        if let Some(interrupter) = &*lock(&self.interrupter) {
-            interrupter.interrupt();
-        }
+        self.interrupt();
     }
 
     /// Whether a stop was asked for.
@@ -207,18 +219,87 @@ impl Monitor {
 
     /// Waits until the migration may proceed or is cancelled, but no longer than `limit`.
     pub(crate) fn await_orders(&self, limit: Duration) {
-        let idle = |orders: &mut Orders| !orders.proceed && !self.cancelled();
+        let idle = |orders: &mut Orders| !orders.proceed && self.stopped().is_none();
         let woken = self.ordered.wait_timeout_while(lock(&self.orders), limit, idle);
         drop(woken.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// From now on `cancel` also stops this plane.
+    /// From now on what stops the migration also stops this plane.
     pub(crate) fn arm(&self, interrupter: Arc<dyn Interrupt>) {
         let mut slot = lock(&self.interrupter);
-        if self.cancelled() {
+        if self.stopped().is_some() {
             interrupter.interrupt();
         }
         *slot = Some(interrupter);
+    }
+
+    fn interrupt(&self) {
+        if let Some(interrupter) = &*lock(&self.interrupter) {
+            interrupter.interrupt();
+        }
+    }
+
+    /// Why the migration has to stop, if it has to.
+    pub(crate) fn stopped(&self) -> Option<Failure> {
+        if self.cancelled() {
+            return Some(Failure::new(Code::CANCELLED, "cancelled"));
+        }
+        self.expired.load(Ordering::Acquire).then(|| {
+            let text = "the guest was not moved within the time limit that was set, and goes on here; \
+                        set a longer one, or none";
+            Failure::new(Code::TIMEOUT, text)
+        })
+    }
+
+    /// Sets the time by which the guest has to be handed over; `None` for no limit from now on.
+    pub(crate) fn set_deadline(&self, deadline: Option<Instant>) {
+        self.order(|orders| orders.deadline = deadline.map_or(Deadline::Never, Deadline::At));
+    }
+
+    /// Gives a migration that has a deadline at least `more` time from now.
+    pub(crate) fn extend_deadline(&self, more: Duration) {
+        self.order(|orders| {
+            if let Deadline::At(deadline) = &mut orders.deadline {
+                *deadline = (*deadline).max(Instant::now() + more);
+            }
+        });
+    }
+
+    /// The deadline, to be set again later.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        match lock(&self.orders).deadline {
+            Deadline::At(deadline) => Some(deadline),
+            Deadline::Never | Deadline::Done => None,
+        }
+    }
+
+    /// No deadline matters any more.
+    pub(crate) fn settle(&self) {
+        self.order(|orders| orders.deadline = Deadline::Done);
+    }
+
+    /// Stops the migration if its deadline passes. Returns then, or once it is settled.
+    pub(crate) fn keep_deadline(&self) {
+        let mut orders = lock(&self.orders);
+        loop {
+            let woken = match orders.deadline {
+                Deadline::Done => return,
+                Deadline::Never => self.ordered.wait(orders).unwrap_or_else(PoisonError::into_inner),
+                Deadline::At(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        break;
+                    }
+                    let waited = self.ordered.wait_timeout(orders, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+            orders = woken;
+        }
+        self.expired.store(true, Ordering::Release);
+        drop(orders);
+        self.ordered.notify_all();
+        self.interrupt();
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {

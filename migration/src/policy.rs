@@ -29,7 +29,10 @@ pub struct Policy {
     pub downtime_limit: Duration,
     /// Most pre-copy rounds.
     pub max_rounds: u32,
-    /// Most time for all pre-copy rounds together; `None` for no limit.
+    /// Most time for the migration, from its begin until the guest is handed over; `None` for no limit. When
+    /// it has passed, a migration under [`OnStall::Abort`] stops wherever it is, inside a round too; only a
+    /// switchover that has begun gets a second more than [`downtime_limit`](Self::downtime_limit). Under
+    /// [`OnStall::Switch`], the round under way becomes the last. Waiting for an operator does not count.
     pub timeout: Option<Duration>,
     /// Rounds without progress (a tenth off the best prediction) after which it has stalled.
     pub stall_rounds: u32,

@@ -75,6 +75,24 @@ pub enum PlaneError {
     /// The peer did not confirm in time.
     #[error("no confirmation from the peer within {0:?}")]
     Timeout(Duration),
+    /// The peer closed the connection in good order, or its process ended.
+    #[error("the destination closed the connection ({0}): its process has ended, or its log says why")]
+    Closed(&'static str),
+    /// The connection was cut off.
+    #[error(
+        "the connection was reset ({0}): the destination's process has ended, or something between cut it"
+    )]
+    Reset(&'static str),
+    /// The connection is there, and the peer takes nothing.
+    #[error("the destination has taken no data for {patience:?} ({what}): {}", stalled(*reachable))]
+    Stalled {
+        /// What was being done.
+        what: &'static str,
+        /// How long it may take nothing.
+        patience: Duration,
+        /// Whether its host answered meanwhile.
+        reachable: bool,
+    },
     /// This transport cannot be used here; the text says what is missing.
     #[error("{0}")]
     Unavailable(String),
@@ -83,13 +101,24 @@ pub enum PlaneError {
     Interrupted,
 }
 
+fn stalled(reachable: bool) -> &'static str {
+    if reachable {
+        "its host answers, so its process is stopped or stuck"
+    } else {
+        "nothing comes from its host either, so the network or the host is down"
+    }
+}
+
 impl From<PlaneError> for Failure {
     fn from(error: PlaneError) -> Self {
         let code = match error {
-            PlaneError::Timeout(_) => Code::TIMEOUT,
+            PlaneError::Timeout(_) | PlaneError::Stalled { .. } => Code::TIMEOUT,
             PlaneError::Protocol(_) | PlaneError::OutOfBounds(_) => Code::PROTOCOL,
             PlaneError::Interrupted => Code::CANCELLED,
-            PlaneError::Io { .. } | PlaneError::Unavailable(_) => Code::TRANSPORT,
+            PlaneError::Io { .. }
+            | PlaneError::Closed(_)
+            | PlaneError::Reset(_)
+            | PlaneError::Unavailable(_) => Code::TRANSPORT,
         };
         Failure::new(code, error)
     }

@@ -44,9 +44,8 @@ fn calls_come_in_the_order_that_is_documented() {
     let mut host = Host::default();
     let (report, twin) = moved(&source, &mut host);
     assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
-    let expected =
-        ["ram", "describe", "start_tracking", "collect_dirty", "before_pause", "pause", "collect_dirty"];
-    assert_eq!(*source.log.calls(), [&expected[..], &["save", "release"]].concat());
+    let expected = ["ram", "describe", "start_tracking", "collect_dirty", "before_pause", "pause", "save"];
+    assert_eq!(*source.log.calls(), [&expected[..], &["collect_dirty", "release"]].concat());
     // RAM is asked for again to compare it.
     let expected =
         ["build", "ram", "memory_is_zero", "ram", "load", "take", "run", "announce", "after_run", "ram"];
@@ -139,6 +138,26 @@ fn writes_of_a_machine_in_software_are_not_lost() {
     assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
     assert!(report.rounds.len() > 1 && report.sent() > PAGE_SIZE, "{:?}", report.rounds);
     assert!(content(&twin.unwrap().ram) == content(&source.ram), "a write was lost");
+}
+
+#[test]
+fn what_saving_writes_to_memory_moves_as_well() {
+    let source = Source { saving_writes: Some((1, 66)), ..Source::new() };
+    let (report, twin) = moved(&source, &mut Host::default());
+    assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
+    assert!(content(&twin.unwrap().ram) == content(&source.ram), "the page that saving wrote was lost");
+}
+
+#[test]
+fn pages_that_differ_are_named() {
+    let source = Source { late_writes: vec![(0, 5), (0, 600), (1, 66)], ..Source::new() };
+    source.ram.regions()[0].write(5 * PAGE_SIZE, b"early").unwrap();
+    let (report, twin) = moved(&source, &mut Host::default());
+    assert_eq!(report.verdict, Verdict::Stayed);
+    let why = report.failure.unwrap();
+    assert_eq!(why.code, Code::DIGEST);
+    assert!(why.message.ends_with("these pages differ: 0x5000, 0x258000, 0x100042000"), "{why}");
+    assert_eq!(twin.err().unwrap().code, Code::DIGEST);
 }
 
 #[test]

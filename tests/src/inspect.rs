@@ -39,7 +39,7 @@ fn take(listener: &Listener) -> Arc<Machine> {
 }
 
 fn verify(machine: &Machine, expected: &Guest) -> Testimony {
-    guest::request(machine.memory(), Request::PowerOff);
+    guest::request(machine, Request::PowerOff);
     let outcome = machine.wait_timeout(PATIENCE);
     let testimony = guest::testimony(machine.memory()).unwrap();
     // Of a guest that never ends it matters most whether it still does something.

@@ -110,6 +110,11 @@ pub fn assert_runs(node: &Node) -> Testimony {
     after
 }
 
+/// No guest has arrived at this receiver.
+pub fn is_empty(node: &Node) -> bool {
+    matches!(node.status().unwrap().state, VmState::Waiting | VmState::Receiving)
+}
+
 /// The guest stands still at this side: nothing of it advances.
 pub fn assert_stands_still(node: &Node) {
     let counters = || node.status().unwrap().guest.map(|g| (g.samples, g.ticks, g.pages));

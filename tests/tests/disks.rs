@@ -6,13 +6,16 @@
 //! The kernel shows that only one process touches the disk ([`Observer`]), not what the sides say of
 //! themselves.
 
+use migration::report::Verdict;
+use std::fs;
 use std::path::Path;
 use std::process::Command;
+use whimbrel::node::Node;
 use whimbrel_tests::command::run_command;
 use whimbrel_tests::observer::owners;
 use whimbrel_tests::say;
 use whimbrel_tests::scene::{Host, Scene, kills, older_than_its_disk};
-use whimbrel_tests::sides::PATIENCE;
+use whimbrel_tests::sides::{PATIENCE, hop, migrate, request};
 
 fn local() -> Scene {
     // Where programs are built there is a real file system, more likely than where temporary files are.
@@ -31,6 +34,43 @@ fn fifty_kills_with_a_disk() {
 #[test]
 fn a_guest_that_is_older_than_its_disk_never_runs() {
     older_than_its_disk(local, |holder| format!("process {}", holder.pid()));
+}
+
+/// The same path and the same size, but another file.
+#[test]
+fn a_guest_does_not_move_to_another_file() {
+    let scene = local();
+    let source = scene.guest(Host::A, "source");
+    let path = scene.disk.path();
+    let copy = path.with_extension("copy");
+    fs::copy(&path, &copy).unwrap();
+    let original = path.with_extension("original");
+    fs::rename(&path, &original).unwrap();
+    fs::rename(&copy, &path).unwrap();
+    let before = fs::read(&path).unwrap();
+    let (mut careful, address) = scene.receiver(Host::B, "careful");
+    let report = migrate(&source, &request(address));
+    assert_eq!((report.verdict, report.rounds.len()), (Verdict::Stayed, 0));
+    let why = report.failure.unwrap().message;
+    assert!(why.contains("is not locked here") && why.contains("--trust-storage"), "{why}");
+    careful.expect("refused").unwrap();
+    scene.assert_writes(&source);
+    assert!(fs::read(&path).unwrap() == before, "the other file was written to");
+
+    // Back in its place it is the same file, and the same receiver takes the guest in.
+    fs::rename(&original, &path).unwrap();
+    hop(&source, &mut careful, address);
+    scene.assert_writes(&careful);
+
+    fs::copy(&path, &copy).unwrap();
+    fs::rename(&copy, &path).unwrap();
+    let mut more = scene.disk.of_a_receiver();
+    more.push("--trust-storage".into());
+    let folder = tempfile::tempdir().unwrap();
+    let (mut trusting, address) =
+        Node::receiver(scene.program(Host::B), folder.path(), "trusting", more).unwrap();
+    hop(&careful, &mut trusting, address);
+    say::figures("another file", format_args!("refused before anything moved: {why}"));
 }
 
 /// That the means of proof would notice.

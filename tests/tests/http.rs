@@ -64,6 +64,9 @@ fn what_is_asked_wrongly_is_refused() {
         ("POST", "/v1/migration", r#"{"to": "x:1", "max_rounds": -1}"#, 422),
         ("POST", "/v1/migration", "", 415),
         ("DELETE", "/v1/migration", "", 409),
+        ("GET", "/v1/migration?wait=true", "", 404),
+        ("GET", "/v1/migration?wait=long", "", 400),
+        ("GET", "/v1/arrival", "", 404),
     ];
     for (method, path, body, status) in wrong {
         refused(&guest, method, path, body, status);
@@ -92,7 +95,10 @@ fn a_migration_over_plain_http() {
     let folder = tempfile::tempdir().unwrap();
     let guest = Guest::SMALL.start(folder.path(), "guest");
     let (mut next, address) = receiver(folder.path(), "next");
-    assert_eq!(refused(&next, "GET", "/v1/vm", "", 503), "other");
+    assert_eq!(refused(&next, "PUT", "/v1/vm/pause", "", 503), "other");
+    assert_eq!(refused(&next, "GET", "/v1/migration", "", 404), "other");
+    assert_eq!(refused(&next, "GET", "/v1/arrival", "", 404), "other");
+    assert_eq!(call(next.api_path(), "GET", "/v1/vm", "").1["state"], "waiting");
     let (status, vm) = call(guest.api_path(), "GET", "/v1/vm", "");
     assert_eq!((status, &vm["state"]), (200, &Value::from("running")));
     let slow = Rules { data_delay: Duration::from_millis(20), ..Rules::default() };

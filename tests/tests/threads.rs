@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::say;
-use whimbrel_tests::sides::{Guest, PATIENCE, receiver, request, wait_until};
+use whimbrel_tests::sides::{Guest, PATIENCE, is_empty, receiver, request, wait_until};
 
 /// Lets a process start no thread, for as long as this exists.
 struct NoThreads {
@@ -60,7 +60,7 @@ fn a_guest_that_arrives_runs_where_no_thread_can_be_started() {
     // All threads that a destination needs are there. Nothing happens while the next ones are forbidden.
     signal(source.pid(), libc::SIGSTOP);
     let no_threads = NoThreads::of(destination.pid(), folder.path());
-    assert!(destination.status().is_err(), "the guest has not arrived yet");
+    assert!(is_empty(&destination), "the guest has not arrived yet");
     signal(source.pid(), libc::SIGCONT);
     destination.expect("arrived").unwrap();
     let report = source.wait_migration(PATIENCE).unwrap().report.unwrap();

@@ -15,7 +15,8 @@ const HALT: &[u8] = &[0xf4, 0xeb, 0xfd];
 
 #[test]
 fn wrong_usage() {
-    let commands: [&[&str]; 9] = [
+    let long = "x".repeat(129);
+    let commands: [&[&str]; 11] = [
         &["run", "--no-such-flag"],
         &["run", "--memory", "much"],
         &["run", "--vcpus", "0"],
@@ -25,6 +26,8 @@ fn wrong_usage() {
         &["receive", "--listen", "nowhere"],
         &["migrate", "--api", "x", "--to", "y:1", "--on-stall", "panic"],
         &["fly"],
+        &["run", "--name", ""],
+        &["run", "--name", &long],
     ];
     for command in commands {
         let ran = run(command);
@@ -107,6 +110,11 @@ fn addresses_that_are_taken() {
     let address = taken.local_addr().unwrap().to_string();
     run(["receive", "--listen", &address]).refused(1, "another program listens there");
     run(["receive", "--listen", "192.0.2.1:4444"]).refused(1, "this host has no such address");
+    let receive = |option, value| run(["receive", "--listen", "127.0.0.1:0", option, value]);
+    receive("--disks", "/nonexistent").refused(1, "cannot use /nonexistent as a folder of disks");
+    receive("--disks", "/dev/null").refused(1, "cannot use /dev/null as a folder of disks");
+    receive("--net", "tap=nonexistent").refused(1, "there is no tap nonexistent");
+    receive("--record", "/nonexistent/moves").refused(1, "cannot keep records in /nonexistent/moves");
 
     let guest = Guest::SMALL.start(folder.path(), "guest");
     let api = guest.api_path().to_str().unwrap();
@@ -116,6 +124,6 @@ fn addresses_that_are_taken() {
     let ran = run(["run", "--serial", "none", "--api", file.to_str().unwrap()]);
     ran.refused(1, "not a socket");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
-    run(["status", "--api", "/nonexistent.sock"]).refused(1, "no virtual machine answers");
+    run(["status", "--api", "/nonexistent.sock"]).refused(8, "no virtual machine answers");
     say::figures("addresses", "5 that are taken or are nowhere refused");
 }

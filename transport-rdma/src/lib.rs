@@ -21,6 +21,9 @@ mod device;
 mod domain;
 mod halt;
 mod hello;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod limits;
 mod message;
 mod offer;

@@ -8,6 +8,7 @@
 //! may be stream sockets of any family.
 
 mod acceptor;
+mod cause;
 mod destination;
 pub mod frame;
 mod iovec;
@@ -22,7 +23,7 @@ mod stream;
 pub use acceptor::LaneAcceptor;
 pub use destination::TcpDestination;
 pub use link::{Connection, StreamLink, connect_control};
-pub use listener::{Call, Listener};
+pub use listener::{Call, Listener, Refused};
 pub use source::{DEFAULT_STREAMS, TcpSource};
 pub use stream::Stream;
 
@@ -48,8 +49,18 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The destination is not written as one is.
+    #[error("{to:?} is no destination: {why}; write the destination as host:port")]
+    Form {
+        /// What was asked for.
+        to: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The destination's name means nothing.
-    #[error("cannot find {to:?}: {why}; write the destination as host:port")]
+    #[error(
+        "cannot find the host of {to:?}: {why}; is its name right, and does this host's resolver know it?"
+    )]
     Resolve {
         /// What was asked for.
         to: String,
@@ -128,6 +139,7 @@ impl Error {
             Error::Busy { .. } => Code::BUSY,
             Error::Silent { .. } => Code::TIMEOUT,
             Error::Bind { .. }
+            | Error::Form { .. }
             | Error::Resolve { .. }
             | Error::Connect { .. }
             | Error::Descriptor(_)

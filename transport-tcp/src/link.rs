@@ -7,7 +7,7 @@ use migration::link::{ControlLink, LinkError};
 use migration::preamble::{Kind, Preamble, PreambleError, Status};
 use migration::transport::Token;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -112,6 +112,29 @@ impl<S: Stream> ControlLink for StreamLink<S> {
     }
 }
 
+/// Whether `to` has the form of a destination, whatever its name means. The library would take an IPv6
+/// address without brackets for a shorter one with a port.
+fn check_form(to: &str) -> Result<(), Error> {
+    let form = |why: String| Err(Error::Form { to: to.into(), why });
+    if to.parse::<SocketAddr>().is_ok() {
+        return Ok(());
+    }
+    let Some((host, port)) = to.rsplit_once(':') else { return form("it has no port".into()) };
+    if host.contains(':') {
+        return form(match host.parse::<Ipv6Addr>() {
+            Ok(_) => format!("an IPv6 address stands in brackets: [{host}]:{port}"),
+            Err(_) => "an IPv6 address stands in brackets: [address]:port".into(),
+        });
+    }
+    if host.is_empty() {
+        return form("it has no host".into());
+    }
+    if port.parse::<u16>().is_err() {
+        return form(format!("{port:?} is no port, which is a number up to 65535"));
+    }
+    Ok(())
+}
+
 /// A control link over TCP.
 pub struct Connection {
     link: StreamLink<TcpStream>,
@@ -124,6 +147,7 @@ pub struct Connection {
 /// # Errors
 /// [`Error`] says whether the name, the network or the program there is at fault.
 pub fn connect_control(to: &str, token: Token, patience: Duration) -> Result<Connection, Error> {
+    check_form(to)?;
     let resolve = |why: String| Error::Resolve { to: to.into(), why };
     let addresses = to.to_socket_addrs().map_err(|e| resolve(e.to_string()))?;
     let mut last = resolve("it has no address".into());
@@ -167,5 +191,36 @@ impl ControlLink for Connection {
 
     fn receive(&mut self, wait: Duration) -> Result<Option<Vec<u8>>, LinkError> {
         self.link.receive(wait)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(to: &str) -> String {
+        match connect_control(to, Token([0; 16]), Duration::from_secs(5)) {
+            Ok(_) => panic!("{to} was connected to"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn an_address_of_another_form_is_told_from_a_name_that_means_nothing() {
+        for (to, hint) in [
+            ("host", "it has no port"),
+            (":4444", "it has no host"),
+            ("host:77777", "\"77777\" is no port"),
+            ("fd00:1::2:4444", "[fd00:1::2]:4444"),
+            ("fd00:1::2", "[address]:port"),
+        ] {
+            let error = refused(to);
+            assert!(error.contains(hint) && error.contains("write the destination as host:port"), "{error}");
+        }
+        let error = refused("no-such-host.invalid:4444");
+        assert!(error.contains("cannot find") && !error.contains("host:port"), "{error}");
+        for to in ["host:4444", "10.0.0.1:4444", "[fd00:1::2]:4444"] {
+            check_form(to).unwrap();
+        }
     }
 }

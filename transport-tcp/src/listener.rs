@@ -13,16 +13,54 @@ use migration::preamble::{Kind, Status};
 use migration::transport::Token;
 use socket2::Socket;
 use std::collections::{HashSet, VecDeque};
+use std::fmt::Display;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most connections whose preamble is awaited at once; more are closed.
 const MAX_PENDING_CONNECTIONS: usize = 64;
+
+/// How often refused callers are told of at most.
+const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A caller that was not let in.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Refused {
+    /// Who called.
+    pub peer: SocketAddr,
+    /// What was wrong, for a person.
+    pub why: String,
+    /// Callers that were refused since the last one that was told of.
+    pub untold: u64,
+}
+
+type OnRefused = Box<dyn Fn(&Refused) + Send>;
+
+/// Tells of refused callers, though not of each: anybody can call as often as he likes.
+#[derive(Default)]
+struct Refusals {
+    callback: Option<OnRefused>,
+    last: Option<Instant>,
+    untold: u64,
+}
+
+impl Refusals {
+    fn tell(&mut self, peer: SocketAddr, why: impl Display) {
+        let Some(callback) = &self.callback else { return };
+        if self.last.is_some_and(|last| last.elapsed() < REFUSAL_INTERVAL) {
+            self.untold += 1;
+            return;
+        }
+        self.last = Some(Instant::now());
+        callback(&Refused { peer, why: why.to_string(), untold: std::mem::take(&mut self.untold) });
+    }
+}
 
 /// A listening port.
 pub struct Listener {
@@ -45,6 +83,7 @@ struct Shared {
     lanes: LaneAcceptor,
     state: Mutex<State>,
     changed: Condvar,
+    refusals: Mutex<Refusals>,
     pending: AtomicUsize,
     closed: AtomicBool,
 }
@@ -120,6 +159,7 @@ impl Listener {
             lanes: LaneAcceptor::new(),
             state: Mutex::default(),
             changed: Condvar::new(),
+            refusals: Mutex::default(),
             pending: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
         });
@@ -148,6 +188,13 @@ impl Listener {
             Some(error) => Err(Error::Stopped(error)),
             None => Ok(state.waiting.pop_front()),
         }
+    }
+
+    /// Calls `callback` when a caller is not let in: one that sends no preamble, that finds this side busy,
+    /// or that is one too many. At most once a second; the next call tells how many it left out. It comes
+    /// from a thread of the listener's.
+    pub fn on_refused(&self, callback: impl Fn(&Refused) + Send + 'static) {
+        self.shared.refusals().callback = Some(Box::new(callback));
     }
 
     /// Where data connections go. Lanes that were accepted elsewhere can be given to it as well.
@@ -189,6 +236,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn refusals(&self) -> MutexGuard<'_, Refusals> {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn accept(self: Arc<Self>, listener: &TcpListener) {
         while !self.closed.load(Ordering::Acquire) {
             match listener.accept() {
@@ -210,15 +261,20 @@ impl Shared {
     fn welcome(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr) {
         let pending = Pending(Arc::clone(self));
         if self.pending.fetch_add(1, Ordering::Relaxed) >= MAX_PENDING_CONNECTIONS {
+            self.refusals().tell(peer, "too many callers have not yet said what they want");
             return;
         }
         let shared = Arc::clone(self);
         // Without a thread the connection is closed, as if there were too many.
         let _ = thread::Builder::new().name("preamble".into()).spawn(move || {
             let _pending = pending;
-            // A caller that breaks off or sends nonsense needs no report here. It has been answered, if it
-            // listens.
-            let _ = shared.admit(stream, peer);
+            // It has been answered, if it listens.
+            if let Err(why) = shared.admit(stream, peer)
+                // The listener itself calls to wake the accepting thread.
+                && !shared.closed.load(Ordering::Acquire)
+            {
+                shared.refusals().tell(peer, why);
+            }
         });
     }
 
@@ -235,6 +291,9 @@ impl Shared {
                 let status = if slot.is_some() { Status::Ok } else { Status::Busy };
                 // If the answer fails, the slot is given back.
                 socket.write_all(&preamble.answer(status).encode()).map_err(broken)?;
+                if slot.is_none() {
+                    self.refusals().tell(peer, "this side is busy taking in another guest");
+                }
                 if let Some(slot) = slot {
                     let connection = Connection::new(OwnedFd::from(socket).into(), preamble.token, peer);
                     self.lock().waiting.push_back(Call { _slot: slot, connection });

@@ -11,15 +11,20 @@ use migration::transport::{MAX_LANES, PlaneError, Session, Token};
 use socket2::Socket;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+
+/// Pages that are cleared between two looks at whether the session is over.
+const CLEAR_PAGES: u64 = 4096;
 
 /// What the streams of one session write to.
 pub(crate) struct Plane {
     session: Session,
     turns: Turns,
     streams: Mutex<Streams>,
+    /// Set by the fence: what is being placed need not be finished.
+    over: AtomicBool,
     placed: AtomicU64,
     cpu_us: AtomicU64,
     error: Mutex<Option<String>>,
@@ -58,6 +63,7 @@ impl Plane {
             session: session.clone(),
             turns: Turns::new(&session.ram),
             streams: Mutex::default(),
+            over: AtomicBool::new(false),
             placed: AtomicU64::new(0),
             cpu_us: AtomicU64::new(0),
             error: Mutex::default(),
@@ -133,6 +139,7 @@ impl Plane {
         let threads = {
             let mut streams = lock(&self.streams);
             streams.fenced = true;
+            self.over.store(true, Ordering::Release);
             for stream in streams.handles.drain(..) {
                 // Fails only for a connection that is down already.
                 let _ = stream.shutdown(Shutdown::Both);
@@ -174,6 +181,9 @@ impl Receiver<'_> {
     fn run(&mut self) -> Result<(), PlaneError> {
         let broken = |source| PlaneError::Io { what: "receiving memory", source };
         loop {
+            if self.plane.over.load(Ordering::Acquire) {
+                return Ok(());
+            }
             let mut head = [0; UNIT];
             match self.stream.read_exact(&mut head) {
                 Ok(()) => {}
@@ -190,7 +200,9 @@ impl Receiver<'_> {
                     self.plane.placed.fetch_add(bytes, Ordering::Relaxed);
                 }
                 Kind::Zero => {
-                    self.extents.iter().for_each(|extent| clear(&self.plane.session.ram, extent));
+                    for extent in &self.extents {
+                        clear(&self.plane.session.ram, extent, &self.plane.over);
+                    }
                     // Named pages are a sign of life as much as sent ones.
                     self.plane.placed.fetch_add(self.extents.len() as u64, Ordering::Relaxed);
                 }
@@ -199,7 +211,8 @@ impl Receiver<'_> {
         }
     }
 
-    /// Reads a table of extents and checks each before anything is touched.
+    /// Reads a table of extents and checks each before anything is touched. Extents that overlap are refused:
+    /// a short frame could name all memory thousands of times.
     fn read_table(&mut self, extents: usize) -> Result<(), PlaneError> {
         debug_assert!(extents <= MAX_FRAME_EXTENTS, "the header's bound");
         self.table.resize(extents * UNIT, 0);
@@ -213,17 +226,97 @@ impl Receiver<'_> {
             self.plane.session.ram.check(&extent)?;
             self.extents.push(extent);
         }
+        if overlap(&self.extents) {
+            return Err(PlaneError::Protocol("extents of one frame overlap".into()));
+        }
         Ok(())
     }
 }
 
-/// Makes a checked extent read as zeros. Pages that do not exist already do, and are not made to exist.
-fn clear(ram: &Ram, extent: &Extent) {
+/// Whether any of the extents overlap. Their order is free, but the engine's is that of their addresses,
+/// which costs one pass.
+fn overlap(extents: &[Extent]) -> bool {
+    let meet = |pair: &[Extent]| {
+        let [one, next] = pair else { return false };
+        (one.region, one.offset + one.len) > (next.region, next.offset)
+    };
+    if !extents.windows(2).any(meet) {
+        return false;
+    }
+    let mut sorted = extents.to_vec();
+    sorted.sort_unstable_by_key(|extent| (extent.region, extent.offset));
+    sorted.windows(2).any(meet)
+}
+
+/// Makes a checked extent read as zeros, unless the session is `over` before. Pages that do not exist already
+/// do, and are not made to exist.
+fn clear(ram: &Ram, extent: &Extent, over: &AtomicBool) {
     let Ok(region) = ram.check(extent) else { return };
-    scan::existing(region, extent.offset / PAGE_SIZE, extent.len / PAGE_SIZE, |first, pages| {
-        let address = region.address().wrapping_add((first * PAGE_SIZE) as usize);
-        // SAFETY: `existing` reports only pages of the extent, which lies inside the region's
-        // mapping; the guest does not run here yet, and no reference to its memory exists.
-        unsafe { std::ptr::write_bytes(address, 0, (pages * PAGE_SIZE) as usize) };
-    });
+    let (mut at, end) = (extent.offset / PAGE_SIZE, (extent.offset + extent.len) / PAGE_SIZE);
+    while at < end && !over.load(Ordering::Acquire) {
+        let some = CLEAR_PAGES.min(end - at);
+        scan::existing(region, at, some, |first, pages| {
+            let address = region.address().wrapping_add((first * PAGE_SIZE) as usize);
+            // SAFETY: `existing` reports only pages of the extent, which lies inside the region's
+            // mapping; the guest does not run here yet, and no reference to its memory exists.
+            unsafe { std::ptr::write_bytes(address, 0, (pages * PAGE_SIZE) as usize) };
+        });
+        at += some;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use migration::conformance::bed::ram_of;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    fn extent(first_page: u64, pages: u64) -> Extent {
+        Extent { region: 0, offset: first_page * PAGE_SIZE, len: pages * PAGE_SIZE }
+    }
+
+    /// Whether a session goes on that is sent one frame which names these extents as zero; if not, why.
+    fn named(extents: &[Extent]) -> Result<(), String> {
+        let token = Token([7; 16]);
+        let plane = Arc::new(Plane::new(&Session::new(token, ram_of(&[64]), Duration::from_secs(5))));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut source = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let stream = Socket::from(listener.accept().unwrap().0);
+        plane.join(stream, Preamble::data(token, 0, 1)).unwrap();
+        source.read_exact(&mut [0; preamble::LEN]).unwrap();
+        let mut frame =
+            Header { kind: Kind::Zero, extents: extents.len() as u32, round: 0 }.encode().to_vec();
+        extents.iter().for_each(|extent| frame::put_extent(&mut frame, extent));
+        let barrier = Header { kind: Kind::Barrier, extents: 0, round: 1 };
+        frame.extend_from_slice(&barrier.encode());
+        source.write_all(&frame).unwrap();
+        let confirmed = source.read_exact(&mut [0; UNIT]);
+        plane.fence().unwrap();
+        confirmed.map_err(|_| plane.error().unwrap_or_default())
+    }
+
+    #[test]
+    fn a_frame_names_each_page_once_and_at_least_one() {
+        named(&[extent(0, 8), extent(8, 1), extent(20, 44)]).unwrap();
+        named(&[extent(20, 44), extent(8, 1), extent(0, 8)]).unwrap();
+        assert!(named(&[extent(0, 64); 4096]).unwrap_err().contains("overlap"));
+        assert!(named(&[extent(20, 1), extent(0, 2), extent(1, 1)]).unwrap_err().contains("overlap"));
+        assert!(named(&[extent(3, 0)]).is_err());
+    }
+
+    #[test]
+    fn clearing_stops_when_the_session_is_over() {
+        let ram = ram_of(&[64]);
+        let all = extent(0, 64);
+        let byte = ram.address(&all).unwrap();
+        // SAFETY: inside the mapping; nobody else uses it.
+        unsafe { byte.write(1) };
+        clear(&ram, &all, &AtomicBool::new(true));
+        // SAFETY: as above.
+        assert_eq!(unsafe { byte.read() }, 1, "not interrupted");
+        clear(&ram, &all, &AtomicBool::new(false));
+        // SAFETY: as above.
+        assert_eq!(unsafe { byte.read() }, 0);
+    }
 }

@@ -8,7 +8,7 @@
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::iovec::{self, MAX_IOVECS};
 use crate::stream::{self, PEER};
-use crate::{Error, pacing};
+use crate::{Error, cause, pacing};
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::Preamble;
 use migration::transport::{Interrupt, Lane, LaneStats, PlaneError, Session, SourcePlane, SourceTransport};
@@ -168,10 +168,7 @@ impl TcpLane {
         if self.interrupted.load(Ordering::Acquire) {
             return PlaneError::Interrupted;
         }
-        match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => PlaneError::Timeout(self.timeout),
-            _ => PlaneError::Io { what, source },
-        }
+        cause::of(&self.stream, what, source, self.timeout)
     }
 
     /// Reads the destination's answer, which comes once it has everything that was sent before. The socket
@@ -200,10 +197,7 @@ impl TcpLane {
 
     /// Bytes that the peer's kernel has not confirmed.
     fn unconfirmed(&self) -> io::Result<u32> {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: the request (SIOCOUTQ by its other name) writes one int, which lives across the call.
-        let result = unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
-        if result == 0 { Ok(bytes.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
+        cause::unconfirmed(&self.stream)
     }
 
     fn check(&self, extents: &[Extent]) -> Result<(), PlaneError> {
@@ -415,6 +409,41 @@ mod tests {
     fn a_peer_that_takes_nothing_is_silent() {
         let (mut lane, _peer) = lane_to_slow_peer(BYTES / 8);
         lane.stream.write_all(&vec![0; BYTES]).unwrap();
-        assert!(matches!(lane.wait_barrier(7), Err(PlaneError::Timeout(PATIENCE))));
+        let error = lane.wait_barrier(7).unwrap_err();
+        assert!(matches!(error, PlaneError::Stalled { patience: PATIENCE, .. }), "{error}");
+    }
+
+    /// What a lane says that writes until it cannot, to a peer of which `fate` has decided.
+    fn writes_to(fate: impl FnOnce(TcpStream)) -> PlaneError {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = Socket::from(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        stream::prepare(&stream, PATIENCE).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        let ram = ram_of(&[256]);
+        let mut lane = TcpLane {
+            stream,
+            ram,
+            timeout: PATIENCE,
+            head: Vec::new(),
+            stats: LaneStats::default(),
+            interrupted: Arc::default(),
+        };
+        let all = [Extent { region: 0, offset: 0, len: 256 * PAGE_SIZE }];
+        lane.write(&all).unwrap();
+        fate(peer);
+        loop {
+            if let Err(error) = lane.write(&all) {
+                return error;
+            }
+        }
+    }
+
+    #[test]
+    fn a_peer_that_ends_is_told_from_one_that_stands_still() {
+        let ended = writes_to(drop);
+        assert!(matches!(ended, PlaneError::Closed(_) | PlaneError::Reset(_)), "{ended}");
+        let mut kept = None;
+        let stopped = writes_to(|peer| kept = Some(peer));
+        assert!(matches!(stopped, PlaneError::Stalled { .. }), "{stopped}");
     }
 }

@@ -5,7 +5,8 @@ mod common;
 use common::{assert_moved, cache, receive, send};
 use migration::link::ControlLink;
 use migration::transport::Token;
-use std::net::Ipv4Addr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
 use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
@@ -93,4 +94,34 @@ fn a_listener_takes_one_session_unless_told_otherwise() {
     let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     let _first = call(&listener, 1).unwrap();
     assert!(matches!(call(&listener, 2), Err(Error::Busy { .. })));
+}
+
+#[test]
+fn refused_callers_are_told_of_once_a_second_and_counted() {
+    let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    listener
+        .on_refused(move |refused| tell.send((refused.peer, refused.why.clone(), refused.untold)).unwrap());
+    let garbage = || {
+        let mut caller = TcpStream::connect(listener.local_addr()).unwrap();
+        let address = caller.local_addr().unwrap();
+        caller.write_all(&[0xff; 32]).unwrap();
+        // Refused by now.
+        let _ = caller.read(&mut [0; 32]);
+        address
+    };
+    let first = garbage();
+    let (peer, why, untold) = told.recv_timeout(PATIENCE).unwrap();
+    assert_eq!((peer, untold), (first, 0), "{why}");
+    let mut counted = 0;
+    let mut refused = 0;
+    while counted == 0 {
+        garbage();
+        thread::sleep(Duration::from_millis(10));
+        refused += 1;
+        if let Ok((_, _, untold)) = told.try_recv() {
+            counted = untold;
+        }
+    }
+    assert!(counted < refused && refused > 1, "{counted} of {refused}");
 }

@@ -2,15 +2,19 @@
 
 use crate::component::{Error as StateError, strict};
 use crate::error::Error;
-use crate::machine::{Machine, MachineConfig};
-use crate::memory::PageSize;
+use crate::machine::{Machine, MachineConfig, check_name};
+use crate::memory::{PageSize, Thp};
 use crate::serial::SerialOutput;
 use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
-/// The version that this program writes and reads.
-const VERSION: u16 = 2;
+/// The version of the description of a machine whose guest is to run.
+const VERSION: u16 = 3;
+
+/// The version of one whose guest stays paused. But for that it is the same; a program that does not know it
+/// would let the guest run.
+const VERSION_PAUSED: u16 = 4;
 
 /// Most CPUID entries that KVM takes.
 const MAX_CPUID_ENTRIES: usize = 256;
@@ -27,12 +31,18 @@ pub(crate) struct Description {
     msrs: Vec<u32>,
     /// PCI devices by place.
     devices: Vec<DeviceConfig>,
+    /// What its operators call it.
+    name: String,
+    /// Told by the version.
+    #[serde(skip)]
+    stays_paused: bool,
 }
 
 impl Description {
     pub fn of(machine: &Machine) -> Self {
         let config = machine.config();
         Description {
+            name: config.name.clone(),
             memory: config.memory,
             pages: config.pages,
             vcpus: config.vcpus,
@@ -40,11 +50,13 @@ impl Description {
             cpuid: config.cpuid.clone(),
             msrs: machine.saved_msrs().to_vec(),
             devices: machine.device_configs(),
+            stays_paused: machine.stays_paused(),
         }
     }
 
     pub fn encode(&self) -> Result<Vec<u8>, Error> {
-        Ok(postcard::to_stdvec(&(VERSION, self)).map_err(StateError::Encode)?)
+        Ok(postcard::to_stdvec(&(if self.stays_paused { VERSION_PAUSED } else { VERSION }, self))
+            .map_err(StateError::Encode)?)
     }
 
     /// Reads what a peer sent.
@@ -52,19 +64,26 @@ impl Description {
         let refuse = |what| Error::State(StateError::NotDescription(what));
         // The version first, and alone: another version's fields need not decode.
         let (version, _) = postcard::take_from_bytes::<u16>(bytes).map_err(|e| refuse(e.to_string()))?;
-        if version != VERSION {
+        if ![VERSION, VERSION_PAUSED].contains(&version) {
             return Err(refuse(format!("it has version {version} and this program reads version {VERSION}")));
         }
-        let (_, description): (u16, Description) = strict(bytes).map_err(refuse)?;
+        let (_, mut description): (u16, Description) = strict(bytes).map_err(refuse)?;
         if description.cpuid.len() > MAX_CPUID_ENTRIES {
             return Err(refuse(format!("it has {} CPUID entries", description.cpuid.len())));
         }
+        check_name(&description.name).map_err(|error| refuse(error.to_string()))?;
+        description.stays_paused = version == VERSION_PAUSED;
         Ok(description)
     }
 
     /// The CPU that the guest was promised.
     pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
         &self.cpuid
+    }
+
+    /// Whether the guest is to stay paused.
+    pub fn stays_paused(&self) -> bool {
+        self.stays_paused
     }
 
     /// The registers that the guest's state will have.
@@ -75,8 +94,10 @@ impl Description {
     /// The machine to be built.
     pub fn into_config(self, serial: SerialOutput, local: LocalConfig) -> MachineConfig {
         MachineConfig {
+            name: self.name,
             memory: self.memory,
             pages: self.pages,
+            thp: Thp::default(),
             vcpus: self.vcpus,
             cpuid: self.cpuid,
             tsc_khz: Some(self.tsc_khz),
@@ -94,6 +115,7 @@ mod tests {
     #[test]
     fn a_peer_s_description_is_read_exactly() {
         let description = Description {
+            name: "web1".into(),
             memory: 16 << 20,
             pages: PageSize::Huge2M,
             vcpus: 3,
@@ -101,6 +123,7 @@ mod tests {
             cpuid: vec![kvm_cpuid_entry2 { function: 7, ebx: 5, ..Default::default() }],
             msrs: vec![0x10, 0xc000_0080],
             devices: vec![DeviceConfig::Rng, DeviceConfig::Console],
+            stays_paused: false,
         };
         let bytes = description.encode().unwrap();
         assert_eq!(Description::decode(&bytes).unwrap(), description);
@@ -108,6 +131,15 @@ mod tests {
             assert!(Description::decode(&bytes[..end]).is_err(), "cut at {end}");
         }
         assert!(Description::decode(&[&bytes[..], &[0]].concat()).is_err());
+        for bad in [String::new(), "a\nb".into(), "x".repeat(129)] {
+            let unnamed = Description { name: bad, ..description.clone() };
+            let refused = Description::decode(&unnamed.encode().unwrap()).unwrap_err().to_string();
+            assert!(refused.contains("1 to 128 bytes"), "{refused}");
+        }
+        let paused = Description { stays_paused: true, ..description };
+        let of_paused = paused.encode().unwrap();
+        assert_eq!(Description::decode(&of_paused).unwrap(), paused);
+        assert_eq!((bytes[0], of_paused[0]), (3, 4), "a program that knows only 3 must not run it");
         let mut newer = bytes.clone();
         newer[0] = 9;
         assert!(Description::decode(&newer).unwrap_err().to_string().contains("version 9"));

@@ -63,6 +63,15 @@ impl Devices {
         &self.virtio
     }
 
+    /// Refuses disks that nobody else has locked. The machine that a guest comes from has locked all of them.
+    /// Those that are `trusted` need no lock, but must be raw.
+    ///
+    /// # Errors
+    /// If this host sees no lock on one of them, or one is not raw.
+    pub fn check_disks_shared(&self, trusted: bool) -> Result<(), Error> {
+        self.virtio.iter().try_for_each(|function| function.device().check_disk_shared(trusted))
+    }
+
     /// Takes the locks of all disks. If it fails, the machine holds those that it held before and no others.
     ///
     /// # Errors

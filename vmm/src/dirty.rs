@@ -14,14 +14,18 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use migration::dirty::DirtySet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Dirty tracking of one machine.
 pub(crate) struct DirtyTracking {
     vm: Arc<VmFd>,
+    ram: Arc<GuestRam>,
     /// What KVM answered last, before it is merged: it overwrites, and the caller wants an OR.
     /// Allocated when tracking starts, one word per 64 pages of the largest region.
     scratch: Mutex<Vec<u64>>,
+    /// Whether tracking is on.
+    on: Arc<AtomicBool>,
 }
 
 impl DirtyTracking {
@@ -29,7 +33,7 @@ impl DirtyTracking {
     ///
     /// # Errors
     /// [`Error::Capability`] on kernels before 5.7.
-    pub fn new(vm: &Arc<VmFd>) -> Result<Self, Error> {
+    pub fn new(vm: &Arc<VmFd>, ram: &Arc<GuestRam>) -> Result<Self, Error> {
         let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         let offered = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
         if offered as u32 & wanted != wanted {
@@ -37,20 +41,26 @@ impl DirtyTracking {
         }
         let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         cap.args[0] = u64::from(wanted);
-        vm.enable_cap(&cap).context("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")?;
-        Ok(DirtyTracking { vm: vm.clone(), scratch: Mutex::new(Vec::new()) })
+        ioctl::call("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", || vm.enable_cap(&cap))?;
+        Ok(DirtyTracking { vm: vm.clone(), ram: ram.clone(), scratch: Mutex::default(), on: Arc::default() })
+    }
+
+    /// Whether tracking is on, for those who look at it now and then. They are told before it starts.
+    pub fn is_on(&self) -> Arc<AtomicBool> {
+        self.on.clone()
     }
 
     /// Starts tracking; every page counts as dirty. Starting again starts afresh.
-    pub fn start(&self, ram: &GuestRam) -> Result<(), KvmError> {
-        let largest = ram.ram().regions().iter().map(|r| r.pages().div_ceil(64)).max().unwrap_or(0);
+    pub fn start(&self) -> Result<(), KvmError> {
+        let largest = self.ram.ram().regions().iter().map(|r| r.pages().div_ceil(64)).max().unwrap_or(0);
         let mut scratch = lock(&self.scratch);
+        self.on.store(true, Ordering::Relaxed);
         *scratch = vec![0; largest as usize];
-        for region in 0..ram.ram().regions().len() {
+        for region in 0..self.ram.ram().regions().len() {
             // Off and on again: KVM makes a new log, all set, only then.
-            slot::set(&self.vm, ram, region, 0)?;
-            slot::set(&self.vm, ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
-            if let Some(log) = ram.write_log(region) {
+            slot::set(&self.vm, &self.ram, region, 0)?;
+            slot::set(&self.vm, &self.ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
+            if let Some(log) = self.ram.write_log(region) {
                 // Nothing is lost: KVM's log says "dirty" for every page from here on.
                 log.reset();
             }
@@ -59,21 +69,23 @@ impl DirtyTracking {
     }
 
     /// Stops tracking.
-    pub fn stop(&self, ram: &GuestRam) -> Result<(), KvmError> {
+    pub fn stop(&self) -> Result<(), KvmError> {
         let mut scratch = lock(&self.scratch);
         *scratch = Vec::new();
-        slot::set_all(&self.vm, ram)
+        self.on.store(false, Ordering::Relaxed);
+        slot::set_all(&self.vm, &self.ram)
     }
 
     /// Adds every page written since it was last cleared. Allocates nothing.
-    pub fn collect(&self, ram: &GuestRam, set: &mut DirtySet) -> Result<(), KvmError> {
+    pub fn collect(&self, set: &mut DirtySet) -> Result<(), KvmError> {
         let mut scratch = lock(&self.scratch);
-        for (number, region) in ram.ram().regions().iter().enumerate().take(set.regions()) {
-            ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
-                .context("KVM_GET_DIRTY_LOG")?;
+        for (number, region) in self.ram.ram().regions().iter().enumerate().take(set.regions()) {
+            ioctl::call("KVM_GET_DIRTY_LOG", || {
+                ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
+            })?;
             let words = set.words_mut(number);
             words.iter_mut().zip(scratch.iter()).for_each(|(out, word)| *out |= word);
-            if let Some(log) = ram.write_log(number) {
+            if let Some(log) = self.ram.write_log(number) {
                 log.merge_into(words);
             }
         }
@@ -81,26 +93,21 @@ impl DirtyTracking {
     }
 
     /// Clears the pages of `words`, whose first is page `first_page`, a multiple of 64.
-    pub fn clear(
-        &self,
-        ram: &GuestRam,
-        region: usize,
-        first_page: u64,
-        words: &[u64],
-    ) -> Result<(), KvmError> {
+    pub fn clear(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), KvmError> {
         let out_of_range = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
-        let total = ram.ram().regions().get(region).map_or(0, |r| r.pages());
+        let total = self.ram.ram().regions().get(region).map_or(0, |r| r.pages());
         let pages = total.saturating_sub(first_page).min(words.len() as u64 * 64);
         if pages == 0 || !first_page.is_multiple_of(64) {
             let call = "a range of pages to clear that lies outside guest memory";
             return Err(KvmError { call, source: out_of_range() });
         }
         // The VMM's own log first: a write between the two is then at worst sent twice.
-        if let Some(log) = ram.write_log(region) {
+        if let Some(log) = self.ram.write_log(region) {
             log.clear(first_page, words);
         }
         let pages = u32::try_from(pages).map_err(|_| out_of_range()).context("KVM_CLEAR_DIRTY_LOG")?;
-        ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
-            .context("KVM_CLEAR_DIRTY_LOG")
+        ioctl::call("KVM_CLEAR_DIRTY_LOG", || {
+            ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
+        })
     }
 }

@@ -79,6 +79,9 @@ pub enum Error {
     /// The machine runs, and this needs it to be paused.
     #[error("the machine is running; pause it first")]
     NotPaused,
+    /// The machine's memory must not change, as it is being moved.
+    #[error("the guest's memory is being moved and must not be written to")]
+    MemoryIsMoving,
     /// The machine was stopped for good.
     #[error("the machine has been stopped")]
     Stopped,
@@ -91,7 +94,7 @@ impl Error {
             Error::NoKvm { .. } | Error::Capability { .. } | Error::Thread(_) => Code::HOST,
             Error::VcpuCount { .. } | Error::Cpu(_) => Code::CPU,
             Error::Memory(_) => Code::MEMORY,
-            Error::Loader(_) | Error::NotPaused => Code::OTHER,
+            Error::Loader(_) | Error::NotPaused | Error::MemoryIsMoving => Code::OTHER,
             Error::State(_) | Error::Kvm(_) => Code::STATE,
             Error::Disk(
                 virtio::block::Error::Held { .. }

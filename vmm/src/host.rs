@@ -1,8 +1,8 @@
 //! What this host's KVM can do.
 
 use crate::error::Error;
+use crate::ioctl;
 use kvm_ioctls::{Cap, Kvm};
-use std::io;
 
 /// Capabilities without which no machine runs, each with its plain name.
 const REQUIRED: &[(Cap, &str)] = &[
@@ -37,7 +37,7 @@ impl Host {
     /// # Errors
     /// [`Error::NoKvm`] or [`Error::Capability`].
     pub fn open() -> Result<Self, Error> {
-        let kvm = Kvm::new().map_err(|e| Error::NoKvm { source: io::Error::from_raw_os_error(e.errno()) })?;
+        let kvm = ioctl::call("open", Kvm::new).map_err(|e| Error::NoKvm { source: e.source })?;
         if kvm.get_api_version() != 12 {
             return Err(Error::Capability { what: "API version 12" });
         }

@@ -5,7 +5,8 @@ use crate::description::Description;
 use crate::error::Error;
 use crate::guest::{self, When};
 use crate::host::Host;
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineConfig};
+use crate::memory::Thp;
 use crate::outgoing::half_a_handover;
 use crate::serial::SerialOutput;
 use crate::vcpu::msr;
@@ -28,6 +29,12 @@ pub struct IncomingOptions {
     pub local: LocalConfig,
     /// Whether RAM is populated before the source may write to it.
     pub populate: bool,
+    /// Whether RAM may come to lie in transparent huge pages.
+    pub thp: Thp,
+    /// Whether disks count as those of the source without proof. The proof is that this host sees the
+    /// source's locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes
+    /// over what is there.
+    pub trust_storage: bool,
 }
 
 /// Builds shadow machines on this host.
@@ -52,11 +59,11 @@ impl IncomingHost {
         if !missing.is_empty() {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }
+        let stays_paused = description.stays_paused();
         let msrs = description.msrs().to_vec();
-        let machine = Machine::build(
-            &self.host,
-            description.into_config(self.options.serial.clone(), self.options.local.clone()),
-        )?;
+        let config = description.into_config(self.options.serial.clone(), self.options.local.clone());
+        let machine = Machine::build(&self.host, MachineConfig { thp: self.options.thp, ..config })?;
+        machine.take_in(stays_paused);
         // A register that this host lacks would fail the load in the middle of the blackout.
         let known = machine.saved_msrs();
         let lacking: Vec<_> = msrs
@@ -71,6 +78,7 @@ impl IncomingHost {
             let text = "the announced memory layout is not the one that the described machine has";
             return Err(Failure::new(Code::MEMORY, text));
         }
+        machine.shared.devices.check_disks_shared(self.options.trust_storage)?;
         if self.options.populate {
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             machine.memory().populate(threads).map_err(Error::from)?;
@@ -122,7 +130,7 @@ impl DestinationMachine for IncomingMachine {
     }
 
     fn run(&mut self) -> Result<(), Failure> {
-        Ok(self.machine.resume()?)
+        Ok(self.machine.resume_after_move()?)
     }
 
     fn announce(&mut self) {
@@ -132,8 +140,11 @@ impl DestinationMachine for IncomingMachine {
     /// What the guest says of its move, as JSON, if it keeps such a record.
     fn after_run(&mut self) -> Option<String> {
         guest::testimony(self.machine.memory())?;
+        if self.machine.stays_paused() {
+            return None;
+        }
         std::thread::sleep(AFTERMATH);
-        guest::set_phase(self.machine.memory(), When::After);
+        guest::set_phase(&self.machine, When::After);
         guest::testimony(self.machine.memory()).and_then(|t| serde_json::to_string(&t).ok())
     }
 }

@@ -44,6 +44,23 @@ impl<T> KvmContext<T> for io::Result<T> {
     }
 }
 
+/// Makes a KVM call, again for as long as a signal interrupts it, and names it in its error.
+///
+/// The kernel gives up calls that take locks or wait (making a VM, a slot, an interrupt controller) when
+/// a signal is pending, and has changed nothing then. KVM_RUN is not called through this: there, being
+/// interrupted means something.
+pub(crate) fn call<T, R: KvmContext<T>>(
+    call: &'static str,
+    mut make: impl FnMut() -> R,
+) -> Result<T, KvmError> {
+    loop {
+        match make().context(call) {
+            Err(error) if error.source.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -12,9 +12,13 @@ mod description;
 pub mod devices;
 mod dirty;
 mod error;
+mod fatal;
 pub mod guest;
 pub mod host;
 pub mod incoming;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod ioctl;
 pub mod loader;
 mod lock;

@@ -42,29 +42,29 @@ impl SourceMachine for Machine {
     }
 
     fn start_tracking(&self) -> Result<(), Failure> {
-        Ok(self.tracking.start(self.memory()).map_err(Error::from)?)
+        Ok(self.tracking.start().map_err(Error::from)?)
     }
 
     fn stop_tracking(&self) -> Result<(), Failure> {
-        Ok(self.tracking.stop(self.memory()).map_err(Error::from)?)
+        Ok(self.tracking.stop().map_err(Error::from)?)
     }
 
     fn collect_dirty(&self, set: &mut DirtySet) -> Result<(), Failure> {
-        Ok(self.tracking.collect(self.memory(), set).map_err(Error::from)?)
+        Ok(self.tracking.collect(set).map_err(Error::from)?)
     }
 
     fn clear_dirty(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), Failure> {
-        Ok(self.tracking.clear(self.memory(), region, first_page, words).map_err(Error::from)?)
+        Ok(self.tracking.clear(region, first_page, words).map_err(Error::from)?)
     }
 
     fn pause(&self) -> Result<(), Failure> {
-        Machine::pause(self)?;
+        self.pause_to_move()?;
         // A guest may have ended while its last round was under way.
         Ok(self.movable()?)
     }
 
     fn resume(&self) -> Result<(), Failure> {
-        match Machine::resume(self) {
+        match self.resume_after_move() {
             // Nothing is left to run, which is no failure of the migration's.
             Err(Error::Ended(_)) => Ok(()),
             result => Ok(result?),
@@ -86,7 +86,7 @@ impl SourceMachine for Machine {
     fn before_pause(&self) {
         // What is durable before the pause need not be made so during it.
         self.shared.devices.flush_disks();
-        guest::set_phase(self.memory(), When::During);
+        guest::set_phase(self, When::During);
     }
 }
 

@@ -30,7 +30,8 @@ pub enum SerialOutput {
     /// This process's standard output.
     #[default]
     Stdout,
-    /// A file or device, appended to; created if absent.
+    /// A file or device, appended to; created if absent. A file becomes no longer than 256 MiB; what the
+    /// guest writes beyond that is dropped until somebody truncates the file.
     File(PathBuf),
     /// Nowhere.
     Null,
@@ -46,7 +47,11 @@ impl SerialOutput {
             }
             SerialOutput::File(path) => {
                 let file = OpenOptions::new().append(true).create(true).open(path);
-                (path.display().to_string(), file.map(Output::to))
+                let regular = |file: &File| file.metadata().is_ok_and(|metadata| metadata.is_file());
+                let output = |file| {
+                    if regular(&file) { Output::bounded(file, output::MAX_FILE) } else { Output::to(file) }
+                };
+                (path.display().to_string(), file.map(output))
             }
             SerialOutput::Null => ("nowhere".into(), Ok(Output::null())),
         }

@@ -40,13 +40,13 @@ impl MachineFixture for Vmm {
         let images = Images::Below(vec![self.folder.path().into()]);
         let local = LocalConfig { images, ..LocalConfig::default() };
         let serial = SerialOutput::Null;
-        IncomingHost::open(IncomingOptions { serial, local, populate: false }).unwrap()
+        IncomingHost::open(IncomingOptions { serial, local, ..IncomingOptions::default() }).unwrap()
     }
 
     /// At the end of memory, where the guest does not write.
     fn vmm_writes(&self, machine: &Machine) -> Vec<Extent> {
         let offset = (MIB << 20) - 5000;
-        machine.memory().memory().write_slice(&[7; 2000], GuestAddress(offset)).unwrap();
+        machine.write_memory().unwrap().memory().write_slice(&[7; 2000], GuestAddress(offset)).unwrap();
         vec![Extent { region: 0, offset, len: 2000 }]
     }
 

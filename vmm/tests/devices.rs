@@ -7,6 +7,7 @@ use common::{DISK_BYTES, boot, copy_ram, disk, machine_with_devices, peek, wait_
 use migration::dirty::{DirtySet, runs};
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use migration::{Code, Failure};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
@@ -23,7 +24,16 @@ fn refusal(taken: Result<(), whimbrel_vmm::Error>) -> Code {
 fn host(folders: &[&Path]) -> IncomingHost {
     let images = Images::Below(folders.iter().map(PathBuf::from).collect());
     let local = LocalConfig { images, ..LocalConfig::default() };
-    IncomingHost::open(IncomingOptions { serial: SerialOutput::Null, local, populate: false }).unwrap()
+    IncomingHost::open(IncomingOptions { serial: SerialOutput::Null, local, ..IncomingOptions::default() })
+        .unwrap()
+}
+
+/// The same, without proof that the disks are the source's.
+fn trusting_host(folder: &Path) -> IncomingHost {
+    let local = LocalConfig { images: Images::Below(vec![folder.into()]), ..LocalConfig::default() };
+    let serial = SerialOutput::Null;
+    let options = IncomingOptions { serial, local, trust_storage: true, ..IncomingOptions::default() };
+    IncomingHost::open(options).unwrap()
 }
 
 fn shadow(source: &Machine, folders: &[&Path]) -> Result<IncomingMachine, Failure> {
@@ -112,6 +122,7 @@ fn what_a_destination_lacks_is_refused_before_anything_moves() {
     let folder = tempfile::tempdir().unwrap();
     let source = machine_with_devices(16, 1, vec![disk(folder.path(), "a")]);
     source.boot(&boot(guests::hello())).unwrap();
+    source.take_disk_locks().unwrap();
     let refused = |folders: &[&Path]| shadow(&source, folders).err().unwrap();
     let not_allowed = refused(&[]);
     assert_eq!(not_allowed.code, Code::DEVICE);
@@ -126,6 +137,77 @@ fn what_a_destination_lacks_is_refused_before_anything_moves() {
     let missing = refused(&[folder.path()]);
     assert_eq!(missing.code, Code::DEVICE);
     assert!(missing.message.contains("cannot open the disk image"), "{missing}");
+}
+
+/// Puts an equal file in its place.
+fn exchange(image: &Path) {
+    let copy = image.with_extension("copy");
+    std::fs::copy(image, &copy).unwrap();
+    std::fs::rename(copy, image).unwrap();
+}
+
+#[test]
+fn a_disk_that_only_looks_like_the_source_s_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for readonly in [false, true] {
+        let DeviceConfig::Block(config) = disk(folder.path(), "a") else { unreachable!("a disk") };
+        let config = DeviceConfig::Block(BlockConfig { readonly, ..config });
+        let source = machine_with_devices(16, 1, vec![disk(folder.path(), "b"), config]);
+        source.boot(&boot(guests::hello())).unwrap();
+        source.take_disk_locks().unwrap();
+        assert!(shadow(&source, &[folder.path()]).is_ok(), "readonly: {readonly}");
+        exchange(&folder.path().join("a"));
+        let refused = shadow(&source, &[folder.path()]).err().unwrap();
+        assert_eq!(refused.code, Code::DEVICE);
+        assert!(refused.message.contains("--trust-storage"), "{refused}");
+        let layout = source.memory().ram().layout();
+        assert!(trusting_host(folder.path()).build(&source.describe().unwrap(), &layout).is_ok());
+    }
+}
+
+#[test]
+fn an_image_that_is_not_raw_is_refused_before_it_is_written_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a");
+    let put = |at: u64, bytes: &[u8]| {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(bytes, at).unwrap();
+    };
+    let device = disk(folder.path(), "a");
+    let build = || {
+        let machine = machine_with_devices(16, 1, vec![device.clone()]);
+        machine.boot(&boot(guests::hello())).unwrap();
+        machine
+    };
+    let formats: [(u64, &[u8], &str); 6] = [
+        (0, b"QFI\xfb\0\0\0\x03", "qcow2"),
+        (0, b"KDMV", "vmdk"),
+        (0, b"# Disk DescriptorFile\n", "vmdk"),
+        (64, b"\x7f\x10\xda\xbe", "vdi"),
+        (0, b"vhdxfile", "vhdx"),
+        (0, b"conectix", "vpc"),
+    ];
+    for (at, magic, name) in formats {
+        let machine = build();
+        put(at, magic);
+        let refused = Machine::resume(&machine).unwrap_err().to_string();
+        assert!(refused.contains(&format!("format {name}")), "{refused}");
+        assert!(refused.contains("qemu-img convert -O raw"), "{refused}");
+        put(at, &vec![0; magic.len()]);
+        machine.take_disk_locks().unwrap();
+    }
+    // What is a disk of the guest's already may have what the guest likes.
+    let source = build();
+    source.take_disk_locks().unwrap();
+    put(0, b"QFI\xfb");
+    let layout = source.memory().ram().layout();
+    let description = source.describe().unwrap();
+    assert!(shadow(&source, &[folder.path()]).is_ok());
+    source.release_disk_locks().unwrap();
+    source.take_disk_locks().unwrap();
+    // Where nothing but the operator's word says that it is the same one, it must be raw.
+    drop(source);
+    let refused = trusting_host(folder.path()).build(&description, &layout).err().unwrap();
+    assert!(refused.message.contains("format qcow2"), "{refused}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod common;
 use common::guests::{self, AP_LOOPS, BACKWARDS, BAD_READS, LOOPS, TICKS};
 use common::{boot, machine, machine_with, peek, wait_above};
 use migration::machine::SourceMachine;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use whimbrel_vmm::{Crash, Error, Host, Machine, MachineConfig, Outcome, SerialOutput, memory};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -101,6 +101,56 @@ fn machines_that_no_host_can_give_are_refused() {
     let serial = SerialOutput::File("/nonexistent/serial".into());
     let error = Machine::build(&host, MachineConfig { serial, ..config(16 << 20, 1) }).err().unwrap();
     assert!(error.to_string().contains("/nonexistent/serial"), "{error}");
+}
+
+/// Bytes of a machine's RAM that are mapped by huge pages, of those from 8 MiB to 24 MiB: mappings of their
+/// own.
+fn mapped_huge(machine: &Machine) -> u64 {
+    let region = &machine.memory().ram().regions()[0];
+    assert_eq!(region.part_len(), 8 << 20);
+    let ours = region.address() as u64 + (8 << 20)..region.address() as u64 + (24 << 20);
+    let (mut inside, mut kib) = (false, 0);
+    for line in std::fs::read_to_string("/proc/self/smaps").unwrap().lines() {
+        let start = line.split_once('-').and_then(|(start, _)| u64::from_str_radix(start, 16).ok());
+        match (start, line.strip_prefix("ShmemPmdMapped:")) {
+            (Some(start), _) => inside = ours.contains(&start),
+            (None, Some(value)) if inside => {
+                kib += value.split_whitespace().next().unwrap().parse::<u64>().unwrap();
+            }
+            _ => {}
+        }
+    }
+    kib << 10
+}
+
+#[test]
+fn a_running_guest_gets_huge_pages_in_the_background_but_not_while_it_moves() {
+    let machine = machine(32, 1);
+    machine.boot(&boot(guests::ticker())).unwrap();
+    let existing = vec![0xa5; 16 << 20];
+    machine.memory().ram().regions()[0].write(8 << 20, &existing).unwrap();
+    let before = mapped_huge(&machine);
+    // Paused, and then moving: longer than a guest that runs and stays has to wait.
+    std::thread::sleep(Duration::from_secs(3));
+    SourceMachine::start_tracking(&machine).unwrap();
+    machine.resume().unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(mapped_huge(&machine), before, "it was in the way");
+    SourceMachine::stop_tracking(&machine).unwrap();
+    match memory::thp::try_collapse() {
+        Ok(()) => {
+            let deadline = Instant::now() + PATIENCE;
+            while mapped_huge(&machine) == before {
+                assert!(Instant::now() < deadline, "none were made");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        Err(why) => println!("this host makes no huge pages: {why}"),
+    }
+    machine.pause().unwrap();
+    let mut read = vec![0; existing.len()];
+    machine.memory().ram().regions()[0].read(8 << 20, &mut read).unwrap();
+    assert!(read == existing, "the content has changed");
 }
 
 #[test]

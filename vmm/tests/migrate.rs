@@ -76,7 +76,7 @@ fn ram_above_the_hole_is_tracked_and_moves() {
     source.start_tracking().unwrap();
     clear_all(&source, &collected(&source));
     let high = GuestAddress((4 << 30) + (255 << 20) + 17);
-    source.memory().memory().write_obj(0x1234_5678u32, high).unwrap();
+    source.write_memory().unwrap().memory().write_obj(0x1234_5678u32, high).unwrap();
     let set = collected(&source);
     assert_eq!(set.count(), 1);
     assert_eq!(migration::dirty::runs(set.words(1), 0).next(), Some((255 << 8, 1)));
@@ -85,7 +85,7 @@ fn ram_above_the_hole_is_tracked_and_moves() {
     wait_above(&source, TICKS, 2);
     let target = hop(&source);
     wait_above(&target, TICKS, peek(&source, TICKS) + 2);
-    assert_eq!(target.memory().memory().read_obj::<u32>(high).unwrap(), 0x1234_5678);
+    assert_eq!(target.memory().read_obj::<u32>(high).unwrap(), 0x1234_5678);
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn writes_of_guest_and_vmm_show_until_cleared_and_again_after() {
     clear_all(&machine, &collected(&machine));
     assert_eq!(collected(&machine).count(), 0);
 
-    machine.memory().memory().write_obj(1u8, GuestAddress(0x30_0fff)).unwrap();
+    machine.write_memory().unwrap().memory().write_obj(1u8, GuestAddress(0x30_0fff)).unwrap();
     let set = collected(&machine);
     assert_eq!(migration::dirty::runs(set.words(0), 0).collect::<Vec<_>>(), [(0x300, 1)]);
     assert_eq!(collected(&machine), set, "collecting clears nothing");

@@ -45,7 +45,8 @@ fn machine(taps: &[&str]) -> Machine {
 }
 
 fn shadow(source: &Machine, taps: &[&str]) -> Result<IncomingMachine, migration::Failure> {
-    let options = IncomingOptions { serial: SerialOutput::Null, local: local(taps), populate: false };
+    let options =
+        IncomingOptions { serial: SerialOutput::Null, local: local(taps), ..IncomingOptions::default() };
     let mut host = IncomingHost::open(options).unwrap();
     let shadow = host.build(&source.describe().unwrap(), &source.memory().ram().layout())?;
     taps.iter().for_each(|tap| wait_up(tap));

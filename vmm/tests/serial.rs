@@ -29,7 +29,7 @@ fn unread(pipe: &impl AsRawFd) -> libc::c_int {
 }
 
 fn listen(machine: &Machine, deaf: u32) {
-    machine.memory().memory().write_obj(deaf, GuestAddress(DEAF)).unwrap();
+    machine.write_memory().unwrap().memory().write_obj(deaf, GuestAddress(DEAF)).unwrap();
 }
 
 fn attach(machine: &Machine, input: &impl std::os::fd::AsFd) {

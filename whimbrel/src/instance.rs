@@ -10,16 +10,17 @@
 //! | ended | has powered off, crashed or been stopped |
 //!
 //! An instance begins *running*: its guest has just been booted here, or has just arrived. An operator may
-//! pause and resume it as often as wanted. A migration begins only from running, and as long as it lasts the
+//! pause and resume it as often as wanted. A migration begins from running or from paused (the guest then
+//! arrives paused, and the instance there begins so), and as long as it lasts the
 //! guest can be neither paused nor resumed from outside, so that nobody but the engine touches the machine in
 //! the blackout. When the destination says that the guest runs there, the instance is *moved* and its machine
-//! is stopped for good. [`Instance::wait`] then returns, and the process stays a little longer, for somebody
-//! to fetch the report.
+//! is stopped for good. [`Instance::wait`] then returns, and the process stays a little longer, for those who
+//! wait for the report ([`Instance::report_awaited`]).
 //!
 //! What goes wrong leads to one of these states:
 //!
-//! - A migration that fails or is cancelled before the guest was handed over leads back to *running*; another
-//!   may follow.
+//! - A migration that fails or is cancelled before the guest was handed over leads back to where it began;
+//!   another may follow.
 //! - If the guest was handed over and the destination falls silent, nobody here can know whether it runs
 //!   there. It is *held*: only an operator, who can know, resumes it by force or ends the process.
 //! - A guest that ends by itself is *ended*. A migration that is under way then fails, since nothing is left
@@ -34,10 +35,11 @@ use migration::report::{Report, Verdict};
 use migration::source::{self, Timeouts};
 use migration::transport::Token;
 use migration::{Code, Failure};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+use tokio::sync::watch;
 use vmm::guest;
 use vmm::{Machine, Outcome};
 
@@ -73,6 +75,8 @@ struct Attempt {
     to: String,
     monitor: Arc<Monitor>,
     report: Option<Report>,
+    /// Tells those who wait that the report is there.
+    ended: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -88,7 +92,37 @@ pub struct Instance {
     name: String,
     machine: Arc<Machine>,
     inner: Mutex<Inner>,
-    report_seen: AtomicBool,
+    /// Keeps the record of a migration that is over.
+    keep: Box<Keep>,
+    /// How many wait for a report.
+    waiting: AtomicUsize,
+    /// Whether somebody who waited has been told how the last migration ended.
+    told: AtomicBool,
+}
+
+/// What is done with the record of a migration that is over.
+pub type Keep = dyn Fn(&Migration) + Send + Sync;
+
+/// Somebody who waits for the report of a migration. The process stays for them.
+pub struct Waiting {
+    instance: Arc<Instance>,
+    ended: watch::Receiver<bool>,
+}
+
+impl Waiting {
+    /// The migration, once it is over.
+    pub async fn report(mut self) -> Option<Migration> {
+        // An error means that another migration has taken its place, so that this one is over.
+        let _ = self.ended.wait_for(|ended| *ended).await;
+        self.instance.told.store(true, Ordering::Release);
+        self.instance.migration()
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.instance.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 fn busy(message: &str) -> Failure {
@@ -96,15 +130,32 @@ fn busy(message: &str) -> Failure {
 }
 
 impl Instance {
-    /// An instance of a machine that runs. There is nothing in it that could fail: a guest that has just
-    /// arrived runs nowhere else any more.
-    pub fn new(name: String, machine: Arc<Machine>) -> Arc<Self> {
-        let inner = Inner { state: State::Running, quit: false, attempt: None };
-        Arc::new(Instance { name, machine, inner: Mutex::new(inner), report_seen: AtomicBool::new(false) })
+    /// An instance of a machine that runs, or whose guest has arrived paused. `keep` is given each migration
+    /// that is over. There is nothing in it that could fail: a guest that has just arrived runs nowhere else
+    /// any more.
+    pub fn new(
+        name: String,
+        machine: Arc<Machine>,
+        keep: impl Fn(&Migration) + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let state = if machine.stays_paused() { State::Paused } else { State::Running };
+        Arc::new(Instance {
+            name,
+            machine,
+            inner: Mutex::new(Inner { state, quit: false, attempt: None }),
+            keep: Box::new(keep),
+            waiting: AtomicUsize::new(0),
+            told: AtomicBool::new(false),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine's name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// The machine.
@@ -220,7 +271,7 @@ impl Instance {
     /// Starts to move the guest away.
     ///
     /// # Errors
-    /// [`Code::BUSY`] when it is already moving, paused or held.
+    /// [`Code::BUSY`] when it is already moving or held.
     pub fn migrate(self: Arc<Self>, request: MigrationRequest) -> Result<Migration, Failure> {
         let token = Token::random()
             .map_err(|e| Failure::new(Code::HOST, format_args!("the kernel has no random numbers: {e}")))?;
@@ -228,7 +279,7 @@ impl Instance {
         inner.refuse_unless_ours()?;
         match inner.state {
             State::Running => {}
-            State::Paused => return Err(busy("the guest is paused; resume it first")),
+            State::Paused => self.machine.stay_paused()?,
             _ => return Err(busy("the guest is held; decide about it first")),
         }
         if let Some(outcome) = self.machine.outcome() {
@@ -243,25 +294,30 @@ impl Instance {
             .name("migration".into())
             .spawn(move || mover.move_away(&request, token, &watched))
             .map_err(|e| Failure::new(Code::HOST, format_args!("cannot start a thread: {e}")))?;
-        let attempt = Attempt { number, to, monitor, report: None, thread: Some(thread) };
+        let ended = watch::Sender::new(false);
+        let attempt = Attempt { number, to, monitor, report: None, ended, thread: Some(thread) };
         let started = attempt.view();
+        self.told.store(false, Ordering::Release);
         inner.attempt = Some(attempt);
         Ok(started)
     }
 
     /// The migration that is under way, or the last one.
     pub fn migration(&self) -> Option<Migration> {
-        let inner = self.lock();
-        let view = inner.attempt.as_ref().map(Attempt::view)?;
-        if view.report.is_some() {
-            self.report_seen.store(true, Ordering::Release);
-        }
-        Some(view)
+        self.lock().attempt.as_ref().map(Attempt::view)
     }
 
-    /// Whether somebody has been told how the last migration ended.
-    pub fn report_seen(&self) -> bool {
-        self.report_seen.load(Ordering::Acquire)
+    /// Begins to wait for the report of the migration that is under way, or of the last one.
+    pub fn await_report(self: &Arc<Self>) -> Option<Waiting> {
+        let ended = self.lock().attempt.as_ref()?.ended.subscribe();
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        Some(Waiting { instance: Arc::clone(self), ended })
+    }
+
+    /// Whether the report of the last migration may still be wanted: somebody waits for it, or nobody who
+    /// waited has been told yet. A mere look, such as that of `whimbrel status`, changes nothing.
+    pub fn report_awaited(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0 || !self.told.load(Ordering::Acquire)
     }
 
     /// Calls the migration off; it may already be too late.
@@ -298,11 +354,16 @@ impl Instance {
             // Held, or an end that this program does not know: an operator decides.
             _ => State::Held,
         };
-        if let Some(attempt) = &mut inner.attempt {
+        let over = inner.attempt.as_mut().map(|attempt| {
             attempt.report = Some(report);
-        }
-        self.report_seen.store(false, Ordering::Release);
+            attempt.ended.send_replace(true);
+            attempt.view()
+        });
         drop(inner);
+        // The process of a guest that has moved lives until this is done.
+        if let Some(migration) = over {
+            (self.keep)(&migration);
+        }
         if moved {
             // Its vCPUs are parked for good; nothing but the report is left of it here.
             self.machine.stop();
@@ -375,7 +436,7 @@ mod tests {
         };
         idle.boot(&machine).unwrap();
         machine.resume().unwrap();
-        Instance::new("test".into(), Arc::new(machine))
+        Instance::new("test".into(), Arc::new(machine), |_| {})
     }
 
     #[test]

@@ -284,8 +284,12 @@ impl Node {
     /// # Errors
     /// [`Error::Timeout`], or when the API is gone.
     pub fn wait_migration(&self, patience: Duration) -> Result<Migration, Error> {
-        let ended = |migration: &Migration| migration.report.is_some();
-        poll("the migration's end", patience, || Ok(Some(self.migration()?).filter(ended)))
+        match self.api.call_within(patience, Method::GET, "/v1/migration?wait=true", &()) {
+            Err(crate::api::Error::Silent(patience)) => {
+                Err(Error::Timeout { what: "the migration's end", patience })
+            }
+            answer => self.told(answer),
+        }
     }
 
     /// Ends the machine and its process.

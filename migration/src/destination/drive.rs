@@ -50,6 +50,7 @@ pub(super) fn drive<'a, 'o, H: DestinationHost>(
         machine: None,
         planes: Vec::new(),
         parts: Vec::new(),
+        chunks: Vec::new(),
         fence: None,
     };
     let mut state = State::new(hello);
@@ -96,6 +97,8 @@ struct Driver<'a, 'o, H: DestinationHost> {
     planes: Vec<Box<dyn DestinationPlane>>,
     /// What has arrived of a state that comes in parts.
     parts: Vec<u8>,
+    /// The source's digests of the chunks of RAM, if it sent them.
+    chunks: Vec<u64>,
     fence: Option<Span>,
 }
 
@@ -232,9 +235,14 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
         let mut spans: Vec<Span> = self.fence.take().into_iter().collect();
         if let Some(theirs) = state.digest {
             let machine = self.machine.as_ref().ok_or_else(|| Failure::new(Code::PROTOCOL, "no machine"))?;
-            let (ours, span) = timed("compare memory", || digest::of(&machine.ram()));
+            let ram = machine.ram();
+            let ((ours, chunks), span) = timed("compare memory", || digest::of(&ram));
             spans.push(span);
             if ours != theirs {
+                for hashes in digest::suspects(&ram, &chunks, &self.chunks) {
+                    // If the link is lost, the source learns less of what is wrong.
+                    let _ = self.link.send(&Message::PageHashes(hashes).encode());
+                }
                 return Err(Failure::new(
                     Code::DIGEST,
                     format_args!(
@@ -293,6 +301,10 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
         match Message::decode(frame)? {
             Message::StatePart(part) if waiting == Waiting::State => {
                 append(&mut self.parts, &part).map(|()| None)
+            }
+            Message::ChunkDigests(chunks) if waiting == Waiting::State => {
+                self.chunks = chunks.0;
+                Ok(None)
             }
             Message::State(last) => {
                 self.monitor.enter(Phase::Switchover);

@@ -43,54 +43,81 @@ impl Ram {
     }
 }
 
-struct Mapping {
+/// What reserved address space is aligned to, in bytes: the kernel maps a huge folio whole only where address
+/// and place in the file are both multiples of its size. Parts are multiples of it too.
+pub const ALIGNMENT: usize = 2 << 20;
+
+/// Address space of this process's, from a multiple of [`ALIGNMENT`] on, to map files into. It is unmapped,
+/// with all that was mapped there, when it is dropped.
+#[derive(Debug)]
+pub struct AddressSpace {
     address: NonNull<u8>,
     len: usize,
 }
 
 // SAFETY: the struct is an address and a length, and is used for nothing but to unmap them.
-unsafe impl Send for Mapping {}
+unsafe impl Send for AddressSpace {}
 // SAFETY: as for Send; no method reads or writes the mapping.
-unsafe impl Sync for Mapping {}
+unsafe impl Sync for AddressSpace {}
 
-impl Drop for Mapping {
+impl Drop for AddressSpace {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and its last user has dropped it.
         unsafe { libc::munmap(self.address.as_ptr().cast(), self.len) };
     }
 }
 
-impl Mapping {
-    /// Address space of which nothing can be touched yet.
-    fn reserve(len: usize) -> Result<Mapping, MemoryError> {
+impl AddressSpace {
+    /// Reserves `len` bytes, a multiple of [`PAGE_SIZE`]. Nothing of them can be touched yet.
+    ///
+    /// # Errors
+    /// [`MemoryError::System`] when the process has no address space left.
+    pub fn reserve(len: usize) -> Result<AddressSpace, MemoryError> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // Room to align it in. If the sum overflows, the kernel refuses a mapping of that length.
+        let room = len.saturating_add(ALIGNMENT);
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
-        let address = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
-        match NonNull::new(address.cast::<u8>()) {
-            Some(start) if address != libc::MAP_FAILED => Ok(Mapping { address: start, len }),
-            _ => Err(MemoryError::last("reserve address space for")),
+        let found = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0) };
+        if found == libc::MAP_FAILED {
+            return Err(MemoryError::last("reserve address space for"));
         }
+        let before = found.align_offset(ALIGNMENT);
+        let start = found.wrapping_byte_add(before);
+        for (at, len) in [(found, before), (start.wrapping_byte_add(len), ALIGNMENT - before)] {
+            if len > 0 {
+                // SAFETY: the range is a part of the mapping just made, outside of what is kept of it.
+                unsafe { libc::munmap(at, len) };
+            }
+        }
+        let address =
+            NonNull::new(start.cast()).ok_or_else(|| MemoryError::last("reserve address space for"))?;
+        Ok(AddressSpace { address, len })
+    }
+
+    /// Its first byte.
+    pub fn address(&self) -> NonNull<u8> {
+        self.address
     }
 }
 
 fn allocate(layout: RegionLayout, part_len: u64) -> Result<RamRegion, MemoryError> {
-    let mapping = Mapping::reserve(layout.len as usize)?;
-    let address = mapping.address;
+    let space = AddressSpace::reserve(layout.len as usize)?;
+    let address = space.address();
     let starts = (0..layout.len).step_by(part_len as usize);
     let files: Result<Vec<File>, MemoryError> =
         starts.map(|start| memfd(c"guest-ram", part_len.min(layout.len - start), 0)).collect();
     let files = files?;
-    // SAFETY: the range is the mapping reserved above, which nobody else knows yet.
+    // SAFETY: the range is the one reserved above, which nobody else knows yet.
     unsafe { map_parts(address, layout.len, part_len, &files) }?;
     // A core dump with the guest's memory in it would be as large as the guest, and hold its secrets.
-    // SAFETY: the range is exactly the mapping reserved above; the advice changes no content.
-    if unsafe { libc::madvise(address.as_ptr().cast(), mapping.len, libc::MADV_DONTDUMP) } != 0 {
+    // SAFETY: the range is exactly the one reserved above; the advice changes no content.
+    if unsafe { libc::madvise(address.as_ptr().cast(), space.len, libc::MADV_DONTDUMP) } != 0 {
         return Err(MemoryError::last("exclude from core dumps the"));
     }
     let files = files.into_iter().map(RamFile::from).collect();
     // SAFETY: the files were mapped above, shared, readable and writable, one behind the other for `len`
     // bytes; they are unmapped when their owner is dropped.
-    unsafe { RamRegion::new(layout, address, PAGE_SIZE, files, part_len, Arc::new(mapping)) }
+    unsafe { RamRegion::new(layout, address, PAGE_SIZE, files, part_len, Arc::new(space)) }
 }
 
 /// Maps `files` one behind the other over `len` bytes from `address` on, `part_len` bytes of each and what is

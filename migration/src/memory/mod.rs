@@ -9,7 +9,7 @@
 //! - [`Ram::allocate`] makes memfds and maps them;
 //! - `Ram::from_guest_memory` (feature `vm-memory`) describes what the crate `vm-memory` has mapped;
 //! - [`RamRegion::new`] describes any other mapping, and is `unsafe`, because its lifetime is the caller's
-//!   word. [`memfd`], [`part_len`] and [`map_parts`] help to make one.
+//!   word. [`AddressSpace`], [`memfd`], [`part_len`] and [`map_parts`] help to make one.
 //!
 //! **Only shared mappings of files can be moved.** The engine asks the file which pages exist, and transports
 //! read and write by file. Anonymous memory and private mappings are refused ([`MemoryError::NotShared`]).
@@ -22,7 +22,7 @@ mod mapping;
 #[cfg(test)]
 mod tests;
 
-pub use allocate::{map_parts, memfd, part_len};
+pub use allocate::{ALIGNMENT, AddressSpace, map_parts, memfd, part_len};
 pub use error::{MemoryError, check_layout};
 
 use serde::{Deserialize, Serialize};

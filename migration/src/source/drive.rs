@@ -11,13 +11,14 @@ use crate::judge::{Handover, Judge};
 use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
 use crate::message::{
-    self, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, Offer, Prepare, STATE_IN_PARTS,
-    StatePart,
+    self, ChunkDigests, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, NAMED_DIFFERENCES, Offer,
+    Prepare, STATE_IN_PARTS, StatePart,
 };
 use crate::monitor::{Monitor, Phase};
-use crate::policy::Policy;
+use crate::policy::{OnStall, Policy};
 use crate::report::{LAST_PAGES, Report, Span, Verdict};
 use crate::unwind;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How often a wait looks whether it has been cancelled. Messages wake it at once.
@@ -66,6 +67,44 @@ pub(super) fn drive<'a>(
     options: &'a Options,
     monitor: &'a Monitor,
 ) -> Report {
+    let began = Instant::now();
+    let run = || run(machine, ram, has_arbiter, path, options, monitor, began);
+    // One that is to switch over when its time has passed stops at nothing else.
+    let Some(limit) = options.policy.timeout.filter(|_| options.policy.on_stall == OnStall::Abort) else {
+        return run();
+    };
+    monitor.set_deadline(began.checked_add(limit));
+    thread::scope(|scope| {
+        let watch = thread::Builder::new().name("deadline".into());
+        if let Err(e) = watch.spawn_scoped(scope, || monitor.keep_deadline()) {
+            let why = Failure::new(Code::OTHER, format_args!("cannot start a thread: {e}"));
+            monitor.end(Phase::Stayed);
+            return Report::not_begun(why, ram.len());
+        }
+        // Dropped also when the VMM's code panics: the thread is waited for.
+        let _settled = Settled(monitor);
+        run()
+    })
+}
+
+/// Whatever happens, the deadline does not matter any more once this is dropped.
+struct Settled<'a>(&'a Monitor);
+
+impl Drop for Settled<'_> {
+    fn drop(&mut self) {
+        self.0.settle();
+    }
+}
+
+fn run<'a>(
+    machine: &'a dyn SourceMachine,
+    ram: &'a Ram,
+    has_arbiter: bool,
+    path: Path<'a>,
+    options: &'a Options,
+    monitor: &'a Monitor,
+    began: Instant,
+) -> Report {
     let mut driver = Driver {
         machine,
         ram,
@@ -76,12 +115,14 @@ pub(super) fn drive<'a>(
         handover: Handover { known: options.handover, ..Handover::default() },
         greeted: None,
         features: 0,
+        chunks: None,
+        differing: Vec::new(),
         build_us: 0,
         setup: None,
         blackout_began: None,
         blackout_us: 0,
         spans: Vec::new(),
-        began: Instant::now(),
+        began,
     };
     let cpu = thread_cpu();
     let hello = Hello { software: options.software.clone(), features: message::FEATURES };
@@ -93,6 +134,7 @@ pub(super) fn drive<'a>(
         }
         let commits = matches!(command, Command::Send(Message::Commit));
         if commits {
+            monitor.settle();
             monitor.update(|p| p.phase = Phase::Committed);
         }
         let event = driver.carry_out(command);
@@ -118,6 +160,10 @@ struct Driver<'a> {
     greeted: Option<Instant>,
     /// Feature bits that both sides have.
     features: u64,
+    /// Digests of the chunks of RAM, if they are to be sent with the state.
+    chunks: Option<Vec<u64>>,
+    /// Guest addresses of pages that differ.
+    differing: Vec<u64>,
     build_us: u64,
     setup: Option<Duration>,
     blackout_began: Option<Instant>,
@@ -142,8 +188,8 @@ fn doing(command: &Command) -> &'static str {
         Command::Connect(_) => "connect",
         Command::Precopy => "pre-copy",
         Command::Pause => "pause",
-        Command::FinalRound => LAST_PAGES,
         Command::Save => "save state",
+        Command::FinalRound => LAST_PAGES,
         Command::ReleaseDisks => "release disks",
         Command::TakeDisks => "take disks",
         Command::Resume => "resume",
@@ -156,8 +202,8 @@ fn in_blackout(command: &Command) -> bool {
     matches!(
         command,
         Command::Pause
-            | Command::FinalRound
             | Command::Save
+            | Command::FinalRound
             | Command::Send(Message::State(_) | Message::Commit)
             | Command::Wait(Waiting::Ready | Waiting::Running)
             | Command::ReleaseDisks
@@ -189,6 +235,10 @@ impl<'a> Driver<'a> {
             self.monitor.enter(Phase::Switchover);
             self.blackout_began = Some(Instant::now());
         }
+        let command = match command {
+            Command::Send(Message::State(state)) => Command::Send(Message::State(self.with_digest(state))),
+            command => command,
+        };
         let began = Instant::now();
         let event = self.perform(command);
         let mut us = began.elapsed().as_micros() as u64;
@@ -226,11 +276,11 @@ impl<'a> Driver<'a> {
                 self.memory(Precopy::run)
             }
             Command::Pause => event(self.machine.pause()),
-            Command::FinalRound => self.memory(Precopy::finish),
             Command::Save => match self.save() {
                 Ok(state) => Event::Saved(Box::new(state)),
                 Err(why) => Event::Failed(why),
             },
+            Command::FinalRound => self.memory(Precopy::finish),
             Command::ReleaseDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::release)),
             Command::TakeDisks => event(self.machine.arbiter().map_or(Ok(()), Arbiter::take)),
             Command::Resume => {
@@ -261,6 +311,12 @@ impl<'a> Driver<'a> {
             }
         }
         state.state.drain(..last);
+        if let Some(chunks) = self.chunks.take() {
+            match self.send(&Message::ChunkDigests(ChunkDigests(chunks))) {
+                Event::Done => {}
+                lost => return lost,
+            }
+        }
         self.send(&Message::State(state))
     }
 
@@ -281,7 +337,14 @@ impl<'a> Driver<'a> {
     fn begin_precopy(&self) -> Precopy<'a> {
         let handover = Handover { source: self.machine.handover_estimate(), ..self.handover };
         let judge = Judge::new(self.options.policy.clone(), handover);
-        Precopy::new(self.machine, self.ram, self.monitor, judge, self.options.switchover_patience)
+        Precopy::new(
+            self.machine,
+            self.ram,
+            self.monitor,
+            judge,
+            self.options.switchover_patience,
+            self.began,
+        )
     }
 
     /// Moves memory. When that fails, the destination may have said why: its word goes first.
@@ -291,14 +354,23 @@ impl<'a> Driver<'a> {
         };
         match work(precopy, &mut self.path) {
             Ok(()) => Event::Done,
-            Err(why) if why.code == Code::TRANSPORT => match self.path.receive(LAST_WORDS) {
-                Ok(Some(frame)) => match Message::decode(&frame) {
-                    Ok(message) => Event::Received(message),
-                    Err(_) => Event::Failed(why),
-                },
-                _ => Event::Failed(why),
-            },
+            Err(why) if matches!(why.code, Code::TRANSPORT | Code::TIMEOUT) => self.last_words(why),
             Err(why) => Event::Failed(why),
+        }
+    }
+
+    /// What becomes of a data plane's failure: the destination's own word, or what the control link tells.
+    fn last_words(&mut self, why: Failure) -> Event {
+        if self.monitor.stopped().is_some() {
+            return Event::Failed(why);
+        }
+        match self.path.receive(LAST_WORDS) {
+            Ok(Some(frame)) => Message::decode(&frame).map_or(Event::Failed(why), Event::Received),
+            Ok(None) => Event::Failed(why),
+            Err(lost) => {
+                let both = format_args!("{why}; {lost} too");
+                Event::Failed(Failure::new(why.code, both))
+            }
         }
     }
 
@@ -314,8 +386,19 @@ impl<'a> Driver<'a> {
                 ),
             ));
         }
-        let digest = self.options.compare_memory.then(|| digest::of(self.ram));
-        Ok(message::State { state, digest })
+        Ok(message::State { state, digest: None })
+    }
+
+    /// Adds the digest of all RAM, if it was asked for: the last round is through, so it no longer changes.
+    fn with_digest(&mut self, state: message::State) -> message::State {
+        if !self.options.compare_memory {
+            return state;
+        }
+        let began = Instant::now();
+        let (digest, chunks) = digest::of(self.ram);
+        self.chunks = (self.features & NAMED_DIFFERENCES != 0).then_some(chunks);
+        self.spans.push(Span { name: "digest memory".into(), us: began.elapsed().as_micros() as u64 });
+        message::State { digest: Some(digest), ..state }
     }
 
     fn wait(&mut self, waiting: Waiting) -> Event {
@@ -339,6 +422,11 @@ impl<'a> Driver<'a> {
                     None => continue,
                 },
                 Ok(None) if waiting != Waiting::Running && self.monitor.cancelled() => return Event::Cancel,
+                Ok(None) if waiting != Waiting::Running => {
+                    if let Some(why) = self.monitor.stopped() {
+                        return Event::Failed(why);
+                    }
+                }
                 Ok(None) => {}
                 Err(error) => return Event::LinkLost(error.into()),
             }
@@ -360,6 +448,10 @@ impl<'a> Driver<'a> {
                 self.handover.destination = Some(Duration::from_micros(estimate.handover_us));
                 return None;
             }
+            Message::PageHashes(theirs) if waiting == Waiting::Ready && self.options.compare_memory => {
+                digest::name_differing(self.ram, theirs, &mut self.differing);
+                return None;
+            }
             Message::Prepared(prepared) => self.build_us = prepared.build_us,
             _ => {}
         }
@@ -373,6 +465,12 @@ impl<'a> Driver<'a> {
             Outcome::Stayed(why) => (Verdict::Stayed, Phase::Stayed, Some(why)),
             Outcome::Held(why) => (Verdict::Held, Phase::Held, Some(why)),
         };
+        if !self.differing.is_empty() {
+            let pages: Vec<_> = self.differing.iter().map(|address| format!("{address:#x}")).collect();
+            failure = failure.map(|f| {
+                Failure::new(f.code, format_args!("{}; these pages differ: {}", f.message, pages.join(", ")))
+            });
+        }
         let epilogue = (verdict == Verdict::Moved).then(|| self.epilogue()).flatten();
         if verdict == Verdict::Stayed
             && let Err(why) = unwind::catch("stop dirty tracking", || self.machine.stop_tracking())

@@ -108,11 +108,11 @@ impl<'a> Path<'a> {
     /// one brings.
     ///
     /// # Errors
-    /// `why` itself, when there is no other transport or an operator has cancelled; or why the destination
+    /// `why` itself, when there is no other transport or the migration is to stop; or why the destination
     /// does not fence.
     pub(super) fn replace(&mut self, why: Failure) -> Result<(), Failure> {
         let broken = matches!(why.code, Code::TRANSPORT | Code::TIMEOUT | Code::PROTOCOL);
-        if !broken || self.candidates.is_empty() || self.monitor.cancelled() {
+        if !broken || self.candidates.is_empty() || self.monitor.stopped().is_some() {
             return Err(why);
         }
         let before = why.clone();

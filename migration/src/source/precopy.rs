@@ -1,7 +1,7 @@
 //! Pre-copy: rounds until the switchover is due, then the final round inside it.
 
 use super::path::Path;
-use super::round::{RoundOptions, Rounds, Sent, cancelled};
+use super::round::{RoundOptions, Rounds, Sent};
 use crate::cpu::CpuTime;
 use crate::dirty::DirtySet;
 use crate::failure::{Code, Failure};
@@ -16,6 +16,10 @@ use std::time::{Duration, Instant};
 /// destination that the source is there.
 const WAITING_ROUND: Duration = Duration::from_secs(1);
 
+/// What a switchover that begins in time may take at least before the deadline ends it, beyond the downtime
+/// limit.
+const SWITCHOVER_GRACE: Duration = Duration::from_secs(1);
+
 /// The memory's side of one migration.
 pub(super) struct Precopy<'a> {
     machine: &'a dyn SourceMachine,
@@ -29,6 +33,7 @@ pub(super) struct Precopy<'a> {
     /// Scratch of the same size.
     fresh_dirty: DirtySet,
     round: u32,
+    /// When the migration began.
     began: Instant,
     /// Time that passed in waiting for an operator.
     waited: Duration,
@@ -46,13 +51,15 @@ pub(super) struct Story {
 }
 
 impl<'a> Precopy<'a> {
-    /// `patience`: how long to wait for an operator's word before the switchover, `None` not to.
+    /// `patience`: how long to wait for an operator's word before the switchover, `None` not to. The
+    /// migration `began` before its memory did.
     pub(super) fn new(
         machine: &'a dyn SourceMachine,
         ram: &'a Ram,
         monitor: &'a Monitor,
         judge: Judge,
         patience: Option<Duration>,
+        began: Instant,
     ) -> Self {
         Precopy {
             machine,
@@ -63,7 +70,7 @@ impl<'a> Precopy<'a> {
             dirty: DirtySet::empty(ram),
             fresh_dirty: DirtySet::empty(ram),
             round: 0,
-            began: Instant::now(),
+            began,
             waited: Duration::ZERO,
             over_limit: None,
             reports: Vec::new(),
@@ -73,7 +80,6 @@ impl<'a> Precopy<'a> {
 
     /// Starts tracking and makes rounds until the policy or an operator decides.
     pub(super) fn run(&mut self, path: &mut Path<'_>) -> Result<(), Failure> {
-        self.began = Instant::now();
         self.monitor.enter(Phase::Precopy);
         self.machine.start_tracking()?;
         self.dirty.fill();
@@ -90,7 +96,9 @@ impl<'a> Precopy<'a> {
                 Decision::Switch(_) if self.must_wait() => self.wait(path)?,
                 Decision::Switch(over_limit) => {
                     self.over_limit = over_limit;
-                    return Ok(());
+                    self.monitor.extend_deadline(self.judge.downtime_limit() + SWITCHOVER_GRACE);
+                    // The guest is not paused for a switchover that has to end before it is made.
+                    return self.monitor.stopped().map_or(Ok(()), Err);
                 }
                 Decision::GiveUp(why) => return Err(why),
             }
@@ -138,13 +146,16 @@ impl<'a> Precopy<'a> {
     fn wait(&mut self, path: &mut Path<'_>) -> Result<(), Failure> {
         let (began, written) = (Instant::now(), self.reports.len());
         let patience = self.patience.unwrap_or_default();
+        // An operator's time is not the migration's.
+        let deadline = self.monitor.deadline();
+        self.monitor.set_deadline(None);
         self.monitor.enter(Phase::ReadyToSwitch);
         loop {
             let left = patience.saturating_sub(began.elapsed());
             self.monitor.await_orders(left.min(WAITING_ROUND));
             self.machine.collect_dirty(&mut self.dirty)?;
-            if self.monitor.cancelled() {
-                return Err(cancelled());
+            if let Some(why) = self.monitor.stopped() {
+                return Err(why);
             }
             if self.monitor.may_proceed() {
                 break;
@@ -172,6 +183,7 @@ impl<'a> Precopy<'a> {
             self.predicted(predicted);
         }
         self.waited += began.elapsed();
+        self.monitor.set_deadline(deadline.map(|deadline| deadline + began.elapsed()));
         self.monitor.enter(Phase::Precopy);
         Ok(())
     }
@@ -222,8 +234,8 @@ impl<'a> Precopy<'a> {
         let seconds = sent.elapsed.as_secs_f64().max(1e-6);
         self.monitor.update(|p| {
             p.rate = sent.sent as f64 / seconds;
-            p.dirty_rate = remaining as f64 / seconds;
-            p.predicted_blackout_us = 0;
+            p.dirty_rate = Some(remaining as f64 / seconds);
+            p.predicted_blackout_us = None;
         });
     }
 
@@ -233,7 +245,7 @@ impl<'a> Precopy<'a> {
         if let Some(report) = self.reports.last_mut() {
             report.predicted_blackout_us = us;
         }
-        self.monitor.update(|p| p.predicted_blackout_us = us);
+        self.monitor.update(|p| p.predicted_blackout_us = Some(us));
         self.monitor.notify();
     }
 }

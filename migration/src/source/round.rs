@@ -141,14 +141,10 @@ impl<'a> Rounds<'a> {
         let sent = round.send(plane.lanes(), bytes <= MAX_SINGLE_LANE_BYTES);
         match round.failure.into_inner() {
             None => Ok(Sent { elapsed: began.elapsed(), ..sent }),
-            Some(_) if self.monitor.cancelled() => Err(cancelled()),
-            Some(failure) => Err(failure),
+            // What lanes meet when they are interrupted is not the cause.
+            Some(failure) => Err(self.monitor.stopped().unwrap_or(failure)),
         }
     }
-}
-
-pub(super) fn cancelled() -> Failure {
-    Failure::new(Code::CANCELLED, "cancelled")
 }
 
 impl Sent {
@@ -220,8 +216,8 @@ impl Round<'_> {
         let mut sent = Sent::default();
         let mut scratch = Scratch::default();
         while let Some(chunk) = self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            if self.rounds.monitor.cancelled() {
-                return Err(cancelled());
+            if let Some(why) = self.rounds.monitor.stopped() {
+                return Err(why);
             }
             if self.failure.get().is_some() {
                 return Ok(sent);
@@ -451,13 +447,17 @@ mod tests {
     }
 
     /// What a round of all memory over `plane` says.
-    fn round(mut plane: Plane) -> Result<Sent, Failure> {
-        let (machine, monitor) = (Machine(bed::ram()), Monitor::default());
+    fn round(plane: Plane) -> Result<Sent, Failure> {
+        watched_round(plane, &Monitor::default())
+    }
+
+    fn watched_round(mut plane: Plane, monitor: &Monitor) -> Result<Sent, Failure> {
+        let machine = Machine(bed::ram());
         let ram = machine.ram();
         let mut set = DirtySet::empty(&ram);
         set.fill();
         let options = RoundOptions { round: 0, sparse: true, name_zeros: false, clear: true };
-        Rounds::new(&machine, &ram, &monitor).send(&mut plane, &set, options)
+        Rounds::new(&machine, &ram, monitor).send(&mut plane, &set, options)
     }
 
     #[test]
@@ -470,6 +470,24 @@ mod tests {
     fn a_lane_that_panics_ends_what_the_other_lanes_wait_for() {
         let why = round(Plane::new(4, true)).err().expect("a failure");
         assert!(why.message.contains("on purpose"), "{why}");
+    }
+
+    #[test]
+    fn a_deadline_ends_a_round_in_which_nothing_is_confirmed() {
+        let mut plane = Plane::new(4, false);
+        // All but the one that breaks.
+        plane.lanes.pop();
+        let monitor = Monitor::default();
+        monitor.arm(plane.interrupter());
+        monitor.set_deadline(Some(Instant::now() + Duration::from_millis(100)));
+        thread::scope(|scope| {
+            scope.spawn(|| monitor.keep_deadline());
+            let why = watched_round(plane, &monitor).err().expect("a failure");
+            assert_eq!(why.code, Code::TIMEOUT, "{why}");
+        });
+        // Whatever comes later does not begin either.
+        let late = Plane::new(1, false);
+        assert_eq!(watched_round(late, &monitor).err().expect("a failure").code, Code::TIMEOUT);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  Describe → Hello → Welcome → Prepare → Prepared → Connect → Precopy
-//!     → Pause → FinalRound → Save → State → Ready → ReleaseDisks ─┐
+//!     → Pause → Save → FinalRound → State → Ready → ReleaseDisks ─┐
 //!        │ (any failure up to here)                               │
 //!        ▼                                                    Commit ══════ the line of no return
 //!      Abort → [TakeDisks] → Resume → Stayed                      │
@@ -19,6 +19,9 @@
 //!                                                            ▼
 //!                                                    Resume → Stayed
 //! ```
+//!
+//! **The state is saved before the last round**, because saving may write to guest memory: the kernel updates
+//! the guest's clock page and what else it shares with it. The last round takes those pages along.
 //!
 //! **Up to `Commit` the source owns the guest**, so every failure leads to `Resume`. **From the
 //! moment it tries to send `Commit` it does not**, because it cannot know whether the frame
@@ -37,7 +40,8 @@ pub enum Command {
     Describe,
     /// Send a message. → `Done` or `LinkLost`
     Send(Message),
-    /// Wait for a message. → `Received`, `LinkLost`, `Deadline` or `Cancel`
+    /// Wait for a message. → `Received`, `LinkLost`, `Deadline`, `Cancel`, or `Failed` when the operator's
+    /// time limit has passed
     Wait(Waiting),
     /// Connect one of the offered data planes. → `Done` or `Failed`
     Connect(Vec<Offer>),
@@ -45,10 +49,10 @@ pub enum Command {
     Precopy,
     /// Stop the guest. → `Done` or `Failed`
     Pause,
-    /// Send what is still dirty and await the barrier. → `Done` or `Failed`
-    FinalRound,
     /// Save the machine's state. → `Saved` or `Failed`
     Save,
+    /// Send what is still dirty and await the barrier. → `Done` or `Failed`
+    FinalRound,
     /// Give up the disk locks. → `Done` or `Failed`
     ReleaseDisks,
     /// Take all disk locks or none. → `Done` or `Failed`
@@ -118,8 +122,8 @@ enum Step {
     Connect,
     Precopy,
     Pause,
-    FinalRound,
     Save,
+    FinalRound,
     SendState,
     AwaitReady,
     ReleaseDisks,
@@ -146,6 +150,8 @@ pub struct State {
     hello: Hello,
     has_arbiter: bool,
     prepare: Option<Box<Prepare>>,
+    /// What was saved, until the last round is through.
+    saved: Option<Box<message::State>>,
     paused: bool,
     disks_released: bool,
     failure: Option<Failure>,
@@ -162,6 +168,7 @@ impl State {
             hello,
             has_arbiter,
             prepare: None,
+            saved: None,
             paused: false,
             disks_released: false,
             failure: None,
@@ -213,12 +220,16 @@ impl State {
             (Step::Precopy, Event::Done) => self.go(Step::Pause, Command::Pause),
             (Step::Pause, Event::Done) => {
                 self.paused = true;
+                self.go(Step::Save, Command::Save)
+            }
+            (Step::Save, Event::Saved(state)) => {
+                self.saved = Some(state);
                 self.go(Step::FinalRound, Command::FinalRound)
             }
-            (Step::FinalRound, Event::Done) => self.go(Step::Save, Command::Save),
-            (Step::Save, Event::Saved(state)) => {
-                self.go(Step::SendState, Command::Send(Message::State(*state)))
-            }
+            (Step::FinalRound, Event::Done) => match self.saved.take() {
+                Some(state) => self.go(Step::SendState, Command::Send(Message::State(*state))),
+                None => self.abort(Failure::new(Code::PROTOCOL, "no state to send")),
+            },
             (Step::SendState, Event::Done) => self.go(Step::AwaitReady, Command::Wait(Waiting::Ready)),
             (Step::AwaitReady, Event::Received(Message::Ready(_))) => {
                 // From here on a lock may be missing even if giving it up fails half-way.

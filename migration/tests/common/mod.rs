@@ -100,6 +100,10 @@ pub struct Source {
     pub ram: Arc<Ram>,
     pub marks: Marks,
     pub state: Vec<u8>,
+    /// A page that saving writes to, as a kernel does that shares it with the guest.
+    pub saving_writes: Option<(usize, u64)>,
+    /// Pages that something writes to when all has been collected, unmarked.
+    pub late_writes: Vec<(usize, u64)>,
     pub locks: Option<Locks>,
     pub log: Log,
     /// Held by whoever writes to the memory, and by a paused machine.
@@ -116,6 +120,8 @@ impl Source {
             marks: Marks::new(&ram),
             ram,
             state: vec![7; 100],
+            saving_writes: None,
+            late_writes: Vec::new(),
             locks: None,
             log: Log::default(),
             writing: Mutex::new(()),
@@ -166,6 +172,11 @@ impl SourceMachine for Source {
     fn collect_dirty(&self, set: &mut DirtySet) -> Result<(), Failure> {
         self.log.note("collect_dirty");
         self.marks.collect(set);
+        if self.paused.load(Ordering::Relaxed) {
+            for (region, page) in &self.late_writes {
+                self.ram.regions()[*region].write(page * PAGE_SIZE, b"late").unwrap();
+            }
+        }
         Ok(())
     }
 
@@ -188,6 +199,10 @@ impl SourceMachine for Source {
 
     fn save(&self) -> Result<Vec<u8>, Failure> {
         self.log.note("save");
+        if let Some((region, page)) = self.saving_writes {
+            self.ram.regions()[region].write(page * PAGE_SIZE, b"saved").unwrap();
+            self.marks.mark(region, page);
+        }
         Ok(self.state.clone())
     }
 

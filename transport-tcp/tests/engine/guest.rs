@@ -198,6 +198,10 @@ pub struct Host {
     pub estimate: Option<Duration>,
     /// Whether its machine refuses to run.
     pub cannot_run: bool,
+    /// How long it builds a machine.
+    pub build_takes: Duration,
+    /// How long its machine loads a state.
+    pub load_takes: Duration,
 }
 
 /// The machine at the destination.
@@ -216,6 +220,7 @@ impl DestinationHost for Host {
     type Machine = Shadow;
 
     fn build(&mut self, _description: &[u8], _layout: &[RegionLayout]) -> Result<Shadow, Failure> {
+        thread::sleep(self.build_takes);
         Ok(Shadow { host: *self, guest: Guest::new(bed::ram(), 0) })
     }
 }
@@ -226,6 +231,7 @@ impl DestinationMachine for Shadow {
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), Failure> {
+        thread::sleep(self.host.load_takes);
         let state =
             state.try_into().map_err(|_| Failure::new(Code::STATE, "a register of another length"))?;
         self.guest.register = u64::from_le_bytes(state).into();

@@ -1,7 +1,7 @@
 //! Operators watch a migration, hold it back, hurry it and call it off.
 
 use crate::guest::{Guest, Host};
-use crate::{PATIENCE, migrate_watched};
+use crate::{PATIENCE, migrate, migrate_watched};
 use migration::Code;
 use migration::monitor::{Monitor, Phase, Progress};
 use migration::policy::Policy;
@@ -46,7 +46,9 @@ fn phases_and_rounds_are_told_and_nothing_else() {
     assert_eq!(told.len(), 4 + moved.report.rounds.len() - 1, "{told:?}");
     let last = told.last().unwrap();
     assert_eq!(last.sent, moved.report.sent());
-    assert_eq!(told[1].predicted_blackout_us, moved.report.rounds[0].predicted_blackout_us);
+    assert_eq!(told[1].predicted_blackout_us, Some(moved.report.rounds[0].predicted_blackout_us));
+    // Before the first round has ended nobody knows.
+    assert_eq!((told[0].dirty_rate, told[0].predicted_blackout_us), (None, None));
 }
 
 #[test]
@@ -126,6 +128,48 @@ fn a_wait_may_be_called_off() {
     let why = moved.report.failure.unwrap();
     assert_eq!((moved.report.verdict, why.code), (Verdict::Stayed, Code::CANCELLED), "{why}");
     assert!(guest.runs() && guest.pauses() == 0);
+}
+
+fn within(limit: Duration) -> Policy {
+    Policy::default().with_timeout(Some(limit))
+}
+
+#[test]
+fn the_deadline_holds_while_the_destination_is_waited_for() {
+    let guest = Guest::start();
+    let builds = Host { build_takes: Duration::from_secs(2), ..Host::default() };
+    let moved = migrate(&guest, builds, |migration| migration.policy(within(Duration::from_millis(500))));
+    let why = moved.report.failure.unwrap();
+    assert_eq!((moved.report.verdict, why.code), (Verdict::Stayed, Code::TIMEOUT), "{why}");
+    assert!(why.message.contains("not moved within the time limit"), "{why}");
+    assert!(guest.runs() && guest.pauses() == 0 && moved.arrived.is_err());
+}
+
+#[test]
+fn the_deadline_holds_in_the_switchover_until_commit() {
+    let guest = Guest::start();
+    let loads = Host { load_takes: Duration::from_secs(4), ..Host::default() };
+    let moved = migrate(&guest, loads, |migration| migration.policy(within(Duration::from_secs(1))));
+    let why = moved.report.failure.unwrap();
+    assert_eq!((moved.report.verdict, why.code), (Verdict::Stayed, Code::TIMEOUT), "{why}");
+    assert!(guest.runs() && guest.has_disk() && moved.arrived.is_err());
+}
+
+#[test]
+fn the_time_of_an_operator_does_not_count() {
+    let (guest, monitor) = (Guest::start(), Monitor::default());
+    let limit = Duration::from_secs(2);
+    let moved = thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_until("ready", || monitor.progress().phase == Phase::ReadyToSwitch);
+            thread::sleep(limit);
+            monitor.proceed();
+        });
+        migrate_watched(&guest, Host::default(), &monitor, |migration| {
+            migration.policy(within(limit)).pause_before_switchover(PATIENCE)
+        })
+    });
+    assert_eq!(moved.report.verdict, Verdict::Moved, "{:?}", moved.report.failure);
 }
 
 #[test]

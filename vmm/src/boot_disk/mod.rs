@@ -13,7 +13,7 @@ mod partitions;
 mod tests;
 
 use crate::loader::{Boot, Image};
-use crate::virtio::block::{self, BlockConfig, DiskImage};
+use crate::virtio::block::{self, BlockConfig, DiskImage, Images};
 use filesystem::RootFileSystem;
 use partitions::Volume;
 use std::path::{Path, PathBuf};
@@ -90,7 +90,7 @@ pub enum Error {
 /// [`Error`], also if a machine holds the image's lock.
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
     let path = disk.path.as_path();
-    let image = Rc::new(DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() })?);
+    let image = Rc::new(DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, &Images::Any)?);
     image.take_lock()?;
     let volumes =
         partitions::volumes(&image).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;

@@ -72,7 +72,7 @@ impl Disk {
         File::create(&path).unwrap().set_len(len).unwrap();
         // With direct I/O where the folder has it.
         let config = BlockConfig::new(path);
-        let cached = matches!(DiskImage::open(&config), Err(block::Error::NoDirectIo { .. }));
+        let cached = matches!(DiskImage::open(&config, &Images::Any), Err(block::Error::NoDirectIo { .. }));
         Disk { _folder: folder, config: BlockConfig { cached, ..config } }
     }
 
@@ -174,7 +174,7 @@ fn what_cannot_be_booted_is_said() {
 #[test]
 fn a_disk_in_use_is_not_read() {
     let disk = Root::debian(b"kernel", b"initramfs").image("ext4", None);
-    let owner = DiskImage::open(&disk.config).unwrap();
+    let owner = DiskImage::open(&disk.config, &Images::Any).unwrap();
     owner.take_lock().unwrap();
     let refused = disk.refused();
     assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");

@@ -11,7 +11,7 @@ mod topology;
 
 pub use compare::{Incompatible, missing_features};
 
-use crate::ioctl::{KvmContext, KvmError};
+use crate::ioctl::{self, KvmContext, KvmError};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
@@ -23,7 +23,8 @@ const XCR0_AMX: u64 = 1 << 17 | 1 << 18;
 /// # Errors
 /// [`KvmError`] if KVM cannot say what it supports.
 pub fn baseline(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
+    let supported =
+        ioctl::call("KVM_GET_SUPPORTED_CPUID", || kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
     let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
     Ok(stabilise(supported.as_slice(), deadline_timer))
 }

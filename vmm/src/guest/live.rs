@@ -2,8 +2,10 @@
 //! is worth as much as these.
 
 use super::abi::{self, COMMAND_NONE, Cpu, PAGE, REPORT_ADDRESS};
-use super::{Content, Request, Workload, header, request, testimony};
+use super::{Content, Request, When, Workload, header, request, set_phase, testimony};
 use crate::{Boot, Host, Image, Machine, MachineConfig, Outcome, SerialOutput};
+use migration::machine::SourceMachine;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -26,7 +28,7 @@ fn start(vcpus: u32, working_set: u64, more: &str) -> Machine {
 }
 
 fn cpu(machine: &Machine, number: u64) -> Cpu {
-    machine.memory().memory().read_obj(GuestAddress(REPORT_ADDRESS + (number + 1) * PAGE)).unwrap()
+    machine.memory().read_obj(GuestAddress(REPORT_ADDRESS + (number + 1) * PAGE)).unwrap()
 }
 
 fn wait(machine: &Machine, what: &str, happened: impl Fn() -> bool) {
@@ -45,7 +47,8 @@ fn word(page: u64, index: u64, words: u64) -> GuestAddress {
 
 /// Damages three pages of a paused guest: one is lost, one is old, one is half old.
 fn damage(machine: &Machine, words: u64) {
-    let memory = machine.memory().memory();
+    let writer = machine.write_memory().unwrap();
+    let memory = writer.memory();
     let age = |page: u64, indices: std::ops::Range<u64>| {
         for index in indices {
             let found: u64 = memory.read_obj(word(page, index, words)).unwrap();
@@ -87,8 +90,8 @@ fn so_they_are_when_every_word_is_checked() {
 fn it_verifies_everything_and_powers_off_when_asked() {
     let machine = start(2, WORKING_SET, "step=3");
     wait(&machine, "the second pass", || (0..2).all(|number| cpu(&machine, number).passes >= 2));
-    assert_eq!(header(machine.memory().memory()).unwrap().command, COMMAND_NONE);
-    request(machine.memory(), Request::PowerOff);
+    assert_eq!(header(&machine.memory()).unwrap().command, COMMAND_NONE);
+    request(&machine, Request::PowerOff);
     assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
     let testimony = testimony(machine.memory()).unwrap();
     assert_eq!((testimony.state.as_str(), testimony.verified), ("finished", WORKING_SET / PAGE));
@@ -107,5 +110,47 @@ fn an_idle_guest_keeps_time_and_touches_next_to_nothing() {
     }
     assert!(touched < 1 << 20, "{touched} bytes exist of an idle guest");
     assert!(testimony(machine.memory()).unwrap().clean);
+    machine.stop();
+}
+
+/// What the guest is told may come at any time, also in the middle of a switchover.
+#[test]
+fn nothing_that_the_guest_is_told_is_written_while_it_is_being_moved() {
+    let machine = start(1, WORKING_SET, "");
+    wait(&machine, "the first pass", || cpu(&machine, 0).passes >= 1);
+    let (told, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for phase in [When::During, When::After].iter().cycle() {
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                set_phase(&machine, *phase);
+                told.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let report = || {
+            let mut page = [0; PAGE as usize];
+            machine.memory().read_slice(&mut page, GuestAddress(REPORT_ADDRESS)).unwrap();
+            page
+        };
+        let mut changed = 0;
+        for _ in 0..100 {
+            SourceMachine::pause(&machine).unwrap();
+            let before = report();
+            // Two of them have begun and ended after the pause, whatever they did.
+            let paused_at = told.load(Ordering::Relaxed);
+            while told.load(Ordering::Relaxed) < paused_at + 3 {
+                std::hint::spin_loop();
+            }
+            let after = report();
+            changed += usize::from(before != after);
+            SourceMachine::resume(&machine).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(changed, 0, "of 100 pauses in which memory was written to");
+    });
+    set_phase(&machine, When::Before);
+    assert_eq!(header(&machine.memory()).unwrap().phase, abi::PHASE_BEFORE, "a guest that runs is told");
     machine.stop();
 }

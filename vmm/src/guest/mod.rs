@@ -21,7 +21,7 @@ pub(crate) mod abi {
     include!("../../guest/abi.rs");
 }
 
-use crate::memory::GuestRam;
+use crate::machine::{Machine, RamView};
 pub use abi::MAX_VCPUS;
 use abi::{Cpu, Header, MAGIC, PAGE, REPORT_ADDRESS, VERSION};
 use std::mem::offset_of;
@@ -55,43 +55,67 @@ pub enum Request {
     PowerOff,
 }
 
-/// Tells the guest which phase its gaps belong to from here on. Does nothing for other guests.
-pub fn set_phase(ram: &GuestRam, when: When) {
+/// Tells the guest which phase its gaps belong to from here on. Does nothing for other guests, nor for one
+/// whose memory is being moved.
+pub fn set_phase(machine: &Machine, when: When) {
     let phase = match when {
         When::Before => abi::PHASE_BEFORE,
         When::During => abi::PHASE_DURING,
         When::After => abi::PHASE_AFTER,
     };
-    tell(ram.memory(), offset_of!(Header, phase), phase);
+    tell_machine(machine, offset_of!(Header, phase), phase);
 }
 
 /// Asks the guest for something; it takes a pass of its working set to happen. Does nothing for other
-/// guests.
-pub fn request(ram: &GuestRam, request: Request) {
+/// guests, nor for one whose memory is being moved.
+pub fn request(machine: &Machine, request: Request) {
     let command = match request {
         Request::Finish => abi::COMMAND_FINISH,
         Request::PowerOff => abi::COMMAND_POWER_OFF,
     };
-    tell(ram.memory(), offset_of!(Header, command), command);
+    tell_machine(machine, offset_of!(Header, command), command);
 }
 
 /// What the embedded guest says of itself; `None` for other guests, and before it has begun.
-pub fn testimony(ram: &GuestRam) -> Option<Testimony> {
-    testimony_in(ram.memory())
+pub fn testimony(ram: RamView<'_>) -> Option<Testimony> {
+    testimony_in(&ram)
 }
 
-fn testimony_in(memory: &impl GuestMemoryBackend) -> Option<Testimony> {
+/// Memory that can be read.
+trait Readable {
+    fn read<T: ByteValued>(&self, address: u64) -> Option<T>;
+}
+
+impl<M: GuestMemoryBackend> Readable for M {
+    fn read<T: ByteValued>(&self, address: u64) -> Option<T> {
+        self.read_obj(GuestAddress(address)).ok()
+    }
+}
+
+impl Readable for RamView<'_> {
+    fn read<T: ByteValued>(&self, address: u64) -> Option<T> {
+        self.read_obj(GuestAddress(address)).ok()
+    }
+}
+
+fn testimony_in(memory: &impl Readable) -> Option<Testimony> {
     let header = header(memory)?;
     let vcpus = u64::from(header.vcpus).min(MAX_VCPUS as u64);
-    let cpus = (1..=vcpus)
-        .map(|page| memory.read_obj(GuestAddress(REPORT_ADDRESS + page * PAGE)).ok())
-        .collect::<Option<Vec<Cpu>>>()?;
+    let cpus =
+        (1..=vcpus).map(|page| memory.read(REPORT_ADDRESS + page * PAGE)).collect::<Option<Vec<Cpu>>>()?;
     Some(Testimony::of(&header, &cpus))
 }
 
-fn header(memory: &impl GuestMemoryBackend) -> Option<Header> {
-    let header: Header = memory.read_obj(GuestAddress(REPORT_ADDRESS)).ok()?;
+fn header(memory: &impl Readable) -> Option<Header> {
+    let header: Header = memory.read(REPORT_ADDRESS)?;
     (header.magic == MAGIC && header.version == VERSION).then_some(header)
+}
+
+/// Writes a word of a machine's header, if its memory may be written to.
+fn tell_machine(machine: &Machine, offset: usize, value: u32) {
+    if let Ok(writer) = machine.write_memory() {
+        tell(writer.memory(), offset, value);
+    }
 }
 
 /// Writes a word of the header. The write is logged as one of the VMM's own, so that a migration under way

@@ -67,14 +67,14 @@ impl Workload {
             cmdline: self.command_line(),
             initramfs: None,
         })?;
-        self.fill(machine);
-        Ok(())
+        self.fill(machine)
     }
 
     /// Fills RAM. The working set lies at the
     /// end of low memory and at the beginning of high memory, so low memory is filled from its beginning and
     /// high memory up to its end; the guest's first pass overwrites what it needs.
-    fn fill(&self, machine: &Machine) {
+    fn fill(&self, machine: &Machine) -> Result<(), Error> {
+        let writer = machine.write_memory()?;
         let mut left = self.fill / PAGE * PAGE;
         let mut random = Random::default();
         let mut block = vec![0u8; 1 << 20];
@@ -86,9 +86,10 @@ impl Workload {
                 self.content.fill(&mut random, &mut block);
                 let length = block.len().min((room - at) as usize);
                 // Inside a region of the machine's own layout.
-                let _ = machine.memory().memory().write_slice(&block[..length], GuestAddress(start + at));
+                let _ = writer.memory().write_slice(&block[..length], GuestAddress(start + at));
             }
         }
+        Ok(())
     }
 }
 

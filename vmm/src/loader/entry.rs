@@ -1,7 +1,7 @@
 //! The state a boot vCPU is in at a kernel's first instruction.
 
 use super::Error;
-use crate::ioctl::KvmContext;
+use crate::ioctl;
 use crate::memory::GuestMemory;
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -64,7 +64,7 @@ impl Entry {
         for (entry, at) in gdt.into_iter().zip((GDT.0..).step_by(8)) {
             memory.write_obj(entry, GuestAddress(at))?;
         }
-        let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
+        let mut sregs = ioctl::call("KVM_GET_SREGS", || vcpu.get_sregs())?;
         (sregs.cs, sregs.tr) = (cs, tss);
         (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (ds, ds, ds, ds, ds);
         (sregs.gdt.base, sregs.gdt.limit) = (GDT.0, (size_of_val(&gdt) - 1) as u16);
@@ -89,8 +89,8 @@ impl Entry {
                 (regs.rsp, regs.rbp) = (STACK, STACK);
             }
         }
-        vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")?;
-        Ok(vcpu.set_regs(&regs).context("KVM_SET_REGS")?)
+        ioctl::call("KVM_SET_SREGS", || vcpu.set_sregs(&sregs))?;
+        Ok(ioctl::call("KVM_SET_REGS", || vcpu.set_regs(&regs))?)
     }
 }
 

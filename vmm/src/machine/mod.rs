@@ -6,18 +6,22 @@
 
 mod announce;
 mod config;
+mod ram;
 
-pub use config::MachineConfig;
+pub use config::{BadName, MAX_NAME, MachineConfig, check_name};
+pub use ram::{RamView, RamWriter};
 
 use crate::acpi;
 use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
 use crate::error::Error;
+use crate::fatal::EndOnPanic;
 use crate::host::Host;
-use crate::ioctl::{KvmContext, KvmError};
+use crate::ioctl::{self, KvmError};
 use crate::loader::{self, Boot};
 use crate::lock::lock;
+use crate::memory::collapse::Collapser;
 use crate::memory::{self, GuestRam};
 use crate::pci::{KvmPlatform, Platform};
 use crate::power::{Power, SCI};
@@ -56,6 +60,17 @@ impl Shared {
     }
 }
 
+/// How a machine stands between two runs of its guest.
+#[derive(Default)]
+pub(crate) struct Standing {
+    /// The guest has run and was paused, or was loaded: it has to be told that its clock stood still.
+    interrupted: bool,
+    /// RAM is the migration engine's: it is being moved away or taken in, and nobody here may write to it.
+    engine_has_ram: bool,
+    /// An operator has paused the guest: wherever it is, it runs again only when an operator says so.
+    stays_paused: bool,
+}
+
 /// A machine.
 pub struct Machine {
     config: MachineConfig,
@@ -63,12 +78,13 @@ pub struct Machine {
     threads: Vec<JoinHandle<()>>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracking: DirtyTracking,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
+    /// Works while the guest runs and its writes are not tracked for a migration.
+    _collapser: Option<Collapser>,
     tsc_khz: u32,
     saved_msrs: Vec<u32>,
-    /// Serialises pause, resume, save and load; true once the guest has run and was paused, or was
-    /// loaded: it has to be told that its clock stood still.
-    interrupted: Mutex<bool>,
+    /// Serialises pause, resume, save, load, and this process's own writes to guest memory.
+    standing: Mutex<Standing>,
     /// The guest was given up, and may have run elsewhere meanwhile.
     given_up: AtomicBool,
 }
@@ -86,10 +102,10 @@ impl Machine {
             return Err(memory::Error::AddressBits { size: config.memory, bits }.into());
         }
         control::install_kick_handler().map_err(Error::Thread)?;
-        let ram = GuestRam::new(config.memory, config.pages)?;
+        let ram = Arc::new(GuestRam::with_thp(config.memory, config.pages, config.thp)?);
         let vm = Arc::new(create_vm(host)?);
         memory::slot::set_all(&vm, &ram)?;
-        let tracking = DirtyTracking::new(&vm)?;
+        let tracking = DirtyTracking::new(&vm, &ram)?;
         let platform: Arc<dyn Platform> = Arc::new(KvmPlatform(vm.clone()));
         let virtio = virtio::transport::functions(&config.devices, &config.local, &platform, ram.memory())?;
         let line = vm.clone();
@@ -107,18 +123,22 @@ impl Machine {
             .collect::<Result<Vec<_>, KvmError>>()?;
         let (tsc_khz, saved_msrs) = {
             let boot_vcpu = lock(&vcpus[0]);
-            (boot_vcpu.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?, boot_vcpu.msrs.indices())
+            (ioctl::call("KVM_GET_TSC_KHZ", || boot_vcpu.fd.get_tsc_khz())?, boot_vcpu.msrs.indices())
         };
         let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
+        let (running, tracked) = (shared.clone(), tracking.is_on());
+        let collapser =
+            Collapser::start(&ram, move || running.is_running() && !tracked.load(Ordering::Relaxed));
         let mut machine = Machine {
             config,
             threads: Vec::new(),
             shared,
             tracking,
             ram,
+            _collapser: collapser,
             tsc_khz,
             saved_msrs,
-            interrupted: Mutex::new(false),
+            standing: Mutex::default(),
             given_up: AtomicBool::new(false),
         };
         machine.spawn_threads()?;
@@ -128,14 +148,16 @@ impl Machine {
     /// Loads a kernel and points the boot vCPU at it.
     ///
     /// # Errors
-    /// [`Error::Loader`] for an image that cannot be booted.
+    /// [`Error::Loader`] for an image that cannot be booted, [`Error::MemoryIsMoving`].
     pub fn boot(&self, boot: &Boot) -> Result<(), Error> {
-        let entry = loader::load(self.ram.memory(), boot)?;
+        let writer = self.write_memory()?;
+        let memory = writer.memory();
+        let entry = loader::load(memory, boot)?;
         let vcpus = self.shared.vcpus.len() as u8;
-        loader::mptable::write(self.ram.memory(), vcpus)?;
-        acpi::write(self.ram.memory(), vcpus).map_err(loader::Error::from)?;
+        loader::mptable::write(memory, vcpus)?;
+        acpi::write(memory, vcpus).map_err(loader::Error::from)?;
         let boot_vcpu = lock(&self.shared.vcpus[0]);
-        Ok(entry.apply(&boot_vcpu.fd, self.ram.memory())?)
+        Ok(entry.apply(&boot_vcpu.fd, memory)?)
     }
 
     /// Presses the guest's power button. False if it does not listen to it.
@@ -151,9 +173,9 @@ impl Machine {
     /// [`Error::Ended`] if the guest has ended, [`Error::Stopped`] after [`stop`](Self::stop),
     /// [`Error::Disk`] if somebody else has a disk.
     pub fn resume(&self) -> Result<(), Error> {
-        let interrupted = lock(&self.interrupted);
+        let mut standing = lock(&self.standing);
         self.shared.devices.take_disk_locks()?;
-        if *interrupted && !self.is_running() {
+        if standing.interrupted && !self.is_running() {
             for vcpu in &self.shared.vcpus {
                 // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
                 // not use it makes this EINVAL, and needs no telling.
@@ -165,6 +187,8 @@ impl Machine {
             outcome => Error::Ended(outcome),
         })?;
         self.shared.devices.resume();
+        standing.engine_has_ram = false;
+        standing.stays_paused = false;
         if self.given_up.swap(false, Ordering::Relaxed) {
             self.announce();
         }
@@ -190,15 +214,50 @@ impl Machine {
     /// # Errors
     /// [`Error::Stopped`] after [`stop`](Self::stop).
     pub fn pause(&self) -> Result<(), Error> {
-        let mut interrupted = lock(&self.interrupted);
-        if self.is_running() {
-            *interrupted = true;
-        }
+        self.pause_for(false)
+    }
+
+    /// Pauses as [`pause`](Self::pause) does. From then until the guest runs again, nobody but the migration
+    /// engine has any business with its RAM.
+    pub(crate) fn pause_to_move(&self) -> Result<(), Error> {
+        self.pause_for(true)
+    }
+
+    fn pause_for(&self, moving: bool) -> Result<(), Error> {
+        let mut standing = lock(&self.standing);
+        standing.interrupted |= self.is_running();
+        standing.engine_has_ram |= moving;
         self.park();
         match self.shared.control.status() {
             (Phase::Stopping, _) => Err(Error::Stopped),
             _ => Ok(()),
         }
+    }
+
+    /// Decides that the paused guest stays paused, also when it is moved, until [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// [`Error::NotPaused`], [`Error::Stopped`].
+    pub fn stay_paused(&self) -> Result<(), Error> {
+        self.guard_paused()?.stays_paused = true;
+        Ok(())
+    }
+
+    /// Whether the guest is to stay paused until it is resumed.
+    pub fn stays_paused(&self) -> bool {
+        lock(&self.standing).stays_paused
+    }
+
+    /// What follows a move: the guest runs, or it stays as paused as it was.
+    pub(crate) fn resume_after_move(&self) -> Result<(), Error> {
+        let mut standing = lock(&self.standing);
+        if !standing.stays_paused {
+            drop(standing);
+            return self.resume();
+        }
+        self.shared.devices.take_disk_locks()?;
+        standing.engine_has_ram = false;
+        Ok(())
     }
 
     /// Whether the guest is running.
@@ -287,15 +346,15 @@ impl Machine {
     /// # Errors
     /// [`Error::State`] for a state that is not one of an equal machine; [`Error::NotPaused`].
     pub fn load(&self, state: &[u8]) -> Result<(), Error> {
-        let mut interrupted = self.guard_paused()?;
+        let mut standing = self.guard_paused()?;
         let Shared { vm, vcpus, devices, .. } = &*self.shared;
         state::load(vm, vcpus, devices, state)?;
-        *interrupted = true;
+        standing.interrupted = true;
         Ok(())
     }
 
-    fn guard_paused(&self) -> Result<MutexGuard<'_, bool>, Error> {
-        let guard = lock(&self.interrupted);
+    fn guard_paused(&self) -> Result<MutexGuard<'_, Standing>, Error> {
+        let guard = lock(&self.standing);
         match self.shared.control.status() {
             (Phase::Running, _) => Err(Error::NotPaused),
             (Phase::Stopping, _) => Err(Error::Stopped),
@@ -318,9 +377,31 @@ impl Machine {
         &self.config
     }
 
-    /// Its RAM.
-    pub fn memory(&self) -> &GuestRam {
-        &self.ram
+    /// Its RAM, to be read.
+    pub fn memory(&self) -> RamView<'_> {
+        RamView::new(&self.ram)
+    }
+
+    /// Leave to write to its RAM. Pausing waits until it is dropped.
+    ///
+    /// # Errors
+    /// [`Error::MemoryIsMoving`] from the pause for a move on until the guest runs here again, and before a
+    /// guest that is taken in runs here.
+    pub fn write_memory(&self) -> Result<RamWriter<'_>, Error> {
+        let standing = lock(&self.standing);
+        if standing.engine_has_ram {
+            return Err(Error::MemoryIsMoving);
+        }
+        Ok(RamWriter::new(&self.ram, standing))
+    }
+
+    /// Leaves RAM to the migration engine until the guest runs, or has come to stay paused.
+    pub(crate) fn take_in(&self, stays_paused: bool) {
+        let mut standing = lock(&self.standing);
+        standing.engine_has_ram = true;
+        standing.stays_paused = stays_paused;
+        // Whenever it runs here, the network has to be told.
+        self.given_up.store(stays_paused, Ordering::Relaxed);
     }
 
     /// Its serial port.
@@ -363,6 +444,7 @@ impl Drop for Machine {
 }
 
 fn run_vcpu(shared: &Shared, index: usize) {
+    let _end = EndOnPanic;
     sandbox::serve();
     let run_page = lock(&shared.vcpus[index]).run_page();
     // SAFETY: the vCPU, and with it the page, belongs to `shared`, which outlives this function.
@@ -373,12 +455,12 @@ fn run_vcpu(shared: &Shared, index: usize) {
 }
 
 fn create_vm(host: &Host) -> Result<VmFd, Error> {
-    let vm = host.kvm().create_vm().context("KVM_CREATE_VM")?;
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
-    vm.set_tss_address(TSS_ADDRESS).context("KVM_SET_TSS_ADDR")?;
-    vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+    let vm = ioctl::call("KVM_CREATE_VM", || host.kvm().create_vm())?;
+    ioctl::call("KVM_SET_IDENTITY_MAP_ADDR", || vm.set_identity_map_address(IDENTITY_MAP_ADDRESS))?;
+    ioctl::call("KVM_SET_TSS_ADDR", || vm.set_tss_address(TSS_ADDRESS))?;
+    ioctl::call("KVM_CREATE_IRQCHIP", || vm.create_irq_chip())?;
     // With the dummy, KVM answers port 0x61 as well, by which guests calibrate against the PIT.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).context("KVM_CREATE_PIT2")?;
+    ioctl::call("KVM_CREATE_PIT2", || vm.create_pit2(pit))?;
     Ok(vm)
 }

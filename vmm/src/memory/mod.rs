@@ -9,25 +9,30 @@
 //! time write to a file. KVM and `vm-memory` see one region all the same, so that a device's buffer may lie
 //! anywhere.
 
+pub(crate) mod collapse;
 pub mod host;
 pub mod layout;
 mod populate;
+mod region;
 pub(crate) mod slot;
+pub mod thp;
 pub mod write_log;
 
+pub use region::Region;
+pub use thp::Thp;
 pub use write_log::WriteLog;
 
-use migration::memory::{self, MemoryError, PAGE_SIZE, Ram, RamFile, RamRegion, RegionLayout};
+use migration::memory::{self, AddressSpace, MemoryError, PAGE_SIZE, Ram, RamFile, RamRegion, RegionLayout};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend};
 
 /// Guest memory as `vm-memory` sees it, with the VMM's own writes logged.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<WriteLog>;
+pub type GuestMemory = vm_memory::GuestRegionCollection<Region>;
 
 /// A part of guest RAM that knows which pages it is.
 pub type Slice<'m> = vm_memory::VolatileSlice<'m, vm_memory::bitmap::RefSlice<'m, WriteLog>>;
@@ -178,14 +183,23 @@ pub struct GuestRam {
     memory: GuestMemory,
     ram: Arc<Ram>,
     pages: PageSize,
+    thp: Thp,
 }
 
 impl GuestRam {
-    /// Maps `size` bytes of RAM. Nothing is populated.
+    /// Maps `size` bytes of RAM, for which the kernel may use transparent huge pages. Nothing is populated.
     ///
     /// # Errors
     /// [`Error`] for a size that is no machine's or more than the host has free.
     pub fn new(size: u64, pages: PageSize) -> Result<Self, Error> {
+        Self::with_thp(size, pages, Thp::On)
+    }
+
+    /// The same, with a word on transparent huge pages.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn with_thp(size: u64, pages: PageSize, thp: Thp) -> Result<Self, Error> {
         let regions = layout::regions(size)?;
         if regions.iter().any(|r| r.len % pages.bytes() != 0) {
             return Err(Error::HugePageMultiple { size, page: pages.bytes() });
@@ -194,12 +208,14 @@ impl GuestRam {
         let mut mapped = Vec::with_capacity(regions.len());
         let mut described = Vec::with_capacity(regions.len());
         for (number, layout) in regions.into_iter().enumerate() {
-            let (region, ram) = map_region(number, layout, pages)?;
+            let (region, ram) = map_region(number, layout, pages, thp)?;
             mapped.push(region);
             described.push(ram);
         }
         let memory = GuestMemory::from_arc_regions(mapped)?;
-        Ok(GuestRam { memory, ram: Arc::new(Ram::new(described)?), pages })
+        // Huge pages of their own are none that the kernel could make.
+        let thp = if pages == PageSize::Small { thp } else { Thp::Off };
+        Ok(GuestRam { memory, ram: Arc::new(Ram::new(described)?), pages, thp })
     }
 
     /// RAM for the VMM's own, logged accesses.
@@ -219,50 +235,46 @@ impl GuestRam {
 
     /// The log of the VMM's own writes to region number `region`.
     pub fn write_log(&self, region: usize) -> Option<&WriteLog> {
-        self.memory.iter().nth(region).map(|region| region.bitmap())
+        self.memory.iter().nth(region).map(Region::write_log)
     }
 }
 
-type Mapped = (Arc<GuestRegionMmap<WriteLog>>, RamRegion);
+type Mapped = (Arc<Region>, RamRegion);
 
-fn map_region(number: usize, layout: RegionLayout, pages: PageSize) -> Result<Mapped, Error> {
+fn map_region(number: usize, layout: RegionLayout, pages: PageSize, thp: Thp) -> Result<Mapped, Error> {
     let len = layout.len as usize;
-    let (builder, part_len, files) = if pages == PageSize::Small {
+    let (access, log) = (libc::PROT_READ | libc::PROT_WRITE, WriteLog::new(len));
+    let builder =
+        MmapRegionBuilder::new_with_bitmap(len, log).with_mmap_prot(access).with_mmap_flags(libc::MAP_SHARED);
+    let (mapping, space, part_len, files) = if pages == PageSize::Small {
         let part_len = memory::part_len(layout.len);
         let starts = (0..layout.len).step_by(part_len as usize);
         let sizes = starts.map(|start| part_len.min(layout.len - start));
         let files: Result<Vec<File>, Error> =
             sizes.enumerate().map(|(part, len)| create_memfd(number, part, len, pages)).collect();
-        // A place to map them into, which `vm-memory` unmaps as a whole.
-        let builder = MmapRegionBuilder::new_with_bitmap(len, WriteLog::new(len))
-            .with_mmap_prot(libc::PROT_NONE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        (builder, part_len, files?)
+        let (files, space) = (files?, AddressSpace::reserve(len)?);
+        // SAFETY: the range is the one reserved above, which nobody has used yet; what takes its place goes
+        // away with it.
+        unsafe { memory::map_parts(space.address(), layout.len, part_len, &files) }?;
+        thp::advise(space.address(), len, thp);
+        // SAFETY: the range is mapped as the builder is told, and is unmapped after the region, which gets
+        // `space` below.
+        let mapping = unsafe { builder.with_raw_mmap_pointer(space.address().as_ptr()) }.build()?;
+        (mapping, Some(space), part_len, files)
     } else {
         // Only hugetlbfs itself finds a place that is aligned for it; nobody writes to such a file.
         let file = create_memfd(number, 0, layout.len, pages)?;
         let duplicate = file.try_clone().map_err(|source| Error::System { what: "duplicate", source })?;
-        let builder = MmapRegionBuilder::new_with_bitmap(len, WriteLog::new(len))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED)
-            .with_file_offset(FileOffset::new(duplicate, 0))
-            .with_hugetlbfs(true);
-        (builder, layout.len, vec![file])
+        let builder = builder.with_file_offset(FileOffset::new(duplicate, 0)).with_hugetlbfs(true);
+        (builder.build()?, None, layout.len, vec![file])
     };
-    let mapping = builder.build()?;
     let address = NonNull::new(mapping.as_ptr()).ok_or_else(|| Error::last("map"))?;
-    if pages == PageSize::Small {
-        // SAFETY: the range is exactly the mapping built above, which nobody has used yet; what takes its
-        // place goes away with it.
-        unsafe { memory::map_parts(address, layout.len, part_len, &files) }?;
-    }
     // A core dump with the guest's memory in it would be as large as the guest, and its secrets.
     // SAFETY: the range is exactly the mapping built above; the advice changes no content.
     if unsafe { libc::madvise(address.as_ptr().cast(), len, libc::MADV_DONTDUMP) } != 0 {
         return Err(Error::last("exclude from core dumps the"));
     }
-    let region =
-        Arc::new(GuestRegionMmap::new(mapping, GuestAddress(layout.guest_address)).ok_or(Error::Layout)?);
+    let region = Arc::new(Region::new(mapping, GuestAddress(layout.guest_address), space)?);
     let files = files.into_iter().map(RamFile::from).collect();
     // SAFETY: the mapping is shared, readable and writable, covers the files one behind the other, `part_len`
     // bytes of each and what is left of the last, and lives as long as `region`, of which the owner below is

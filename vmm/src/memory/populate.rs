@@ -4,7 +4,9 @@
 //! one by one in the path of the data. A source never does: what its guest never touched must stay
 //! absent.
 
-use super::{Error, GuestRam};
+use super::thp::{self, HUGE};
+use super::{Error, GuestRam, Thp};
+use migration::memory::RamRegion;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -51,27 +53,37 @@ impl GuestRam {
     }
 
     /// Populates `len` bytes from `offset` of region number `region`; both are multiples of the
-    /// region's page size.
+    /// region's page size. If RAM may have huge pages, whole 2 MiB become such.
     ///
     /// # Errors
     /// As for [`populate`](Self::populate), and [`Error::Layout`] for a range outside the region.
     pub fn populate_range(&self, region: usize, offset: u64, len: u64) -> Result<(), Error> {
         let region = self.ram().regions().get(region).ok_or(Error::Layout)?;
-        if offset.checked_add(len).is_none_or(|end| end > region.len()) {
-            return Err(Error::Layout);
+        let end = offset.checked_add(len).filter(|end| *end <= region.len()).ok_or(Error::Layout)?;
+        fault_in(region, offset, len)?;
+        // Cheap where the host's setting has made huge pages already.
+        let (first, last) = (offset.next_multiple_of(HUGE), end / HUGE * HUGE);
+        if self.thp() == Thp::On && first < last {
+            // Whatever refuses it, small pages do as well.
+            let _ = thp::collapse(region, first, last - first);
         }
-        let address = region.address().wrapping_add(offset as usize);
-        loop {
-            // SAFETY: the range was checked to lie inside the region's mapping; the call faults
-            // pages in and changes no content.
-            let result = unsafe { libc::madvise(address.cast(), len as usize, MADV_POPULATE_WRITE) };
-            if result == 0 {
-                return Ok(());
-            }
-            let source = io::Error::last_os_error();
-            if source.kind() != io::ErrorKind::Interrupted {
-                return Err(Error::System { what: "populate", source });
-            }
+        Ok(())
+    }
+}
+
+/// Has the kernel do what writing to each page of a range inside the region would.
+fn fault_in(region: &RamRegion, offset: u64, len: u64) -> Result<(), Error> {
+    let address = region.address().wrapping_add(offset as usize);
+    loop {
+        // SAFETY: the caller checked that the range lies inside the region's mapping; the call faults pages
+        // in and changes no content.
+        let result = unsafe { libc::madvise(address.cast(), len as usize, MADV_POPULATE_WRITE) };
+        if result == 0 {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        if source.kind() != io::ErrorKind::Interrupted {
+            return Err(Error::System { what: "populate", source });
         }
     }
 }
@@ -100,6 +112,17 @@ mod tests {
         assert_eq!(resident_pages(&ram), 80 << 8);
         assert!(matches!(ram.populate_range(0, 79 << 20, 2 << 20), Err(Error::Layout)));
         assert!(matches!(ram.populate_range(1, 0, 4096), Err(Error::Layout)));
+    }
+
+    #[test]
+    fn populated_ram_is_huge_at_once_where_that_can_be_had() {
+        for (thp, huge) in [(Thp::On, true), (Thp::Off, false)] {
+            let ram = GuestRam::with_thp(80 << 20, PageSize::Small, thp).unwrap();
+            ram.populate(2).unwrap();
+            assert_eq!(resident_pages(&ram), 80 << 8);
+            let expected = huge && thp::try_collapse().is_ok();
+            assert_eq!(thp::tests::mapped_huge(&ram) >= HUGE, expected, "{thp:?}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! KVM's memory slots: guest RAM as the guest's CPUs find it. Each region of RAM is the slot of its number.
 
 use super::GuestRam;
-use crate::ioctl::{KvmContext, KvmError};
+use crate::ioctl::{self, KvmError};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 
@@ -15,9 +15,11 @@ pub(crate) fn set(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Resul
         memory_size: region_info.len(),
         userspace_addr: region_info.address() as u64,
     };
-    // SAFETY: the range is a whole mapping of guest RAM, which the machine keeps for longer than
-    // any vCPU can run; nobody holds references into it.
-    unsafe { vm.set_user_memory_region(slot) }.context("KVM_SET_USER_MEMORY_REGION")
+    ioctl::call("KVM_SET_USER_MEMORY_REGION", || {
+        // SAFETY: the range is a whole mapping of guest RAM, which the machine keeps for longer than
+        // any vCPU can run; nobody holds references into it.
+        unsafe { vm.set_user_memory_region(slot) }
+    })
 }
 
 /// Sets the slots of all regions, without dirty logging.

@@ -1,6 +1,6 @@
 //! What a function needs of the machine around it.
 
-use crate::ioctl::{KvmContext, KvmError};
+use crate::ioctl::{self, KvmError};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::sync::Arc;
@@ -34,11 +34,12 @@ impl Platform for KvmPlatform {
 
     fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), KvmError> {
         let at = IoEventAddress::Mmio(address);
-        self.0.register_ioevent(doorbell, &at, NoDatamatch).context("KVM_IOEVENTFD")
+        ioctl::call("KVM_IOEVENTFD", || self.0.register_ioevent(doorbell, &at, NoDatamatch))
     }
 
     fn remove_doorbell(&self, address: u64, doorbell: &EventFd) {
         // Fails only for what is not there.
-        let _ = self.0.unregister_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch);
+        let at = IoEventAddress::Mmio(address);
+        let _ = ioctl::call("KVM_IOEVENTFD", || self.0.unregister_ioevent(doorbell, &at, NoDatamatch));
     }
 }

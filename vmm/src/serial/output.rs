@@ -5,20 +5,25 @@
 //! virtio consoles spins with interrupts off until its bytes are taken.) So what cannot be written at once is
 //! kept here, and a thread that lives for as long as there is such a backlog writes it. Only what a backlog
 //! of [`MAX_BACKLOG`] bytes cannot take is lost.
+//!
+//! A file that others read later has a greatest length, so that a guest cannot fill the host's disk. What
+//! does not fit any more is lost too, until somebody makes the file shorter.
 
 use crate::lock::lock;
 use crate::poll::poll;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 /// Bytes kept for a reader at most.
 const MAX_BACKLOG: usize = 1 << 20;
+/// The longest that a file becomes, in bytes.
+pub(super) const MAX_FILE: u64 = 256 << 20;
 /// How often the thread looks whether anybody still wants it to go on, in milliseconds.
 const LOOK_AGAIN_MS: libc::c_int = 1000;
 
@@ -31,6 +36,10 @@ struct Inner {
     backlog: Mutex<Backlog>,
     written: Condvar,
     lost: AtomicU64,
+    /// The longest that the file may become.
+    limit: Option<u64>,
+    /// Somebody was told that it is full.
+    told: AtomicBool,
 }
 
 #[derive(Default)]
@@ -43,17 +52,22 @@ struct Backlog {
 impl Output {
     /// Output to `file`.
     pub fn to(file: File) -> Self {
-        Self::new(Some(file))
+        Self::new(Some(file), None)
+    }
+
+    /// Output to the end of `file`, as long as that has at most `limit` bytes.
+    pub(super) fn bounded(file: File, limit: u64) -> Self {
+        Self::new(Some(file), Some(limit))
     }
 
     /// Output to nowhere.
     pub fn null() -> Self {
-        Self::new(None)
+        Self::new(None, None)
     }
 
-    fn new(file: Option<File>) -> Self {
+    fn new(file: Option<File>, limit: Option<u64>) -> Self {
         let (backlog, written, lost) = (Mutex::default(), Condvar::new(), AtomicU64::new(0));
-        Output(Arc::new(Inner { file, backlog, written, lost }))
+        Output(Arc::new(Inner { file, backlog, written, lost, limit, told: AtomicBool::new(false) }))
     }
 
     /// Bytes dropped so far.
@@ -86,6 +100,23 @@ impl Inner {
         lock(&self.backlog)
     }
 
+    /// Whether the file has no room for `bytes` more.
+    fn is_full(&self, mut file: &File, bytes: usize) -> bool {
+        let Some(limit) = self.limit else { return false };
+        // Where the end is now: somebody may have made it shorter. Writes go to the end wherever this leaves
+        // the position.
+        let full = file.seek(SeekFrom::End(0)).is_ok_and(|len| len + bytes as u64 > limit);
+        if full && !self.told.swap(true, Ordering::Relaxed) {
+            eprintln!(
+                "whimbrel: a file that takes the guest's output has reached {limit} bytes; what follows is dropped \
+                 until the file is truncated"
+            );
+        } else if !full && self.told.load(Ordering::Relaxed) {
+            self.told.store(false, Ordering::Relaxed);
+        }
+        full
+    }
+
     fn lose(&self, bytes: usize) {
         self.lost.fetch_add(bytes as u64, Ordering::Relaxed);
     }
@@ -105,7 +136,7 @@ impl Inner {
             // held: a write to a terminal can block even though it was ready for a byte.
             piece.clear();
             piece.extend(self.backlog().bytes.iter().take(libc::PIPE_BUF));
-            if file.write_all(&piece).is_err() {
+            if self.is_full(file, piece.len()) || file.write_all(&piece).is_err() {
                 self.lose(piece.len());
             }
             let mut backlog = self.backlog();
@@ -133,7 +164,7 @@ impl Write for Output {
         // A pipe that polls ready has room for PIPE_BUF bytes, as much as is ever written here at once.
         if backlog.writer || !ready(file, 0) {
             self.keep(&mut backlog, bytes);
-        } else if file.write_all(bytes).is_err() {
+        } else if self.0.is_full(file, bytes.len()) || file.write_all(bytes).is_err() {
             self.0.lose(bytes.len());
         }
         Ok(bytes.len())
@@ -168,6 +199,24 @@ mod tests {
         let mut arrived = Vec::new();
         reader.read_to_end(&mut arrived).unwrap();
         assert_eq!(arrived.len() + lost as usize, total);
+    }
+
+    #[test]
+    fn a_file_becomes_no_longer_than_its_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let file = || File::options().append(true).create(true).open(&path).unwrap();
+        let mut output = Output::bounded(file(), 1000);
+        for _ in 0..300 {
+            assert_eq!(output.write(b"0123456").unwrap(), 7, "the guest goes on");
+        }
+        assert_eq!((path.metadata().unwrap().len(), output.lost()), (994, 2100 - 994));
+        // It counts what was there before, and what was taken away since.
+        assert_eq!(Output::bounded(file(), 1000).write(b"0123456").unwrap(), 7);
+        assert_eq!(path.metadata().unwrap().len(), 994);
+        file().set_len(0).unwrap();
+        output.write_all(b"again").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"again");
     }
 
     #[test]

@@ -11,7 +11,7 @@
 
 use super::vcpu::VcpuState;
 use crate::component::Error;
-use crate::ioctl::{self, KvmContext, KvmError};
+use crate::ioctl::{self, KvmError};
 use crate::vcpu::Vcpu;
 use crate::vcpu::msr::{self, IA32_TSC};
 use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
@@ -44,14 +44,14 @@ impl ClockState {
     pub fn save(vm: &VmFd, boot_vcpu: &Vcpu) -> Result<Self, KvmError> {
         let guest_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
         let tsc_realtime = realtime();
-        let clock = vm.get_clock().context("KVM_GET_CLOCK")?;
+        let clock = ioctl::call("KVM_GET_CLOCK", || vm.get_clock())?;
         let has_realtime = clock.flags & KVM_CLOCK_REALTIME != 0;
         Ok(ClockState {
             kvmclock: clock.clock,
             kvmclock_realtime: has_realtime.then_some(clock.realtime),
             guest_tsc,
             tsc_realtime,
-            tsc_khz: boot_vcpu.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?,
+            tsc_khz: ioctl::call("KVM_GET_TSC_KHZ", || boot_vcpu.fd.get_tsc_khz())?,
         })
     }
 
@@ -80,7 +80,7 @@ impl ClockState {
         }
         // Real time first: the TSC is read a moment later, and setting it a moment too low loses
         // that moment, where too high would add it on every move.
-        let current_offset = ioctl::get_tsc_offset(&boot_vcpu.fd).context("KVM_VCPU_TSC_OFFSET")?;
+        let current_offset = ioctl::call("KVM_VCPU_TSC_OFFSET", || ioctl::get_tsc_offset(&boot_vcpu.fd))?;
         let now = realtime();
         let current_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
         let boot_offset = current_offset.wrapping_add(self.tsc_at(now)).wrapping_sub(current_tsc);
@@ -88,7 +88,7 @@ impl ClockState {
             // A guest may have given its vCPUs different TSCs; that difference is kept.
             let ahead = state.tsc_offset.unwrap_or(0).wrapping_sub(boot_saved.tsc_offset.unwrap_or(0));
             let offset = boot_offset.wrapping_add(ahead);
-            ioctl::set_tsc_offset(&vcpu.fd, offset).context("KVM_VCPU_TSC_OFFSET")?;
+            ioctl::call("KVM_VCPU_TSC_OFFSET", || ioctl::set_tsc_offset(&vcpu.fd, offset))?;
         }
         Ok(())
     }
@@ -107,7 +107,7 @@ impl ClockState {
                 clock.clock = self.kvmclock.saturating_add(elapsed);
             }
         }
-        vm.set_clock(&clock).context("KVM_SET_CLOCK")
+        ioctl::call("KVM_SET_CLOCK", || vm.set_clock(&clock))
     }
 }
 

@@ -1,7 +1,7 @@
 //! One vCPU's state.
 
 use crate::component::{Error, Kind};
-use crate::ioctl::{self, KvmContext, KvmError};
+use crate::ioctl::{self, KvmError};
 use crate::vcpu::Vcpu;
 use crate::vcpu::msr::{self, IA32_TSC_DEADLINE};
 use kvm_bindings::{
@@ -31,22 +31,22 @@ impl VcpuState {
     /// Reads the state of a parked vCPU.
     pub(crate) fn save(vcpu: &mut Vcpu) -> Result<Self, KvmError> {
         let fd = &vcpu.fd;
-        let mp_state = fd.get_mp_state().context("KVM_GET_MP_STATE")?;
-        let regs = fd.get_regs().context("KVM_GET_REGS")?;
-        let sregs = fd.get_sregs().context("KVM_GET_SREGS")?;
+        let mp_state = ioctl::call("KVM_GET_MP_STATE", || fd.get_mp_state())?;
+        let regs = ioctl::call("KVM_GET_REGS", || fd.get_regs())?;
+        let sregs = ioctl::call("KVM_GET_SREGS", || fd.get_sregs())?;
         let mut xsave = vec![0; vcpu.xsave_len.max(size_of::<kvm_xsave>())];
-        ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len).context("KVM_GET_XSAVE2")?;
-        let xcrs = fd.get_xcrs().context("KVM_GET_XCRS")?;
-        let debugregs = fd.get_debug_regs().context("KVM_GET_DEBUGREGS")?;
-        let lapic = fd.get_lapic().context("KVM_GET_LAPIC")?;
+        ioctl::call("KVM_GET_XSAVE2", || ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len))?;
+        let xcrs = ioctl::call("KVM_GET_XCRS", || fd.get_xcrs())?;
+        let debugregs = ioctl::call("KVM_GET_DEBUGREGS", || fd.get_debug_regs())?;
+        let lapic = ioctl::call("KVM_GET_LAPIC", || fd.get_lapic())?;
         let msrs = vcpu.msrs.save(fd)?;
         let tsc_deadline = msr::read(fd, IA32_TSC_DEADLINE).ok();
         let tsc_offset = if vcpu.tsc_offset {
-            Some(ioctl::get_tsc_offset(fd).context("KVM_VCPU_TSC_OFFSET")?)
+            Some(ioctl::call("KVM_VCPU_TSC_OFFSET", || ioctl::get_tsc_offset(fd))?)
         } else {
             None
         };
-        let events = fd.get_vcpu_events().context("KVM_GET_VCPU_EVENTS")?;
+        let events = ioctl::call("KVM_GET_VCPU_EVENTS", || fd.get_vcpu_events())?;
         Ok(VcpuState {
             mp_state,
             regs,
@@ -66,17 +66,17 @@ impl VcpuState {
     pub(crate) fn load(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
         let xsave = self.fitting_xsave(vcpu)?;
         let fd = &vcpu.fd;
-        fd.set_mp_state(self.mp_state).context("KVM_SET_MP_STATE")?;
-        fd.set_regs(&self.regs).context("KVM_SET_REGS")?;
-        fd.set_sregs(&self.sregs).context("KVM_SET_SREGS")?;
-        ioctl::set_xsave(fd, &xsave, vcpu.xsave_len).context("KVM_SET_XSAVE")?;
-        fd.set_xcrs(&self.xcrs).context("KVM_SET_XCRS")?;
-        fd.set_debug_regs(&self.debugregs).context("KVM_SET_DEBUGREGS")?;
-        fd.set_lapic(&self.lapic).context("KVM_SET_LAPIC")?;
+        ioctl::call("KVM_SET_MP_STATE", || fd.set_mp_state(self.mp_state))?;
+        ioctl::call("KVM_SET_REGS", || fd.set_regs(&self.regs))?;
+        ioctl::call("KVM_SET_SREGS", || fd.set_sregs(&self.sregs))?;
+        ioctl::call("KVM_SET_XSAVE", || ioctl::set_xsave(fd, &xsave, vcpu.xsave_len))?;
+        ioctl::call("KVM_SET_XCRS", || fd.set_xcrs(&self.xcrs))?;
+        ioctl::call("KVM_SET_DEBUGREGS", || fd.set_debug_regs(&self.debugregs))?;
+        ioctl::call("KVM_SET_LAPIC", || fd.set_lapic(&self.lapic))?;
         msr::restore(&vcpu.fd, vcpu.index, &self.msrs)?;
         // With the flags that KVM gave them: they say which fields are true. (A pending SIPI is not
         // among these; it was turned into `mp_state` when that was read.)
-        Ok(vcpu.fd.set_vcpu_events(&self.events).context("KVM_SET_VCPU_EVENTS")?)
+        Ok(ioctl::call("KVM_SET_VCPU_EVENTS", || vcpu.fd.set_vcpu_events(&self.events))?)
     }
 
     /// Arms the deadline timer again, once LAPIC and TSC are in place.

@@ -5,7 +5,7 @@ pub(crate) mod msr;
 pub(crate) mod outcome;
 
 use crate::devices::Devices;
-use crate::ioctl::{self, KvmContext, KvmError};
+use crate::ioctl::{self, KvmError};
 use crate::power::Request;
 use control::Control;
 use kvm_bindings::{
@@ -36,14 +36,16 @@ impl Vcpu {
         tsc_khz: Option<u32>,
         msrs: &[u32],
     ) -> Result<Self, KvmError> {
-        let fd = vm.create_vcpu(u64::from(index)).context("KVM_CREATE_VCPU")?;
+        let fd = ioctl::call("KVM_CREATE_VCPU", || vm.create_vcpu(u64::from(index)))?;
         // Before anything that the clock derives from.
         if let Some(khz) = tsc_khz
-            && fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")? != khz
+            && ioctl::call("KVM_GET_TSC_KHZ", || fd.get_tsc_khz())? != khz
         {
-            fd.set_tsc_khz(khz).context("KVM_SET_TSC_KHZ (this host cannot scale the TSC to the guest's)")?;
+            ioctl::call("KVM_SET_TSC_KHZ (this host cannot scale the TSC to the guest's)", || {
+                fd.set_tsc_khz(khz)
+            })?;
         }
-        fd.set_cpuid2(cpuid).context("KVM_SET_CPUID2")?;
+        ioctl::call("KVM_SET_CPUID2", || fd.set_cpuid2(cpuid))?;
         let msrs = MsrTable::probe(&fd, msrs)?;
         let reported = vm.check_extension_int(Cap::Xsave2);
         let tsc_offset = ioctl::get_tsc_offset(&fd).is_ok();

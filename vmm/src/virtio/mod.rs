@@ -149,6 +149,16 @@ pub trait VirtioDevice: Send + Sync {
     /// less to do later.
     fn flush_disk(&self) {}
 
+    /// Refuses a disk that is not the one of the machine that the guest comes from, as far as locks can tell:
+    /// that machine has it locked. Touches nothing of the disk. One that is `trusted` needs no lock, but must
+    /// be raw.
+    ///
+    /// # Errors
+    /// If nobody has locked it, or it is not raw.
+    fn check_disk_shared(&self, _trusted: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Takes its disk lock, without which it neither reads nor writes the disk. Does nothing if it holds the
     /// lock.
     ///

@@ -12,6 +12,7 @@
 
 use super::VirtioDevice;
 use super::interrupt::Interrupt;
+use crate::fatal::EndOnPanic;
 use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::poll::poll;
@@ -295,6 +296,7 @@ impl VirtQueue {
         let name = format!("{}.{index}", device.name());
         let served = shared.clone();
         let work = move || {
+            let _end = EndOnPanic;
             sandbox::serve();
             let mut wait_for_input = false;
             loop {
@@ -319,6 +321,18 @@ impl VirtQueue {
     /// Wakes the queue's thread.
     pub fn notify(&self) {
         self.shared.ring_doorbell();
+    }
+
+    /// Serves the queue in this thread, once its own thread is done.
+    #[cfg(feature = "internals")]
+    pub fn serve(
+        &self,
+        index: usize,
+        device: &dyn VirtioDevice,
+        memory: &GuestMemory,
+        interrupt: &Interrupt,
+    ) {
+        self.shared.serve(index, device, memory, interrupt);
     }
 
     /// Its interrupt vector.

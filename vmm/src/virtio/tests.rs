@@ -1,11 +1,15 @@
 //! The transport, driven as a kernel does.
 
 use super::common_config::Register;
+use super::queue::{LockedQueue, QueueError, WaitFor};
 use super::registers::BAR_LEN;
 use super::rng::Rng;
 use super::testing::{BUFFERS, Bench, Buffer};
-use crate::component::Error;
+use super::{DeviceConfig, DeviceType, VirtioDevice};
+use crate::component::{Component, Error, Kind};
 use crate::pci::{Function, bar_address};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use std::sync::Arc;
 
 const COMMAND: usize = 4;
@@ -106,4 +110,64 @@ fn a_state_that_is_cut_or_changed_is_refused_or_harmless() {
     assert!(matches!(target.function.load(&saved[..1]), Err(Error::Missing { .. })));
     load(&good).unwrap();
     assert_eq!(target.save(), saved);
+}
+
+/// A device with a mistake in it.
+struct Broken(Rng);
+
+impl VirtioDevice for Broken {
+    fn name(&self) -> &'static str {
+        "broken"
+    }
+
+    fn device_type(&self) -> DeviceType {
+        self.0.device_type()
+    }
+
+    fn config(&self) -> DeviceConfig {
+        self.0.config()
+    }
+
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        self.0.queue_sizes()
+    }
+
+    fn serve(&self, _: usize, _: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+        panic!("a mistake")
+    }
+
+    fn state_kind(&self) -> Kind {
+        self.0.state_kind()
+    }
+
+    fn save(&self, index: u8) -> Result<Component, Error> {
+        self.0.save(index)
+    }
+
+    fn load(&self, components: &[Component], index: u8) -> Result<(), Error> {
+        self.0.load(components, index)
+    }
+}
+
+#[test]
+fn a_device_that_panics_ends_the_process_with_a_message() {
+    const CHILD: &str = "WHIMBREL_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        let mut bench = Bench::with(Arc::new(Broken(Rng::new()))).running();
+        bench.offer(0, 0, &[Buffer::In(BUFFERS, 16)]);
+        bench.notify(0);
+        // A guest that waits for its device: it would for ever.
+        std::thread::sleep(std::time::Duration::from_secs(10));
+        return;
+    }
+    let name = "virtio::tests::a_device_that_panics_ends_the_process_with_a_message";
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let output = child.args(["--exact", name, "--nocapture"]).env(CHILD, "1").output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{stderr}");
+    assert!(stderr.contains("the thread broken.0 has panicked; the machine ends"), "{stderr}");
 }

@@ -362,6 +362,13 @@ impl VirtioFunction {
         self.queues[queue].with_queue(|_| work());
     }
 
+    /// Serves a queue in this thread, as its own thread does.
+    #[cfg(feature = "internals")]
+    #[doc(hidden)]
+    pub fn serve(&self, queue: usize) {
+        self.queues[queue].serve(queue, &*self.device, &self.memory, &self.interrupt);
+    }
+
     /// The components that the device saves.
     pub fn places(&self) -> [(Kind, u8); 2] {
         [(Kind::Virtio, self.index), (self.device.state_kind(), self.index)]

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 use std::time::{Duration, Instant};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 use whimbrel_vmm::virtio::block::BlockConfig;
 use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
 use whimbrel_vmm::{Boot, Host, Image, Machine, MachineConfig, SerialOutput};
@@ -58,7 +58,7 @@ pub fn disk(folder: &Path, name: &str) -> DeviceConfig {
 
 /// Four bytes of guest memory.
 pub fn peek(machine: &Machine, address: u64) -> u32 {
-    machine.memory().memory().read_obj(GuestAddress(address)).unwrap()
+    machine.memory().read_obj(GuestAddress(address)).unwrap()
 }
 
 /// Waits until four bytes of guest memory exceed `value`.

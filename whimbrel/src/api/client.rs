@@ -57,11 +57,25 @@ impl Client {
         path: &str,
         body: &impl Serialize,
     ) -> Result<A, Error> {
+        self.call_within(TIMEOUT, method, path, body)
+    }
+
+    /// The same for a request whose answer may take up to `patience`.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    pub fn call_within<A: DeserializeOwned>(
+        &self,
+        patience: Duration,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<A, Error> {
         let body = serde_json::to_vec(body).map_err(http)?;
         self.runtime.block_on(async {
-            tokio::time::timeout(TIMEOUT, self.exchange(method, path, body))
+            tokio::time::timeout(patience, self.exchange(method, path, body))
                 .await
-                .unwrap_or_else(|_| Err(Error::Http(format!("no answer within {} s", TIMEOUT.as_secs()))))
+                .unwrap_or(Err(Error::Silent(patience)))
         })
     }
 

@@ -9,6 +9,7 @@ pub mod server;
 
 use migration::Failure;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Why the API cannot be served or reached.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,9 @@ pub enum Error {
     /// The conversation broke off.
     #[error("the virtual machine's API broke off: {0}")]
     Http(String),
+    /// No answer came.
+    #[error("the virtual machine's API has not answered within {} s", .0.as_secs())]
+    Silent(Duration),
     /// The machine refused.
     #[error("{0}")]
     Refused(Failure),

@@ -1,10 +1,12 @@
 //! What the HTTP API takes and gives, as JSON. `docs/api.md` tells the same for people.
 
 use migration::Failure;
+use migration::destination;
 use migration::monitor::Progress;
 use migration::policy::{OnStall, Policy};
 use migration::report::Report;
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::time::Duration;
 use vmm::guest::Testimony;
 
@@ -12,6 +14,10 @@ use vmm::guest::Testimony;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
+    /// A receiver that no guest has reached yet.
+    Waiting,
+    /// A receiver that is taking a guest in.
+    Receiving,
     /// It runs here.
     Running,
     /// An operator has paused it.
@@ -29,13 +35,13 @@ pub enum VmState {
 /// `GET /v1/vm`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Vm {
-    /// The machine's name.
+    /// The machine's name; empty at a receiver that was given none, as long as it has no guest.
     pub name: String,
     /// What it is doing.
     pub state: VmState,
-    /// Guest memory in bytes.
+    /// Guest memory in bytes; 0 as long as a receiver does not know it.
     pub memory: u64,
-    /// Number of virtual CPUs.
+    /// Number of virtual CPUs; 0 as long as a receiver has no guest.
     pub vcpus: u32,
     /// Process that runs it.
     pub pid: u32,
@@ -128,6 +134,25 @@ pub struct Migration {
     pub progress: Progress,
     /// The whole story, once it is over.
     pub report: Option<Report>,
+}
+
+/// `GET /v1/arrival`: the guest that is being taken in, or the last one that was, or was not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Arrival {
+    /// Counts the guests that came to this process, from 1.
+    pub number: u64,
+    /// Where from.
+    pub from: SocketAddr,
+    /// When it began, in UTC, by this host's clock.
+    pub began: String,
+    /// When it was over; `None` until then.
+    pub ended: Option<String>,
+    /// The program that sent it, once the guest runs here.
+    pub sender: Option<String>,
+    /// This moment, or the last one.
+    pub progress: destination::Progress,
+    /// Why the guest was not taken in, if so.
+    pub failure: Option<Failure>,
 }
 
 /// Body of every answer that is not 2xx.

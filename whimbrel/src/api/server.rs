@@ -1,10 +1,11 @@
-//! The API's server: one thread, one socket, one [`Instance`], which may arrive later.
+//! The API's server: one thread, one socket, one [`Slot`], whose instance may arrive later.
 
 use super::Error;
-use super::model::{ErrorBody, Migration, MigrationRequest, Vm};
-use crate::instance::Instance;
+use super::model::{Arrival, ErrorBody, Migration, MigrationRequest, Vm};
+use crate::instance::{Instance, Waiting};
+use crate::slot::Slot;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Query};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Query, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
@@ -12,13 +13,16 @@ use axum::routing::{get, put};
 use axum::{Json, Router};
 use migration::{Code, Failure};
 use serde::Deserialize;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::oneshot;
 
 /// Largest request body in bytes.
@@ -45,22 +49,6 @@ impl Drop for Server {
     }
 }
 
-/// The place of the instance that is served. A receiver serves before its guest has arrived.
-#[derive(Default)]
-pub struct Slot(OnceLock<Arc<Instance>>);
-
-impl Slot {
-    /// Puts the instance in its place; the first one stays.
-    pub fn put(&self, instance: Arc<Instance>) {
-        let _ = self.0.set(instance);
-    }
-
-    /// The instance, if it is there yet.
-    pub fn get(&self) -> Option<&Arc<Instance>> {
-        self.0.get()
-    }
-}
-
 /// Serves what is, or will be, in `slot` on a new socket at `path`, which only this user may open.
 ///
 /// # Errors
@@ -69,10 +57,11 @@ impl Slot {
 pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
     let bind = |source| Error::Bind { path: path.into(), source };
     clear_stale(path)?;
-    let listener = UnixListener::bind(path).map_err(bind)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(bind)?;
-    listener.set_nonblocking(true).map_err(bind)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(bind)?;
+    let listener = {
+        let _entered = runtime.enter();
+        listen(path).map_err(bind)?
+    };
     let router = router(slot);
     let (close, closed) = oneshot::channel();
     let thread = thread::Builder::new()
@@ -88,9 +77,20 @@ pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
     Ok(Server { path: path.into(), close: Some(close), thread: Some(thread) })
 }
 
+/// Listens on a new socket at `path`. It has its mode before it has a name, so that nobody else can open it
+/// in between.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    /// As many as the C library's usual limit: callers that wait to be accepted.
+    const BACKLOG: u32 = 128;
+    let socket = UnixSocket::new_stream()?;
+    let itself = File::from(socket.as_fd().try_clone_to_owned()?);
+    itself.set_permissions(Permissions::from_mode(0o600))?;
+    socket.bind(path)?;
+    socket.listen(BACKLOG)
+}
+
 /// Serves until `closed`, then at most [`FAREWELL`] longer.
 async fn answer(listener: UnixListener, router: Router, closed: oneshot::Receiver<()>) -> io::Result<()> {
-    let listener = tokio::net::UnixListener::from_std(listener)?;
     let (closing, last_call) = oneshot::channel();
     let graceful = axum::serve(listener, router).with_graceful_shutdown(async {
         // An error means that the server was dropped, which is the same.
@@ -130,6 +130,7 @@ fn router(slot: Arc<Slot>) -> Router {
         .route("/v1/vm/shutdown", put(shutdown))
         .route("/v1/vm/quit", put(quit))
         .route("/v1/migration", get(migration).post(migrate).delete(cancel))
+        .route("/v1/arrival", get(arrival))
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "no such path; see docs/api.md"))
         .method_not_allowed_fallback(async || {
             Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no such method on this path; see docs/api.md")
@@ -145,9 +146,12 @@ impl FromRequestParts<Arc<Slot>> for Present {
     type Rejection = Refusal;
 
     async fn from_request_parts(_: &mut Parts, slot: &Arc<Slot>) -> Result<Self, Refusal> {
-        let none = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no virtual machine is here yet");
-        slot.get().cloned().map(Present).ok_or_else(none)
+        slot.get().cloned().map(Present).ok_or_else(nobody)
     }
+}
+
+fn nobody() -> Refusal {
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no virtual machine is here yet")
 }
 
 /// An error answer.
@@ -198,8 +202,13 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-async fn vm(Present(instance): Present) -> Json<Vm> {
-    Json(instance.status())
+async fn vm(State(slot): State<Arc<Slot>>) -> Result<Json<Vm>, Refusal> {
+    slot.status().map(Json).ok_or_else(nobody)
+}
+
+async fn arrival(State(slot): State<Arc<Slot>>) -> Result<Json<Arrival>, Refusal> {
+    let none = || Refusal::new(StatusCode::NOT_FOUND, "no guest has come here from another host");
+    slot.arrival().map(Json).ok_or_else(none)
 }
 
 async fn pause(Present(instance): Present) -> Result<Json<()>, Refusal> {
@@ -226,30 +235,87 @@ async fn shutdown(Present(instance): Present) -> Result<Json<()>, Refusal> {
     blocking(move || instance.shutdown()).await
 }
 
-async fn quit(Present(instance): Present) -> Result<Json<()>, Refusal> {
-    blocking(move || {
-        instance.quit();
-        Ok(())
-    })
-    .await
+async fn quit(State(slot): State<Arc<Slot>>) -> Result<Json<()>, Refusal> {
+    blocking(move || slot.quit()).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wait {
+    /// Answer when the migration is over. The process stays for those who wait.
+    #[serde(default)]
+    wait: bool,
 }
 
 async fn migrate(
     Present(instance): Present,
+    query: Result<Query<Wait>, QueryRejection>,
     request: Result<Json<MigrationRequest>, JsonRejection>,
 ) -> Result<Response, Refusal> {
+    let Query(query) = query?;
     let Json(request) = request?;
-    let started = blocking(move || instance.migrate(request)).await?;
+    let mover = Arc::clone(&instance);
+    let started = blocking(move || mover.migrate(request)).await?;
+    if query.wait {
+        return Ok(report(instance.await_report()).await?.into_response());
+    }
     Ok((StatusCode::ACCEPTED, started).into_response())
 }
 
-async fn migration(Present(instance): Present) -> Result<Json<Migration>, Refusal> {
-    match instance.migration() {
-        Some(migration) => Ok(Json(migration)),
-        None => Err(Refusal::new(StatusCode::NOT_FOUND, "this machine has not been migrated")),
+async fn migration(
+    State(slot): State<Arc<Slot>>,
+    query: Result<Query<Wait>, QueryRejection>,
+) -> Result<Json<Migration>, Refusal> {
+    let Query(query) = query?;
+    let instance = slot.get().ok_or_else(unmoved)?;
+    if query.wait {
+        return report(instance.await_report()).await;
     }
+    instance.migration().map(Json).ok_or_else(unmoved)
+}
+
+/// The migration, once it is over.
+async fn report(waiting: Option<Waiting>) -> Result<Json<Migration>, Refusal> {
+    let waiting = waiting.ok_or_else(unmoved)?;
+    waiting.report().await.map(Json).ok_or_else(unmoved)
+}
+
+fn unmoved() -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, "no guest has been moved away from here")
 }
 
 async fn cancel(Present(instance): Present) -> Result<Json<Migration>, Refusal> {
     blocking(move || instance.cancel()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn nobody_else_can_open_the_socket_at_any_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let (stop, seen) = (AtomicBool::new(false), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok(metadata) = std::fs::symlink_metadata(&path) else { continue };
+                    seen.store(true, Ordering::Relaxed);
+                    if metadata.permissions().mode() & 0o777 != 0o600 {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                }
+            });
+            for _ in 0..300 {
+                let server = serve(&path, Arc::default()).unwrap();
+                assert!(UnixStream::connect(&path).is_ok());
+                drop(server);
+                assert!(!stop.load(Ordering::Relaxed), "others could open it for a moment");
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(seen.load(Ordering::Relaxed), "nobody looked: this proves nothing");
+    }
 }

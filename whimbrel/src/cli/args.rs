@@ -1,6 +1,6 @@
 //! The command line.
 
-use super::choice::{AIO, CONTENTS, ON_STALL, SECCOMP, TRANSPORTS, one_of};
+use super::choice::{AIO, CONTENTS, ON_STALL, SECCOMP, THP, TRANSPORTS, one_of};
 use clap::{Args, Parser, Subcommand};
 use migration::policy::OnStall;
 use std::net::{IpAddr, SocketAddr};
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use vmm::guest::Content;
 use vmm::host::MAX_VCPUS;
-use vmm::memory::PageSize;
+use vmm::memory::{PageSize, Thp};
 use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES};
 use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
@@ -23,7 +23,9 @@ pub struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the migration failed and the guest runs \
-on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed.";
+on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed; 6 it is unknown whether the guest has \
+moved; 7 (status) no guest runs here; 8 nobody answers on the API's socket; 130, 143 (migrate) interrupted, and the \
+migration goes on.";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -141,9 +143,13 @@ pub struct ProcessArgs {
     /// Unix socket for the API; the other commands reach the machine through it
     #[arg(long)]
     pub api: Option<PathBuf>,
-    /// The machine's name, as `status` shows it
-    #[arg(long, default_value = "vm")]
-    pub name: String,
+    /// The machine's name, as `status` shows it. Default: `vm`, or for a guest that arrives the name that it
+    /// has
+    #[arg(long, value_parser = name)]
+    pub name: Option<String>,
+    /// File to which what became of each move is appended, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     /// Where the serial port goes: stdio, stdout, none, or a file to append to. With stdio it also reads
     /// standard input. If that is a terminal, all keys go to the guest; Ctrl-A x quits, and Ctrl-A twice
     /// sends one Ctrl-A
@@ -157,6 +163,10 @@ pub struct ProcessArgs {
     /// File, pipe or terminal that the virtio console reads
     #[arg(long, requires = "console")]
     pub console_input: Option<PathBuf>,
+    /// Whether guest memory in pages of 4k may come to lie in transparent huge pages, at once or later. Each
+    /// host decides for itself
+    #[arg(long, default_value = "on", value_parser = one_of(THP))]
+    pub thp: Thp,
     /// How disks carry out requests: several at a time with io_uring, or one after the other with system
     /// calls (sync). auto uses io_uring if the kernel has it, except for disks that use the page cache
     #[arg(long, default_value = "auto", value_parser = one_of(AIO))]
@@ -228,6 +238,10 @@ pub struct ReceiveArgs {
     /// refused
     #[arg(long, value_name = "FOLDER")]
     pub disks: Vec<PathBuf>,
+    /// Take in guests whose disks this host cannot prove to be the same as the source's, by the source's
+    /// locks on them. If they are not the same, the guest gets wrong data and overwrites what is there
+    #[arg(long)]
+    pub trust_storage: bool,
     /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Give it once for each of the guest's
     /// interfaces, in their order; a guest with more interfaces is refused
     #[arg(long, value_name = "tap=NAME[,OPTION]", value_parser = tap)]
@@ -294,7 +308,8 @@ pub struct PolicyArgs {
     /// The most pre-copy rounds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: u32,
-    /// The longest time for pre-copy, such as 2m. Without it, pre-copy continues as long as it makes progress
+    /// The longest time until the guest is handed over, such as 2m. Without it, memory is copied as long as
+    /// that makes progress
     #[arg(long, value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
     /// What to do with a guest that dirties memory faster than it can be sent
@@ -350,6 +365,12 @@ fn memory(text: &str) -> Result<u64, String> {
     let bytes = size(text)?;
     vmm::memory::layout::regions(bytes).map_err(|e| e.to_string())?;
     Ok(bytes)
+}
+
+/// A name that a machine can have.
+fn name(text: &str) -> Result<String, String> {
+    vmm::machine::check_name(text).map_err(|error| error.to_string())?;
+    Ok(text.into())
 }
 
 /// A disk, with the options after its path.

@@ -3,6 +3,7 @@
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use migration::policy::OnStall;
 use vmm::guest::Content;
+use vmm::memory::Thp;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::Aio;
 use whimbrel::api::model::TransportChoice;
@@ -29,6 +30,12 @@ pub const SECCOMP: Choices<Mode> = &[
     ("on", Mode::Enforce, "Other calls are refused, or end the process"),
     ("log", Mode::Log, "Other calls are carried out, and the kernel logs them"),
     ("off", Mode::Off, "All calls are allowed"),
+];
+
+/// `--thp`
+pub const THP: Choices<Thp> = &[
+    ("on", Thp::On, "Wherever the host allows them"),
+    ("off", Thp::Off, "The kernel is advised against them"),
 ];
 
 /// `--transport`

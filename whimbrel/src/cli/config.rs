@@ -212,7 +212,7 @@ mod tests {
         let args = run("-m 64M --disk c.raw --name line", content);
         assert_eq!((args.machine.memory, args.machine.vcpus), (64 << 20, 2));
         assert_eq!((args.disk.len(), args.disk[0].path.as_path()), (1, Path::new("c.raw")));
-        assert_eq!(args.process.name, "line");
+        assert_eq!(args.process.name.as_deref(), Some("line"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::Exit;
 use super::args::DemoArgs;
-use super::migrate::{exit, request, watch};
+use super::migrate::{carry_out, exit, request};
 use super::{render, say};
 use anyhow::Context;
 use serde_json::json;
@@ -46,8 +46,7 @@ pub fn demo(args: &DemoArgs) -> anyhow::Result<Exit> {
         let (mut next, address) =
             Node::receiver_on(&program, folder.path(), &name, (args.via, 0).into(), [""; 0])?;
         tell(format!("\nmove {number}: from process {} to process {}", node.pid(), next.pid()))?;
-        node.migrate(&request(&address.to_string(), &args.policy))?;
-        let ended = watch(node.api())?;
+        let ended = carry_out(node.api_path(), request(&address.to_string(), &args.policy))?;
         let report = ended.report.as_ref().context("the machine sent no report")?;
         tell(render::migration(&ended))?;
         reports.push(render::with_testimony(&ended)?);

@@ -7,14 +7,25 @@ use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use migration::monitor::{Phase, Progress};
 use migration::report::{Report, Verdict};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
+use whimbrel::api;
 use whimbrel::api::client::Client;
 use whimbrel::api::model::{Migration, MigrationRequest};
 
-/// How often a migration is looked at.
+/// How often a progress bar is renewed.
 const POLL: Duration = Duration::from_millis(50);
+
+/// How often a machine is asked for a sign of life if there is no progress bar.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Longer than any migration lasts: the machine is asked for signs of life meanwhile.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The request that the command line asks for.
 pub fn request(to: &str, policy: &PolicyArgs) -> MigrationRequest {
@@ -35,15 +46,27 @@ pub fn request(to: &str, policy: &PolicyArgs) -> MigrationRequest {
 
 /// `whimbrel migrate`.
 pub fn migrate(args: MigrateArgs) -> anyhow::Result<Exit> {
-    let client = Client::new(&args.target.api)?;
-    let started: Migration = client.call(Method::POST, "/v1/migration", &request(&args.to, &args.policy))?;
+    let request = request(&args.to, &args.policy);
     if args.detach {
+        let client = Client::new(&args.target.api)?;
+        let started: Migration = client.call(Method::POST, "/v1/migration", &request)?;
         if args.target.json {
             say(serde_json::to_string(&started)?)?;
         }
         return Ok(Exit::Done);
     }
-    let ended = watch(&client)?;
+    explain_interruption(&args.target.api)?;
+    let ended = match carry_out(&args.target.api, request) {
+        Err(error @ (api::Error::Http(_) | api::Error::Silent(_))) => {
+            eprintln!(
+                "whimbrel: UNKNOWN whether the guest has moved to {}: {error}. Ask the destination with `whimbrel \
+                 status`; start the guest nowhere before that is known",
+                args.to
+            );
+            return Ok(Exit::Unknown);
+        }
+        ended => ended?,
+    };
     let Some(report) = &ended.report else { anyhow::bail!("the machine sent no report") };
     if args.target.json {
         say(render::with_testimony(&ended)?)?;
@@ -63,18 +86,58 @@ pub fn exit(report: &Report) -> Exit {
     }
 }
 
-/// Watches a migration to its end, with a progress bar where there is a terminal.
-pub fn watch(client: &Client) -> anyhow::Result<Migration> {
-    let bar = if std::io::stderr().is_terminal() { progress_bar() } else { ProgressBar::hidden() };
+/// Carries a migration out, with a progress bar where there is a terminal. One request starts it and is
+/// answered when it is over: the machine's process stays for whoever waits so, whoever else looks at it.
+///
+/// # Errors
+/// With [`api::Error::Http`] and [`api::Error::Silent`] it is not known what has become of the guest.
+pub fn carry_out(socket: &Path, request: MigrationRequest) -> Result<Migration, api::Error> {
+    let client = Client::new(socket)?;
+    let waiting = Client::new(socket)?;
+    let (sender, over) = mpsc::channel();
+    let wait = move || {
+        let answer = waiting.call_within(FOREVER, Method::POST, "/v1/migration?wait=true", &request);
+        // Nobody listens any more only if the machine has fallen silent.
+        let _ = sender.send(answer);
+    };
+    let spawned = thread::Builder::new().name("waiting".into()).spawn(wait);
+    spawned.map_err(|source| api::Error::Connect { path: socket.into(), source })?;
+    let terminal = std::io::stderr().is_terminal();
+    let bar = if terminal { progress_bar() } else { ProgressBar::hidden() };
     loop {
-        let migration: Migration = client.get("/v1/migration")?;
-        if migration.report.is_some() {
-            bar.finish_and_clear();
-            return Ok(migration);
+        match over.recv_timeout(if terminal { POLL } else { LOOK }) {
+            Ok(answer) => {
+                bar.finish_and_clear();
+                return answer;
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(api::Error::Http("the thread that waited has panicked".into()));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
         }
-        show(&bar, &migration.progress);
-        thread::sleep(POLL);
+        match client.get::<Migration>("/v1/migration") {
+            Ok(migration) if migration.report.is_none() => show(&bar, &migration.progress),
+            Err(silent @ api::Error::Silent(_)) => return Err(silent),
+            // Whatever else is wrong, the request that waits will tell.
+            _ => {}
+        }
     }
+}
+
+/// Says at SIGINT and SIGTERM that the migration goes on, before they end this command.
+fn explain_interruption(socket: &Path) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let api = socket.display().to_string();
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            eprintln!(
+                "\nwhimbrel: the migration goes on without this command. `whimbrel status --api {api}` shows it; \
+                 `whimbrel cancel --api {api}` calls it off"
+            );
+            std::process::exit(128 + signal);
+        }
+    })?;
+    Ok(())
 }
 
 fn progress_bar() -> ProgressBar {
@@ -102,11 +165,10 @@ fn show(bar: &ProgressBar, progress: &Progress) {
     bar.set_length(progress.round_bytes);
     bar.set_position(progress.round_done);
     bar.set_message(format!(
-        "{} sent at {}/s over {}, dirtied {}/s, blackout of {:.1} ms expected",
+        "{} sent at {}/s over {}{}",
         render::size(progress.sent),
         render::size(progress.rate as u64),
         progress.transport,
-        render::size(progress.dirty_rate as u64),
-        progress.predicted_blackout_us as f64 / 1e3,
+        render::outlook(progress),
     ));
 }

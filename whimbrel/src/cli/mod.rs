@@ -16,11 +16,14 @@ use anyhow::Context;
 use args::{Cli, Command, Target};
 use clap::CommandFactory;
 use hyper::Method;
+use migration::monitor::Phase;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::io::Write;
 use std::process::ExitCode;
+use whimbrel::api;
 use whimbrel::api::client::Client;
-use whimbrel::api::model::{Migration, Vm};
+use whimbrel::api::model::{Arrival, Migration, Vm, VmState};
 
 /// How a command ends, if it does not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +36,12 @@ pub enum Exit {
     Held,
     /// The guest crashed.
     Crashed,
+    /// Whether the guest has moved is not known here.
+    Unknown,
+    /// No guest runs here.
+    Elsewhere,
+    /// Nobody answers on the API's socket.
+    Unreachable,
 }
 
 impl From<Exit> for ExitCode {
@@ -43,6 +52,9 @@ impl From<Exit> for ExitCode {
             Exit::Stayed => 3,
             Exit::Held => 4,
             Exit::Crashed => 5,
+            Exit::Unknown => 6,
+            Exit::Elsewhere => 7,
+            Exit::Unreachable => 8,
         })
     }
 }
@@ -72,7 +84,10 @@ pub fn run(cli: Cli) -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => {
             eprintln!("whimbrel: {}", story(&error));
-            Exit::Failed.into()
+            match error.downcast_ref() {
+                Some(api::Error::Connect { .. }) => Exit::Unreachable.into(),
+                _ => Exit::Failed.into(),
+            }
         }
     }
 }
@@ -108,21 +123,42 @@ fn man(folder: &std::path::Path) -> anyhow::Result<Exit> {
 fn status(target: &Target) -> anyhow::Result<Exit> {
     let client = Client::new(&target.api)?;
     let vm: Vm = client.get("/v1/vm")?;
-    let migration: Option<Migration> = match client.get("/v1/migration") {
-        Ok(migration) => Some(migration),
-        Err(whimbrel::api::Error::Refused(_)) => None,
-        Err(error) => return Err(error.into()),
-    };
+    let migration: Option<Migration> = if_any(&client, "/v1/migration")?;
+    let arrival: Option<Arrival> = if_any(&client, "/v1/arrival")?;
+    let exit = whose(&vm, migration.as_ref());
     if target.json {
         let migration = migration.map(|m| render::with_testimony(&m)).transpose()?;
-        say(serde_json::json!({ "vm": vm, "migration": migration }))?;
+        say(serde_json::json!({ "vm": vm, "migration": migration, "arrival": arrival }))?;
     } else {
         say(render::vm(&vm))?;
         if let Some(migration) = migration {
             say(render::migration(&migration))?;
         }
+        if let Some(arrival) = arrival {
+            say(render::arrival(&arrival))?;
+        }
     }
-    Ok(Exit::Done)
+    Ok(exit)
+}
+
+/// What there is to be told, if there is anything.
+fn if_any<A: DeserializeOwned>(client: &Client, path: &str) -> anyhow::Result<Option<A>> {
+    match client.get(path) {
+        Ok(answer) => Ok(Some(answer)),
+        Err(api::Error::Refused(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whose the guest is, as the exit code of `status`.
+fn whose(vm: &Vm, migration: Option<&Migration>) -> Exit {
+    match vm.state {
+        // From here to the destination's word it is the same as held.
+        VmState::Migrating if migration.is_some_and(|m| m.progress.phase == Phase::Committed) => Exit::Held,
+        VmState::Running | VmState::Paused | VmState::Migrating => Exit::Done,
+        VmState::Held => Exit::Held,
+        VmState::Waiting | VmState::Receiving | VmState::Moved | VmState::Ended => Exit::Elsewhere,
+    }
 }
 
 /// A request whose answer matters only to programs.

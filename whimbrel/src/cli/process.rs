@@ -1,8 +1,9 @@
 //! What `run` and `receive` share: a process that holds one virtual machine until it ends.
 
-use super::Exit;
 use super::args::{OutputTarget, ProcessArgs, SerialTarget};
 use super::terminal::{self, Terminal};
+use super::{Exit, render};
+use migration::report::Verdict;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -14,10 +15,13 @@ use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
 use vmm::{Machine, Outcome};
-use whimbrel::api::server::Slot;
+use whimbrel::api::model::{Arrival, Migration};
 use whimbrel::instance::{End, Instance};
+use whimbrel::record::Records;
+use whimbrel::slot::{self, Slot};
 
-/// How long the process of a guest that has moved away stays for somebody to fetch its report.
+/// How long the process of a guest that has moved away stays at most for those who wait for its report, and
+/// how long it stays if nobody has waited.
 const LINGER: Duration = Duration::from_secs(15);
 
 impl ProcessArgs {
@@ -54,6 +58,51 @@ impl ProcessArgs {
             eprintln!("whimbrel: {text}");
         }
     }
+}
+
+/// Where what became of each move is told and kept.
+#[derive(Clone)]
+pub struct Keeper {
+    process: ProcessArgs,
+    file: Option<Arc<Records>>,
+}
+
+impl Keeper {
+    /// Opens the file, if one is named.
+    pub fn new(process: &ProcessArgs) -> anyhow::Result<Self> {
+        let file = process.record.as_deref().map(Records::open).transpose()?.map(Arc::new);
+        Ok(Keeper { process: process.clone(), file })
+    }
+
+    /// A migration from here is over.
+    pub fn migration(&self, name: &str, migration: &Migration) {
+        let event = match migration.report.as_ref().map(|report| report.verdict) {
+            Some(Verdict::Moved) => "moved",
+            Some(Verdict::Stayed) => "stayed",
+            _ => "held",
+        };
+        // What cannot be told as it is to be read is told as it is.
+        let whole = render::with_testimony(migration).unwrap_or_else(|_| json!(migration));
+        let record = record(name, "migration", &whole);
+        self.process.tell(event, &render::migration(migration), record.clone());
+        self.keep(&record);
+    }
+
+    /// A guest that came here has arrived, or was not taken in.
+    pub fn arrival(&self, name: &str, arrival: &Arrival) {
+        self.keep(&record(name, "arrival", &json!(arrival)));
+    }
+
+    fn keep(&self, record: &Value) {
+        // The guest is where it is, whether or not that can be written down.
+        if let Some(Err(error)) = self.file.as_ref().map(|file| file.add(record)) {
+            eprintln!("whimbrel: {error}");
+        }
+    }
+}
+
+fn record(name: &str, what: &str, whole: &Value) -> Value {
+    json!({ "at": slot::now(), "name": name, "pid": std::process::id(), what: whole })
 }
 
 fn output(target: &OutputTarget) -> SerialOutput {
@@ -120,10 +169,9 @@ pub fn stay(args: &ProcessArgs, instance: &Instance) -> Exit {
         }
         End::Moved => {
             let deadline = Instant::now() + LINGER;
-            while !instance.report_seen() && Instant::now() < deadline {
+            while instance.report_awaited() && Instant::now() < deadline {
                 thread::sleep(Duration::from_millis(10));
             }
-            args.tell("moved", "the guest runs elsewhere now", json!({}));
             Exit::Done
         }
         End::Quit => {

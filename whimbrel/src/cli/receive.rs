@@ -1,9 +1,10 @@
 //! `whimbrel receive`: waits for a virtual machine, then holds it as `run` does.
 
-use super::Exit;
 use super::args::{ProcessArgs, ReceiveArgs};
-use super::process::{quit_on_signals, stay};
+use super::process::{Keeper, quit_on_signals, stay};
 use super::terminal::Terminal;
+use super::{Exit, render};
+use anyhow::Context;
 use migration::destination::{Arrival, Migration};
 use serde_json::json;
 use std::net::SocketAddr;
@@ -14,20 +15,30 @@ use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
 use vmm::sandbox;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::block::Images;
-use whimbrel::api::server::{self, Slot};
+use vmm::virtio::net;
+use whimbrel::api::server;
 use whimbrel::instance::{Instance, SOFTWARE};
+use whimbrel::slot::Slot;
 use whimbrel::transports;
 
-/// How long one wait for a caller lasts; there is no limit to how many there are.
-const PATIENCE: Duration = Duration::from_secs(3600);
+/// How long one wait for a caller lasts, after which a receiver looks whether it is to end.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     sandbox::enter(args.process.seccomp)?;
-    let slot = Arc::new(Slot::default());
+    let slot = Arc::new(Slot::receiver(args.process.name.clone()));
     quit_on_signals(&slot)?;
     let _server =
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
     // Whatever is missing on this host is said now, not when a guest arrives.
+    let keeper = Keeper::new(&args.process)?;
+    for folder in &args.disks {
+        let found = std::fs::read_dir(folder);
+        found.with_context(|| format!("cannot use {} as a folder of disks", folder.display()))?;
+    }
+    for tap in &args.net {
+        net::find_tap(&tap.name)?;
+    }
     let mut host = IncomingHost::open(IncomingOptions {
         serial: args.process.serial(),
         local: LocalConfig {
@@ -36,25 +47,43 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             ..args.process.local()
         },
         populate: args.populate,
+        thp: args.process.thp,
+        trust_storage: args.trust_storage,
     })?;
     // While nobody waits for it.
     transport_rdma::warm_up();
     let listener = Listener::bind(args.listen)?;
     let address = listener.local_addr();
+    listener.on_refused(|refused| {
+        let more = match refused.untold {
+            0 => String::new(),
+            untold => format!(" ({untold} more before it)"),
+        };
+        eprintln!("whimbrel: the caller from {} was refused: {}{more}", refused.peer, refused.why);
+    });
     args.process.tell(
         "listening",
         &format!("waiting for a guest on {address}"),
         json!({ "address": address }),
     );
     loop {
-        let Some(mut call) = listener.next_control(PATIENCE)? else { continue };
+        let call = listener.next_control(PATIENCE)?;
+        if slot.told_to_quit() {
+            drop(call);
+            slot.close();
+            args.process.tell("quit", "told to quit", json!({}));
+            return Ok(Exit::Done);
+        }
+        let Some(mut call) = call else { continue };
         let peer = call.peer();
+        let Some(monitor) = slot.begin(peer) else { continue };
         let transports = transports::destination(&call, &listener, args.busy_poll);
         let arrived = Migration::new(&mut host, &mut call)
             .transports(transports)
             .software(SOFTWARE)
+            .monitor(&monitor)
             .run()
-            .map(|arrival| welcome(&args.process, &slot, peer, arrival));
+            .map(|arrival| welcome(&args.process, &keeper, &slot, peer, arrival));
         // Whoever reads the event may call at once.
         drop(call);
         match arrived {
@@ -65,11 +94,15 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
                 return Ok(exit);
             }
             Err(why) => {
+                let arrival = slot.end(Err(why.clone()));
                 args.process.tell(
                     "refused",
                     &format!("the guest from {peer} was not taken in: {why}"),
-                    json!({ "from": peer, "why": why }),
+                    json!({ "from": peer, "why": why, "arrival": arrival }),
                 );
+                if let Some(arrival) = arrival {
+                    keeper.arrival(args.process.name.as_deref().unwrap_or_default(), &arrival);
+                }
                 if args.once {
                     return Ok(Exit::Failed);
                 }
@@ -82,6 +115,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
 /// the guest's until it is dropped.
 fn welcome(
     process: &ProcessArgs,
+    keeper: &Keeper,
     slot: &Slot,
     peer: SocketAddr,
     arrival: Arrival<'_, IncomingMachine>,
@@ -92,13 +126,21 @@ fn welcome(
         eprintln!("whimbrel: the guest's serial port has no input: {error:#}");
         None
     });
-    let instance = Instance::new(process.name.clone(), machine);
+    let what = if machine.stays_paused() { "is paused, as it was there" } else { "runs" };
+    let name = process.name.as_ref().unwrap_or(&machine.config().name).clone();
+    let (told, keep) = (name.clone(), keeper.clone());
+    let instance = Instance::new(name.clone(), machine, move |over| keep.migration(&told, over));
     slot.put(Arc::clone(&instance));
+    let story = slot.end(Ok(arrival.sender()));
+    let figures = story.as_ref().map(render::arrival).unwrap_or_default();
     process.tell(
         "arrived",
-        &format!("a guest has arrived from {peer} and runs"),
-        json!({ "from": peer, "sender": arrival.sender() }),
+        &format!("a guest has arrived from {peer} and {what}, {name}; {figures}"),
+        json!({ "from": peer, "sender": arrival.sender(), "name": name, "arrival": story }),
     );
     arrival.conclude();
+    if let Some(story) = story {
+        keeper.arrival(&name, &story);
+    }
     (instance, terminal)
 }

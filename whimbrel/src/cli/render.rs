@@ -1,11 +1,12 @@
 //! Reports for people, and the JSON for programs where it differs from the API's.
 
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
+use migration::monitor::Progress;
 use migration::report::{Report, Verdict};
 use serde_json::Value;
 use std::fmt::Write;
 use vmm::guest::Testimony;
-use whimbrel::api::model::{Migration, Vm};
+use whimbrel::api::model::{Arrival, Migration, Vm, VmState};
 
 /// A number of bytes in the largest binary unit that it fills.
 pub fn size(bytes: u64) -> String {
@@ -45,7 +46,26 @@ pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
 pub fn vm(vm: &Vm) -> String {
     let state =
         serde_json::to_value(vm.state).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
-    format!("{}: {state}, {}, {}, process {}", vm.name, vcpus(vm.vcpus), size(vm.memory), vm.pid)
+    let name = if vm.name.is_empty() { "receiver" } else { &vm.name };
+    match vm.state {
+        VmState::Waiting | VmState::Receiving => format!("{name}: {state}, process {}", vm.pid),
+        _ => format!("{name}: {state}, {}, {}, process {}", vcpus(vm.vcpus), size(vm.memory), vm.pid),
+    }
+}
+
+/// A guest that comes, has come or was not taken in.
+pub fn arrival(arrival: &Arrival) -> String {
+    let p = &arrival.progress;
+    let so_far = format!("{} of memory, {} placed in {}", size(p.memory), size(p.placed), ms(p.elapsed_us));
+    match (&arrival.ended, &arrival.failure) {
+        (None, _) => {
+            let phase = serde_json::to_value(p.phase).ok();
+            let phase = phase.as_ref().and_then(Value::as_str).unwrap_or_default();
+            format!("a guest comes from {}: {phase}, {so_far}", arrival.from)
+        }
+        (Some(at), Some(why)) => format!("the guest from {} was not taken in at {at}: {why}", arrival.from),
+        (Some(at), None) => format!("the guest arrived from {} at {at}: {so_far}", arrival.from),
+    }
 }
 
 /// A migration's status or report.
@@ -55,16 +75,22 @@ pub fn migration(migration: &Migration) -> String {
         None => {
             let p = &migration.progress;
             format!(
-                "moving to {}: round {}, {} sent at {}/s, dirtied {}/s, blackout of {} expected",
+                "moving to {}: round {}, {} sent at {}/s{}",
                 migration.to,
                 p.round,
                 size(p.sent),
                 size(p.rate as u64),
-                size(p.dirty_rate as u64),
-                ms(p.predicted_blackout_us)
+                outlook(p),
             )
         }
     }
+}
+
+/// What a migration's rounds let expect, as far as it is known.
+pub fn outlook(progress: &Progress) -> String {
+    let dirtied = progress.dirty_rate.map(|rate| format!(", dirtied {}/s", size(rate as u64)));
+    let blackout = progress.predicted_blackout_us.map(|us| format!(", blackout of {} expected", ms(us)));
+    [dirtied, blackout].into_iter().flatten().collect()
 }
 
 /// The whole story.
@@ -216,7 +242,7 @@ fn right_align(mut table: Table) -> Table {
 
 #[cfg(test)]
 mod tests {
-    use super::size;
+    use super::{Progress, outlook, size};
 
     #[test]
     fn sizes_read_well() {
@@ -224,5 +250,13 @@ mod tests {
         assert_eq!(size(1023), "1023 B");
         assert_eq!(size(1536), "1.5 KiB");
         assert_eq!(size(8 << 30), "8.0 GiB");
+    }
+
+    #[test]
+    fn what_is_not_known_yet_is_not_shown() {
+        let mut progress = Progress::default();
+        assert_eq!(outlook(&progress), "");
+        (progress.dirty_rate, progress.predicted_blackout_us) = (Some(0.0), Some(2000));
+        assert!(outlook(&progress).starts_with(", dirtied 0 B/s, blackout of 2"), "{}", outlook(&progress));
     }
 }

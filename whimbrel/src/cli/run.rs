@@ -2,7 +2,7 @@
 
 use super::Exit;
 use super::args::RunArgs;
-use super::process::{quit_on_signals, stay};
+use super::process::{Keeper, quit_on_signals, stay};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,8 +14,9 @@ use vmm::machine::{Machine, MachineConfig};
 use vmm::sandbox;
 use vmm::virtio::net::{Mac, NetConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
-use whimbrel::api::server::{self, Slot};
+use whimbrel::api::server;
 use whimbrel::instance::Instance;
+use whimbrel::slot::Slot;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     sandbox::enter(args.process.seccomp)?;
@@ -23,10 +24,15 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     quit_on_signals(&slot)?;
     let _server =
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
+    let keeper = Keeper::new(&args.process)?;
     let boot = boot(&args)?;
     let host = Host::open()?;
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
+    config.thp = args.process.thp;
+    if let Some(name) = &args.process.name {
+        config.name.clone_from(name);
+    }
     config.serial = args.process.serial();
     config.devices = devices(&args)?;
     let taps = args.net.iter().map(|net| net.tap.clone()).collect();
@@ -49,7 +55,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     }
     let _terminal = args.process.connect(&machine)?;
     machine.resume()?;
-    let instance = Instance::new(args.process.name.clone(), Arc::new(machine));
+    let name = machine.config().name.clone();
+    let told = name.clone();
+    let instance = Instance::new(name, Arc::new(machine), move |over| keeper.migration(&told, over));
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))

@@ -7,6 +7,7 @@ use serde::Serialize;
 use std::fs;
 use vmm::host::Host;
 use vmm::memory::host::available;
+use vmm::memory::thp;
 use vmm::sandbox;
 use vmm::virtio::block;
 
@@ -140,29 +141,34 @@ fn socket_buffers() -> Finding {
     }
 }
 
-/// Memfds in huge pages are populated faster; off by default.
+/// What the host's setting gives to guest memory, which is always advised; and, where that is nothing at
+/// first, whether huge pages can be made of it later, which is tried.
 fn shmem_huge_pages() -> Finding {
-    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let setting = fs::read_to_string(path).unwrap_or_default();
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let setting = fs::read_to_string(SETTING).unwrap_or_default();
     let chosen = setting.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
-    match chosen {
-        Some("never" | "deny") => Finding {
-            what: "huge pages for guests",
-            level: Level::Limited,
-            found: "transparent huge pages are off for shared memory: more page faults while a guest arrives"
-                .into(),
-            mend: Some(format!("echo advise > {path}")),
-        },
-        Some(other) => {
-            good("huge pages for guests", format!("transparent huge pages for shared memory: {other}"))
+    huge_pages(chosen, || thp::try_collapse().map_err(|error| error.to_string()), SETTING)
+}
+
+fn huge_pages(setting: Option<&str>, collapse: impl FnOnce() -> Result<(), String>, path: &str) -> Finding {
+    let what = "huge pages for guests";
+    let Some(setting) = setting else {
+        return limited(what, "this kernel has no transparent huge pages for shared memory".into(), None);
+    };
+    let at_once = match setting {
+        "advise" => "guest memory gets them when it is first touched or populated",
+        "always" | "within_size" | "force" => {
+            "guest memory gets them when it is first touched, populated or received"
         }
-        None => Finding {
-            what: "huge pages for guests",
-            level: Level::Limited,
-            found: "this kernel has no transparent huge pages for shared memory".into(),
-            mend: None,
-        },
-    }
+        _ => {
+            let later = match collapse() {
+                Ok(()) => "populated memory gets them at once, other memory in the background".into(),
+                Err(why) => format!("guest memory gets none ({why})"),
+            };
+            return limited(what, format!("{setting}: {later}"), Some(format!("echo advise > {path}")));
+        }
+    };
+    good(what, format!("{setting}: {at_once}"))
 }
 
 fn cpus() -> Finding {
@@ -171,5 +177,31 @@ fn cpus() -> Finding {
         Err(error) => {
             Finding { what: "processors", level: Level::Limited, found: error.to_string(), mend: None }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_setting_for_huge_pages_is_told_by_what_it_gives() {
+        let can = || Ok(());
+        for setting in ["advise", "always", "within_size", "force"] {
+            let finding = huge_pages(Some(setting), || unreachable!(), "/path");
+            assert!(finding.level == Level::Good && finding.mend.is_none(), "{finding:?}");
+            assert!(finding.found.starts_with(setting), "{finding:?}");
+        }
+        for setting in ["never", "deny"] {
+            let finding = huge_pages(Some(setting), can, "/path");
+            assert_eq!(
+                (finding.level, finding.mend.as_deref()),
+                (Level::Limited, Some("echo advise > /path"))
+            );
+            assert!(finding.found.contains("in the background"), "{finding:?}");
+            let finding = huge_pages(Some(setting), || Err("no way".into()), "/path");
+            assert!(finding.found.contains("none (no way)"), "{finding:?}");
+        }
+        assert_eq!(huge_pages(None, can, "/path").mend, None);
     }
 }

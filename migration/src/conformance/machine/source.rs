@@ -136,7 +136,7 @@ pub fn saving_may_be_repeated_and_leaves_memory_alone<F: MachineFixture>(fixture
         let state = machine.save().expect("a paused machine can be saved, and more than once");
         assert!(state.len() <= MAX_STATE, "a state of {} bytes is too long", state.len());
     }
-    assert!(content(&machine.ram()) == before, "saving has changed memory, which has been sent by then");
+    assert!(content(&machine.ram()) == before, "saving has changed memory");
     machine.resume().expect("a saved machine can go on");
     assert_guest_writes(&machine.ram(), "after it was saved and resumed");
 }

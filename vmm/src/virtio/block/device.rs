@@ -67,7 +67,6 @@ impl Block {
     /// # Errors
     /// [`Error`].
     pub fn open(config: &BlockConfig, images: &Images, aio: Aio) -> Result<Self, Error> {
-        images.check(&config.path)?;
         if !(1..=MAX_QUEUES).contains(&config.queues) {
             return Err(Error::Queues(config.queues));
         }
@@ -75,7 +74,7 @@ impl Block {
         let path = std::path::absolute(&config.path)
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
         let config = BlockConfig { path, ..config.clone() };
-        let image = DiskImage::open(&config)?;
+        let image = DiskImage::open(&config, images)?;
         let mut identity = [0; VIRTIO_BLK_ID_BYTES as usize];
         let name = config.path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let printable = name.bytes().filter(u8::is_ascii_graphic);
@@ -194,6 +193,10 @@ impl VirtioDevice for Block {
     fn flush_disk(&self) {
         // One that fails now fails again when it matters.
         let _ = self.disk.image.flush();
+    }
+
+    fn check_disk_shared(&self, trusted: bool) -> Result<(), crate::Error> {
+        Ok(self.disk.image.check_shared(trusted)?)
     }
 
     fn take_disk_lock(&self) -> Result<(), crate::Error> {

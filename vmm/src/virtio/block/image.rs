@@ -1,17 +1,18 @@
 //! A disk's image.
 
 use super::bounce::{BounceBuffer, MAX_BOUNCE, PAGE};
+use super::format;
 use super::lock::{self, LockKind};
 use super::mark::{self, Mark};
 use super::request::SECTOR;
 use super::statx::statx;
-use super::{BlockConfig, Error, Geometry};
+use super::{BlockConfig, Error, Geometry, Images};
 use crate::component::Kind;
 use crate::lock::lock;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +24,8 @@ pub struct DiskImage {
     readonly: bool,
     geometry: Geometry,
     on_nfs: bool,
+    /// No guest has had it yet. One that has may write whatever it likes to where a format has its magic.
+    unused: AtomicBool,
     /// Alignment that buffers must have, in memory; 1 without direct I/O.
     alignment: usize,
     /// Whether the lock is held: without it nothing is read or written.
@@ -35,30 +38,20 @@ impl DiskImage {
     /// Opens the image without touching its content and without a lock.
     ///
     /// # Errors
-    /// [`Error`], if there is no such image, or another than the guest knows.
-    pub fn open(config: &BlockConfig) -> Result<Self, Error> {
+    /// [`Error`], if there is no such image, none that this machine may have, or another than the guest
+    /// knows.
+    pub fn open(config: &BlockConfig, images: &Images) -> Result<Self, Error> {
         let path = config.path.clone();
         let failed = |source| Error::Open { path: path.clone(), source };
-        let kind = std::fs::metadata(&path).map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::NoImage { path });
-        }
-        let flags = if config.cached { 0 } else { libc::O_DIRECT };
-        let opened = OpenOptions::new().read(true).write(!config.readonly).custom_flags(flags).open(&path);
-        let file = match opened {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && !config.cached => {
-                return Err(Error::NoDirectIo { path });
-            }
-            opened => opened.map_err(failed)?,
-        };
+        let file = images.open(&path, !config.readonly, !config.cached)?;
+        let is_device = file.metadata().map_err(failed)?.file_type().is_block_device();
         // Also right for block devices, whose metadata has no length.
         // SAFETY: seeking needs nothing but a descriptor; this file's position is not used.
         let len = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
         let len = u64::try_from(len).map_err(|_| failed(io::Error::last_os_error()))?;
         let on_nfs = lock::is_on_nfs(&file);
         // Direct I/O to a server takes any buffers.
-        let (alignment, unit) =
-            if config.cached || on_nfs { (1, 512) } else { direct_io(&file, kind.is_block_device()) };
+        let (alignment, unit) = if config.cached || on_nfs { (1, 512) } else { direct_io(&file, is_device) };
         if len == 0 || !len.is_multiple_of(u64::from(unit)) {
             return Err(Error::Size { path, len, unit });
         }
@@ -76,6 +69,7 @@ impl DiskImage {
             readonly: config.readonly,
             geometry,
             on_nfs,
+            unused: AtomicBool::new(config.geometry.is_none()),
             alignment,
             held,
             released_at,
@@ -100,11 +94,27 @@ impl DiskImage {
         !self.readonly && lock::decides(&self.file)
     }
 
+    /// Refuses an image on which nobody else has a lock that this host can see. The machine that a guest
+    /// comes from has locked its images, so such an image is another file, or on storage whose locks end at a
+    /// host. Touches nothing of the image. One that is `trusted` needs no lock, but must be raw.
+    ///
+    /// # Errors
+    /// [`Error::NotShared`] or [`Error::Lock`]; [`Error::Format`] or [`Error::Read`] for one that is trusted.
+    pub fn check_shared(&self, trusted: bool) -> Result<(), Error> {
+        match lock::is_seen(&self.file) {
+            Ok(true) => Ok(()),
+            Ok(false) if trusted => self.check_format(),
+            Ok(false) => Err(Error::NotShared { path: self.path.clone() }),
+            Err(source) => Err(Error::Lock { path: self.path.clone(), source }),
+        }
+    }
+
     /// Takes the lock that its use needs. Does nothing if the lock is held here.
     ///
     /// # Errors
     /// [`Error::Held`] or [`Error::Lock`]; [`Error::UsedElsewhere`] or [`Error::Mark`] if it was released
-    /// before and somebody else has used the image since, or nobody can tell.
+    /// before and somebody else has used the image since, or nobody can tell; [`Error::Format`] or
+    /// [`Error::Read`] for the image of a new guest.
     pub fn take_lock(&self) -> Result<(), Error> {
         // Not asked for again: an NFS server that has given it to somebody else meanwhile, because it had not
         // heard of this host for too long, would give it anew, and the guest go on with a disk that is newer
@@ -115,16 +125,33 @@ impl DiskImage {
         let lock = if self.readonly { LockKind::Shared } else { LockKind::Exclusive };
         match lock::set(&self.file, lock) {
             Ok(true) => {
-                if let Err(why) = self.check_unused() {
+                if let Err(why) = self.check_unused().and_then(|()| self.check_new()) {
                     // Closing the file releases it as well.
                     let _ = lock::set(&self.file, LockKind::None);
                     return Err(why);
                 }
+                self.unused.store(false, Ordering::Relaxed);
                 self.held.store(true, Ordering::Release);
                 Ok(())
             }
             Ok(false) => Err(Error::Held { path: self.path.clone(), holder: lock::holder(&self.file) }),
             Err(source) => Err(Error::Lock { path: self.path.clone(), source }),
+        }
+    }
+
+    /// Refuses a new guest's image that is not raw.
+    fn check_new(&self) -> Result<(), Error> {
+        if self.unused.load(Ordering::Relaxed) { self.check_format() } else { Ok(()) }
+    }
+
+    /// Refuses an image that is not raw.
+    fn check_format(&self) -> Result<(), Error> {
+        let mut head = [0; format::HEAD];
+        let read = self.read(0, &mut head);
+        read.map_err(|source| Error::Read { path: self.path.clone(), source })?;
+        match format::of(&head) {
+            Some(format) => Err(Error::Format { path: self.path.clone(), format }),
+            None => Ok(()),
         }
     }
 
@@ -232,11 +259,14 @@ impl DiskImage {
     /// # Errors
     /// What the system says, or if the range is none of the disk's, or the lock not held.
     pub fn read_exact_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        if self.holds_lock() { self.read(offset, bytes) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    /// The same, whoever holds the lock.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let unit = u64::from(self.geometry.unit);
         let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.geometry.len);
-        let (Some(end), true) = (end, self.holds_lock()) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
+        let end = end.ok_or(io::ErrorKind::InvalidInput)?;
         // The image is whole units, so what is read beyond the range is there too.
         let (mut at, end) = (offset / unit * unit, end.next_multiple_of(unit));
         let mut bounce = BounceBuffer::new(MAX_BOUNCE.min((end - at) as usize))?;

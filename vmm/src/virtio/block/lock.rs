@@ -50,6 +50,20 @@ pub fn set(file: &File, kind: LockKind) -> io::Result<bool> {
     }
 }
 
+/// Whether somebody else has a lock on `file`, of whatever kind, that this host can see.
+///
+/// # Errors
+/// If the file system has no such locks.
+pub fn is_seen(file: &File) -> io::Result<bool> {
+    // A lock for writing would conflict with any other.
+    let mut found = whole(libc::F_WRLCK);
+    // SAFETY: the command reads and writes one flock, which lives across the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut found) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(found.l_type != libc::F_UNLCK as libc::c_short)
+}
+
 /// Whether a lock on `file` can decide between hosts. A block device's lock is known to its own host only,
 /// however many hosts reach the device. A file's lock on the file systems named here is known to its own host
 /// only as well, or nobody can tell. (A file on a local file system is one that no other host has.)

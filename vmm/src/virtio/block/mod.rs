@@ -17,6 +17,8 @@
 //! | `uring.rs` | several requests at a time, by io_uring |
 //! | `bounce.rs` | bounce buffers, for what direct I/O does not take as it is |
 //! | `image.rs` | the image: opening, locking, flushing |
+//! | `format.rs` | images that are not raw |
+//! | `images.rs` | which images there may be, and how their paths are resolved |
 //! | `lock.rs` | who may write |
 //! | `mark.rs` | whether somebody else could, since |
 //! | `statx.rs` | what the system tells of an open file |
@@ -24,7 +26,9 @@
 mod bounce;
 mod device;
 mod file_op;
+mod format;
 mod image;
+mod images;
 mod job;
 mod lock;
 mod mark;
@@ -37,10 +41,11 @@ mod uring;
 
 pub use device::Block;
 pub(crate) use image::DiskImage;
+pub use images::Images;
 
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Most queues that a disk has.
 pub const MAX_QUEUES: u16 = 16;
@@ -58,31 +63,6 @@ pub struct BlockConfig {
     pub queues: u16,
     /// The geometry that the guest knows; `None` for what the image has.
     pub geometry: Option<Geometry>,
-}
-
-/// Which images a machine may have. A machine that comes from elsewhere names its own, and whoever
-/// sent it must not thereby reach every file of this host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Images {
-    /// Whatever this process can open.
-    #[default]
-    Any,
-    /// Those below these folders.
-    Below(Vec<PathBuf>),
-}
-
-impl Images {
-    /// Refuses an image that a machine may not have.
-    ///
-    /// # Errors
-    /// [`Error::NotAllowed`], or [`Error::Open`] for one that is not there if only some are allowed.
-    fn check(&self, path: &Path) -> Result<(), Error> {
-        let Images::Below(folders) = self else { return Ok(()) };
-        // Where symbolic links and `..` lead.
-        let real = path.canonicalize().map_err(|source| Error::Open { path: path.into(), source })?;
-        let below = |folder: &PathBuf| folder.canonicalize().is_ok_and(|folder| real.starts_with(folder));
-        if folders.iter().any(below) { Ok(()) } else { Err(Error::NotAllowed { path: path.into() }) }
-    }
 }
 
 /// How a disk's requests are carried out.
@@ -148,6 +128,25 @@ pub enum Error {
         /// What was named.
         path: PathBuf,
     },
+    /// An image that is not raw: taken for raw, the guest would read the format's tables and overwrite them.
+    #[error(
+        "the disk image {} is in the format {format}, and disks must be raw; convert it: qemu-img convert -O raw {} {}.raw",
+        path.display(), path.display(), path.display()
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
+    /// It cannot be read.
+    #[error("cannot read the disk image {}: {source}", path.display())]
+    Read {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Its file system has no direct I/O.
     #[error(
         "the file system of the disk image {} has no direct I/O; put it elsewhere, or add \",cached\" if no other \
@@ -194,6 +193,18 @@ pub enum Error {
         path.display()
     )]
     NeedsRing {
+        /// The image.
+        path: PathBuf,
+    },
+    /// An arriving guest's image is locked by nobody, though the machine that it comes from has locked its
+    /// own.
+    #[error(
+        "the guest's disk image {} is not locked here, as it is where the guest comes from: this host has another file \
+         by this path, or storage whose locks do not reach from host to host; make the same image reachable by the \
+         same path, or, if you are sure that both hosts have the same image, start the receiver with --trust-storage",
+        path.display()
+    )]
+    NotShared {
         /// The image.
         path: PathBuf,
     },

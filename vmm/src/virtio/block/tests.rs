@@ -441,7 +441,9 @@ fn images_that_cannot_be_disks_are_refused_by_name(aio: Aio) {
 fn an_arriving_machine_has_only_images_that_were_set_aside(aio: Aio) {
     let folder = Folder::new(aio);
     let below = |path: &Path| Images::Below(vec![path.into()]);
-    let check = |images: &Images, path: &Path| images.check(path);
+    let check = |images: &Images, path: &Path| {
+        Block::open(&BlockConfig { path: path.into(), ..folder.config() }, images, aio).map(drop)
+    };
     assert!(check(&below(folder.0.path()), &folder.image()).is_ok());
     let refused = check(&Images::Below(Vec::new()), &folder.image()).unwrap_err();
     assert!(refused.to_string().contains("--disks"), "{refused}");

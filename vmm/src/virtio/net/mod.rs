@@ -37,6 +37,7 @@ pub(crate) mod wire;
 pub use announcing::Announcing;
 pub use device::Net;
 pub use mac::Mac;
+pub use tap::find as find_tap;
 
 use serde::{Deserialize, Serialize};
 use std::io;

@@ -233,6 +233,20 @@ fn request(name: &str) -> Result<libc::ifreq, Error> {
     Ok(request)
 }
 
+/// Whether this host has an interface of that name. Nothing is opened, so that whoever has it is not
+/// disturbed.
+///
+/// # Errors
+/// [`Error::Missing`], or what the system said.
+pub fn find(name: &str) -> Result<(), Error> {
+    let failed = |source| Error::System { name: name.into(), source };
+    let socket = UnixDatagram::unbound().map_err(failed)?;
+    match interface(&socket, libc::SIOCGIFFLAGS, &mut request(name)?) {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Err(Error::Missing(name.into())),
+        found => found.map(drop).map_err(failed),
+    }
+}
+
 /// Asks a socket about an interface.
 fn interface(
     socket: &UnixDatagram,

@@ -1,0 +1,204 @@
+//! Which images a machine may have, and opening them.
+//!
+//! A path is resolved once, and everything is asked of the file that came of it. Whoever may exchange files
+//! and symbolic links below a folder cannot lead a machine out of it: not by a link that was another when it
+//! was looked at, since nothing is looked at before it is opened.
+
+use super::Error;
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// How often resolving is tried again when files are renamed meanwhile.
+const MAX_TRIES: usize = 100;
+
+/// Which disk images a machine may have. A machine that comes from elsewhere names its own, and whoever
+/// sent it must not thereby reach every file of this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Images {
+    /// Whatever this process can open.
+    #[default]
+    Any,
+    /// Those below these folders. Symbolic links are followed as long as they stay below the folder.
+    Below(Vec<PathBuf>),
+}
+
+impl Images {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// [`Error::NotAllowed`] for one that a machine may not have, [`Error::NoImage`], [`Error::NoDirectIo`],
+    /// [`Error::Open`].
+    pub(super) fn open(&self, path: &Path, write: bool, direct: bool) -> Result<File, Error> {
+        let failed = |source| Error::Open { path: path.into(), source };
+        // A descriptor that names a file and does nothing with it: opening a device or a pipe can have
+        // effects.
+        let place = match self {
+            Images::Any => {
+                OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(failed)?
+            }
+            Images::Below(folders) => below(folders, path)?,
+        };
+        let kind = place.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::NoImage { path: path.into() });
+        }
+        let flags = if direct { libc::O_DIRECT } else { 0 };
+        // This opens what the descriptor names, whatever is at the path by now.
+        let same = format!("/proc/self/fd/{}", place.as_raw_fd());
+        match OpenOptions::new().read(true).write(write).custom_flags(flags).open(same) {
+            Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
+                Err(Error::NoDirectIo { path: path.into() })
+            }
+            opened => opened.map_err(failed),
+        }
+    }
+}
+
+/// Resolves `path` below the first of `folders` that has it.
+fn below(folders: &[PathBuf], path: &Path) -> Result<File, Error> {
+    let failed = |source| Error::Open { path: path.into(), source };
+    // Only to learn how the folder and the image are called below one root: what is there is found out by
+    // opening it.
+    let real = path.canonicalize().map_err(failed)?;
+    for folder in folders {
+        let Ok(folder) = folder.canonicalize() else { continue };
+        let Ok(rest) = real.strip_prefix(&folder) else { continue };
+        let flags = libc::O_PATH | libc::O_DIRECTORY;
+        let root = OpenOptions::new().read(true).custom_flags(flags).open(&folder).map_err(failed)?;
+        return match resolve(&root, rest) {
+            // A link leads out of the folder, that was none or another a moment ago.
+            Err(error) if error.raw_os_error() == Some(libc::EXDEV) => {
+                Err(Error::NotAllowed { path: path.into() })
+            }
+            opened => opened.map_err(failed),
+        };
+    }
+    Err(Error::NotAllowed { path: path.into() })
+}
+
+/// The file at `path` below the folder `root`, of which no part leads out of that folder.
+fn resolve(root: &File, path: &Path) -> io::Result<File> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: all zeros is a valid value of the structure.
+    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+    how.flags = (libc::O_PATH | libc::O_CLOEXEC) as u64;
+    how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS;
+    for _ in 0..MAX_TRIES {
+        // SAFETY: the call reads a string that ends with a zero and a structure of the length given; both
+        // live across the call.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_openat2,
+                root.as_raw_fd(),
+                name.as_ptr(),
+                &how,
+                std::mem::size_of::<libc::open_how>(),
+            )
+        };
+        if let Ok(fd) = i32::try_from(fd)
+            && fd >= 0
+        {
+            // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into());
+        }
+        match io::Error::last_os_error() {
+            // Something was renamed in between, and the kernel cannot tell whether it led out.
+            error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
+            error => return Err(error),
+        }
+    }
+    Err(io::Error::other("its folders are being renamed all the time"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn open(images: &Images, path: &Path) -> Result<File, Error> {
+        images.open(path, false, false)
+    }
+
+    #[test]
+    fn links_may_lead_anywhere_below_the_folder_and_nowhere_else() {
+        let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let images = Images::Below(vec![outside.path().join("none"), inside.path().into()]);
+        let image = inside.path().join("image");
+        std::fs::create_dir(inside.path().join("folder")).unwrap();
+        for place in [&image, &outside.path().join("image")] {
+            std::fs::write(place, "x").unwrap();
+        }
+        let ino = image.metadata().unwrap().ino();
+        let link = inside.path().join("folder/link");
+        for target in [Path::new("../image"), &image] {
+            symlink(target, &link).unwrap();
+            assert_eq!(open(&images, &link).unwrap().metadata().unwrap().ino(), ino);
+            std::fs::remove_file(&link).unwrap();
+        }
+        symlink(outside.path().join("image"), &link).unwrap();
+        assert!(matches!(open(&images, &link), Err(Error::NotAllowed { .. })));
+        assert!(matches!(open(&images, &outside.path().join("image")), Err(Error::NotAllowed { .. })));
+        assert!(matches!(open(&images, &inside.path().join("folder")), Err(Error::NoImage { .. })));
+        assert!(matches!(open(&images, &inside.path().join("none")), Err(Error::Open { .. })));
+        // By a link to the folder itself, which is the operator's.
+        let alias = outside.path().join("alias");
+        symlink(inside.path(), &alias).unwrap();
+        assert!(open(&images, &alias.join("image")).is_ok());
+        assert!(open(&Images::Below(vec![alias]), &image).is_ok());
+    }
+
+    /// Two names change places.
+    fn exchange(a: &Path, b: &Path) {
+        let [a, b] = [a, b].map(|path| CString::new(path.as_os_str().as_bytes()).unwrap());
+        let (here, how) = (libc::AT_FDCWD, libc::RENAME_EXCHANGE);
+        // SAFETY: the call reads two strings that end with a zero and live across the call.
+        let result = unsafe { libc::renameat2(here, a.as_ptr(), here, b.as_ptr(), how) };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    }
+
+    /// An image, and the folder of another, become links to the outside and back, all the time.
+    #[test]
+    fn a_link_that_is_exchanged_in_time_leads_nowhere() {
+        const TRIES: usize = 20_000;
+        let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let images = Images::Below(vec![inside.path().into()]);
+        let at = |name: &str| inside.path().join(name);
+        for parent in [&inside, &outside] {
+            std::fs::create_dir(parent.path().join("folder")).unwrap();
+            std::fs::write(parent.path().join("folder/image"), "x").unwrap();
+            std::fs::write(parent.path().join("image"), "x").unwrap();
+        }
+        for name in ["image", "folder"] {
+            symlink(outside.path().join(name), at(&format!("next-{name}"))).unwrap();
+        }
+        let secrets =
+            ["image", "folder/image"].map(|name| outside.path().join(name).metadata().unwrap().ino());
+        let stop = AtomicBool::new(false);
+        let (mut opened, mut refused, mut escaped) = (0, 0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for name in ["image", "folder"] {
+                        exchange(&at(name), &at(&format!("next-{name}")));
+                    }
+                }
+            });
+            for number in 0..TRIES {
+                match open(&images, &at(["image", "folder/image"][number % 2])) {
+                    Ok(file) if secrets.contains(&file.metadata().unwrap().ino()) => escaped += 1,
+                    Ok(_) => opened += 1,
+                    Err(_) => refused += 1,
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(escaped, 0, "files outside were opened, of {TRIES} tries");
+        assert!(opened > 0 && refused > 0, "{opened} opened, {refused} refused: this proves nothing");
+    }
+}
