@@ -165,6 +165,8 @@ pub(crate) fn make_zero(ram: &Ram) {
 mod tests {
     use super::*;
     use crate::conformance::bed::ram_of;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
 
     #[repr(align(4096))]
     struct Page([u8; PAGE_SIZE as usize]);
@@ -225,5 +227,42 @@ mod tests {
         // SAFETY: the whole mapping, to which nobody holds references.
         unsafe { std::ptr::write_bytes(region.address(), 1, region.len() as usize) };
         assert_eq!(pages_found(region, 0, region.pages()), (0..region.pages()).collect::<Vec<_>>());
+    }
+
+    /// Linux 6.1; libc has it only for some targets.
+    const MADV_COLLAPSE: libc::c_int = 25;
+
+    /// Kernels that make huge pages of small ones without hiding them show nothing here, nor do those that
+    /// make none.
+    #[test]
+    fn what_exists_is_found_whatever_the_kernel_makes_of_it() {
+        const HUGE: u64 = 2 << 20;
+        let ram = ram_of(&[32 * HUGE / PAGE_SIZE]);
+        let region = &ram.regions()[0];
+        let written: Vec<u64> = (0..region.pages()).filter(|page| page % 37 != 5).collect();
+        for page in &written {
+            // SAFETY: inside the mapping, to which nobody holds references.
+            unsafe { region.address().add((page * PAGE_SIZE) as usize).write_volatile(1) };
+        }
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let scan = || {
+                while !done.load(Ordering::Relaxed) {
+                    let mut found = pages_found(region, 0, region.pages()).into_iter().peekable();
+                    for page in &written {
+                        while found.next_if(|found| found < page).is_some() {}
+                        assert_eq!(found.peek(), Some(page), "a page that exists was not found");
+                    }
+                }
+            };
+            let scans = [0; 2].map(|_| scope.spawn(scan));
+            for block in 0..region.len() / HUGE {
+                let address = region.address().wrapping_add((block * HUGE) as usize);
+                // SAFETY: the range lies in the region's mapping, and the advice changes no content.
+                unsafe { libc::madvise(address.cast(), HUGE as usize, MADV_COLLAPSE) };
+            }
+            done.store(true, Ordering::Relaxed);
+            scans.into_iter().for_each(|scan| scan.join().expect("everything is found"));
+        });
     }
 }

@@ -13,6 +13,9 @@ impl Ram {
     /// [`from_ranges_with_files`](GuestMemoryMmap::from_ranges_with_files) and a memfd, at any offset, of
     /// ordinary or huge pages. One file may stand behind several regions.
     ///
+    /// Call this before the guest runs: kernels before 6.4 are advised here to make no huge pages of it, as
+    /// they [hide memory](super::making_huge_pages_hides_memory) meanwhile.
+    ///
     /// # Errors
     /// [`MemoryError::NotShared`] for anonymous and for private memory, as `from_ranges` makes it; others as
     /// for [`Ram::new`].

@@ -18,12 +18,14 @@ mod allocate;
 mod error;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
+mod huge;
 mod mapping;
 #[cfg(test)]
 mod tests;
 
 pub use allocate::{ALIGNMENT, AddressSpace, map_parts, memfd, part_len};
 pub use error::{MemoryError, check_layout};
+pub use huge::making_huge_pages_hides_memory;
 
 use serde::{Deserialize, Serialize};
 use std::any::Any;
@@ -138,6 +140,7 @@ impl RamRegion {
         }
         let region = RamRegion { layout, address, backing_page, files, part_len, _owner: owner };
         region.check_mapping()?;
+        huge::keep_small(address, region.len(), backing_page);
         Ok(region)
     }
 

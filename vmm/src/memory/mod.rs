@@ -122,6 +122,9 @@ pub enum Error {
         /// What is available, in bytes.
         available: u64,
     },
+    /// Making huge pages of guest memory would cost content in a migration.
+    #[error("kernels before 6.4 hide memory from a migration while they make huge pages of it")]
+    HidesMemory,
     /// Not a multiple of the huge page.
     #[error("{} MiB of guest memory do not divide into pages of {} MiB", size >> 20, page >> 20)]
     HugePageMultiple {
@@ -187,7 +190,8 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Maps `size` bytes of RAM, for which the kernel may use transparent huge pages. Nothing is populated.
+    /// Maps `size` bytes of RAM, for which the kernel may use transparent huge pages, unless it is one
+    /// [that hides memory](memory::making_huge_pages_hides_memory) then. Nothing is populated.
     ///
     /// # Errors
     /// [`Error`] for a size that is no machine's or more than the host has free.
@@ -200,6 +204,7 @@ impl GuestRam {
     /// # Errors
     /// As for [`new`](Self::new).
     pub fn with_thp(size: u64, pages: PageSize, thp: Thp) -> Result<Self, Error> {
+        let thp = if memory::making_huge_pages_hides_memory() { Thp::Off } else { thp };
         let regions = layout::regions(size)?;
         if regions.iter().any(|r| r.len % pages.bytes() != 0) {
             return Err(Error::HugePageMultiple { size, page: pages.bytes() });

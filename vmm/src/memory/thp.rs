@@ -5,9 +5,12 @@
 //! the setting is, short of `deny`, the kernel makes one of what is there if it is asked to at once
 //! (`MADV_COLLAPSE`, Linux 6.1). That copies 2 MiB, with the guest shut out of them meanwhile, and is done
 //! in the background, or while [RAM is populated](super::GuestRam::populate).
+//!
+//! Kernels before 6.4 [hide memory](migration::memory::making_huge_pages_hides_memory) while they make huge
+//! pages of it: there, guest RAM is to have none.
 
 use super::{Error, GuestRam, PageSize};
-use migration::memory::{ALIGNMENT, RamRegion};
+use migration::memory::{ALIGNMENT, RamRegion, making_huge_pages_hides_memory};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::ptr::NonNull;
@@ -69,8 +72,11 @@ pub(super) fn collapse(region: &RamRegion, offset: u64, len: u64) -> io::Result<
 /// Tries whether this host makes huge pages of shared memory that exists.
 ///
 /// # Errors
-/// Why not: a kernel before 6.1, the setting `deny`, or no 2 MiB of memory in one piece.
+/// Why not: a kernel before 6.4, the setting `deny`, or no 2 MiB of memory in one piece.
 pub fn try_collapse() -> Result<(), Error> {
+    if making_huge_pages_hides_memory() {
+        return Err(Error::HidesMemory);
+    }
     let system = |source| Error::System { what: "make a huge page of", source };
     let ram = GuestRam::with_thp(super::layout::MIN_RAM, PageSize::Small, Thp::Off)?;
     ram.populate_range(0, 0, HUGE)?;
@@ -126,7 +132,8 @@ pub(super) mod tests {
 
     #[test]
     fn all_ram_is_advised_as_it_was_said() {
-        for (thp, flag, other) in [(Thp::On, "hg", "nh"), (Thp::Off, "nh", "hg")] {
+        let on = if making_huge_pages_hides_memory() { ("nh", "hg") } else { ("hg", "nh") };
+        for (thp, flag, other) in [(Thp::On, on.0, on.1), (Thp::Off, "nh", "hg")] {
             let ram = GuestRam::with_thp(64 << 20, PageSize::Small, thp).unwrap();
             let flags = smaps(&ram, "VmFlags");
             assert_eq!(flags.len(), ram.ram().regions()[0].parts());

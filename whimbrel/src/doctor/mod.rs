@@ -147,6 +147,11 @@ fn shmem_huge_pages() -> Finding {
     const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let setting = fs::read_to_string(SETTING).unwrap_or_default();
     let chosen = setting.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+    // Whatever the setting is.
+    if let (Some(setting), Err(why @ vmm::memory::Error::HidesMemory)) = (chosen, thp::try_collapse()) {
+        let found = format!("{setting}: guest memory gets none ({why})");
+        return limited("huge pages for guests", found, Some("run Linux 6.4 or later".into()));
+    }
     huge_pages(chosen, || thp::try_collapse().map_err(|error| error.to_string()), SETTING)
 }
 
