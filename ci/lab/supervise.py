@@ -19,9 +19,19 @@ LAB_FAILED = 125
 # From the end of the command to the end of QEMU; a healthy VM needs a fraction of it.
 GRACE_SECONDS = 20.0
 
+# A VM whose command runs and which uses less than this of a processor in that time stands still. An idle one uses a
+# hundred times as much.
+STANDSTILL_SECONDS = 60.0
+STANDSTILL_CPU_SECONDS = 0.05
+LOOK_SECONDS = 5.0
+
 
 class VmDied(LabError):
     """A VM ended before its command did; the message has the end of its console."""
+
+
+class VmStandsStill(VmDied):
+    """A VM's processors wait for an interrupt that does not come; the message has their registers."""
 
 
 class OutOfTime(Exception):
@@ -51,6 +61,8 @@ class Run:
         self.leader = leader
         self.selector = selectors.DefaultSelector()
         self.vms = []
+        # For each VM by name: when it last had used more of a processor, and how much.
+        self.progress = {}
 
     def run(self):
         """Returns the exit code of each node by name; raises LabError or Interrupted."""
@@ -67,7 +79,9 @@ class Run:
                     self.vms.append(vm)
                     vm.start()
                     for name, stream in vm.streams.items():
-                        self.selector.register(stream, selectors.EVENT_READ, (vm, name))
+                        # The monitor is listened to when it is asked.
+                        if name != "monitor":
+                            self.selector.register(stream, selectors.EVENT_READ, (vm, name))
                 self._supervise()
             finally:
                 for vm in self.vms:
@@ -88,8 +102,10 @@ class Run:
             if left <= 0:
                 # The codes are there; a VM that does not end by itself is ended.
                 return
-            for key, _ in self.selector.select(left):
+            for key, _ in self.selector.select(min(left, LOOK_SECONDS)):
                 self._read(key)
+            if finish_by is None:
+                self._look()
             if not started and all(vm.ready for vm in self.vms):
                 started = True
                 for vm in self.vms:
@@ -101,6 +117,23 @@ class Run:
                 self._dismiss()
         for vm in self.vms:
             vm.process.wait()
+
+    def _look(self):
+        """Whether each VM whose command runs gets on."""
+        now = time.monotonic()
+        for vm in self.vms:
+            used = vm.cpu_seconds()
+            since, before = self.progress.get(vm.node.name, (now, used))
+            if used is None or vm.exit_code is not None:
+                continue
+            if used - before > STANDSTILL_CPU_SECONDS:
+                since, before = now, used
+            self.progress[vm.node.name] = (since, before)
+            if now - since > STANDSTILL_SECONDS:
+                raise VmStandsStill(
+                    f"VM {vm.node.name} stands still for {now - since:.0f} s; the end of its console:\n"
+                    f"{vm.console_tail()}\nand what its monitor says:\n{vm.interrogate()}"
+                )
 
     def _read(self, key):
         vm, name = key.data
@@ -137,8 +170,8 @@ class Run:
                 vm.tell(b"off")
                 continue
             vm.kill()
-            for stream in vm.streams.values():
-                if stream.fileno() >= 0:
+            for name, stream in vm.streams.items():
+                if name != "monitor" and stream.fileno() >= 0:
                     self.selector.unregister(stream)
 
 

@@ -21,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 # Loaded in every VM. Everything else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
 MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm", "kvm_amd"]
 CONSOLE_TAIL_LINES = 40
+# How long the monitor is listened to.
+MONITOR_SECONDS = 3.0
 # Everything that QEMU can emulate, except the two flags that make a kernel copy and clear by `rep movsb` and `rep stosb`.
 # Emulation carries these out byte by byte. Without the flags the kernel uses eight bytes at a time, and memory and RDMA
 # are twice as fast.
@@ -107,7 +109,7 @@ class Vm:
         job.mkdir(parents=True)
         self._write_job(job)
         inherited = []
-        for name in ("control", "stdout", "stderr"):
+        for name in ("control", "stdout", "stderr", "monitor"):
             ours, theirs = socket.socketpair()
             self.streams[name] = ours
             inherited.append(theirs)
@@ -188,6 +190,8 @@ class Vm:
         arguments += ["-chardev", f"file,id=console,path={escape(self.console)}"]
         arguments += ["-serial", "chardev:console"]
         arguments += ["-device", "virtio-serial-pci"]
+        *ports, monitor = ports
+        arguments += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=readline"]
         for number, descriptor in enumerate(ports, 1):
             arguments += ["-chardev", f"socket,id=port{number},fd={descriptor}"]
             arguments += ["-device", f"virtserialport,chardev=port{number},nr={number}"]
@@ -222,6 +226,30 @@ class Vm:
         except OSError:
             # It is gone already; reading its streams tells the rest.
             pass
+
+    def cpu_seconds(self):
+        """What QEMU has used so far of processors; None once it has ended."""
+        try:
+            after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+    def interrogate(self):
+        """What QEMU says of its processors and their interrupts, as its monitor prints it."""
+        monitor = self.streams["monitor"]
+        monitor.settimeout(MONITOR_SECONDS)
+        said = b""
+        try:
+            monitor.sendall(b"info status\ninfo cpus\ninfo registers -a\ninfo lapic\ninfo pic\n")
+            while data := monitor.recv(1 << 16):
+                said += data
+        except OSError:
+            # It has said all that it had to say, or is gone.
+            pass
+        lines = said.decode(errors="replace").replace("\r", "").splitlines()
+        # Without the echo of what was asked, which the monitor draws letter by letter.
+        return "\n".join(line for line in lines if not line.startswith("(qemu)"))
 
     def kill(self):
         if self.process and self.process.poll() is None:
