@@ -42,7 +42,8 @@ fn a_page_that_differs_is_found_named_and_kept() {
     let (folder, saved) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let small = Guest::SMALL;
     let (memory, working_set) = (small.memory.to_string(), small.working_set.to_string());
-    let run = ["run", "--memory", &memory, "--working-set", &working_set, "--serial", "none", "--seccomp", "on"];
+    let run =
+        ["run", "--memory", &memory, "--working-set", &working_set, "--serial", "none", "--seccomp", "on"];
     let mut guest = keeping(saved.path(), folder.path(), "guest", &run);
     guest.expect("running").unwrap();
     guest.wait_guest("the guest's start", PATIENCE, |guest| guest.state == "running").unwrap();
