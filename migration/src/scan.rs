@@ -4,7 +4,6 @@
 //! never written would allocate it, so ranges are asked of the file first.
 
 use crate::memory::{PAGE_SIZE, Ram, RamRegion};
-use std::os::fd::AsRawFd;
 
 /// Pages whose residence is asked for at once.
 const WINDOW: u64 = 2048;
@@ -46,7 +45,7 @@ fn next_data(region: &RamRegion, mut at: u64, end: u64) -> Option<u64> {
     for piece in region.pieces(at * PAGE_SIZE, end.saturating_sub(at) * PAGE_SIZE) {
         // SAFETY: lseek takes no pointers; the descriptor is borrowed from the region. Moving the
         // shared file position disturbs nobody: all other access is positional.
-        let data = unsafe { libc::lseek(piece.file.as_raw_fd(), piece.offset as i64, libc::SEEK_DATA) };
+        let data = unsafe { libc::lseek(piece.fd, piece.offset as i64, libc::SEEK_DATA) };
         match u64::try_from(data) {
             Ok(data) if data < piece.offset + piece.len => {
                 return Some(at + (data - piece.offset) / PAGE_SIZE);
@@ -204,7 +203,7 @@ mod tests {
         }
         for page in filed {
             let piece = region.pieces(page * PAGE_SIZE, 1).next().unwrap();
-            let (fd, offset) = (piece.file.as_raw_fd(), piece.offset as i64);
+            let (fd, offset) = (piece.fd, piece.offset as i64);
             // SAFETY: one byte is read from a live array.
             assert_eq!(unsafe { libc::pwrite(fd, [1u8].as_ptr().cast(), 1, offset) }, 1);
         }

@@ -151,7 +151,7 @@ fn what_saving_writes_to_memory_moves_as_well() {
 #[test]
 fn pages_that_differ_are_named() {
     let source = Source { late_writes: vec![(0, 5), (0, 600), (1, 66)], ..Source::new() };
-    source.ram.regions()[0].write(5 * PAGE_SIZE, b"early").unwrap();
+    source.ram.write(0, 5 * PAGE_SIZE, b"early").unwrap();
     let (report, twin) = moved(&source, &mut Host::default());
     assert_eq!(report.verdict, Verdict::Stayed);
     let why = report.failure.unwrap();

@@ -9,6 +9,7 @@
 //! | `nfs` | the same with the disk on an NFS server, with each host as a client (in the lab) |
 //! | `cuts` | the connection is cut, or goes silent, at any byte |
 //! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
+//! | `differing` | a page that differs between the sides is found, named and kept |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |

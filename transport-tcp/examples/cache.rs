@@ -15,7 +15,7 @@
 
 use migration::dirty::DirtySet;
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
-use migration::memory::{PAGE_SIZE, Ram, RegionLayout};
+use migration::memory::{PAGE_SIZE, Ram, RamOwner, RegionLayout};
 use migration::transport::Token;
 use migration::{Code, Failure, destination, source};
 use std::io::{BufRead, BufReader};
@@ -43,7 +43,7 @@ pub struct Cache {
 }
 
 struct Shared {
-    ram: Arc<Ram>,
+    ram: RamOwner,
     /// A bit for each page that was written since it was collected.
     written: Vec<AtomicU64>,
     /// Held while entries are written.
@@ -77,7 +77,7 @@ impl Shared {
 
     fn renew(&self, renewal: u64) -> std::io::Result<()> {
         let entry = self.entry(renewal);
-        self.ram.regions()[0].write(entry * PAGE_SIZE, &content(renewal))?;
+        self.ram.write(0, entry * PAGE_SIZE, &content(renewal))?;
         // Marked after it was written. The other way round, the engine could take the mark away and read the
         // page before it is written, and nobody would ever send what is written then.
         self.written[(entry / 64) as usize].fetch_or(1 << (entry % 64), Ordering::Release);
@@ -110,7 +110,7 @@ impl Cache {
         if layout.len() != 1 {
             return Err(Failure::new(Code::MEMORY, "a cache is one region of memory"));
         }
-        let ram = Arc::new(Ram::allocate(layout)?);
+        let ram = RamOwner::new(Ram::allocate(layout)?);
         let written = (0..(ram.len() / PAGE_SIZE).div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let progress = Mutex::new(Progress { runs: false, renewals: 0 });
         let shared = Arc::new(Shared { ram, written, progress, ended: false.into() });

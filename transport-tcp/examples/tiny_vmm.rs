@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_regs, kvm_segment, kvm_sregs, kv
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use migration::dirty::DirtySet;
 use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
-use migration::memory::{PAGE_SIZE, Ram, RegionLayout};
+use migration::memory::{PAGE_SIZE, Ram, RamOwner, RegionLayout};
 use migration::transport::Token;
 use migration::{Code, Failure, destination, source};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,7 +42,7 @@ struct Shared {
     /// Held while the guest runs, which it does until its next `out`.
     vcpu: Mutex<VcpuFd>,
     vm: VmFd,
-    ram: Arc<Ram>,
+    ram: RamOwner,
     runs: AtomicBool,
     ended: AtomicBool,
 }
@@ -88,7 +88,7 @@ impl Tiny {
         let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).map_err(failed)?;
         vm.set_tss_address(0xfffb_d000).map_err(failed)?;
         let vcpu = Mutex::new(vm.create_vcpu(0).map_err(failed)?);
-        let ram = Arc::new(Ram::allocate(&[RegionLayout { guest_address: 0, len: MEMORY }])?);
+        let ram = RamOwner::new(Ram::allocate(&[RegionLayout { guest_address: 0, len: MEMORY }])?);
         let shared = Arc::new(Shared { vcpu, vm, ram, runs: false.into(), ended: false.into() });
         shared.map(0)?;
         let vcpu = Arc::clone(&shared);
@@ -98,7 +98,7 @@ impl Tiny {
     /// A machine whose guest begins to count.
     pub fn boot() -> Result<Self, Error> {
         let tiny = Tiny::build()?;
-        tiny.shared.ram.regions()[0].write(CODE, &GUEST)?;
+        tiny.shared.ram.write(0, CODE, &GUEST)?;
         let data = kvm_segment { limit: !0, type_: 3, present: 1, s: 1, db: 1, g: 1, ..Default::default() };
         let vcpu = tiny.shared.vcpu();
         let mut sregs = vcpu.get_sregs()?;

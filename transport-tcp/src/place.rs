@@ -186,7 +186,7 @@ impl Placer {
             self.left -= held;
             wanted -= held;
             while held > 0 {
-                held -= pipe.drain(piece.file.as_raw_fd(), &mut offset, held)?;
+                held -= pipe.drain(piece.fd, &mut offset, held)?;
             }
         }
         Ok(())

@@ -231,7 +231,7 @@ impl TcpLane {
             } else {
                 batch.flush(true)?;
                 for piece in region.pieces(extent.offset, extent.len) {
-                    send_file(&self.stream, piece.file.as_raw_fd(), piece.offset, piece.len)?;
+                    send_file(&self.stream, piece.fd, piece.offset, piece.len)?;
                 }
             }
         }

@@ -35,13 +35,13 @@ impl DirtyTracking {
     /// [`Error::Capability`] on kernels before 5.7.
     pub fn new(vm: &Arc<VmFd>, ram: &Arc<GuestRam>) -> Result<Self, Error> {
         let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
-        let offered = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
-        if offered as u32 & wanted != wanted {
+        let offered = ioctl::capability(&**vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)?;
+        if offered & wanted != wanted {
             return Err(Error::Capability { what: "a manually protected dirty log (Linux 5.7)" });
         }
         let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         cap.args[0] = u64::from(wanted);
-        ioctl::call("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", || vm.enable_cap(&cap))?;
+        ioctl::retried!("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", vm.enable_cap(&cap))?;
         Ok(DirtyTracking { vm: vm.clone(), ram: ram.clone(), scratch: Mutex::default(), on: Arc::default() })
     }
 
@@ -80,7 +80,7 @@ impl DirtyTracking {
     pub fn collect(&self, set: &mut DirtySet) -> Result<(), KvmError> {
         let mut scratch = lock(&self.scratch);
         for (number, region) in self.ram.ram().regions().iter().enumerate().take(set.regions()) {
-            ioctl::call("KVM_GET_DIRTY_LOG", || {
+            ioctl::retried!("KVM_GET_DIRTY_LOG", {
                 ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
             })?;
             let words = set.words_mut(number);
@@ -106,7 +106,7 @@ impl DirtyTracking {
             log.clear(first_page, words);
         }
         let pages = u32::try_from(pages).map_err(|_| out_of_range()).context("KVM_CLEAR_DIRTY_LOG")?;
-        ioctl::call("KVM_CLEAR_DIRTY_LOG", || {
+        ioctl::retried!("KVM_CLEAR_DIRTY_LOG", {
             ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
         })
     }

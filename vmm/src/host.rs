@@ -37,12 +37,12 @@ impl Host {
     /// # Errors
     /// [`Error::NoKvm`] or [`Error::Capability`].
     pub fn open() -> Result<Self, Error> {
-        let kvm = ioctl::call("open", Kvm::new).map_err(|e| Error::NoKvm { source: e.source })?;
-        if kvm.get_api_version() != 12 {
+        let kvm = ioctl::retried!("open", Kvm::new()).map_err(|e| Error::NoKvm { source: e.source })?;
+        if ioctl::api_version(&kvm)? != 12 {
             return Err(Error::Capability { what: "API version 12" });
         }
         for (cap, what) in REQUIRED {
-            if !kvm.check_extension(*cap) {
+            if ioctl::capability(&kvm, *cap as u32)? == 0 {
                 return Err(Error::Capability { what });
             }
         }
@@ -56,8 +56,12 @@ impl Host {
 
     /// Most vCPUs a machine can have here.
     pub fn most_vcpus(&self) -> u8 {
+        // Kernels that have no such number allow four vCPUs, and as many identities as vCPUs.
+        let [most, identities] = [Cap::MaxVcpus, Cap::MaxVcpuId]
+            .map(|cap| ioctl::capability(&self.kvm, cap as u32).ok().filter(|number| *number > 0));
+        let most = most.unwrap_or(4);
         // The `min` keeps it within a byte.
-        self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()).clamp(1, MAX_VCPUS.into()) as u8
+        most.min(identities.unwrap_or(most)).clamp(1, MAX_VCPUS.into()) as u8
     }
 
     /// Checks a number of vCPUs.

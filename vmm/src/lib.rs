@@ -28,6 +28,7 @@ mod outgoing;
 pub mod pci;
 mod poll;
 pub mod power;
+mod retry;
 pub mod sandbox;
 pub mod serial;
 pub mod state;

@@ -12,8 +12,12 @@ pub(crate) fn poll<const N: usize>(
 ) -> bool {
     // A negative descriptor is one that poll(2) leaves out.
     let mut fds = fds.map(|fd| libc::pollfd { fd: fd.unwrap_or(-1), events, revents: 0 });
+    // A signal is to end the wait, as it may ask a vCPU to pause.
+    #[allow(clippy::disallowed_methods)]
     // SAFETY: that many pollfds are there, which live across the call.
-    unsafe { libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, timeout_ms) > 0 }
+    unsafe {
+        libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, timeout_ms) > 0
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod output;
 
 pub use output::Output;
 
+use crate::ioctl;
 use crate::lock::lock;
 use input::Gate;
 use kvm_ioctls::VmFd;
@@ -91,7 +92,7 @@ impl Trigger for LineTrigger {
         }
         // ISA lines are edge-triggered: up and down again is one interrupt.
         for level in [true, false] {
-            self.0.vm.set_irq_line(IRQ, level).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+            ioctl::retried!("KVM_IRQ_LINE", self.0.vm.set_irq_line(IRQ, level)).map_err(|e| e.source)?;
         }
         Ok(())
     }

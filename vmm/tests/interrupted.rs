@@ -2,11 +2,16 @@
 
 mod common;
 
-use common::machine;
+use common::guests::{self, BACKWARDS, BAD_READS, LOOPS, TICKS};
+use common::{boot, copy_ram, machine, peek, wait_above};
+use migration::machine::{DestinationHost, DestinationMachine, SourceMachine};
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use whimbrel_vmm::Machine;
+use whimbrel_vmm::incoming::{IncomingHost, IncomingOptions};
 
 static SIGNALS: AtomicU64 = AtomicU64::new(0);
 
@@ -62,4 +67,32 @@ fn machines_are_built_while_signals_come() {
     }
     drop(storm);
     println!("{built} machines, {} signals, {:?}", SIGNALS.load(Ordering::Relaxed), began.elapsed());
+}
+
+/// Saving, building, loading and resuming, with all that they ask of KVM.
+#[test]
+fn guests_move_while_signals_come() {
+    let first = machine(16, 2);
+    first.boot(&boot(guests::ticker())).unwrap();
+    Machine::resume(&first).unwrap();
+    let mut current = Arc::new(first);
+    let _storm = Storm::begin(Duration::from_micros(900));
+    for _ in 0..20 {
+        wait_above(&current, TICKS, peek(&current, TICKS) + 1);
+        current.start_tracking().unwrap();
+        SourceMachine::pause(&*current).unwrap();
+        let mut host = IncomingHost::open(IncomingOptions::default()).unwrap();
+        let layout = current.memory().ram().layout();
+        let mut shadow = host.build(&current.describe().unwrap(), &layout).unwrap();
+        let next = shadow.machine();
+        let state = Machine::save(&current).unwrap();
+        copy_ram(&current, &next);
+        shadow.load(&state).unwrap();
+        current.stop();
+        shadow.run().unwrap();
+        wait_above(&next, LOOPS, peek(&current, LOOPS) + 10);
+        current = next;
+    }
+    Machine::pause(&current).unwrap();
+    assert_eq!((peek(&current, BACKWARDS), peek(&current, BAD_READS)), (0, 0));
 }

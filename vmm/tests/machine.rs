@@ -128,7 +128,13 @@ fn a_running_guest_gets_huge_pages_in_the_background_but_not_while_it_moves() {
     let machine = machine(32, 1);
     machine.boot(&boot(guests::ticker())).unwrap();
     let existing = vec![0xa5; 16 << 20];
-    machine.memory().ram().regions()[0].write(8 << 20, &existing).unwrap();
+    // By file, as a destination does: written through the mapping, memory may be huge at once.
+    for piece in machine.memory().ram().regions()[0].pieces(8 << 20, existing.len() as u64) {
+        let (bytes, at) = (&existing[..piece.len as usize], piece.offset as i64);
+        // SAFETY: the bytes live across the call, and the guest uses none of this memory.
+        let put = unsafe { libc::pwrite(piece.fd, bytes.as_ptr().cast(), bytes.len(), at) };
+        assert_eq!(put, bytes.len() as isize);
+    }
     let before = mapped_huge(&machine);
     // Paused, and then moving: longer than a guest that runs and stays has to wait.
     std::thread::sleep(Duration::from_secs(3));

@@ -11,6 +11,9 @@
 //! - [`RamRegion::new`] describes any other mapping, and is `unsafe`, because its lifetime is the caller's
 //!   word. [`AddressSpace`], [`memfd`], [`part_len`] and [`map_parts`] help to make one.
 //!
+//! Whoever has a `Ram` may read it. To write to it takes a [`RamOwner`], which the VMM makes of a `Ram` that
+//! nobody else has yet and keeps to itself, or `unsafe` code: a data plane that places what arrives.
+//!
 //! **Only shared mappings of files can be moved.** The engine asks the file which pages exist, and transports
 //! read and write by file. Anonymous memory and private mappings are refused ([`MemoryError::NotShared`]).
 
@@ -20,18 +23,21 @@ mod error;
 mod guest_memory;
 mod huge;
 mod mapping;
+mod owner;
 #[cfg(test)]
 mod tests;
 
 pub use allocate::{ALIGNMENT, AddressSpace, map_parts, memfd, part_len};
 pub use error::{MemoryError, check_layout};
 pub use huge::making_huge_pages_hides_memory;
+pub use owner::RamOwner;
 
 use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -210,7 +216,7 @@ impl RamRegion {
             let len = (self.part_len - in_file).min(end - at);
             at += len;
             let RamFile { file, offset } = &self.files[part];
-            Some(Piece { file: file.as_fd(), part, offset: offset + in_file, len })
+            Some(Piece { fd: file.as_raw_fd(), part, offset: offset + in_file, len, _region: PhantomData })
         })
     }
 
@@ -230,13 +236,8 @@ impl RamRegion {
         Ok(())
     }
 
-    /// Writes `bytes` to guest memory from `offset` on, by file. Whoever writes while writes are tracked
-    /// tells the tracker afterwards, see
-    /// [`SourceMachine::collect_dirty`](crate::machine::SourceMachine::collect_dirty).
-    ///
-    /// # Errors
-    /// As for [`read`](Self::read). hugetlbfs cannot be written by file.
-    pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    /// Writes `bytes` to guest memory from `offset` on, by file: see [`RamOwner::write`].
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.check_inside(offset, bytes.len())?;
         let mut rest = bytes;
         for piece in self.pieces(offset, bytes.len() as u64) {
@@ -258,14 +259,16 @@ impl RamRegion {
 /// Bytes of a region that are in one file.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece<'a> {
-    /// The file.
-    pub file: BorrowedFd<'a>,
+    /// The file's descriptor, open for as long as the region lives. It is a number, because a borrowed
+    /// descriptor can be written to by safe code.
+    pub fd: RawFd,
     /// Number of the part.
     pub part: usize,
     /// Where in the file they begin.
     pub offset: u64,
     /// How many they are.
     pub len: u64,
+    _region: PhantomData<&'a RamRegion>,
 }
 
 impl Piece<'_> {
@@ -274,8 +277,7 @@ impl Piece<'_> {
         let mut at = self.offset as i64;
         while !into.is_empty() {
             // SAFETY: the kernel writes at most `into.len()` bytes to a live, exclusive slice.
-            let read =
-                unsafe { libc::pread(self.file.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), at) };
+            let read = unsafe { libc::pread(self.fd, into.as_mut_ptr().cast(), into.len(), at) };
             let count = moved(read)?;
             into = &mut into[count..];
             at += count as i64;
@@ -288,8 +290,7 @@ impl Piece<'_> {
         let mut at = self.offset as i64;
         while !bytes.is_empty() {
             // SAFETY: the kernel reads at most `bytes.len()` bytes of a live slice.
-            let written =
-                unsafe { libc::pwrite(self.file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), at) };
+            let written = unsafe { libc::pwrite(self.fd, bytes.as_ptr().cast(), bytes.len(), at) };
             let count = moved(written)?;
             bytes = &bytes[count..];
             at += count as i64;

@@ -12,7 +12,7 @@ use whimbrel_migration::destination::{self, Arrival};
 use whimbrel_migration::dirty::DirtySet;
 use whimbrel_migration::link::ControlLink;
 use whimbrel_migration::machine::{Arbiter, DestinationHost, DestinationMachine, SourceMachine};
-use whimbrel_migration::memory::{PAGE_SIZE, Ram, RegionLayout};
+use whimbrel_migration::memory::{PAGE_SIZE, Ram, RamOwner, RegionLayout};
 use whimbrel_migration::report::Report;
 use whimbrel_migration::source;
 use whimbrel_migration::transport::Token;
@@ -97,7 +97,7 @@ impl Marks {
 
 /// A machine that moves away.
 pub struct Source {
-    pub ram: Arc<Ram>,
+    pub ram: RamOwner,
     pub marks: Marks,
     pub state: Vec<u8>,
     /// A page that saving writes to, as a kernel does that shares it with the guest.
@@ -115,7 +115,7 @@ pub struct Source {
 
 impl Source {
     pub fn new() -> Self {
-        let ram = Arc::new(Ram::allocate(&LAYOUT).unwrap());
+        let ram = RamOwner::new(Ram::allocate(&LAYOUT).unwrap());
         Source {
             marks: Marks::new(&ram),
             ram,
@@ -141,7 +141,7 @@ impl Source {
         if self.paused.load(Ordering::Relaxed) {
             return false;
         }
-        self.ram.regions()[region].write(page * PAGE_SIZE, bytes).unwrap();
+        self.ram.write(region, page * PAGE_SIZE, bytes).unwrap();
         self.marks.mark(region, page);
         true
     }
@@ -174,7 +174,7 @@ impl SourceMachine for Source {
         self.marks.collect(set);
         if self.paused.load(Ordering::Relaxed) {
             for (region, page) in &self.late_writes {
-                self.ram.regions()[*region].write(page * PAGE_SIZE, b"late").unwrap();
+                self.ram.write(*region, page * PAGE_SIZE, b"late").unwrap();
             }
         }
         Ok(())
@@ -200,7 +200,7 @@ impl SourceMachine for Source {
     fn save(&self) -> Result<Vec<u8>, Failure> {
         self.log.note("save");
         if let Some((region, page)) = self.saving_writes {
-            self.ram.regions()[region].write(page * PAGE_SIZE, b"saved").unwrap();
+            self.ram.write(region, page * PAGE_SIZE, b"saved").unwrap();
             self.marks.mark(region, page);
         }
         Ok(self.state.clone())
@@ -241,12 +241,18 @@ impl DestinationHost for Host {
     fn build(&mut self, description: &[u8], layout: &[RegionLayout]) -> Result<Twin, Failure> {
         self.log.note("build");
         assert_eq!(description, b"a twin");
-        let ram = Arc::new(Ram::allocate(layout)?);
+        let ram = RamOwner::new(Ram::allocate(layout)?);
         for (region, page, content) in &self.leaves {
-            ram.regions()[*region].write(page * PAGE_SIZE, content).unwrap();
+            ram.write(*region, page * PAGE_SIZE, content).unwrap();
         }
         let locks = Locks { decides: true, log: self.log.clone() };
-        Ok(Twin { ram, state: Vec::new(), locks, remarks: self.remarks.clone(), log: self.log.clone() })
+        Ok(Twin {
+            ram: Arc::clone(&ram),
+            state: Vec::new(),
+            locks,
+            remarks: self.remarks.clone(),
+            log: self.log.clone(),
+        })
     }
 }
 

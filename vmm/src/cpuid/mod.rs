@@ -24,8 +24,8 @@ const XCR0_AMX: u64 = 1 << 17 | 1 << 18;
 /// [`KvmError`] if KVM cannot say what it supports.
 pub fn baseline(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
     let supported =
-        ioctl::call("KVM_GET_SUPPORTED_CPUID", || kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
-    let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+        ioctl::retried!("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+    let deadline_timer = ioctl::capability(kvm, Cap::TscDeadlineTimer as u32)? != 0;
     Ok(stabilise(supported.as_slice(), deadline_timer))
 }
 
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn the_host_gives_the_same_baseline_twice() {
-        let kvm = Kvm::new().unwrap();
+        let kvm = ioctl::retried!("open", Kvm::new()).unwrap();
         let baseline = baseline(&kvm).unwrap();
         assert_eq!(baseline, super::baseline(&kvm).unwrap());
         assert_eq!(missing_features(&baseline, &baseline), Vec::<String>::new());

@@ -64,7 +64,7 @@ impl Entry {
         for (entry, at) in gdt.into_iter().zip((GDT.0..).step_by(8)) {
             memory.write_obj(entry, GuestAddress(at))?;
         }
-        let mut sregs = ioctl::call("KVM_GET_SREGS", || vcpu.get_sregs())?;
+        let mut sregs = ioctl::retried!("KVM_GET_SREGS", vcpu.get_sregs())?;
         (sregs.cs, sregs.tr) = (cs, tss);
         (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (ds, ds, ds, ds, ds);
         (sregs.gdt.base, sregs.gdt.limit) = (GDT.0, (size_of_val(&gdt) - 1) as u16);
@@ -89,8 +89,8 @@ impl Entry {
                 (regs.rsp, regs.rbp) = (STACK, STACK);
             }
         }
-        ioctl::call("KVM_SET_SREGS", || vcpu.set_sregs(&sregs))?;
-        Ok(ioctl::call("KVM_SET_REGS", || vcpu.set_regs(&regs))?)
+        ioctl::retried!("KVM_SET_SREGS", vcpu.set_sregs(&sregs))?;
+        Ok(ioctl::retried!("KVM_SET_REGS", vcpu.set_regs(&regs))?)
     }
 }
 

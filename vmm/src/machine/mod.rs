@@ -111,7 +111,7 @@ impl Machine {
         let line = vm.clone();
         // A line that exists can be set.
         let power = Power::new(Box::new(move |level| {
-            let _ = line.set_irq_line(SCI.into(), level);
+            let _ = ioctl::retried!("KVM_IRQ_LINE", line.set_irq_line(SCI.into(), level));
         }));
         let devices = Devices::new(SerialPort::new(vm.clone(), &config.serial)?, power, virtio);
         let msrs = msr::savable(host.kvm())?;
@@ -123,7 +123,7 @@ impl Machine {
             .collect::<Result<Vec<_>, KvmError>>()?;
         let (tsc_khz, saved_msrs) = {
             let boot_vcpu = lock(&vcpus[0]);
-            (ioctl::call("KVM_GET_TSC_KHZ", || boot_vcpu.fd.get_tsc_khz())?, boot_vcpu.msrs.indices())
+            (ioctl::retried!("KVM_GET_TSC_KHZ", boot_vcpu.fd.get_tsc_khz())?, boot_vcpu.msrs.indices())
         };
         let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
         let (running, tracked) = (shared.clone(), tracking.is_on());
@@ -179,7 +179,7 @@ impl Machine {
             for vcpu in &self.shared.vcpus {
                 // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
                 // not use it makes this EINVAL, and needs no telling.
-                let _ = lock(vcpu).fd.kvmclock_ctrl();
+                let _ = ioctl::retried!("KVM_KVMCLOCK_CTRL", lock(vcpu).fd.kvmclock_ctrl());
             }
         }
         self.shared.control.resume().map_err(|outcome| match outcome {
@@ -455,12 +455,12 @@ fn run_vcpu(shared: &Shared, index: usize) {
 }
 
 fn create_vm(host: &Host) -> Result<VmFd, Error> {
-    let vm = ioctl::call("KVM_CREATE_VM", || host.kvm().create_vm())?;
-    ioctl::call("KVM_SET_IDENTITY_MAP_ADDR", || vm.set_identity_map_address(IDENTITY_MAP_ADDRESS))?;
-    ioctl::call("KVM_SET_TSS_ADDR", || vm.set_tss_address(TSS_ADDRESS))?;
-    ioctl::call("KVM_CREATE_IRQCHIP", || vm.create_irq_chip())?;
+    let vm = ioctl::retried!("KVM_CREATE_VM", host.kvm().create_vm())?;
+    ioctl::retried!("KVM_SET_IDENTITY_MAP_ADDR", vm.set_identity_map_address(IDENTITY_MAP_ADDRESS))?;
+    ioctl::retried!("KVM_SET_TSS_ADDR", vm.set_tss_address(TSS_ADDRESS))?;
+    ioctl::retried!("KVM_CREATE_IRQCHIP", vm.create_irq_chip())?;
     // With the dummy, KVM answers port 0x61 as well, by which guests calibrate against the PIT.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    ioctl::call("KVM_CREATE_PIT2", || vm.create_pit2(pit))?;
+    ioctl::retried!("KVM_CREATE_PIT2", vm.create_pit2(pit))?;
     Ok(vm)
 }

@@ -11,7 +11,20 @@ use migration::memory::Ram;
 use std::sync::{Arc, MutexGuard};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
-/// A machine's RAM, to be read. The guest may write to it meanwhile.
+/// A machine's RAM, to be read. The guest may write to it meanwhile. No safe code can write through it, or
+/// through what it gives:
+///
+/// ```compile_fail
+/// # fn example(machine: &whimbrel_vmm::Machine) {
+/// let _ = machine.memory().ram().regions()[0].write(0, b"while it is paused");
+/// # }
+/// ```
+/// ```compile_fail
+/// # fn example(machine: &whimbrel_vmm::Machine) {
+/// let piece = machine.memory().ram().regions()[0].pieces(0, 4096).next().unwrap();
+/// let file = std::os::fd::AsFd::as_fd(&piece.fd).try_clone_to_owned();
+/// # }
+/// ```
 #[derive(Clone, Copy)]
 pub struct RamView<'m>(&'m GuestRam);
 

@@ -15,7 +15,7 @@ pub(crate) fn set(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Resul
         memory_size: region_info.len(),
         userspace_addr: region_info.address() as u64,
     };
-    ioctl::call("KVM_SET_USER_MEMORY_REGION", || {
+    ioctl::retried!("KVM_SET_USER_MEMORY_REGION", {
         // SAFETY: the range is a whole mapping of guest RAM, which the machine keeps for longer than
         // any vCPU can run; nobody holds references into it.
         unsafe { vm.set_user_memory_region(slot) }

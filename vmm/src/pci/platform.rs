@@ -29,17 +29,18 @@ impl Platform for KvmPlatform {
     fn send_message(&self, address: u64, data: u32) {
         let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
         // A message that no APIC takes (a guest may write any address) is lost, as on hardware.
-        let _ = self.0.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() });
+        let message = kvm_msi { address_lo, address_hi, data, ..Default::default() };
+        let _ = ioctl::retried!("KVM_SIGNAL_MSI", self.0.signal_msi(message));
     }
 
     fn add_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), KvmError> {
         let at = IoEventAddress::Mmio(address);
-        ioctl::call("KVM_IOEVENTFD", || self.0.register_ioevent(doorbell, &at, NoDatamatch))
+        ioctl::retried!("KVM_IOEVENTFD", self.0.register_ioevent(doorbell, &at, NoDatamatch))
     }
 
     fn remove_doorbell(&self, address: u64, doorbell: &EventFd) {
         // Fails only for what is not there.
         let at = IoEventAddress::Mmio(address);
-        let _ = ioctl::call("KVM_IOEVENTFD", || self.0.unregister_ioevent(doorbell, &at, NoDatamatch));
+        let _ = ioctl::retried!("KVM_IOEVENTFD", self.0.unregister_ioevent(doorbell, &at, NoDatamatch));
     }
 }

@@ -44,14 +44,14 @@ impl ClockState {
     pub fn save(vm: &VmFd, boot_vcpu: &Vcpu) -> Result<Self, KvmError> {
         let guest_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
         let tsc_realtime = realtime();
-        let clock = ioctl::call("KVM_GET_CLOCK", || vm.get_clock())?;
+        let clock = ioctl::retried!("KVM_GET_CLOCK", vm.get_clock())?;
         let has_realtime = clock.flags & KVM_CLOCK_REALTIME != 0;
         Ok(ClockState {
             kvmclock: clock.clock,
             kvmclock_realtime: has_realtime.then_some(clock.realtime),
             guest_tsc,
             tsc_realtime,
-            tsc_khz: ioctl::call("KVM_GET_TSC_KHZ", || boot_vcpu.fd.get_tsc_khz())?,
+            tsc_khz: ioctl::retried!("KVM_GET_TSC_KHZ", boot_vcpu.fd.get_tsc_khz())?,
         })
     }
 
@@ -80,7 +80,7 @@ impl ClockState {
         }
         // Real time first: the TSC is read a moment later, and setting it a moment too low loses
         // that moment, where too high would add it on every move.
-        let current_offset = ioctl::call("KVM_VCPU_TSC_OFFSET", || ioctl::get_tsc_offset(&boot_vcpu.fd))?;
+        let current_offset = ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::get_tsc_offset(&boot_vcpu.fd))?;
         let now = realtime();
         let current_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
         let boot_offset = current_offset.wrapping_add(self.tsc_at(now)).wrapping_sub(current_tsc);
@@ -88,14 +88,14 @@ impl ClockState {
             // A guest may have given its vCPUs different TSCs; that difference is kept.
             let ahead = state.tsc_offset.unwrap_or(0).wrapping_sub(boot_saved.tsc_offset.unwrap_or(0));
             let offset = boot_offset.wrapping_add(ahead);
-            ioctl::call("KVM_VCPU_TSC_OFFSET", || ioctl::set_tsc_offset(&vcpu.fd, offset))?;
+            ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::set_tsc_offset(&vcpu.fd, offset))?;
         }
         Ok(())
     }
 
     /// Sets kvmclock to its saved value plus what has passed since.
     pub fn load(&self, vm: &VmFd) -> Result<(), KvmError> {
-        let takes_realtime = vm.check_extension_int(Cap::AdjustClock) as u32 & KVM_CLOCK_REALTIME != 0;
+        let takes_realtime = ioctl::capability(vm, Cap::AdjustClock as u32)? & KVM_CLOCK_REALTIME != 0;
         let mut clock = kvm_clock_data { clock: self.kvmclock, ..Default::default() };
         match self.kvmclock_realtime {
             Some(saved) if takes_realtime => {
@@ -107,7 +107,7 @@ impl ClockState {
                 clock.clock = self.kvmclock.saturating_add(elapsed);
             }
         }
-        ioctl::call("KVM_SET_CLOCK", || vm.set_clock(&clock))
+        ioctl::retried!("KVM_SET_CLOCK", vm.set_clock(&clock))
     }
 }
 

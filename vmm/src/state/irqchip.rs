@@ -19,7 +19,7 @@ impl IrqchipState {
         let mut chips = [kvm_irqchip::default(); CHIPS as usize];
         for (chip_id, chip) in (0..CHIPS).zip(&mut chips) {
             chip.chip_id = chip_id;
-            ioctl::call("KVM_GET_IRQCHIP", || vm.get_irqchip(chip))?;
+            ioctl::retried!("KVM_GET_IRQCHIP", vm.get_irqchip(chip))?;
         }
         Ok(IrqchipState { chips })
     }
@@ -27,7 +27,7 @@ impl IrqchipState {
     pub fn load(&self, vm: &VmFd) -> Result<(), KvmError> {
         for (chip_id, chip) in (0..CHIPS).zip(self.chips) {
             // The position says which chip it is, whatever the state claims.
-            ioctl::call("KVM_SET_IRQCHIP", || vm.set_irqchip(&kvm_irqchip { chip_id, ..chip }))?;
+            ioctl::retried!("KVM_SET_IRQCHIP", vm.set_irqchip(&kvm_irqchip { chip_id, ..chip }))?;
         }
         Ok(())
     }
@@ -39,11 +39,11 @@ pub struct PitState(kvm_pit_state2);
 
 impl PitState {
     pub fn save(vm: &VmFd) -> Result<Self, KvmError> {
-        Ok(PitState(ioctl::call("KVM_GET_PIT2", || vm.get_pit2())?))
+        Ok(PitState(ioctl::retried!("KVM_GET_PIT2", vm.get_pit2())?))
     }
 
     pub fn load(&self, vm: &VmFd) -> Result<(), KvmError> {
-        ioctl::call("KVM_SET_PIT2", || vm.set_pit2(&self.0))
+        ioctl::retried!("KVM_SET_PIT2", vm.set_pit2(&self.0))
     }
 
     /// The state without the host times at which its channels were loaded.

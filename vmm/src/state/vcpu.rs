@@ -31,22 +31,22 @@ impl VcpuState {
     /// Reads the state of a parked vCPU.
     pub(crate) fn save(vcpu: &mut Vcpu) -> Result<Self, KvmError> {
         let fd = &vcpu.fd;
-        let mp_state = ioctl::call("KVM_GET_MP_STATE", || fd.get_mp_state())?;
-        let regs = ioctl::call("KVM_GET_REGS", || fd.get_regs())?;
-        let sregs = ioctl::call("KVM_GET_SREGS", || fd.get_sregs())?;
+        let mp_state = ioctl::retried!("KVM_GET_MP_STATE", fd.get_mp_state())?;
+        let regs = ioctl::retried!("KVM_GET_REGS", fd.get_regs())?;
+        let sregs = ioctl::retried!("KVM_GET_SREGS", fd.get_sregs())?;
         let mut xsave = vec![0; vcpu.xsave_len.max(size_of::<kvm_xsave>())];
-        ioctl::call("KVM_GET_XSAVE2", || ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len))?;
-        let xcrs = ioctl::call("KVM_GET_XCRS", || fd.get_xcrs())?;
-        let debugregs = ioctl::call("KVM_GET_DEBUGREGS", || fd.get_debug_regs())?;
-        let lapic = ioctl::call("KVM_GET_LAPIC", || fd.get_lapic())?;
+        ioctl::retried!("KVM_GET_XSAVE2", ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len))?;
+        let xcrs = ioctl::retried!("KVM_GET_XCRS", fd.get_xcrs())?;
+        let debugregs = ioctl::retried!("KVM_GET_DEBUGREGS", fd.get_debug_regs())?;
+        let lapic = ioctl::retried!("KVM_GET_LAPIC", fd.get_lapic())?;
         let msrs = vcpu.msrs.save(fd)?;
         let tsc_deadline = msr::read(fd, IA32_TSC_DEADLINE).ok();
         let tsc_offset = if vcpu.tsc_offset {
-            Some(ioctl::call("KVM_VCPU_TSC_OFFSET", || ioctl::get_tsc_offset(fd))?)
+            Some(ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::get_tsc_offset(fd))?)
         } else {
             None
         };
-        let events = ioctl::call("KVM_GET_VCPU_EVENTS", || fd.get_vcpu_events())?;
+        let events = ioctl::retried!("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?;
         Ok(VcpuState {
             mp_state,
             regs,
@@ -66,17 +66,17 @@ impl VcpuState {
     pub(crate) fn load(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
         let xsave = self.fitting_xsave(vcpu)?;
         let fd = &vcpu.fd;
-        ioctl::call("KVM_SET_MP_STATE", || fd.set_mp_state(self.mp_state))?;
-        ioctl::call("KVM_SET_REGS", || fd.set_regs(&self.regs))?;
-        ioctl::call("KVM_SET_SREGS", || fd.set_sregs(&self.sregs))?;
-        ioctl::call("KVM_SET_XSAVE", || ioctl::set_xsave(fd, &xsave, vcpu.xsave_len))?;
-        ioctl::call("KVM_SET_XCRS", || fd.set_xcrs(&self.xcrs))?;
-        ioctl::call("KVM_SET_DEBUGREGS", || fd.set_debug_regs(&self.debugregs))?;
-        ioctl::call("KVM_SET_LAPIC", || fd.set_lapic(&self.lapic))?;
+        ioctl::retried!("KVM_SET_MP_STATE", fd.set_mp_state(self.mp_state))?;
+        ioctl::retried!("KVM_SET_REGS", fd.set_regs(&self.regs))?;
+        ioctl::retried!("KVM_SET_SREGS", fd.set_sregs(&self.sregs))?;
+        ioctl::retried!("KVM_SET_XSAVE", ioctl::set_xsave(fd, &xsave, vcpu.xsave_len))?;
+        ioctl::retried!("KVM_SET_XCRS", fd.set_xcrs(&self.xcrs))?;
+        ioctl::retried!("KVM_SET_DEBUGREGS", fd.set_debug_regs(&self.debugregs))?;
+        ioctl::retried!("KVM_SET_LAPIC", fd.set_lapic(&self.lapic))?;
         msr::restore(&vcpu.fd, vcpu.index, &self.msrs)?;
         // With the flags that KVM gave them: they say which fields are true. (A pending SIPI is not
         // among these; it was turned into `mp_state` when that was read.)
-        Ok(ioctl::call("KVM_SET_VCPU_EVENTS", || vcpu.fd.set_vcpu_events(&self.events))?)
+        Ok(ioctl::retried!("KVM_SET_VCPU_EVENTS", vcpu.fd.set_vcpu_events(&self.events))?)
     }
 
     /// Arms the deadline timer again, once LAPIC and TSC are in place.

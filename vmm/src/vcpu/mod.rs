@@ -36,20 +36,20 @@ impl Vcpu {
         tsc_khz: Option<u32>,
         msrs: &[u32],
     ) -> Result<Self, KvmError> {
-        let fd = ioctl::call("KVM_CREATE_VCPU", || vm.create_vcpu(u64::from(index)))?;
+        let fd = ioctl::retried!("KVM_CREATE_VCPU", vm.create_vcpu(u64::from(index)))?;
         // Before anything that the clock derives from.
         if let Some(khz) = tsc_khz
-            && ioctl::call("KVM_GET_TSC_KHZ", || fd.get_tsc_khz())? != khz
+            && ioctl::retried!("KVM_GET_TSC_KHZ", fd.get_tsc_khz())? != khz
         {
-            ioctl::call("KVM_SET_TSC_KHZ (this host cannot scale the TSC to the guest's)", || {
+            ioctl::retried!("KVM_SET_TSC_KHZ (this host cannot scale the TSC to the guest's)", {
                 fd.set_tsc_khz(khz)
             })?;
         }
-        ioctl::call("KVM_SET_CPUID2", || fd.set_cpuid2(cpuid))?;
+        ioctl::retried!("KVM_SET_CPUID2", fd.set_cpuid2(cpuid))?;
         let msrs = MsrTable::probe(&fd, msrs)?;
-        let reported = vm.check_extension_int(Cap::Xsave2);
+        let reported = ioctl::capability(vm, Cap::Xsave2 as u32)?;
         let tsc_offset = ioctl::get_tsc_offset(&fd).is_ok();
-        Ok(Vcpu { fd, index, msrs, xsave_len: usize::try_from(reported).unwrap_or(0), tsc_offset })
+        Ok(Vcpu { fd, index, msrs, xsave_len: reported as usize, tsc_offset })
     }
 
     /// The page shared with KVM.
@@ -132,7 +132,7 @@ impl Vcpu {
 
     fn internal_error(&mut self) -> Crash {
         let vcpu = self.index;
-        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        let rip = ioctl::retried!("KVM_GET_REGS", self.fd.get_regs()).map_or(0, |regs| regs.rip);
         let run = self.fd.get_kvm_run();
         // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, for which KVM fills in this member.
         let internal = unsafe { run.__bindgen_anon_1.internal };

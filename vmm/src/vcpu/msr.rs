@@ -46,7 +46,7 @@ fn hidden(msr: u32) -> bool {
 
 /// All registers to be saved on this host.
 pub fn savable(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
-    let list = ioctl::call("KVM_GET_MSR_INDEX_LIST", || kvm.get_msr_index_list())?;
+    let list = ioctl::retried!("KVM_GET_MSR_INDEX_LIST", kvm.get_msr_index_list())?;
     let mut msrs = list.as_slice().to_vec();
     msrs.extend(MTRR_FIXED);
     msrs.extend(MTRR_VARIABLE);
@@ -70,7 +70,7 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
 /// One register.
 pub fn read(vcpu: &VcpuFd, msr: u32) -> Result<u64, KvmError> {
     let mut msrs = table(&[entry(msr, 0)])?;
-    match ioctl::call("KVM_GET_MSRS", || vcpu.get_msrs(&mut msrs))? {
+    match ioctl::retried!("KVM_GET_MSRS", vcpu.get_msrs(&mut msrs))? {
         0 => Err(std::io::Error::from_raw_os_error(libc::EINVAL)).context("KVM_GET_MSRS"),
         _ => Ok(msrs.as_slice()[0].data),
     }
@@ -92,7 +92,7 @@ impl MsrTable {
         while !left.is_empty() {
             // KVM stops at the first register that it refuses, and says how many came before.
             let mut msrs = table(&left)?;
-            let read = ioctl::call("KVM_GET_MSRS", || vcpu.get_msrs(&mut msrs))?.min(left.len());
+            let read = ioctl::retried!("KVM_GET_MSRS", vcpu.get_msrs(&mut msrs))?.min(left.len());
             readable.extend(left.drain(..read));
             left.drain(..1.min(left.len()));
         }
@@ -107,7 +107,7 @@ impl MsrTable {
     /// Reads all.
     pub fn save(&mut self, vcpu: &VcpuFd) -> Result<Vec<(u32, u64)>, KvmError> {
         let expected = self.0.as_slice().len();
-        let read = ioctl::call("KVM_GET_MSRS", || vcpu.get_msrs(&mut self.0))?;
+        let read = ioctl::retried!("KVM_GET_MSRS", vcpu.get_msrs(&mut self.0))?;
         if read != expected {
             // All of them could be read when the vCPU was made; only guessing could go on here.
             return Err(std::io::Error::from_raw_os_error(libc::EIO)).context("KVM_GET_MSRS");
@@ -122,7 +122,7 @@ pub fn restore(vcpu: &VcpuFd, index: u8, values: &[(u32, u64)]) -> Result<(), Er
     let mut from = 0;
     while from < entries.len() {
         let msrs = table(&entries[from..])?;
-        let set = ioctl::call("KVM_SET_MSRS", || vcpu.set_msrs(&msrs))?;
+        let set = ioctl::retried!("KVM_SET_MSRS", vcpu.set_msrs(&msrs))?;
         from += set;
         if let Some(&(msr, value)) = values.get(from) {
             let has_it = read(vcpu, msr).is_ok_and(|current| current == value);

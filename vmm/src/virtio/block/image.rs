@@ -9,6 +9,7 @@ use super::statx::statx;
 use super::{BlockConfig, Error, Geometry, Images};
 use crate::component::Kind;
 use crate::lock::lock;
+use crate::retry::retry;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -302,12 +303,19 @@ fn direct_io(file: &File, is_device: bool) -> (usize, u32) {
     if is_device {
         let mut size: libc::c_int = 0;
         // SAFETY: the request writes one int, which lives across the call.
-        if unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) } == 0 {
+        if retry!(unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) }).is_ok() {
             return (512, unit(size.unsigned_abs()));
         }
     }
     // Before Linux 6.1, and on file systems that do not say: a direct read, which no cache keeps.
-    let probe = BounceBuffer::new(PAGE).and_then(|mut page| file.read_at(&mut page.bytes()[..512], 512));
+    let probe = BounceBuffer::new(PAGE).and_then(|mut page| {
+        loop {
+            match file.read_at(&mut page.bytes()[..512], 512) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => return read,
+            }
+        }
+    });
     if probe.is_ok() { (512, 512) } else { (PAGE, 4096) }
 }
 

@@ -1,6 +1,7 @@
 //! Who may write to an image: a lock that belongs to the open file, is honoured by all hosts that
 //! mount its file system, and goes when the process does, however it ends.
 
+use crate::retry::retry;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -40,13 +41,10 @@ pub fn set(file: &File, kind: LockKind) -> io::Result<bool> {
     };
     let range = whole(kind);
     // SAFETY: the command reads one flock, which lives across the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) } == 0 {
-        return Ok(true);
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
-        _ => Err(error),
+    match retry!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) }) {
+        Ok(_) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -58,9 +56,7 @@ pub fn is_seen(file: &File) -> io::Result<bool> {
     // A lock for writing would conflict with any other.
     let mut found = whole(libc::F_WRLCK);
     // SAFETY: the command reads and writes one flock, which lives across the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut found) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    retry!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut found) })?;
     Ok(found.l_type != libc::F_UNLCK as libc::c_short)
 }
 
@@ -123,7 +119,7 @@ pub fn holder(file: &File) -> String {
 fn named(file: &File) -> Option<libc::pid_t> {
     let mut found = whole(libc::F_WRLCK);
     // SAFETY: the command reads and writes one flock, which lives across the call.
-    let known = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &mut found) } == 0;
+    let known = retry!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &mut found) }).is_ok();
     (known && found.l_type != libc::F_UNLCK as libc::c_short).then_some(found.l_pid)
 }
 

@@ -8,6 +8,7 @@
 //! writes to the image changes anyway.
 
 use super::statx::statx;
+use crate::retry::retry;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -41,9 +42,7 @@ pub fn change(file: &File) -> io::Result<()> {
     for _ in 0..MAX_TICKS {
         // To now: whoever may write to a file may do that, its owner or not.
         // SAFETY: no times are passed, and the descriptor is open.
-        if unsafe { libc::futimens(file.as_raw_fd(), std::ptr::null()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        retry!(unsafe { libc::futimens(file.as_raw_fd(), std::ptr::null()) })?;
         if read(file)? != before {
             return Ok(());
         }

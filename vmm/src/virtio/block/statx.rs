@@ -1,5 +1,6 @@
 //! What the system tells of an open file beyond `std`'s metadata.
 
+use crate::retry::retry;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,6 +14,6 @@ pub fn statx(file: &File, flags: libc::c_int, mask: libc::c_uint) -> io::Result<
     let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     let flags = libc::AT_EMPTY_PATH | flags;
     // SAFETY: an empty path with that flag means the descriptor itself; the structure lives across the call.
-    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, &mut stat) };
-    if result == 0 { Ok(stat) } else { Err(io::Error::last_os_error()) }
+    retry!(unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, &mut stat) })?;
+    Ok(stat)
 }

@@ -2,6 +2,7 @@
 
 use super::{Error, HEADER};
 use crate::lock::lock;
+use crate::retry::retry;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -255,8 +256,8 @@ fn interface(
 ) -> io::Result<libc::ifreq> {
     // SAFETY: the commands read and write one ifreq, which lives across the call, as does what its pointer
     // names: as many bytes as the question in them is answered with.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), command, &raw mut *request) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(*request) }
+    retry!(unsafe { libc::ioctl(socket.as_raw_fd(), command, &raw mut *request) })?;
+    Ok(*request)
 }
 
 /// Whether it is a tap (or the like) that somebody has open: one has a carrier as long as that is so.
@@ -283,14 +284,10 @@ fn open_queue(name: &str, kind: libc::c_int) -> io::Result<TapQueue> {
     let mut request = request(name).map_err(io::Error::other)?;
     request.ifr_ifru.ifru_flags = kind as libc::c_short;
     // SAFETY: the command reads and writes one ifreq, which lives across the call.
-    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    retry!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     let len = HEADER as libc::c_int;
     // SAFETY: the command reads one int, which lives across the call.
-    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    retry!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })?;
     Ok(TapQueue { file, attached: AtomicBool::new(true), again: EventFd::new(EFD_NONBLOCK)? })
 }
 
@@ -305,12 +302,10 @@ fn set_queue(file: &File, what: libc::c_int) -> io::Result<()> {
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_ifru.ifru_flags = what as libc::c_short;
     // SAFETY: the command reads one ifreq, which lives across the call.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    retry!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) }).map(drop)
 }
 
 fn control(file: &File, command: libc::Ioctl, argument: libc::c_ulong) -> io::Result<()> {
     // SAFETY: the command takes its argument by value.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), command, argument) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    retry!(unsafe { libc::ioctl(file.as_raw_fd(), command, argument) }).map(drop)
 }

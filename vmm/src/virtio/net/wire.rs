@@ -1,5 +1,6 @@
 //! For tests, in this package and others: network namespaces with taps in them, and the other end of a tap.
 
+#![allow(clippy::disallowed_methods)] // this is for tests, also of other crates
 #![allow(dead_code, unreachable_pub)] // each test program uses its own part of this
 
 #[path = "../skip.rs"]
@@ -144,8 +145,14 @@ impl Wire {
             let left = deadline.saturating_duration_since(Instant::now()).as_millis() as libc::c_int;
             let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one pollfd, which lives across the call.
-            if unsafe { libc::poll(&mut poll, 1, left) } <= 0 {
-                return None;
+            match unsafe { libc::poll(&mut poll, 1, left) } {
+                0 => return None,
+                count if count < 0 => {
+                    let error = io::Error::last_os_error();
+                    assert_eq!(error.kind(), io::ErrorKind::Interrupted, "{error}");
+                    continue;
+                }
+                _ => {}
             }
             let mut bytes = vec![0; 70_000];
             // SAFETY: all zeros is a valid value of the structure.

@@ -2,6 +2,7 @@
 
 use super::state::RngState;
 use crate::component::{self, Component, Kind};
+use crate::retry::retry;
 use crate::virtio::queue::{Chain, LockedQueue, QueueError, WaitFor};
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::io;
@@ -51,8 +52,9 @@ fn fill(chain: &mut Chain<'_>, queue: &LockedQueue<'_>) -> Result<u32, QueueErro
 
 pub fn get_random(buffer: &mut [u8]) -> io::Result<()> {
     // SAFETY: the kernel writes at most as many bytes as the buffer has.
-    let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    if got == buffer.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let got = retry!(unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) })?;
+    // Up to 256 bytes come whole.
+    if got == buffer.len() as isize { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 impl VirtioDevice for Rng {
