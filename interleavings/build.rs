@@ -1,6 +1,6 @@
 //! Takes the files under test from the crates that they belong to, and puts loom's types in the place of the
-//! standard library's. Of each file that has rules to be broken on purpose, it also makes a twin for each rule,
-//! in which one piece of the text is another.
+//! standard library's. Of each file that has rules to be broken on purpose, it also makes a twin for each
+//! rule, in which one piece of the text is another.
 //!
 //! A rule that is no longer found in its file fails the build: whoever changes the code changes it here.
 

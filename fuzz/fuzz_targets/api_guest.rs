@@ -1,5 +1,5 @@
-//! Requests to the API of a guest that runs here: it is paused, moved to where nobody is, and ended, over and over.
-//! There is no network, so that requests reach nobody else.
+//! Requests to the API of a guest that runs here: it is paused, moved to where nobody is, and ended, over and
+//! over. There is no network, so that requests reach nobody else.
 
 #![no_main]
 

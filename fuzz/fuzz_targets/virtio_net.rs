@@ -1,5 +1,5 @@
-//! A network interface with a hostile driver and a hostile network. In the place of a tap are sockets, into which
-//! the input's frames were sent before; nobody reads what the guest sends.
+//! A network interface with a hostile driver and a hostile network. In the place of a tap are sockets, into
+//! which the input's frames were sent before; nobody reads what the guest sends.
 
 #![no_main]
 

@@ -2,12 +2,12 @@
 //!
 //! The code under test is that of the other crates: `build.rs` takes the files and puts [loom]'s locks,
 //! condition variables and atomics in the place of the standard library's. Loom then runs each test again and
-//! again, until it has seen every order of what the threads do to them that differs, with what the memory model
-//! lets each load return. Orders with more than a stated number of preemptions are left out where there would
-//! be too many. No wait ends by time, so that a wake-up that is lost shows as a deadlock.
+//! again, until it has seen every order of what the threads do to them that differs, with what the memory
+//! model lets each load return. Orders with more than a stated number of preemptions are left out where there
+//! would be too many. No wait ends by time, so that a wake-up that is lost shows as a deadlock.
 //!
-//! Around that code is a model of what it has to do with: a vCPU that KVM runs and a signal stops, a doorbell,
-//! a guest that fills a queue, a receiver that takes a guest in.
+//! Around that code is a model of what it has to do with: a vCPU that KVM runs and a signal stops, a
+//! doorbell, a guest that fills a queue, a receiver that takes a guest in.
 //!
 //! Each rule is also broken on purpose (see `BROKEN` in `build.rs`). Loom has to find every one of these.
 //!

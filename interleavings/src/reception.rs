@@ -75,8 +75,8 @@ macro_rules! scenarios {
             use loom::thread;
             use std::sync::Arc;
 
-            /// As `whimbrel receive` does: looks whether it is to end, takes in the next caller, of whom there
-            /// are so many, and stays with the first guest that arrives.
+            /// As `whimbrel receive` does: looks whether it is to end, takes in the next caller, of whom
+            /// there are so many, and stays with the first guest that arrives.
             fn receive(slot: &Slot, callers: usize) {
                 for caller in 0.. {
                     if slot.told_to_quit() {

@@ -10,7 +10,8 @@ pub mod atomic {
 use atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// A condition variable on which no wait ends by time: a wake-up that is lost is a deadlock, which loom finds.
+/// A condition variable on which no wait ends by time: a wake-up that is lost is a deadlock, which loom
+/// finds.
 #[derive(Debug, Default)]
 pub struct Condvar(loom::sync::Condvar);
 

@@ -10,19 +10,20 @@
 //! an error although its bytes arrive; the operator cancels; the line is cut, and each direction loses any
 //! number of its youngest messages; a process is killed. What follows from a fault by itself costs nothing
 //! more: on a line that is cut, a send may or may not report an error, and a wait ends when the other side
-//! can say no more. The source may also replace a transport that breaks, which is a fault too. So is memory that
-//! differs between the sides, and an operator's time limit that passes.
+//! can say no more. The source may also replace a transport that breaks, which is a fault too. So is memory
+//! that differs between the sides, and an operator's time limit that passes.
 //!
-//! What is moved is checked as well as who has it: the guest's memory changes while it runs, and once more when
-//! its state is saved, as the kernel may then write to it. What the destination runs must have all of that.
+//! What is moved is checked as well as who has it: the guest's memory changes while it runs, and once more
+//! when its state is saved, as the kernel may then write to it. What the destination runs must have all of
+//! that.
 //!
-//! Of what an operator orders beside cancelling, the state machines see nothing but how a command ends: waiting
-//! before the switchover and switching at once are [`Precopy`](src::Command::Precopy) that ends later or sooner,
-//! and a guest that was paused is resumed by a machine that leaves it paused. "The guest runs" here means of such
-//! a guest that it is there, to be run by whoever has it.
+//! Of what an operator orders beside cancelling, the state machines see nothing but how a command ends:
+//! waiting before the switchover and switching at once are [`Precopy`](src::Command::Precopy) that ends later
+//! or sooner, and a guest that was paused is resumed by a machine that leaves it paused. "The guest runs"
+//! here means of such a guest that it is there, to be run by whoever has it.
 //!
-//! Messages that not every peer knows (a state in parts, digests and hashes of pages, an estimate) are sent where
-//! the drivers send them, and a wait goes on after them where the drivers' waits do.
+//! Messages that not every peer knows (a state in parts, digests and hashes of pages, an estimate) are sent
+//! where the drivers send them, and a wait goes on after them where the drivers' waits do.
 //!
 //! `WHIMBREL_MODEL_FAULTS=n` sets how many faults a schedule may have; eight unless told otherwise. The
 //! number of states is printed. It grows slowly beyond that, since few faults can be met before somebody
