@@ -210,6 +210,34 @@ fn block() -> Vec<Vec<u8>> {
     seeds
 }
 
+fn net() -> Vec<Vec<u8>> {
+    // With 12 bytes of header before each frame, two of which come in.
+    let frame = |len: u16| [&(12 + len).to_le_bytes()[..], &[0; 12], &vec![0x5a; len.into()]].concat();
+    let arrived = |pairs: u8| [vec![pairs | 2 << 5], frame(60), frame(1500), driver::start()].concat();
+    let receive = |queue, len| driver::request(queue, &[(BUFFERS, len, true)]);
+    let transmit = |queue| driver::request(queue, &[(BUFFERS, 12, false), (BUFFERS + 4096, 60, false)]);
+    let command = |queue, class: u8, number: u8, data: &[u8]| {
+        let status = (BUFFERS + 0x8000, 1, true);
+        let buffers = [(BUFFERS, 2, false), (BUFFERS + 4096, data.len() as u32, false), status];
+        [
+            driver::write(BUFFERS, &[class, number]),
+            driver::write(BUFFERS + 4096, data),
+            driver::request(queue, &buffers),
+        ]
+        .concat()
+    };
+    // The driver's features are those that it is offered, or only that of version 1.
+    let plain = [&[0][..], &0u64.to_le_bytes()].concat();
+    vec![
+        [arrived(0), receive(0, 2000), receive(0, 2000), transmit(1)].concat(),
+        [arrived(0), receive(0, 30), receive(0, 100), receive(0, 2000), receive(0, 2000)].concat(),
+        [vec![1 << 5], frame(60), plain, receive(0, 2000), transmit(1)].concat(),
+        [arrived(1), command(4, 4, 0, &[2, 0]), receive(2, 4000), transmit(3), vec![12]].concat(),
+        [arrived(0), command(2, 1, 1, &[2, 0, 0, 0, 0, 1]), command(2, 3, 0, &[]), vec![12]].concat(),
+        [arrived(0), command(2, 5, 0, &[2, 0, 0, 0, 0, 0, 0, 0]), vec![10, 12, 11]].concat(),
+    ]
+}
+
 fn ports() -> Vec<Vec<u8>> {
     let register = |device: u8, register: u8, value: &[u8]| {
         let len = match value.len() {
@@ -295,6 +323,26 @@ fn requests() -> Vec<Vec<u8>> {
     .into()
 }
 
+/// Requests that make something of a guest that is here.
+fn orders() -> Vec<Vec<u8>> {
+    let put = |what: &str| format!("PUT /v1/vm/{what} HTTP/1.1\r\nhost: vm\r\n\r\n");
+    let get = |what: &str| format!("GET /v1/{what} HTTP/1.1\r\nhost: vm\r\n\r\n");
+    let body = "{\"to\":\"127.0.0.1:1\",\"transport\":\"tcp\"}";
+    let migrate = |how: &str| {
+        let head = "HTTP/1.1\r\nhost: vm\r\ncontent-type: application/json\r\ncontent-length";
+        format!("POST /v1/migration{how} {head}: {}\r\n\r\n{body}", body.len())
+    };
+    let cancel = "DELETE /v1/migration HTTP/1.1\r\nhost: vm\r\n\r\n";
+    [
+        [put("pause"), get("vm"), put("resume")].concat(),
+        [put("pause"), migrate("?wait=true"), put("resume?force=true"), get("vm")].concat(),
+        [migrate(""), get("migration"), cancel.into(), get("migration?wait=true"), migrate("")].concat(),
+        [put("shutdown"), put("quit"), get("vm"), get("arrival")].concat(),
+    ]
+    .map(String::into_bytes)
+    .into()
+}
+
 fn main() {
     write("message", messages().iter().map(Message::encode));
     write("control_link", control_links());
@@ -319,8 +367,10 @@ fn main() {
     write("virtio_rng", rng());
     write("virtio_console", console());
     write("virtio_block", block());
+    write("virtio_net", net());
     write("ports", ports());
     write("boot_disk", boot_disks());
     write("config", configs());
     write("api", requests());
+    write("api_guest", orders());
 }

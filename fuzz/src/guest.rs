@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm::KvmError;
 use vmm::memory::{GuestRam, PageSize};
 use vmm::pci::{Function, Platform};
-use vmm::virtio::{LocalConfig, VirtioDevice, VirtioFunction};
+use vmm::virtio::{DeviceConfig, LocalConfig, VirtioDevice, VirtioFunction};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A machine that takes interrupts and does nothing with them.
@@ -179,11 +179,10 @@ impl Guest {
     }
 
     /// Moves the device to another machine: what was saved, loaded and saved again is what was saved.
-    pub fn hop(self, local: &LocalConfig) {
+    pub fn hop(self, build: impl FnOnce(&DeviceConfig) -> Arc<dyn VirtioDevice>) {
         self.function.pause();
         let saved = self.function.save().expect("a state");
-        let config = self.function.device().config();
-        let device = config.build(local).expect("a twin");
+        let device = build(&self.function.device().config());
         let twin = Self::beside(device, self.ram.clone());
         twin.function.load(&saved).expect("the state of a twin");
         assert_eq!(twin.function.save().expect("a state"), saved);
@@ -192,7 +191,16 @@ impl Guest {
 
 /// Fuzzes a device: the driver's doings, then a move.
 pub fn drive(device: Arc<dyn VirtioDevice>, local: &LocalConfig, input: &[u8]) {
+    drive_and_build(device, |config| config.build(local).expect("a twin"), &mut Input(input));
+}
+
+/// The same with a device whose twin is built by `build`.
+pub fn drive_and_build(
+    device: Arc<dyn VirtioDevice>,
+    build: impl FnOnce(&DeviceConfig) -> Arc<dyn VirtioDevice>,
+    input: &mut Input<'_>,
+) {
     let mut guest = Guest::new(device);
-    let _ = guest.play(&mut Input(input));
-    guest.hop(local);
+    let _ = guest.play(input);
+    guest.hop(build);
 }

@@ -35,7 +35,7 @@ use migration::report::{Report, Verdict};
 use migration::source::{self, Timeouts};
 use migration::transport::Token;
 use migration::{Code, Failure};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -75,8 +75,8 @@ struct Attempt {
     to: String,
     monitor: Arc<Monitor>,
     report: Option<Report>,
-    /// Tells those who wait that the report is there.
-    ended: watch::Sender<bool>,
+    /// Tells those who wait how it ended.
+    ended: watch::Sender<Option<Migration>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -96,8 +96,8 @@ pub struct Instance {
     keep: Box<Keep>,
     /// How many wait for a report.
     waiting: AtomicUsize,
-    /// Whether somebody who waited has been told how the last migration ended.
-    told: AtomicBool,
+    /// The number of the last migration of whose end somebody who waited was told; 0 for none.
+    told: AtomicU64,
 }
 
 /// What is done with the record of a migration that is over.
@@ -106,16 +106,17 @@ pub type Keep = dyn Fn(&Migration) + Send + Sync;
 /// Somebody who waits for the report of a migration. The process stays for them.
 pub struct Waiting {
     instance: Arc<Instance>,
-    ended: watch::Receiver<bool>,
+    number: u64,
+    ended: watch::Receiver<Option<Migration>>,
 }
 
 impl Waiting {
     /// The migration, once it is over.
     pub async fn report(mut self) -> Option<Migration> {
-        // An error means that another migration has taken its place, so that this one is over.
-        let _ = self.ended.wait_for(|ended| *ended).await;
-        self.instance.told.store(true, Ordering::Release);
-        self.instance.migration()
+        // An error means that it has ended without a report.
+        let migration = self.ended.wait_for(Option::is_some).await.ok()?.clone();
+        self.instance.told.fetch_max(self.number, Ordering::AcqRel);
+        migration
     }
 }
 
@@ -145,7 +146,7 @@ impl Instance {
             inner: Mutex::new(Inner { state, quit: false, attempt: None }),
             keep: Box::new(keep),
             waiting: AtomicUsize::new(0),
-            told: AtomicBool::new(false),
+            told: AtomicU64::new(0),
         })
     }
 
@@ -294,10 +295,9 @@ impl Instance {
             .name("migration".into())
             .spawn(move || mover.move_away(&request, token, &watched))
             .map_err(|e| Failure::new(Code::HOST, format_args!("cannot start a thread: {e}")))?;
-        let ended = watch::Sender::new(false);
+        let ended = watch::Sender::new(None);
         let attempt = Attempt { number, to, monitor, report: None, ended, thread: Some(thread) };
         let started = attempt.view();
-        self.told.store(false, Ordering::Release);
         inner.attempt = Some(attempt);
         Ok(started)
     }
@@ -309,15 +309,17 @@ impl Instance {
 
     /// Begins to wait for the report of the migration that is under way, or of the last one.
     pub fn await_report(self: &Arc<Self>) -> Option<Waiting> {
-        let ended = self.lock().attempt.as_ref()?.ended.subscribe();
+        let inner = self.lock();
+        let attempt = inner.attempt.as_ref()?;
         self.waiting.fetch_add(1, Ordering::AcqRel);
-        Some(Waiting { instance: Arc::clone(self), ended })
+        Some(Waiting { instance: Arc::clone(self), number: attempt.number, ended: attempt.ended.subscribe() })
     }
 
-    /// Whether the report of the last migration may still be wanted: somebody waits for it, or nobody who
-    /// waited has been told yet. A mere look, such as that of `whimbrel status`, changes nothing.
+    /// Whether the report of the last migration may still be wanted: somebody waits for one, or nobody who
+    /// waited for this one has been told. A mere look, such as that of `whimbrel status`, changes nothing.
     pub fn report_awaited(&self) -> bool {
-        self.waiting.load(Ordering::Acquire) > 0 || !self.told.load(Ordering::Acquire)
+        let last = self.lock().attempt.as_ref().map_or(0, |attempt| attempt.number);
+        self.waiting.load(Ordering::Acquire) > 0 || self.told.load(Ordering::Acquire) < last
     }
 
     /// Calls the migration off; it may already be too late.
@@ -356,7 +358,7 @@ impl Instance {
         };
         let over = inner.attempt.as_mut().map(|attempt| {
             attempt.report = Some(report);
-            attempt.ended.send_replace(true);
+            attempt.ended.send_replace(Some(attempt.view()));
             attempt.view()
         });
         drop(inner);
@@ -457,5 +459,31 @@ mod tests {
             instance.quit();
         };
         assert_eq!(end(moved), (End::Moved, VmState::Moved), "also if it is to quit");
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_hears_of_the_migration_that_he_waits_for() {
+        let instance = instance();
+        let migrate = || {
+            // Nobody listens there.
+            let request = serde_json::from_str(r#"{"to": "127.0.0.1:1"}"#).unwrap();
+            Arc::clone(&instance).migrate(request).unwrap().number
+        };
+        let over = || instance.migration().unwrap().report.is_some();
+        assert_eq!(migrate(), 1);
+        let waiting = instance.await_report().unwrap();
+        while !over() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Before the first has been told, there is another one.
+        assert_eq!(migrate(), 2);
+        let told = waiting.report().await.unwrap();
+        assert_eq!((told.number, told.report.is_some()), (1, true));
+        while !over() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(instance.report_awaited(), "nobody was told of the second");
+        assert_eq!(instance.await_report().unwrap().report().await.unwrap().number, 2);
+        assert!(!instance.report_awaited());
     }
 }

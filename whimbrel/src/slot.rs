@@ -8,9 +8,8 @@ use crate::instance::Instance;
 use migration::destination::{Monitor, Phase};
 use migration::{Code, Failure};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
 /// How long a receiver that is told to quit may take to call off what it is doing.
 const QUIT_PATIENCE: Duration = Duration::from_secs(5);
@@ -21,6 +20,8 @@ pub struct Slot {
     instance: OnceLock<Arc<Instance>>,
     /// Only a receiver has this.
     reception: Option<Mutex<Reception>>,
+    /// Notified when a receiver has a guest, or takes nobody in any more.
+    settled: Condvar,
 }
 
 /// What a receiver is doing.
@@ -47,12 +48,15 @@ impl Slot {
     /// The place of a guest that comes from another host. It is called `name`, or as it was called there.
     pub fn receiver(name: Option<String>) -> Self {
         let reception = Reception { name, ..Reception::default() };
-        Slot { instance: OnceLock::new(), reception: Some(Mutex::new(reception)) }
+        Slot { reception: Some(Mutex::new(reception)), ..Slot::default() }
     }
 
     /// Puts the instance in its place; the first one stays.
     pub fn put(&self, instance: Arc<Instance>) {
         let _ = self.instance.set(instance);
+        // Whoever is between looking and waiting holds the lock.
+        drop(self.reception());
+        self.settled.notify_all();
     }
 
     /// The instance, if it is there yet.
@@ -137,6 +141,7 @@ impl Slot {
         if let Some(mut reception) = self.reception() {
             reception.closed = true;
         }
+        self.settled.notify_all();
     }
 
     /// Ends the process: calls a migration off, and stops the machine if there is one.
@@ -153,27 +158,21 @@ impl Slot {
             let text = "a guest has been handed over to this host; quit once more if it is to end";
             Failure::new(Code::BUSY, text)
         };
-        {
-            let Some(mut reception) = self.reception() else {
-                return Err(Failure::new(Code::BUSY, "the machine is being started; try again"));
-            };
-            if let Some(monitor) = &reception.monitor {
-                if matches!(monitor.progress().phase, Phase::Committed | Phase::Arrived) {
-                    return Err(late());
-                }
-                monitor.cancel();
-            }
-            reception.quit = true;
-        }
-        let deadline = Instant::now() + QUIT_PATIENCE;
-        while Instant::now() < deadline {
-            if self.get().is_some() {
+        let Some(mut reception) = self.reception() else {
+            return Err(Failure::new(Code::BUSY, "the machine is being started; try again"));
+        };
+        if let Some(monitor) = &reception.monitor {
+            if matches!(monitor.progress().phase, Phase::Committed | Phase::Arrived) {
                 return Err(late());
             }
-            if self.reception().is_none_or(|reception| reception.closed) {
-                break;
-            }
-            thread::sleep(Duration::from_millis(10));
+            monitor.cancel();
+        }
+        reception.quit = true;
+        let busy = |reception: &mut Reception| !reception.closed && self.get().is_none();
+        let waited = self.settled.wait_timeout_while(reception, QUIT_PATIENCE, busy);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        if self.get().is_some() {
+            return Err(late());
         }
         // A receiver that builds a machine hears of it when that is done.
         Ok(())
@@ -183,6 +182,7 @@ impl Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread;
 
     #[test]
     fn a_receiver_s_guests_are_told_of() {

@@ -298,11 +298,11 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
 
     /// The message in a frame, or `None` if it is a part of a state, of which more has to come.
     fn received(&mut self, frame: &[u8], waiting: Waiting) -> Result<Option<Message>, Failure> {
-        match Message::decode(frame)? {
-            Message::StatePart(part) if waiting == Waiting::State => {
-                append(&mut self.parts, &part).map(|()| None)
-            }
-            Message::ChunkDigests(chunks) if waiting == Waiting::State => {
+        let message = Message::decode(frame)?;
+        let goes_on = waiting.goes_on_after(&message);
+        match message {
+            Message::StatePart(part) if goes_on => append(&mut self.parts, &part).map(|()| None),
+            Message::ChunkDigests(chunks) if goes_on => {
                 self.chunks = chunks.0;
                 Ok(None)
             }

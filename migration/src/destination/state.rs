@@ -58,6 +58,13 @@ pub enum Waiting {
     Commit,
 }
 
+impl Waiting {
+    /// Whether a message only brings something for later, and the wait goes on after it.
+    pub fn goes_on_after(self, message: &Message) -> bool {
+        self == Waiting::State && matches!(message, Message::StatePart(_) | Message::ChunkDigests(_))
+    }
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
@@ -123,6 +130,10 @@ pub(crate) enum Sabotage {
     RunWithoutCommit,
     /// Run without the disk locks.
     RunWithoutDisks,
+    /// Be ready although the state could not be loaded, or memory differs.
+    ReadyWithoutState,
+    /// Say that the guest is given back before it is discarded.
+    GiveUpFirst,
 }
 
 /// The state machine.
@@ -205,6 +216,10 @@ impl State {
             },
             (Step::SendGaveUp | Step::Finished, _) => self.finish_discarded(),
             #[cfg(test)]
+            (Step::Load, Event::Failed(_)) if self.sabotage == Some(Sabotage::ReadyWithoutState) => {
+                self.go(Step::SendReady, Command::Send(Message::Ready(Ready { spans: Vec::new() })))
+            }
+            #[cfg(test)]
             (Step::AwaitCommit, Event::LinkLost(_) | Event::Deadline)
                 if self.sabotage == Some(Sabotage::RunWithoutCommit) =>
             {
@@ -236,6 +251,11 @@ impl State {
     }
 
     fn discard(&mut self, why: Failure) -> Command {
+        #[cfg(test)]
+        if self.sabotage == Some(Sabotage::GiveUpFirst) {
+            self.failure = Some(why.clone());
+            return self.go(Step::SendGaveUp, Command::Send(Message::GaveUp(why)));
+        }
         self.failure = Some(why);
         self.go(Step::Discard, Command::Discard)
     }

@@ -444,18 +444,18 @@ impl<'a> Driver<'a> {
                 self.features = hello.features & message::FEATURES;
                 self.handover.round_trip = self.greeted.map_or(Duration::ZERO, |sent| sent.elapsed());
             }
-            Message::Estimate(estimate) if waiting == Waiting::Prepared => {
-                self.handover.destination = Some(Duration::from_micros(estimate.handover_us));
-                return None;
-            }
-            Message::PageHashes(theirs) if waiting == Waiting::Ready && self.options.compare_memory => {
+            // Nobody has asked.
+            Message::PageHashes(_) if !self.options.compare_memory => return Some(Event::Received(message)),
+            Message::PageHashes(theirs) if waiting.goes_on_after(&message) => {
                 digest::name_differing(self.ram, theirs, &mut self.differing);
-                return None;
+            }
+            Message::Estimate(estimate) if waiting.goes_on_after(&message) => {
+                self.handover.destination = Some(Duration::from_micros(estimate.handover_us));
             }
             Message::Prepared(prepared) => self.build_us = prepared.build_us,
             _ => {}
         }
-        Some(Event::Received(message))
+        (!waiting.goes_on_after(&message)).then_some(Event::Received(message))
     }
 
     fn conclude(mut self, outcome: Outcome, mut cpu: CpuTime) -> Report {

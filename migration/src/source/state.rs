@@ -76,6 +76,17 @@ pub enum Waiting {
     Running,
 }
 
+impl Waiting {
+    /// Whether a message only tells something, and the wait goes on after it.
+    pub fn goes_on_after(self, message: &Message) -> bool {
+        match message {
+            Message::Estimate(_) => self == Waiting::Prepared,
+            Message::PageHashes(_) => self == Waiting::Ready,
+            _ => false,
+        }
+    }
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
@@ -141,6 +152,12 @@ enum Step {
 pub(crate) enum Sabotage {
     /// Run the guest on its own word when the line is cut after `Commit`.
     ResumeAfterCommit,
+    /// Save the state only after the last round.
+    SaveLast,
+    /// Stop the guest only after the last round.
+    PauseLast,
+    /// Run the guest without its disks when the migration fails after they were released.
+    ResumeWithoutDisks,
 }
 
 /// The state machine.
@@ -198,6 +215,11 @@ impl State {
 
     /// Everything before `Commit`, and the way back.
     fn handle_owned(&mut self, event: Event) -> Command {
+        #[cfg(test)]
+        let event = match self.sabotaged(event) {
+            Ok(command) => return command,
+            Err(event) => event,
+        };
         match (self.step, event) {
             (Step::Idle, Event::Start) => self.go(Step::Describe, Command::Describe),
             (Step::Describe, Event::Described(prepare)) => {
@@ -280,6 +302,29 @@ impl State {
         }
     }
 
+    /// What a broken rule makes of an event, if it has to do with it.
+    #[cfg(test)]
+    fn sabotaged(&mut self, event: Event) -> Result<Command, Event> {
+        use Sabotage::{PauseLast, SaveLast};
+        let Some(rule) = self.sabotage else { return Err(event) };
+        Ok(match (rule, self.step, event) {
+            (SaveLast, Step::Pause, Event::Done) => {
+                self.paused = true;
+                self.go(Step::FinalRound, Command::FinalRound)
+            }
+            (SaveLast, Step::FinalRound, Event::Done) => self.go(Step::Save, Command::Save),
+            (SaveLast, Step::Save, Event::Saved(state)) => {
+                self.go(Step::SendState, Command::Send(Message::State(*state)))
+            }
+            (PauseLast, Step::Precopy, Event::Done) => self.go(Step::FinalRound, Command::FinalRound),
+            (PauseLast, Step::FinalRound, Event::Done) => self.go(Step::Pause, Command::Pause),
+            (PauseLast, Step::Save, Event::Saved(state)) => {
+                self.go(Step::SendState, Command::Send(Message::State(*state)))
+            }
+            (_, _, event) => return Err(event),
+        })
+    }
+
     /// Once `Commit` may have arrived. Nothing here resumes the guest without the destination's
     /// word or all of the disk locks.
     fn handle_committed(&mut self, event: Event) -> Command {
@@ -319,6 +364,10 @@ impl State {
 
     /// The next step of the way back: disks, then guest, then the end.
     fn recover(&mut self) -> Command {
+        #[cfg(test)]
+        if self.sabotage == Some(Sabotage::ResumeWithoutDisks) {
+            self.disks_released = false;
+        }
         if self.disks_released {
             return self.go(Step::TakeDisks, Command::TakeDisks);
         }

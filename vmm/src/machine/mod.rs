@@ -28,7 +28,8 @@ use crate::power::{Power, SCI};
 use crate::sandbox;
 use crate::serial::SerialPort;
 use crate::state;
-use crate::vcpu::control::{self, Control, KickTarget, Phase};
+use crate::vcpu::control::{Control, Phase};
+use crate::vcpu::kick::{self, KickTarget};
 use crate::vcpu::outcome::Outcome;
 use crate::vcpu::{Vcpu, msr};
 use crate::virtio;
@@ -101,7 +102,7 @@ impl Machine {
         if end > 1u64.checked_shl(u32::from(bits)).unwrap_or(u64::MAX) {
             return Err(memory::Error::AddressBits { size: config.memory, bits }.into());
         }
-        control::install_kick_handler().map_err(Error::Thread)?;
+        kick::install_kick_handler().map_err(Error::Thread)?;
         let ram = Arc::new(GuestRam::with_thp(config.memory, config.pages, config.thp)?);
         let vm = Arc::new(create_vm(host)?);
         memory::slot::set_all(&vm, &ram)?;

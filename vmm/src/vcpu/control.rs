@@ -2,19 +2,17 @@
 //!
 //! Every vCPU thread is either parked here or running its vCPU. To pause, the phase changes and
 //! each thread gets a signal. A signal alone would be lost if it arrived just before the thread
-//! enters KVM_RUN, so its handler sets `immediate_exit` in the vCPU's shared page: a KVM_RUN that
-//! starts afterwards comes straight back. The thread clears the flag only after KVM_RUN has said
-//! EINTR and looks at the phase only after that, so that no order of the two loses a pause.
+//! enters KVM_RUN, so its [handler](super::kick) sets `immediate_exit` in the vCPU's shared page: a
+//! KVM_RUN that starts afterwards comes straight back. The thread clears the flag only after KVM_RUN
+//! has said EINTR and looks at the phase only after that, so that no order of the two loses a pause.
 //!
 //! KVM_RUN says EINTR only once whatever the vCPU's last exit left unfinished (a port read whose
 //! value must still reach a register) has been completed; so a parked vCPU has no I/O in flight,
 //! and its registers are whole.
 
+use super::kick::{self, Thread};
 use super::outcome::Outcome;
 use crate::lock::lock;
-use kvm_bindings::kvm_run;
-use std::cell::Cell;
-use std::ptr;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What vCPU threads are to do.
@@ -38,7 +36,7 @@ struct Inner {
 pub struct Control {
     inner: Mutex<Inner>,
     changed: Condvar,
-    threads: OnceLock<Vec<libc::pthread_t>>,
+    threads: OnceLock<Vec<Thread>>,
 }
 
 impl Control {
@@ -53,7 +51,7 @@ impl Control {
     }
 
     /// Names the threads to kick, which live until [`Phase::Stopping`] and are joined only after.
-    pub fn set_threads(&self, threads: Vec<libc::pthread_t>) {
+    pub fn set_threads(&self, threads: Vec<Thread>) {
         let _ = self.threads.set(threads);
     }
 
@@ -75,8 +73,10 @@ impl Control {
         inner.phase == Phase::Running
     }
 
-    /// In a vCPU thread: whether to go on running.
-    pub fn running(&self) -> bool {
+    /// In a vCPU thread that was kicked: whether to go on running. `clear` resets `immediate_exit`.
+    pub fn go_on(&self, clear: impl FnOnce()) -> bool {
+        // In this order: a kick that comes after the look must still be there for the next KVM_RUN.
+        clear();
         self.lock().phase == Phase::Running
     }
 
@@ -148,50 +148,7 @@ impl Control {
         for thread in self.threads.get().into_iter().flatten() {
             // SAFETY: the threads are joined only after they were told to stop and `stop` has
             // returned, so each id is that of a thread that has not been joined.
-            unsafe { libc::pthread_kill(*thread, kick_signal()) };
+            unsafe { kick::kick(thread) };
         }
-    }
-}
-
-thread_local! {
-    /// The page this thread's vCPU shares with KVM, while the thread runs it. Has no destructor and
-    /// needs no initialisation, so that a signal handler may read it.
-    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
-}
-
-fn kick_signal() -> libc::c_int {
-    libc::SIGRTMIN()
-}
-
-extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let run = RUN.get();
-    if !run.is_null() {
-        // SAFETY: the pointer was set by this thread to its vCPU's shared page and is reset before
-        // that page goes away. KVM reads the byte on its own terms, so a plain volatile store does.
-        unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
-    }
-}
-
-/// Installs the handler of the signal that kicks vCPUs; calling it again changes nothing.
-pub fn install_kick_handler() -> std::io::Result<()> {
-    vmm_sys_util::signal::register_signal_handler(kick_signal(), on_kick)
-        .map_err(|e| std::io::Error::from_raw_os_error(e.errno()))
-}
-
-/// Makes kicks of the current thread reach `run` for as long as it lives.
-pub struct KickTarget;
-
-impl KickTarget {
-    /// # Safety
-    /// `run` must stay mapped until the target is dropped.
-    pub unsafe fn set(run: *mut kvm_run) -> Self {
-        RUN.set(run);
-        KickTarget
-    }
-}
-
-impl Drop for KickTarget {
-    fn drop(&mut self) {
-        RUN.set(ptr::null_mut());
     }
 }

@@ -1,6 +1,7 @@
 //! One vCPU: creating it, and running it until it is told to park.
 
 pub(crate) mod control;
+pub(crate) mod kick;
 pub(crate) mod msr;
 pub(crate) mod outcome;
 
@@ -90,14 +91,11 @@ impl Vcpu {
                     let what = format!("exit {exit:?}");
                     Some(Outcome::Crashed(Crash::Unknown { vcpu: self.index, what }))
                 }
-                // EINTR: kicked. See `control` for why the flag falls before the look at
-                // the phase. EAGAIN: a vCPU that waits to be started was woken.
+                // EINTR: kicked. EAGAIN: a vCPU that waits to be started was woken.
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
-                    if error.errno() == libc::EINTR {
-                        self.fd.set_kvm_immediate_exit(0);
-                        if !control.running() {
-                            return;
-                        }
+                    let kicked = error.errno() == libc::EINTR;
+                    if kicked && !control.go_on(|| self.fd.set_kvm_immediate_exit(0)) {
+                        return;
                     }
                     None
                 }

@@ -10,7 +10,8 @@
 //! | `registers.rs` | what the driver wrote to the transport, and its place in the BAR |
 //! | `common_config.rs` | the registers of the common configuration, by name |
 //! | `structure.rs` | structures of the specification, by their fields |
-//! | `queue.rs` | a queue and the thread that serves it; pausing and resuming |
+//! | `queue.rs` | a queue |
+//! | `service.rs` | when its thread serves it; pausing and resuming |
 //! | `interrupt.rs` | telling the driver |
 //!
 //! A device only says what it offers and serves queues. It writes guest RAM through `vm_memory`
@@ -25,6 +26,7 @@ pub mod net;
 pub mod queue;
 mod registers;
 pub mod rng;
+mod service;
 mod structure;
 #[cfg(test)]
 mod testing;

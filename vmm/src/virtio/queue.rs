@@ -1,31 +1,23 @@
-//! A virtqueue, and the thread that serves it.
-//!
-//! A queue's thread sleeps until its doorbell rings (KVM rings it on the guest's notification, see
-//! [`crate::pci::Platform`]) or, for a queue that waits for something else, until the device's
-//! input is readable. Everything it does with the queue happens under the queue's lock, and before
-//! each chain it looks whether the machine wants to pause. So bringing a device to rest is setting
-//! that flag and taking each lock once: after that no thread touches guest RAM, and what the guest
-//! had made available and nobody took is still in the ring, for whoever resumes it.
-//!
-//! After a pause every active queue's doorbell is rung, since a notification may have been used up
-//! by a thread that was not to serve it, or have stayed behind on another host.
+//! A virtqueue. When its thread serves it, says [`service`](super::service).
 
 use super::VirtioDevice;
 use super::interrupt::Interrupt;
+use super::service::{Doorbell, Service};
 use crate::fatal::EndOnPanic;
-use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::poll::poll;
 use crate::sandbox;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
 use std::thread::JoinHandle;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+pub use super::service::WaitFor;
 
 /// A vector number that means "no interrupt".
 pub const NO_VECTOR: u16 = 0xffff;
@@ -54,15 +46,6 @@ impl QueueError {
     pub const OUTSIDE: QueueError = QueueError::Request("a buffer lies outside guest memory");
 }
 
-/// Why a device stopped serving a queue: what it waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WaitFor {
-    /// Buffers, beside those that it put back: go on when the guest has made some available.
-    Buffers,
-    /// Input: it has buffers. Go on when the device's input is readable.
-    Input,
-}
-
 /// A queue's saved form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
@@ -78,24 +61,22 @@ pub struct QueueState {
     broken: bool,
 }
 
-struct Inner {
-    queue: Queue,
-    /// The device may serve it: the driver has said so and the rings lie in RAM.
-    active: bool,
-    /// The guest has made it unusable.
-    broken: bool,
-    /// The machine is paused.
-    paused: bool,
+/// What a queue's thread, the transport and the machine share.
+struct SharedQueue {
+    service: Service<Queue, EventFd>,
+    vector: AtomicU16,
 }
 
-/// What a queue's thread, the transport and the machine share.
-pub struct SharedQueue {
-    inner: Mutex<Inner>,
-    /// How many wait for the lock: whoever serves lets go of it before the next chain.
-    waiting: AtomicUsize,
-    ending: AtomicBool,
-    vector: AtomicU16,
-    doorbell: EventFd,
+impl Doorbell for EventFd {
+    fn ring(&self) {
+        // Fails only when the counter is full, which is as good as rung.
+        let _ = self.write(1);
+    }
+
+    fn silence(&self) {
+        // Non-blocking: fails when it has not rung.
+        let _ = self.read();
+    }
 }
 
 /// A virtqueue with its thread. Dropping it ends the thread.
@@ -123,7 +104,7 @@ impl<'a> LockedQueue<'a> {
     /// The next chain of the available ring; `None` when there is none, or when somebody else wants the
     /// queue's lock, such as a machine that is to pause.
     pub fn pop(&mut self) -> Result<Option<Chain<'a>>, QueueError> {
-        if self.shared.is_wanted() {
+        if self.shared.service.is_wanted() {
             return Ok(None);
         }
         Ok(self.queue.iter(self.memory)?.next())
@@ -139,14 +120,14 @@ impl<'a> LockedQueue<'a> {
     /// Waits until `input` is readable or, if `more` may come, the guest has made more available. Where
     /// somebody wants the queue's lock, only for the input: whoever is asked to let go has to see it through.
     pub fn wait(&mut self, input: BorrowedFd<'_>, more: bool) -> Result<(), QueueError> {
-        if !more || self.shared.is_wanted() {
+        if !more || self.shared.service.is_wanted() {
             wait(None, Some(input));
             return Ok(());
         }
         if !self.queue.enable_notification(self.memory)? {
-            wait(Some(&self.shared.doorbell), Some(input));
-            // Non-blocking, as below.
-            let _ = self.shared.doorbell.read();
+            let doorbell = self.shared.service.doorbell();
+            wait(Some(doorbell), Some(input));
+            doorbell.silence();
         }
         Ok(self.queue.disable_notification(self.memory)?)
     }
@@ -202,22 +183,6 @@ impl<'a> LockedQueue<'a> {
 }
 
 impl SharedQueue {
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        lock(&self.inner)
-    }
-
-    /// Takes the lock from whoever serves the queue.
-    fn interrupt_and_lock(&self) -> MutexGuard<'_, Inner> {
-        self.waiting.fetch_add(1, Ordering::AcqRel);
-        let inner = self.lock();
-        self.waiting.fetch_sub(1, Ordering::AcqRel);
-        inner
-    }
-
-    fn is_wanted(&self) -> bool {
-        self.waiting.load(Ordering::Acquire) != 0
-    }
-
     /// Serves what there is; whether to wait for input next.
     fn serve(
         &self,
@@ -226,28 +191,8 @@ impl SharedQueue {
         memory: &GuestMemory,
         interrupt: &Interrupt,
     ) -> bool {
-        let mut inner = self.lock();
-        while inner.active && !inner.paused {
-            if self.is_wanted() {
-                // There may be more to do, once whoever waits has had the lock.
-                self.ring_doorbell();
-                break;
-            }
-            match serve_once(self, &mut inner.queue, index, device, memory, interrupt) {
-                Ok(Some(next)) => return next == WaitFor::Input,
-                Ok(None) => {}
-                Err(_) => {
-                    (inner.active, inner.broken) = (false, true);
-                    interrupt.needs_reset();
-                }
-            }
-        }
-        false
-    }
-
-    fn ring_doorbell(&self) {
-        // Fails only when the counter is full, which is as good as rung.
-        let _ = self.doorbell.write(1);
+        let once = |queue: &mut Queue| serve_once(self, queue, index, device, memory, interrupt);
+        self.service.serve(once, || interrupt.needs_reset())
     }
 }
 
@@ -287,27 +232,18 @@ impl VirtQueue {
     ) -> io::Result<Self> {
         let queue = Queue::new(size).map_err(io::Error::other)?;
         let shared = Arc::new(SharedQueue {
-            inner: Mutex::new(Inner { queue, active: false, broken: false, paused: true }),
-            waiting: AtomicUsize::new(0),
-            ending: AtomicBool::new(false),
+            service: Service::new(queue, EventFd::new(EFD_NONBLOCK)?),
             vector: AtomicU16::new(NO_VECTOR),
-            doorbell: EventFd::new(EFD_NONBLOCK)?,
         });
         let name = format!("{}.{index}", device.name());
         let served = shared.clone();
         let work = move || {
             let _end = EndOnPanic;
             sandbox::serve();
-            let mut wait_for_input = false;
-            loop {
-                wait(Some(&served.doorbell), device.input(index).filter(|_| wait_for_input));
-                // Non-blocking: fails when it was the input that ended the wait.
-                let _ = served.doorbell.read();
-                if served.ending.load(Ordering::Acquire) {
-                    return;
-                }
-                wait_for_input = served.serve(index, device.as_ref(), &memory, &interrupt);
-            }
+            served.service.work(
+                |doorbell, for_input| wait(Some(doorbell), device.input(index).filter(|_| for_input)),
+                || served.serve(index, device.as_ref(), &memory, &interrupt),
+            );
         };
         let thread = std::thread::Builder::new().name(name).spawn(work)?;
         Ok(VirtQueue { shared, thread: Some(thread) })
@@ -315,12 +251,12 @@ impl VirtQueue {
 
     /// What rings when the guest notifies the device.
     pub fn doorbell(&self) -> &EventFd {
-        &self.shared.doorbell
+        self.shared.service.doorbell()
     }
 
     /// Wakes the queue's thread.
     pub fn notify(&self) {
-        self.shared.ring_doorbell();
+        self.doorbell().ring();
     }
 
     /// Serves the queue in this thread, once its own thread is done.
@@ -347,24 +283,24 @@ impl VirtQueue {
 
     /// Looks at the queue's registers.
     pub fn with_queue<T>(&self, look: impl FnOnce(&mut Queue) -> T) -> T {
-        look(&mut self.shared.interrupt_and_lock().queue)
+        look(&mut self.shared.service.interrupt_and_lock().queue)
     }
 
     /// Lets the device serve the queue if it is ready and its rings lie in RAM; false if they do not.
     pub fn activate(&self, memory: &GuestMemory, event_index: bool) -> bool {
-        let mut inner = self.shared.interrupt_and_lock();
+        let mut inner = self.shared.service.interrupt_and_lock();
         if !inner.queue.ready() || inner.broken {
             return true;
         }
         inner.queue.set_event_idx(event_index);
         inner.active = inner.queue.is_valid(memory);
-        self.shared.ring_doorbell();
+        self.doorbell().ring();
         inner.active
     }
 
     /// As it was before the driver came.
     pub fn reset(&self) {
-        let mut inner = self.shared.interrupt_and_lock();
+        let mut inner = self.shared.service.interrupt_and_lock();
         inner.queue.reset();
         (inner.active, inner.broken) = (false, false);
         self.set_vector(NO_VECTOR);
@@ -372,18 +308,17 @@ impl VirtQueue {
 
     /// Stops serving. When it returns, nothing of the device's touches guest RAM for this queue.
     pub fn pause(&self) {
-        self.shared.interrupt_and_lock().paused = true;
+        self.shared.service.pause();
     }
 
     /// Serves again.
     pub fn resume(&self) {
-        self.shared.lock().paused = false;
-        self.shared.ring_doorbell();
+        self.shared.service.resume();
     }
 
     /// The queue's state.
     pub fn save(&self) -> QueueState {
-        let inner = self.shared.interrupt_and_lock();
+        let inner = self.shared.service.interrupt_and_lock();
         let queue = inner.queue.state();
         QueueState {
             size: queue.size,
@@ -404,7 +339,7 @@ impl VirtQueue {
     /// # Errors
     /// A text that says what is wrong with the state.
     pub fn load(&self, state: &QueueState) -> Result<(), String> {
-        let mut inner = self.shared.interrupt_and_lock();
+        let mut inner = self.shared.service.interrupt_and_lock();
         let queue = virtio_queue::QueueState {
             max_size: inner.queue.max_size(),
             next_avail: state.next_available,
@@ -457,9 +392,7 @@ pub enum QueuePart {
 
 impl Drop for VirtQueue {
     fn drop(&mut self) {
-        self.shared.ending.store(true, Ordering::Release);
-        self.shared.waiting.fetch_add(1, Ordering::AcqRel);
-        self.shared.ring_doorbell();
+        self.shared.service.end();
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has printed why.
             let _ = thread.join();

@@ -12,6 +12,8 @@ use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::structure::Structure;
 use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
 use std::os::fd::BorrowedFd;
+#[cfg(feature = "internals")]
+use std::os::unix::net::UnixDatagram;
 use std::sync::{Mutex, MutexGuard};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -113,7 +115,7 @@ impl Net {
     /// # Errors
     /// [`Error`].
     pub fn open(config: &NetConfig, taps: &[TapConfig]) -> Result<Self, Error> {
-        let &NetConfig { number, mac, pairs, negotiated } = config;
+        let &NetConfig { number, mac, pairs, .. } = config;
         if !(1..=MAX_PAIRS).contains(&pairs) {
             return Err(Error::Pairs(pairs));
         }
@@ -121,7 +123,23 @@ impl Net {
             return Err(Error::Mac(mac));
         }
         let local = taps.get(usize::from(number)).ok_or(Error::NoTap { number })?;
-        let tap = Tap::open(&local.name, pairs)?;
+        Self::with_tap(config, local, Tap::open(&local.name, pairs)?)
+    }
+
+    /// An interface over what stands in for a tap: one socket for each pair of queues.
+    ///
+    /// # Errors
+    /// [`Error`], or if a socket cannot be used.
+    #[cfg(feature = "internals")]
+    pub fn over(config: &NetConfig, queues: Vec<UnixDatagram>) -> Result<Self, Error> {
+        let local = TapConfig { name: "stand-in".into(), offloads: true };
+        let tap = Tap::stand_in(queues, 1500)
+            .map_err(|source| Error::System { name: local.name.clone(), source })?;
+        Self::with_tap(config, &local, tap)
+    }
+
+    fn with_tap(config: &NetConfig, local: &TapConfig, tap: Tap) -> Result<Self, Error> {
+        let &NetConfig { mac, pairs, negotiated, .. } = config;
         let multiqueue = if pairs > 1 { MULTIQUEUE } else { 0 };
         let offloads = match tap.offloads() {
             _ if !local.offloads => 0,

@@ -1,0 +1,64 @@
+//! What threads share by hand, under every interleaving of them within bounds.
+//!
+//! The code under test is that of the other crates: `build.rs` takes the files and puts [loom]'s locks,
+//! condition variables and atomics in the place of the standard library's. Loom then runs each test again and
+//! again, until it has seen every order of what the threads do to them that differs, with what the memory
+//! model lets each load return. Orders with more than a stated number of preemptions are left out where there
+//! would be too many. No wait ends by time, so that a wake-up that is lost shows as a deadlock.
+//!
+//! Around that code is a model of what it has to do with: a vCPU that KVM runs and a signal stops, a
+//! doorbell, a guest that fills a queue, a receiver that takes a guest in.
+//!
+//! Each rule is also broken on purpose (see `BROKEN` in `build.rs`). Loom has to find every one of these.
+//!
+//! | under test | what has to hold |
+//! |---|---|
+//! | `vcpu/control.rs` | a pause returns, and no vCPU runs then; no kick is lost; all threads end |
+//! | `virtio/service.rs` | nothing is served in a pause; what the guest offered is served; the thread ends |
+//! | `memory/write_log.rs` | a page that was written is sent as it is then, or logged |
+//! | `migration/src/monitor.rs` | an order wakes who waits for it; what stops a migration stops each plane; nothing expires once it is settled; one migration for a monitor |
+//! | `slot.rs` | a receiver that was told to quit has no guest, or whoever told it hears of the guest |
+//!
+//! [loom]: https://docs.rs/loom
+
+#![cfg(test)]
+// Of the files under test, not all is used here.
+#![allow(dead_code)]
+
+/// Includes a file that `build.rs` has taken.
+macro_rules! taken {
+    ($module:ident) => {
+        #[allow(unused_imports, clippy::all)]
+        pub(crate) mod $module {
+            include!(concat!(env!("OUT_DIR"), "/", stringify!($module), ".rs"));
+        }
+    };
+}
+
+mod memory;
+mod monitors;
+mod reception;
+mod sync;
+mod vcpus;
+mod virtio;
+
+taken!(destination);
+taken!(lock);
+
+// What the files name.
+extern crate self as migration;
+use engine::{Code, Failure, failure, transport};
+use reception::{api, instance};
+
+/// Checks every order of what happens in `scenario`, with at most so many preemptions.
+fn explore(preemptions: usize, scenario: impl Fn() + Send + Sync + 'static) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(preemptions);
+    model.check(scenario);
+}
+
+/// Checks that it is found that something is wrong with a scenario.
+fn finds(preemptions: usize, scenario: impl Fn() + Send + Sync + std::panic::UnwindSafe + 'static) {
+    let found = std::panic::catch_unwind(|| explore(preemptions, scenario));
+    assert!(found.is_err(), "a rule that is broken went unnoticed");
+}
