@@ -26,6 +26,7 @@
 //! ([`inspect`]). All memory was compared on the way, and the guest has verified each of its pages there.
 
 pub mod bridges;
+pub mod chaos;
 pub mod client;
 pub mod command;
 pub mod inject;
@@ -33,6 +34,7 @@ pub mod inspect;
 pub mod journal;
 pub mod kills;
 pub mod lab;
+pub mod namespace;
 pub mod nfs;
 pub mod observer;
 pub mod program;
@@ -40,6 +42,7 @@ pub mod proxy;
 pub mod rogue;
 pub mod say;
 pub mod scene;
+pub mod seclusion;
 pub mod sides;
 pub mod strace;
 pub mod tshark;
