@@ -55,8 +55,14 @@ impl Scene {
                 None
             }
         };
+        Scene { observer, ..Scene::unobserved(disk) }
+    }
+
+    /// A disk of one host, which is both, and nobody watches who touches it.
+    pub fn unobserved(disk: Disk) -> Self {
         let programs = [whimbrel(), whimbrel()].map(Path::to_path_buf);
-        Scene { folder: tempfile::tempdir().expect("a folder"), disk, observer, like: Guest::SMALL, programs }
+        let folder = tempfile::tempdir().expect("a folder");
+        Scene { folder, disk, observer: None, like: Guest::SMALL, programs }
     }
 
     /// A disk on an NFS server. Each host is a client of its own. The lab's kernel cannot tell which process

@@ -9,8 +9,12 @@ use std::time::{Duration, Instant};
 use whimbrel_tests::chaos::Run;
 use whimbrel_tests::chaos::cable::Place;
 use whimbrel_tests::chaos::tally::Tally;
+use whimbrel_tests::lab;
 use whimbrel_tests::scene::{self, Scene};
 use whimbrel_tests::seclusion;
+
+/// Bytes of the file system for disks in the lab.
+const STORAGE: u64 = 64 << 20;
 
 /// Moves guests between two hosts while things go wrong, and checks that no guest is lost or doubled, that
 /// no disk or memory is wrong, and that what is reported is true
@@ -105,12 +109,18 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
         place == Place::Machine || std::env::var_os("LAB").is_some(),
         "this is not the lab; `ci/chaos --where lab` starts it"
     );
+    let mut disks = disks.to_path_buf();
+    if place == Place::Lab {
+        let storage = disks.join("storage");
+        disks = disks.join("disks");
+        lab::mount_ext4(&storage, STORAGE, &disks);
+    }
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..));
     let run = Run {
         seed,
         place,
         longest: Duration::from_secs(options.longest.max(1)),
-        disks: disks.into(),
+        disks,
         logs: options.logs.clone(),
     };
     run.tell_once();

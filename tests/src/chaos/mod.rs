@@ -19,6 +19,7 @@ mod plan;
 pub mod tally;
 mod target;
 
+use crate::journal::Disk;
 use crate::scene::Scene;
 use cable::{Cable, Place};
 use course::Course;
@@ -57,7 +58,11 @@ impl Run {
     pub fn step(&self, number: u64, tally: &mut Tally) -> io::Result<()> {
         let plan = Plan::of(self.seed, number, self.place, self.longest);
         let cable = Cable::lay(self.place)?;
-        let mut scene = Scene::local(&self.disks);
+        let mut scene = match self.place {
+            Place::Machine => Scene::local(&self.disks),
+            // Its kernel cannot tell who touches a disk.
+            Place::Lab => Scene::unobserved(Disk::new(&self.disks)),
+        };
         scene.like = plan.guest;
         let mut struck = Vec::new();
         let mut said = String::new();
