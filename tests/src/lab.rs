@@ -31,8 +31,8 @@ pub fn node() -> String {
     variable("LAB_NODE")
 }
 
-/// Makes a file system of so many bytes in `storage`, a new file, and mounts it at `folder`, a new folder. The
-/// lab's own has neither direct I/O nor locks that reach far. The lab must have been told to load ext4 and loop.
+/// Makes a file system of so many bytes in `storage`, a new file, and mounts it at `folder`, a new folder:
+/// the lab's own has no direct I/O. The lab must have been told to load ext4 and loop.
 ///
 /// # Panics
 /// When that is not possible.

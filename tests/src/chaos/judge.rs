@@ -1,5 +1,5 @@
-//! What must hold of every move, whatever went wrong: one side at most runs the guest, it is lost only with its
-//! host, its disk and memory are right, and what is said of it is true.
+//! What must hold of every move, whatever went wrong: one side at most runs the guest, it is lost only with
+//! its host, its disk and memory are right, and what is said of it is true.
 
 use super::course::Course;
 use super::fault::Fault;
@@ -39,7 +39,7 @@ impl Course<'_> {
         let dead = [self.killed(Side::Source), self.killed(Side::Destination) || self.ran_out_of_memory()];
         // Somebody may have been told before the source was killed.
         let told = !dead[0] || [MOVED, STAYED, HELD].map(Some).contains(&self.ran.code);
-        let report = told.then(|| self.ran.json()["report"].clone()).unwrap_or_default();
+        let report = if told { self.ran.json()["report"].clone() } else { serde_json::Value::Null };
         let verdict = serde_json::from_value(report["verdict"].clone()).ok();
         assert_eq!(verdict.is_some(), told, "{:?}", self.ran);
         if let Some(verdict) = verdict {

@@ -54,7 +54,14 @@ impl Plan {
         }
         // The lab is slow by itself.
         let relayed = place == Place::Machine && random.bool();
-        let mut classes = [Class::Network, Class::Network, Class::Process, Class::Resource, Class::Operator];
+        let mut classes = [
+            Class::Network,
+            Class::Network,
+            Class::Process,
+            Class::Process,
+            Class::Resource,
+            Class::Operator,
+        ];
         random.shuffle(&mut classes);
         // Nothing goes wrong in few of them, and in some two things do.
         let count = random.choice([0, 1, 1, 1, 1, 1, 2, 2]).unwrap_or(1);
