@@ -2,10 +2,8 @@
 //! switch between, and a client behind it in a namespace of its own. In the lab.
 
 use crate::command::must;
+use crate::namespace::Namespace;
 use crate::wire::{HEADER, Wire};
-use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::Duration;
 
@@ -63,10 +61,8 @@ impl Bridges {
 
     /// Moves this thread to where the client is.
     pub fn enter_client(&self) {
-        let namespace = File::open("/run/netns/client").expect("the client's namespace");
-        // SAFETY: changes the namespace of this thread only.
-        let entered = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
-        assert_eq!(entered, 0, "{}", io::Error::last_os_error());
+        let namespace = Namespace::at("/run/netns/client").expect("the client's namespace");
+        namespace.enter().expect("the right to enter it");
     }
 }
 

@@ -4,6 +4,7 @@
 //! told to verify each page of its working set once more and to power off; and what it says then is
 //! final.
 
+use crate::namespace::Namespace;
 use crate::sides::{Guest, PATIENCE, request};
 use migration::destination::Migration;
 use migration::report::Verdict;
@@ -19,7 +20,8 @@ use whimbrel::node::Node;
 /// Moves the guest of `node` here, with all memory compared on the way, has it verify everything and power
 /// off; nothing may be wrong.
 pub fn settle(node: &Node, expected: &Guest) -> Testimony {
-    let listener = Listener::bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let listener =
+        Namespace::of(node.pid()).unwrap().within(|| Listener::bind(([127, 0, 0, 1], 0).into()).unwrap());
     let mut request = request(listener.local_addr());
     request.compare_memory = true;
     let taking = thread::spawn(move || take(&listener));

@@ -23,7 +23,7 @@ pub const LINE: Rules = Rules {
 };
 
 /// Two of each three kills aim at the second half of a migration, which is the shorter one.
-const AIMS: [Phase; 6] = [
+pub const AIMS: [Phase; 6] = [
     Phase::Preparing,
     Phase::Switchover,
     Phase::Committed,
@@ -110,6 +110,16 @@ fn phase_of(source: &Node) -> Option<Phase> {
 
 /// Waits until a migration has come to a phase, or past it.
 fn wait_phase(source: &Node, aim: Phase) -> Phase {
+    loop {
+        let phase = phase_of(source).expect("a migration");
+        if reached(phase, aim) {
+            return phase;
+        }
+    }
+}
+
+/// Whether a migration that is in this phase has come to the other one, or past it.
+pub fn reached(phase: Phase, aim: Phase) -> bool {
     let order = |phase: Phase| match phase {
         Phase::Preparing => 0,
         Phase::Precopy => 1,
@@ -117,12 +127,7 @@ fn wait_phase(source: &Node, aim: Phase) -> Phase {
         Phase::Committed => 3,
         _ => 4,
     };
-    loop {
-        let phase = phase_of(source).expect("a migration");
-        if order(phase) >= order(aim) {
-            return phase;
-        }
-    }
+    order(phase) >= order(aim)
 }
 
 /// What came of the kills.

@@ -1,7 +1,9 @@
 //! The lab, as seen from within: `ci/lab` sets these variables, and `ci/rdma` runs the tests that need it.
 
 use crate::command::must;
+use std::fs::{self, File};
 use std::net::IpAddr;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,6 +29,18 @@ pub fn peer() -> IpAddr {
 /// Which of two joined VMs this is: "a" or "b".
 pub fn node() -> String {
     variable("LAB_NODE")
+}
+
+/// Makes a file system of so many bytes in `storage`, a new file, and mounts it at `folder`, a new folder:
+/// the lab's own has no direct I/O. The lab must have been told to load ext4 and loop.
+///
+/// # Panics
+/// When that is not possible.
+pub fn mount_ext4(storage: &Path, bytes: u64, folder: &Path) {
+    File::create(storage).and_then(|file| file.set_len(bytes)).expect("storage");
+    fs::create_dir(folder).expect("a folder");
+    must(&format!("mkfs.ext4 -q {}", storage.display()));
+    must(&format!("mount -o loop {} {}", storage.display(), folder.display()));
 }
 
 /// How long the kernel may take to make a device.
@@ -64,7 +78,7 @@ impl Drop for DeviceGone {
         let added = Command::new("rdma").args(add).status().is_ok_and(|status| status.success());
         // The second entry of its table is the IPv4 address's.
         let ready = || {
-            std::fs::read_to_string("/sys/class/infiniband/rxe1/ports/1/gids/1")
+            fs::read_to_string("/sys/class/infiniband/rxe1/ports/1/gids/1")
                 .is_ok_and(|gid| gid.contains("ffff"))
         };
         while added && !ready() && patient() {}

@@ -7,6 +7,7 @@
 //! | `kill` | either side is killed at any moment: there is one owner, or the guest is held and says so |
 //! | `disks` | the same with a disk: one side at most touches it, and nothing on it is lost, torn or stale |
 //! | `nfs` | the same with the disk on an NFS server, with each host as a client (in the lab) |
+//! | `chaos` | whatever goes wrong by seed, nothing is lost, doubled or untrue: a short part of `ci/chaos` |
 //! | `cuts` | the connection is cut, or goes silent, at any byte |
 //! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
 //! | `differing` | a page that differs between the sides is found, named and kept |
@@ -27,6 +28,7 @@
 //! ([`inspect`]). All memory was compared on the way, and the guest has verified each of its pages there.
 
 pub mod bridges;
+pub mod chaos;
 pub mod client;
 pub mod command;
 pub mod inject;
@@ -34,6 +36,7 @@ pub mod inspect;
 pub mod journal;
 pub mod kills;
 pub mod lab;
+pub mod namespace;
 pub mod nfs;
 pub mod observer;
 pub mod program;
@@ -41,6 +44,7 @@ pub mod proxy;
 pub mod rogue;
 pub mod say;
 pub mod scene;
+pub mod seclusion;
 pub mod sides;
 pub mod strace;
 pub mod tshark;

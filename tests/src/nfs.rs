@@ -6,9 +6,10 @@
 
 use crate::command::must;
 use crate::lab;
+use crate::lab::mount_ext4;
 use crate::program::whimbrel;
 use crate::sides::wait_until;
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -38,10 +39,7 @@ impl Nfs {
         let _ = lab::node();
         let nfs = Nfs { root: tempfile::tempdir().expect("a folder") };
         let (storage, folder) = (nfs.path("storage"), nfs.folder());
-        File::create(&storage).and_then(|file| file.set_len(STORAGE)).expect("storage");
-        fs::create_dir(&folder).expect("a folder");
-        must(&format!("mkfs.ext4 -q {}", storage.display()));
-        must(&format!("mount -o loop {} {}", storage.display(), folder.display()));
+        mount_ext4(&storage, STORAGE, &folder);
         must("mount -t nfsd nfsd /proc/fs/nfsd");
         must(&format!("exportfs -o rw,no_root_squash,no_subtree_check,fsid=0 *:{}", folder.display()));
         must(&format!("rpc.nfsd --no-nfs-version 3 --lease-time {LEASE_S} --grace-time {LEASE_S} 4"));

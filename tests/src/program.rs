@@ -18,7 +18,9 @@ pub fn whimbrel() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let test = std::env::current_exe().expect("a test has a file");
-        let folder = test.parent().and_then(Path::parent).expect("tests are in target/<profile>/deps");
+        let folder = test.parent().expect("a file is in a folder");
+        // Tests are in target/<profile>/deps, and programs are beside that folder.
+        let folder = if folder.ends_with("deps") { folder.parent().expect("a profile") } else { folder };
         let program = folder.join("whimbrel");
         let (command, built) = (command(folder), modified(&program));
         let Some(built) = built else {

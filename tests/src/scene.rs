@@ -10,7 +10,7 @@ use crate::proxy::{Proxy, Rules, Way};
 use crate::say;
 use crate::sides::{Guest, PATIENCE, assert_runs, assert_stands_still, hop, is_empty, request};
 use migration::report::Verdict;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use whimbrel::api::model::VmState;
@@ -23,6 +23,8 @@ pub struct Scene {
     pub disk: Disk,
     /// The kernel's word, where it has one.
     pub observer: Option<Observer>,
+    /// Its guests.
+    pub like: Guest,
     /// The `whimbrel` of each host.
     programs: [PathBuf; 2],
 }
@@ -53,8 +55,14 @@ impl Scene {
                 None
             }
         };
+        Scene { observer, ..Scene::unobserved(disk) }
+    }
+
+    /// A disk of one host, which is both, and nobody watches who touches it.
+    pub fn unobserved(disk: Disk) -> Self {
         let programs = [whimbrel(), whimbrel()].map(Path::to_path_buf);
-        Scene { folder: tempfile::tempdir().expect("a folder"), disk, observer, programs }
+        let folder = tempfile::tempdir().expect("a folder");
+        Scene { folder, disk, observer: None, like: Guest::SMALL, programs }
     }
 
     /// A disk on an NFS server. Each host is a client of its own. The lab's kernel cannot tell which process
@@ -65,7 +73,7 @@ impl Scene {
     pub fn on_nfs() -> Self {
         let nfs = Nfs::get();
         let (folder, disk) = (tempfile::tempdir().expect("a folder"), Disk::new(&nfs.folder()));
-        Scene { folder, disk, observer: None, programs: nfs.programs() }
+        Scene { folder, disk, observer: None, like: Guest::SMALL, programs: nfs.programs() }
     }
 
     /// The `whimbrel` of this host.
@@ -80,7 +88,7 @@ impl Scene {
     pub fn guest(&self, host: Host, name: &str) -> Node {
         let more = self.disk.of_the_guest();
         let more: Vec<_> = more.iter().map(String::as_str).collect();
-        let node = Guest::SMALL.start_by(self.program(host), &more, self.folder.path(), name);
+        let node = self.like.start_by(self.program(host), &more, self.folder.path(), name);
         node.wait_guest("a full journal", PATIENCE, |guest| guest.journal > BLOCKS).expect("a journal");
         node
     }
@@ -90,8 +98,18 @@ impl Scene {
     /// # Panics
     /// When it does not come to listen.
     pub fn receiver(&self, host: Host, name: &str) -> (Node, SocketAddr) {
+        self.receiver_on(host, name, (Ipv4Addr::LOCALHOST, 0).into())
+    }
+
+    /// The same at an address of this host.
+    pub fn receiver_on(&self, host: Host, name: &str, listen: SocketAddr) -> (Node, SocketAddr) {
         let (program, more) = (self.program(host), self.disk.of_a_receiver());
-        Node::receiver(program, self.folder.path(), name, more).expect("a receiver")
+        Node::receiver_on(program, self.folder.path(), name, listen, more).expect("a receiver")
+    }
+
+    /// Where its processes leave their logs.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// The guest works at this side, its disk included.
@@ -105,15 +123,20 @@ impl Scene {
     /// The guest works at this side; at its end all is well, and the disk has what the guest wrote.
     pub fn finish_at(&self, node: &Node) {
         self.assert_writes(node);
-        let testimony = settle(node, &Guest::SMALL);
+        let testimony = settle(node, &self.like);
         assert_eq!(self.disk.entries(), Ok(testimony.journal));
+    }
+
+    /// Nobody has the disk, and what the guest wrote is there, `known` entries at least.
+    pub fn assert_kept(&self, known: u64) {
+        let entries = self.disk.entries().unwrap();
+        assert!(entries >= known, "{entries} entries of {known} that were confirmed");
     }
 
     /// The guest is gone: what it wrote is there, `known` entries at least, and another starts from its disk,
     /// moves to `receiver`, if there is one, and works.
     pub fn finish_anew(&self, known: u64, receiver: Option<(&mut Node, SocketAddr)>) {
-        let entries = self.disk.entries().unwrap();
-        assert!(entries >= known, "{entries} entries of {known} that were confirmed");
+        self.assert_kept(known);
         let mut other = self.guest(Host::A, "other");
         if let Some((receiver, address)) = receiver {
             hop(&other, receiver, address);

@@ -12,6 +12,7 @@ use std::time::Duration;
 use whimbrel::node::Node;
 use whimbrel_tests::command::{must, run_command};
 use whimbrel_tests::kills::{LINE, Schedule, Side};
+use whimbrel_tests::lab::mount_ext4;
 use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::proxy::{Proxy, Way};
 use whimbrel_tests::say;
@@ -41,10 +42,7 @@ impl Scene {
     fn new() -> Self {
         let scene = Scene { folder: tempfile::tempdir().unwrap(), consoles: 0 };
         let (storage, mount) = (scene.path("storage"), scene.path("mount"));
-        std::fs::File::create(&storage).unwrap().set_len(IMAGE * 3).unwrap();
-        std::fs::create_dir(&mount).unwrap();
-        must(&format!("mkfs.ext4 -q {storage}"));
-        must(&format!("mount -o loop {storage} {mount}"));
+        mount_ext4(storage.as_ref(), IMAGE * 3, mount.as_ref());
         std::fs::File::create(scene.image()).unwrap().set_len(IMAGE).unwrap();
         must(&format!("mkfs.ext4 -q {}", scene.image()));
         scene

@@ -155,7 +155,7 @@ impl Watch {
         let second = self.tsc_khz * 1000;
         if second != 0 && self.silent[which] > second {
             self.silent[which] = 0;
-            field!(self.report, timer_lost).add(1);
+            field!(self.report, timer_lost[which]).add(1);
             if which == 0 {
                 apic::arm();
             }

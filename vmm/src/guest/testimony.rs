@@ -121,7 +121,8 @@ fn problems(header: &Header, cpus: &[Cpu]) -> Vec<String> {
             (cpu.torn, "pages torn"),
             (cpu.backwards, "times the clock went backwards"),
             (cpu.behind, "times the clock was behind another vCPU's"),
-            (cpu.timer_lost, "times a timer fell silent"),
+            (cpu.timer_lost[0], "times the local timer fell silent"),
+            (cpu.timer_lost[1], "times the PIT fell silent"),
         ];
         problems.extend(
             counts.iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("vCPU {number}: {n} {what}")),
@@ -224,7 +225,7 @@ pub(super) mod tests {
         assert!(Testimony::of(&header, &[cpu]).clean);
         cpu.stale = 1;
         cpu.bad[0] = abi::BadPage { page: 9, expected: 4, word: 2, found: abi::stamp(9, 3, 2) };
-        cpu.timer_lost = 2;
+        cpu.timer_lost[1] = 2;
         cpu.longest_gap = [1000, 9_000_000, 2000];
         cpu.gaps[0][abi::gap_bucket(1000)] = 100;
         let testimony = Testimony::of(&header, &[cpu]);
