@@ -106,6 +106,7 @@ pub(super) fn load(shared: &Shared, memory: &GuestMemory, boot: &Boot, before: B
 mod tests {
     use super::*;
     use crate::guest::{Content, Workload, testimony};
+    use crate::state::timeless;
     use crate::{Host, Machine, MachineConfig, Reboot, SerialOutput};
     use std::sync::mpsc;
 
@@ -158,6 +159,28 @@ mod tests {
         let config = MachineConfig { serial: SerialOutput::Null, ..config };
         let refused = Machine::build(&host, config).unwrap().load(&state).unwrap_err().to_string();
         assert!(refused.contains("pending reset"), "{refused}");
+    }
+
+    #[test]
+    fn a_machine_that_was_reset_is_as_one_that_never_ran() {
+        let used = machine();
+        used.resume().unwrap();
+        let begin = Instant::now();
+        while testimony(used.memory()).is_none_or(|told| told.vcpus != 2) {
+            assert!(begin.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        used.pause().unwrap();
+        let parts = |machine: &Machine| timeless(&machine.save().unwrap(), 2).unwrap();
+        let (before, fresh) = (parts(&used), parts(&machine()));
+        reset(&used.shared).unwrap();
+        let differing = |parts: &[(String, Vec<u8>)]| -> Vec<String> {
+            assert_eq!(parts.len(), fresh.len());
+            parts.iter().zip(&fresh).filter(|(a, b)| a != b).map(|((name, _), _)| name.clone()).collect()
+        };
+        assert!(differing(&before).len() > 10, "{:?}", differing(&before));
+        assert_eq!(differing(&parts(&used)), [""; 0]);
     }
 
     #[test]
