@@ -22,6 +22,7 @@
 //! | `network` | a Linux guest's network connections while it moves (in the lab) |
 //! | `pair` | moves between two hosts (two VMs of the lab) |
 //! | `sandbox` | what a machine's process can no longer do |
+//! | `reboot` | a guest that reboots wherever it is, and while it moves |
 //! | `usage`, `cli`, `http` | the program as its users see it |
 //!
 //! If a test says that a guest is undamaged, the guest has been moved once more, into the test's own process

@@ -73,6 +73,8 @@ impl Scene {
             files.join("vmlinux").into(),
             "--initramfs".into(),
             files.join("initramfs").into(),
+            "--on-reboot".into(),
+            "exit".into(),
             "--cmdline".into(),
             "console=ttyS0 quiet panic=-1".into(),
             "--serial".into(),

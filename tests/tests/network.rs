@@ -37,7 +37,8 @@ impl Guest {
         let vcpus = vcpus.to_string();
         let net = format!("tap={},mac={MAC},queues={vcpus}", TAPS[0]);
         let words = ["run", "--memory", "128M", "--vcpus", &vcpus, "--net", &net];
-        let words = words.into_iter().chain(["--cmdline", "console=ttyS0 quiet panic=-1"]);
+        let words =
+            words.into_iter().chain(["--on-reboot", "exit", "--cmdline", "console=ttyS0 quiet panic=-1"]);
         let arguments = words.map(PathBuf::from);
         let arguments = arguments.chain(["--kernel".into(), built.join("vmlinux")]);
         let arguments = arguments.chain(["--initramfs".into(), built.join("initramfs")]);

@@ -132,6 +132,8 @@ kinds! {
     Block = 11, version 1, "virtio-blk";
     /// What a network interface has beyond its transport.
     Net = 12, version 1, "virtio-net";
+    /// There only if the guest has asked for a reset that is still to be done.
+    Reset = 13, version 1, "pending reset";
 }
 
 /// One component, as it travels.
@@ -206,6 +208,11 @@ pub fn check(components: &[Component], places: &[(Kind, u8)]) -> Result<(), Erro
         }
     }
     Ok(())
+}
+
+/// Whether there is a component `kind`.
+pub fn has(components: &[Component], kind: Kind) -> bool {
+    components.iter().any(|c| c.kind == kind as u16)
 }
 
 /// The payload of component `kind` number `index`.

@@ -2,7 +2,8 @@
 
 use crate::component::{Error as StateError, strict};
 use crate::error::Error;
-use crate::machine::{Machine, MachineConfig, check_name};
+use crate::loader::MAX_COMMAND_LINE;
+use crate::machine::{MAX_KEPT, Machine, MachineConfig, Reboot, check_name};
 use crate::memory::{PageSize, Thp};
 use crate::serial::SerialOutput;
 use crate::virtio::{DeviceConfig, LocalConfig};
@@ -10,11 +11,11 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 /// The version of the description of a machine whose guest is to run.
-const VERSION: u16 = 3;
+const VERSION: u16 = 5;
 
 /// The version of one whose guest stays paused. But for that it is the same; a program that does not know it
 /// would let the guest run.
-const VERSION_PAUSED: u16 = 4;
+const VERSION_PAUSED: u16 = 6;
 
 /// Most CPUID entries that KVM takes.
 const MAX_CPUID_ENTRIES: usize = 256;
@@ -33,6 +34,8 @@ pub(crate) struct Description {
     devices: Vec<DeviceConfig>,
     /// What its operators call it.
     name: String,
+    /// What follows a reset that the guest asks for.
+    reboot: Reboot,
     /// Told by the version.
     #[serde(skip)]
     stays_paused: bool,
@@ -43,6 +46,7 @@ impl Description {
         let config = machine.config();
         Description {
             name: config.name.clone(),
+            reboot: config.reboot.clone(),
             memory: config.memory,
             pages: config.pages,
             vcpus: config.vcpus,
@@ -70,6 +74,15 @@ impl Description {
         let (_, mut description): (u16, Description) = strict(bytes).map_err(refuse)?;
         if description.cpuid.len() > MAX_CPUID_ENTRIES {
             return Err(refuse(format!("it has {} CPUID entries", description.cpuid.len())));
+        }
+        match &description.reboot {
+            Reboot::Kept { len } if *len > MAX_KEPT => {
+                return Err(refuse(format!("it keeps {len} bytes to boot from")));
+            }
+            Reboot::Disk { cmdline } if cmdline.len() > MAX_COMMAND_LINE => {
+                return Err(refuse(format!("its command line has {} bytes", cmdline.len())));
+            }
+            _ => {}
         }
         check_name(&description.name).map_err(|error| refuse(error.to_string()))?;
         description.stays_paused = version == VERSION_PAUSED;
@@ -101,6 +114,7 @@ impl Description {
             vcpus: self.vcpus,
             cpuid: self.cpuid,
             tsc_khz: Some(self.tsc_khz),
+            reboot: self.reboot,
             serial,
             devices: self.devices,
             local,
@@ -123,6 +137,7 @@ mod tests {
             cpuid: vec![kvm_cpuid_entry2 { function: 7, ebx: 5, ..Default::default() }],
             msrs: vec![0x10, 0xc000_0080],
             devices: vec![DeviceConfig::Rng, DeviceConfig::Console],
+            reboot: Reboot::Kept { len: 12_345 },
             stays_paused: false,
         };
         let bytes = description.encode().unwrap();
@@ -136,10 +151,14 @@ mod tests {
             let refused = Description::decode(&unnamed.encode().unwrap()).unwrap_err().to_string();
             assert!(refused.contains("1 to 128 bytes"), "{refused}");
         }
+        for bad in [Reboot::Kept { len: 5 << 30 }, Reboot::Disk { cmdline: "x".repeat(5000) }] {
+            let greedy = Description { reboot: bad, ..description.clone() };
+            assert!(Description::decode(&greedy.encode().unwrap()).is_err());
+        }
         let paused = Description { stays_paused: true, ..description };
         let of_paused = paused.encode().unwrap();
         assert_eq!(Description::decode(&of_paused).unwrap(), paused);
-        assert_eq!((bytes[0], of_paused[0]), (3, 4), "a program that knows only 3 must not run it");
+        assert_eq!((bytes[0], of_paused[0]), (5, 6), "a program that knows only 5 must not run it");
         let mut newer = bytes.clone();
         newer[0] = 9;
         assert!(Description::decode(&newer).unwrap_err().to_string().contains("version 9"));

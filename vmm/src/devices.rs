@@ -7,13 +7,13 @@
 //! | 0x80 | POST codes: ignored |
 //! | 0x3f8 to 0x3ff | serial port |
 //! | 0x600 to 0x605 | [power]: writing a word with bit 13 set to 0x604 powers off |
-//! | 0xcf8 to 0xcff | [PCI](crate::pci) configuration |
+//! | 0xcf8 to 0xcff | [PCI](crate::pci) configuration; at 0xcf9, a byte with bit 2 resets the machine |
 //!
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
 
 use crate::error::Error;
 use crate::lock::lock;
-use crate::pci::{Bus, CONFIG_ADDRESS_PORT, Function};
+use crate::pci::{Bus, BusState, CONFIG_ADDRESS_PORT, Function};
 use crate::power::{self, Power, Request};
 use crate::serial::SerialPort;
 use crate::virtio::{VirtioDevice, VirtioFunction};
@@ -133,6 +133,18 @@ impl Devices {
         self.virtio.iter().for_each(|function| function.resume());
     }
 
+    /// As they were when the machine was built. All of them are paused.
+    ///
+    /// # Errors
+    /// A text that says what went wrong.
+    pub fn reset(&self) -> Result<(), String> {
+        self.serial.load(&SerialPort::initial())?;
+        self.power.reset();
+        self.pci.load(&BusState::default());
+        self.virtio.iter().for_each(|function| function.power_on());
+        Ok(())
+    }
+
     fn running(&self) -> MutexGuard<'_, bool> {
         lock(&self.running)
     }
@@ -171,7 +183,7 @@ impl Devices {
             power::EVENT_PORT..=power::LAST_PORT => self.power.write(port - power::EVENT_PORT, data),
             CONFIG_ADDRESS_PORT..=0xcff => {
                 self.pci.port_out(port, data);
-                None
+                Bus::asks_for_reset(port, data).then_some(Request::Reset)
             }
             _ => None,
         }

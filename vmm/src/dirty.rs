@@ -56,7 +56,11 @@ impl DirtyTracking {
         let mut scratch = lock(&self.scratch);
         self.on.store(true, Ordering::Relaxed);
         *scratch = vec![0; largest as usize];
-        for region in 0..self.ram.ram().regions().len() {
+        if let Some(log) = self.ram.write_log(self.ram.guest_regions()) {
+            // KVM knows nothing of the boot store.
+            log.mark_all();
+        }
+        for region in 0..self.ram.guest_regions() {
             // Off and on again: KVM makes a new log, all set, only then.
             slot::set(&self.vm, &self.ram, region, 0)?;
             slot::set(&self.vm, &self.ram, region, KVM_MEM_LOG_DIRTY_PAGES)?;
@@ -80,11 +84,13 @@ impl DirtyTracking {
     pub fn collect(&self, set: &mut DirtySet) -> Result<(), KvmError> {
         let mut scratch = lock(&self.scratch);
         for (number, region) in self.ram.ram().regions().iter().enumerate().take(set.regions()) {
-            ioctl::retried!("KVM_GET_DIRTY_LOG", {
-                ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
-            })?;
             let words = set.words_mut(number);
-            words.iter_mut().zip(scratch.iter()).for_each(|(out, word)| *out |= word);
+            if number < self.ram.guest_regions() {
+                ioctl::retried!("KVM_GET_DIRTY_LOG", {
+                    ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
+                })?;
+                words.iter_mut().zip(scratch.iter()).for_each(|(out, word)| *out |= word);
+            }
             if let Some(log) = self.ram.write_log(number) {
                 log.merge_into(words);
             }
@@ -104,6 +110,9 @@ impl DirtyTracking {
         // The VMM's own log first: a write between the two is then at worst sent twice.
         if let Some(log) = self.ram.write_log(region) {
             log.clear(first_page, words);
+        }
+        if region >= self.ram.guest_regions() {
+            return Ok(());
         }
         let pages = u32::try_from(pages).map_err(|_| out_of_range()).context("KVM_CLEAR_DIRTY_LOG")?;
         ioctl::retried!("KVM_CLEAR_DIRTY_LOG", {

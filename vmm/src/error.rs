@@ -1,7 +1,9 @@
 //! What can go wrong with a machine.
 
+use crate::boot_disk;
 use crate::component;
 use crate::ioctl::KvmError;
+use crate::machine::KeepError;
 use crate::vcpu::outcome::Outcome;
 use crate::{cpuid, loader, memory, serial, virtio};
 use migration::{Code, Failure};
@@ -70,6 +72,18 @@ pub enum Error {
         /// Most there can be.
         most: usize,
     },
+    /// What a machine boots from when it is reset.
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+    /// The disk that a machine boots from.
+    #[error(transparent)]
+    BootDisk(#[from] boot_disk::Error),
+    /// There is no disk to boot from.
+    #[error("it has no disk to boot from")]
+    NoBootDisk,
+    /// A device could not be reset.
+    #[error("a device cannot be reset: {0}")]
+    Reset(String),
     /// A thread could not be started.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
@@ -94,7 +108,13 @@ impl Error {
             Error::NoKvm { .. } | Error::Capability { .. } | Error::Thread(_) => Code::HOST,
             Error::VcpuCount { .. } | Error::Cpu(_) => Code::CPU,
             Error::Memory(_) => Code::MEMORY,
-            Error::Loader(_) | Error::NotPaused | Error::MemoryIsMoving => Code::OTHER,
+            Error::Loader(_)
+            | Error::Keep(_)
+            | Error::BootDisk(_)
+            | Error::NoBootDisk
+            | Error::Reset(_)
+            | Error::NotPaused
+            | Error::MemoryIsMoving => Code::OTHER,
             Error::State(_) | Error::Kvm(_) => Code::STATE,
             Error::Disk(
                 virtio::block::Error::Held { .. }

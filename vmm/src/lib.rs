@@ -39,7 +39,7 @@ pub use error::Error;
 pub use host::Host;
 pub use ioctl::KvmError;
 pub use loader::{Boot, Image};
-pub use machine::{Machine, MachineConfig};
+pub use machine::{Machine, MachineConfig, Reboot};
 pub use memory::PageSize;
 pub use serial::SerialOutput;
 pub use vcpu::outcome::{Crash, Outcome};

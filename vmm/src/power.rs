@@ -126,6 +126,12 @@ impl Power {
         *self.lock()
     }
 
+    /// The registers as at reset, and the line down.
+    pub fn reset(&self) {
+        *self.lock() = PowerState::default();
+        (self.line)(false);
+    }
+
     /// Restores the registers. The saved interrupt controllers know the line's level already.
     pub fn load(&self, state: &PowerState) {
         *self.lock() = PowerState { control: state.control & !SLEEP_ENABLE, ..*state };

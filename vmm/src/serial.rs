@@ -116,6 +116,25 @@ pub struct SerialState {
     input: Vec<u8>,
 }
 
+impl SerialState {
+    fn of(r: Registers) -> Self {
+        SerialState {
+            registers: [
+                r.baud_divisor_low,
+                r.baud_divisor_high,
+                r.interrupt_enable,
+                r.interrupt_identification,
+                r.line_control,
+                r.line_status,
+                r.modem_control,
+                r.modem_status,
+                r.scratch,
+            ],
+            input: r.in_buffer,
+        }
+    }
+}
+
 impl SerialPort {
     /// A port with its registers at reset.
     ///
@@ -177,21 +196,12 @@ impl SerialPort {
 
     /// The port's registers.
     pub fn save(&self) -> SerialState {
-        let r = lock(&self.port).state();
-        SerialState {
-            registers: [
-                r.baud_divisor_low,
-                r.baud_divisor_high,
-                r.interrupt_enable,
-                r.interrupt_identification,
-                r.line_control,
-                r.line_status,
-                r.modem_control,
-                r.modem_status,
-                r.scratch,
-            ],
-            input: r.in_buffer,
-        }
+        SerialState::of(lock(&self.port).state())
+    }
+
+    /// The registers of a port that nobody has used yet.
+    pub fn initial() -> SerialState {
+        SerialState::of(Registers::default())
     }
 
     /// Restores the port's registers, raising no interrupt.

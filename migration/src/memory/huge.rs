@@ -1,11 +1,11 @@
 //! Transparent huge pages, and the kernels on which memory that is to be moved must not have any.
 //!
-//! While a kernel before 6.4 makes a huge page of small ones of a memfd (khugepaged, `MADV_COLLAPSE`), it has put the
-//! huge one, which is locked and not up to date, into the file in the place of what it is made of. For that
-//! time `SEEK_DATA` and `mincore` both say of up to 2 MiB that they do not exist, whatever they hold. A first
-//! round would take them for memory that was never touched and leave them out, and the guest would arrive
-//! with zeros there. Linux 6.4 puts the huge page in only when it is complete ("mm/khugepaged: maintain page
-//! cache uptodate flag").
+//! While a kernel before 6.4 makes a huge page of small ones of a memfd (khugepaged, `MADV_COLLAPSE`), it has
+//! put the huge one, which is locked and not up to date, into the file in the place of what it is made of.
+//! For that time `SEEK_DATA` and `mincore` both say of up to 2 MiB that they do not exist, whatever they
+//! hold. A first round would take them for memory that was never touched and leave them out, and the guest
+//! would arrive with zeros there. Linux 6.4 puts the huge page in only when it is complete ("mm/khugepaged:
+//! maintain page cache uptodate flag").
 
 use super::PAGE_SIZE;
 use std::ffi::CStr;

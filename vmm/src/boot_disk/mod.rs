@@ -89,9 +89,19 @@ pub enum Error {
 /// # Errors
 /// [`Error`], also if a machine holds the image's lock.
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
-    let path = disk.path.as_path();
-    let image = Rc::new(DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, &Images::Any)?);
+    let image = DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, &Images::Any)?;
     image.take_lock()?;
+    read_open(image, index, cmdline)
+}
+
+/// The same for an image that is open, and under its lock.
+///
+/// # Errors
+/// [`Error`].
+pub(crate) fn read_open(image: DiskImage, index: usize, cmdline: &str) -> Result<Boot, Error> {
+    let path = image.path().to_path_buf();
+    let path = path.as_path();
+    let image = Rc::new(image);
     let volumes =
         partitions::volumes(&image).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
     let mut looked = Vec::new();

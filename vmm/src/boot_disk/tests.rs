@@ -272,3 +272,46 @@ fn damaged_disks_never_panic() {
         disk.boot().unwrap();
     }
 }
+
+#[test]
+fn a_guest_that_is_reset_boots_the_kernel_that_is_then_on_its_disk() {
+    use crate::guest::{ELF, testimony};
+    use crate::virtio::DeviceConfig;
+    use crate::{Host, Machine, MachineConfig, Reboot, SerialOutput};
+    use std::time::{Duration, Instant};
+
+    let disk = Root::new().file("vmlinuz", ELF).image("ext4", None);
+    let host = Host::open().unwrap();
+    let config = MachineConfig {
+        serial: SerialOutput::Null,
+        devices: vec![DeviceConfig::Rng, DeviceConfig::Block(disk.config.clone())],
+        reboot: Reboot::Disk { cmdline: "vcpus=1 hz=100".into() },
+        ..MachineConfig::new(&host, 32 << 20, 1).unwrap()
+    };
+    let machine = Machine::build(&host, config).unwrap();
+    machine.boot(&read(&disk.config, 0, "vcpus=1 hz=20").unwrap()).unwrap();
+    let (sender, rebooted) = std::sync::mpsc::channel();
+    machine.on_notice(move |_| sender.send(()).unwrap_or_default());
+    machine.resume().unwrap();
+    let wait_running = || {
+        let begin = Instant::now();
+        while testimony(machine.memory()).is_none_or(|told| told.vcpus != 1) {
+            assert!(begin.elapsed() < Duration::from_secs(60) && machine.outcome().is_none());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    wait_running();
+    // As its own driver does.
+    assert!(machine.shared.reset_as_guest());
+    rebooted.recv_timeout(Duration::from_secs(60)).unwrap();
+    wait_running();
+    let mut cmdline = vec![0; 64];
+    machine.memory().read_slice(&mut cmdline, vm_memory::GuestAddress(0x2_0000)).unwrap();
+    let cmdline = String::from_utf8_lossy(&cmdline);
+    assert!(cmdline.contains("root=") && cmdline.contains("hz=100"), "{cmdline}");
+    // Without a kernel it ends, and says why.
+    disk.put(1024, &[0; 1024]);
+    assert!(machine.shared.reset_as_guest());
+    let why = machine.wait_timeout(Duration::from_secs(60)).unwrap().to_string();
+    assert!(why.contains("cannot boot again") && why.contains("no kernel to boot"), "{why}");
+}

@@ -4,6 +4,7 @@ use super::abi::{PAGE, WORKING_SET_START};
 use crate::error::Error;
 use crate::loader::{Boot, Image};
 use crate::machine::Machine;
+use crate::memory::layout;
 use std::borrow::Cow;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -57,16 +58,17 @@ impl Workload {
         format!("vcpus={} ws={} rate={} hz={hz}{journal}", self.vcpus, self.working_set, self.rate)
     }
 
+    /// The guest, as it is booted.
+    pub fn guest(&self) -> Boot {
+        Boot { kernel: Image::Bytes(Cow::Borrowed(ELF)), cmdline: self.command_line(), initramfs: None }
+    }
+
     /// Loads the guest into a machine that has not run.
     ///
     /// # Errors
     /// [`Error::Loader`] when the guest does not fit.
     pub fn boot(&self, machine: &Machine) -> Result<(), Error> {
-        machine.boot(&Boot {
-            kernel: Image::Bytes(Cow::Borrowed(ELF)),
-            cmdline: self.command_line(),
-            initramfs: None,
-        })?;
+        machine.boot(&self.guest())?;
         self.fill(machine)
     }
 
@@ -78,7 +80,7 @@ impl Workload {
         let mut left = self.fill / PAGE * PAGE;
         let mut random = Random::default();
         let mut block = vec![0u8; 1 << 20];
-        for region in machine.memory().ram().layout() {
+        for region in layout::regions(machine.config().memory)? {
             let start = region.guest_address.max(WORKING_SET_START);
             let room = (region.guest_address + region.len).saturating_sub(start).min(left);
             left -= room;

@@ -1,8 +1,8 @@
 //! ELF kernels with a PVH entry: 32-bit protected mode, paging off, EBX at the start info.
 
 use super::{
-    Boot, COMMAND_LINE, Entry, Error, MAX_COMMAND_LINE, MODULE_LIST, PVH_MEMORY_MAP, START_INFO,
-    load_initramfs, low_memory, memmap, write_command_line,
+    Before, Boot, COMMAND_LINE, Entry, Error, HIGH_MEMORY, MAX_COMMAND_LINE, MODULE_LIST, PVH_MEMORY_MAP,
+    START_INFO, load_initramfs, low_memory, memmap, write_command_line, zero,
 };
 use crate::memory::GuestMemory;
 use crate::memory::layout::RSDP;
@@ -16,12 +16,7 @@ const START_MAGIC: u32 = 0x336e_c578;
 const CLASS_64: u8 = 2;
 const MACHINE_X86_64: u16 = 62;
 
-pub fn load(
-    memory: &GuestMemory,
-    image: &[u8],
-    cursor: &mut Cursor<&[u8]>,
-    boot: &Boot,
-) -> Result<Entry, Error> {
+pub fn load(memory: &GuestMemory, image: &[u8], boot: &Boot, before: Before) -> Result<Entry, Error> {
     if let (Some(class), Some(machine)) = (image.get(4), image.get(18..20)) {
         let machine = u16::from_le_bytes([machine[0], machine[1]]);
         // Some bare-metal images keep the class of the code they contain; the loader reads only
@@ -30,7 +25,8 @@ pub fn load(
             return Err(Error::WrongMachine { class: *class, machine });
         }
     }
-    let loaded = Elf::load(memory, None, cursor, None).map_err(Error::Elf)?;
+    let load = || Elf::load(memory, None, &mut Cursor::new(image), None).map_err(Error::Elf);
+    let mut loaded = load()?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         return Err(Error::NoPvhEntry);
     };
@@ -41,6 +37,11 @@ pub fn load(
     // The loader checks only what the file holds; the rest of a segment (.bss) must exist too.
     if loaded.kernel_end > low {
         return Err(Error::TooBig { what: "kernel", end: loaded.kernel_end, memory: low });
+    }
+    if before == Before::Guest {
+        // The loader writes what the file holds. What a kernel has beside that (.bss) it takes to be zero.
+        zero(memory, HIGH_MEMORY, loaded.kernel_end)?;
+        loaded = load()?;
     }
     write_command_line(memory, &boot.cmdline, MAX_COMMAND_LINE)?;
     let initramfs = load_initramfs(memory, boot.initramfs.as_ref(), loaded.kernel_end, low)?;

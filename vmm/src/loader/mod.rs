@@ -149,18 +149,57 @@ struct Initramfs {
     len: u64,
 }
 
+/// What is in RAM before a kernel is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Before {
+    /// Zeros.
+    Zeros,
+    /// Whatever a guest left there before it was reset. Most of it stays, as on any PC.
+    Guest,
+}
+
 /// Loads what `boot` names, and says how a vCPU enters it.
 ///
 /// # Errors
 /// [`Error`] for images that cannot be booted; RAM may have been written to by then.
-pub fn load(memory: &GuestMemory, boot: &Boot) -> Result<Entry, Error> {
+pub fn load(memory: &GuestMemory, boot: &Boot, before: Before) -> Result<Entry, Error> {
     let image = read("kernel", &boot.kernel)?;
-    let mut cursor = Cursor::new(&image[..]);
     match &image[..] {
-        [0x7f, b'E', b'L', b'F', ..] => elf::load(memory, &image, &mut cursor, boot),
-        _ if image.get(0x202..0x206) == Some(b"HdrS") => bzimage::load(memory, &image, &mut cursor, boot),
+        [0x7f, b'E', b'L', b'F', ..] => elf::load(memory, &image, boot, before),
+        _ if image.get(0x202..0x206) == Some(b"HdrS") => {
+            bzimage::load(memory, &image, &mut Cursor::new(&image[..]), boot)
+        }
         _ => Err(Error::UnknownFormat),
     }
+}
+
+impl Boot {
+    /// The same, with all that is in files read into memory.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn into_memory(self) -> Result<Boot, Error> {
+        let bytes = |what, image: &Image| -> Result<Image, Error> {
+            Ok(match image {
+                Image::Bytes(bytes) => Image::Bytes(bytes.clone()),
+                Image::File(_) => Image::Bytes(read(what, image)?.into_owned().into()),
+            })
+        };
+        Ok(Boot {
+            kernel: bytes("kernel", &self.kernel)?,
+            initramfs: self.initramfs.as_ref().map(|image| bytes("initramfs", image)).transpose()?,
+            cmdline: self.cmdline,
+        })
+    }
+}
+
+/// Writes zeros from `start` to `end`.
+fn zero(memory: &GuestMemory, start: u64, end: u64) -> Result<(), Error> {
+    static PIECE: [u8; 64 << 10] = [0; 64 << 10];
+    for at in (start..end).step_by(PIECE.len()) {
+        memory.write_slice(&PIECE[..PIECE.len().min((end - at) as usize)], GuestAddress(at))?;
+    }
+    Ok(())
 }
 
 fn read<'a>(what: &'static str, image: &'a Image) -> Result<Cow<'a, [u8]>, Error> {

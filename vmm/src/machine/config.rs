@@ -1,5 +1,6 @@
 //! What a machine consists of.
 
+use super::Reboot;
 use crate::cpuid;
 use crate::error::Error;
 use crate::host::Host;
@@ -42,6 +43,8 @@ pub struct MachineConfig {
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// The guest's TSC frequency in kHz; `None` for the host's own.
     pub tsc_khz: Option<u32>,
+    /// What follows a reset that the guest asks for.
+    pub reboot: Reboot,
     /// Where serial output goes.
     pub serial: SerialOutput,
     /// PCI devices, in the order of their places on the bus.
@@ -52,7 +55,7 @@ pub struct MachineConfig {
 
 impl MachineConfig {
     /// A machine called `vm`, with this host's baseline CPU, 4 KiB pages, serial output to stdout and no PCI
-    /// devices.
+    /// devices, which ends when its guest asks for a reset.
     ///
     /// # Errors
     /// [`Error::Kvm`] if KVM cannot say what it supports.
@@ -65,6 +68,7 @@ impl MachineConfig {
             vcpus,
             cpuid: cpuid::baseline(host.kvm())?,
             tsc_khz: None,
+            reboot: Reboot::Never,
             serial: SerialOutput::Stdout,
             devices: Vec::new(),
             local: LocalConfig::default(),

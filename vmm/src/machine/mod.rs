@@ -7,11 +7,16 @@
 mod announce;
 mod config;
 mod ram;
+mod reboot;
+mod reset;
 
 pub use config::{BadName, MAX_NAME, MachineConfig, check_name};
 pub use ram::{RamView, RamWriter};
+pub(crate) use reboot::MAX_KEPT;
+pub use reboot::{KeepError, Reboot};
+pub use reset::Notice;
 
-use crate::acpi;
+use crate::component::{Error as ComponentError, Kind};
 use crate::cpuid;
 use crate::devices::Devices;
 use crate::dirty::DirtyTracking;
@@ -19,7 +24,7 @@ use crate::error::Error;
 use crate::fatal::EndOnPanic;
 use crate::host::Host;
 use crate::ioctl::{self, KvmError};
-use crate::loader::{self, Boot};
+use crate::loader::{Before, Boot};
 use crate::lock::lock;
 use crate::memory::collapse::Collapser;
 use crate::memory::{self, GuestRam};
@@ -27,7 +32,7 @@ use crate::pci::{KvmPlatform, Platform};
 use crate::power::{Power, SCI};
 use crate::sandbox;
 use crate::serial::SerialPort;
-use crate::state;
+use crate::state::{self, PowerOn};
 use crate::vcpu::control::{Control, Phase};
 use crate::vcpu::kick::{self, KickTarget};
 use crate::vcpu::outcome::Outcome;
@@ -37,7 +42,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -51,13 +56,35 @@ pub(crate) struct Shared {
     pub(crate) vm: Arc<VmFd>,
     pub(crate) vcpus: Vec<Mutex<Vcpu>>,
     pub(crate) devices: Devices,
+    ram: Arc<GuestRam>,
     control: Control,
+    /// Serialises pause, resume, save, load, resets, and this process's own writes to guest memory.
+    standing: Mutex<Standing>,
+    reboot: Reboot,
+    /// What a reset makes of vCPUs and interrupt controllers, if it is to.
+    power_on: Option<PowerOn>,
+    notices: OnceLock<Box<Listener>>,
 }
+
+type Listener = dyn Fn(&Notice) + Send + Sync;
 
 impl Shared {
     /// Whether vCPUs run.
     pub(crate) fn is_running(&self) -> bool {
         self.control.status().0 == Phase::Running
+    }
+
+    /// Does what a vCPU does whose guest asks for a reset.
+    #[cfg(test)]
+    pub(crate) fn reset_as_guest(&self) -> bool {
+        self.control.end(Outcome::Reset);
+        self.control.awaits_reset()
+    }
+
+    fn tell(&self, notice: &Notice) {
+        if let Some(listener) = self.notices.get() {
+            listener(notice);
+        }
     }
 }
 
@@ -79,13 +106,10 @@ pub struct Machine {
     threads: Vec<JoinHandle<()>>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracking: DirtyTracking,
-    ram: Arc<GuestRam>,
     /// Works while the guest runs and its writes are not tracked for a migration.
     _collapser: Option<Collapser>,
     tsc_khz: u32,
     saved_msrs: Vec<u32>,
-    /// Serialises pause, resume, save, load, and this process's own writes to guest memory.
-    standing: Mutex<Standing>,
     /// The guest was given up, and may have run elsewhere meanwhile.
     given_up: AtomicBool,
 }
@@ -103,7 +127,12 @@ impl Machine {
             return Err(memory::Error::AddressBits { size: config.memory, bits }.into());
         }
         kick::install_kick_handler().map_err(Error::Thread)?;
-        let ram = Arc::new(GuestRam::with_thp(config.memory, config.pages, config.thp)?);
+        let ram = Arc::new(GuestRam::with_boot_store(
+            config.memory,
+            config.pages,
+            config.thp,
+            config.reboot.store(),
+        )?);
         let vm = Arc::new(create_vm(host)?);
         memory::slot::set_all(&vm, &ram)?;
         let tracking = DirtyTracking::new(&vm, &ram)?;
@@ -126,7 +155,19 @@ impl Machine {
             let boot_vcpu = lock(&vcpus[0]);
             (ioctl::retried!("KVM_GET_TSC_KHZ", boot_vcpu.fd.get_tsc_khz())?, boot_vcpu.msrs.indices())
         };
-        let shared = Arc::new(Shared { vm, vcpus, devices, control: Control::new() });
+        let reboot = config.reboot.clone();
+        let reboots = reboot != Reboot::Never;
+        let shared = Arc::new(Shared {
+            power_on: reboots.then(|| PowerOn::of(&vm, &vcpus)).transpose()?,
+            vm,
+            vcpus,
+            devices,
+            ram: ram.clone(),
+            control: Control::new(reboots),
+            standing: Mutex::default(),
+            reboot,
+            notices: OnceLock::new(),
+        });
         let (running, tracked) = (shared.clone(), tracking.is_on());
         let collapser =
             Collapser::start(&ram, move || running.is_running() && !tracked.load(Ordering::Relaxed));
@@ -135,30 +176,30 @@ impl Machine {
             threads: Vec::new(),
             shared,
             tracking,
-            ram,
             _collapser: collapser,
             tsc_khz,
             saved_msrs,
-            standing: Mutex::default(),
             given_up: AtomicBool::new(false),
         };
         machine.spawn_threads()?;
         Ok(machine)
     }
 
-    /// Loads a kernel and points the boot vCPU at it.
+    /// Loads a kernel and points the boot vCPU at it. A machine that is to keep what it boots from
+    /// ([`Reboot::Kept`]) keeps this.
     ///
     /// # Errors
-    /// [`Error::Loader`] for an image that cannot be booted, [`Error::MemoryIsMoving`].
+    /// [`Error::Loader`] for an image that cannot be booted, [`Error::Keep`], [`Error::MemoryIsMoving`].
     pub fn boot(&self, boot: &Boot) -> Result<(), Error> {
         let writer = self.write_memory()?;
-        let memory = writer.memory();
-        let entry = loader::load(memory, boot)?;
-        let vcpus = self.shared.vcpus.len() as u8;
-        loader::mptable::write(memory, vcpus)?;
-        acpi::write(memory, vcpus).map_err(loader::Error::from)?;
-        let boot_vcpu = lock(&self.shared.vcpus[0]);
-        Ok(entry.apply(&boot_vcpu.fd, memory)?)
+        reboot::keep(&self.shared.ram, boot)?;
+        reset::load(&self.shared, writer.memory(), boot, Before::Zeros)
+    }
+
+    /// Has the machine tell what happens to it from here on. Only the first listener is heard. It must not
+    /// call the machine.
+    pub fn on_notice(&self, listener: impl Fn(&Notice) + Send + Sync + 'static) {
+        let _ = self.shared.notices.set(Box::new(listener));
     }
 
     /// Presses the guest's power button. False if it does not listen to it.
@@ -174,7 +215,7 @@ impl Machine {
     /// [`Error::Ended`] if the guest has ended, [`Error::Stopped`] after [`stop`](Self::stop),
     /// [`Error::Disk`] if somebody else has a disk.
     pub fn resume(&self) -> Result<(), Error> {
-        let mut standing = lock(&self.standing);
+        let mut standing = lock(&self.shared.standing);
         self.shared.devices.take_disk_locks()?;
         if standing.interrupted && !self.is_running() {
             for vcpu in &self.shared.vcpus {
@@ -225,7 +266,7 @@ impl Machine {
     }
 
     fn pause_for(&self, moving: bool) -> Result<(), Error> {
-        let mut standing = lock(&self.standing);
+        let mut standing = lock(&self.shared.standing);
         standing.interrupted |= self.is_running();
         standing.engine_has_ram |= moving;
         self.park();
@@ -246,12 +287,12 @@ impl Machine {
 
     /// Whether the guest is to stay paused until it is resumed.
     pub fn stays_paused(&self) -> bool {
-        lock(&self.standing).stays_paused
+        lock(&self.shared.standing).stays_paused
     }
 
     /// What follows a move: the guest runs, or it stays as paused as it was.
     pub(crate) fn resume_after_move(&self) -> Result<(), Error> {
-        let mut standing = lock(&self.standing);
+        let mut standing = lock(&self.shared.standing);
         if !standing.stays_paused {
             drop(standing);
             return self.resume();
@@ -338,7 +379,7 @@ impl Machine {
     pub fn save(&self) -> Result<Vec<u8>, Error> {
         let _guard = self.guard_paused()?;
         let Shared { vm, vcpus, devices, .. } = &*self.shared;
-        Ok(state::save(vm, vcpus, devices)?)
+        Ok(state::save(vm, vcpus, devices, self.shared.control.awaits_reset())?)
     }
 
     /// Restores what [`save`](Self::save) saved. RAM must be in place. Whole for a machine that has
@@ -349,13 +390,15 @@ impl Machine {
     pub fn load(&self, state: &[u8]) -> Result<(), Error> {
         let mut standing = self.guard_paused()?;
         let Shared { vm, vcpus, devices, .. } = &*self.shared;
-        state::load(vm, vcpus, devices, state)?;
+        if state::load(vm, vcpus, devices, state)? && !self.shared.control.set_reset() {
+            return Err(ComponentError::Unexpected { kind: Kind::Reset, index: 0 }.into());
+        }
         standing.interrupted = true;
         Ok(())
     }
 
     fn guard_paused(&self) -> Result<MutexGuard<'_, Standing>, Error> {
-        let guard = lock(&self.standing);
+        let guard = lock(&self.shared.standing);
         match self.shared.control.status() {
             (Phase::Running, _) => Err(Error::NotPaused),
             (Phase::Stopping, _) => Err(Error::Stopped),
@@ -380,7 +423,7 @@ impl Machine {
 
     /// Its RAM, to be read.
     pub fn memory(&self) -> RamView<'_> {
-        RamView::new(&self.ram)
+        RamView::new(&self.shared.ram)
     }
 
     /// Leave to write to its RAM. Pausing waits until it is dropped.
@@ -389,16 +432,16 @@ impl Machine {
     /// [`Error::MemoryIsMoving`] from the pause for a move on until the guest runs here again, and before a
     /// guest that is taken in runs here.
     pub fn write_memory(&self) -> Result<RamWriter<'_>, Error> {
-        let standing = lock(&self.standing);
+        let standing = lock(&self.shared.standing);
         if standing.engine_has_ram {
             return Err(Error::MemoryIsMoving);
         }
-        Ok(RamWriter::new(&self.ram, standing))
+        Ok(RamWriter::new(&self.shared.ram, standing))
     }
 
     /// Leaves RAM to the migration engine until the guest runs, or has come to stay paused.
     pub(crate) fn take_in(&self, stays_paused: bool) {
-        let mut standing = lock(&self.standing);
+        let mut standing = lock(&self.shared.standing);
         standing.engine_has_ram = true;
         standing.stays_paused = stays_paused;
         // Whenever it runs here, the network has to be told.
@@ -428,6 +471,12 @@ impl Machine {
             self.threads.push(thread.map_err(Error::Thread)?);
         }
         self.shared.control.set_threads(self.threads.iter().map(JoinHandleExt::as_pthread_t).collect());
+        if self.shared.reboot != Reboot::Never {
+            let shared = self.shared.clone();
+            let thread =
+                std::thread::Builder::new().name("reset".into()).spawn(move || reset::serve(&shared));
+            self.threads.push(thread.map_err(Error::Thread)?);
+        }
         // Whoever starts the machine must find every thread ready to be woken or kicked.
         self.shared.control.pause(self.shared.vcpus.len());
         Ok(())

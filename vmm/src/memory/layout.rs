@@ -4,7 +4,7 @@
 //! interrupt controllers and KVM's own pages, where every x86 guest expects it.
 
 use super::Error;
-use migration::memory::RegionLayout;
+use migration::memory::{PAGE_SIZE, RegionLayout};
 use vm_memory::GuestAddress;
 
 /// Least RAM a machine may have, in bytes.
@@ -21,6 +21,15 @@ pub const HOLE_END: u64 = 4 << 30;
 pub const PCI_WINDOW_START: u64 = HOLE_START;
 /// Where they end.
 pub const PCI_WINDOW_END: u64 = HOLE_START + (512 << 20);
+
+/// Where the engine finds what a guest boots from again: an address that no guest can have, so that neither
+/// its CPUs nor its devices reach it.
+pub const BOOT_STORE: u64 = 1 << 51;
+
+/// The region of `len` bytes, rounded up to whole pages, for what a guest boots from again.
+pub fn boot_store(len: u64) -> RegionLayout {
+    RegionLayout { guest_address: BOOT_STORE, len: len.next_multiple_of(PAGE_SIZE) }
+}
 
 /// The regions of a machine with `size` bytes of RAM.
 ///

@@ -184,6 +184,9 @@ impl Error {
 /// which are logged, and the engine's for migration.
 pub struct GuestRam {
     memory: GuestMemory,
+    /// What the guest boots from when it is reset. It is memory for the engine, which moves it with the rest
+    /// before the first round and never again, and none for the guest.
+    boot_store: Option<Arc<Region>>,
     ram: Arc<Ram>,
     pages: PageSize,
     thp: Thp,
@@ -204,6 +207,14 @@ impl GuestRam {
     /// # Errors
     /// As for [`new`](Self::new).
     pub fn with_thp(size: u64, pages: PageSize, thp: Thp) -> Result<Self, Error> {
+        Self::with_boot_store(size, pages, thp, 0)
+    }
+
+    /// The same, and `store` bytes more for what the guest boots from when it is reset.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn with_boot_store(size: u64, pages: PageSize, thp: Thp, store: u64) -> Result<Self, Error> {
         let thp = if memory::making_huge_pages_hides_memory() { Thp::Off } else { thp };
         let regions = layout::regions(size)?;
         if regions.iter().any(|r| r.len % pages.bytes() != 0) {
@@ -218,9 +229,17 @@ impl GuestRam {
             described.push(ram);
         }
         let memory = GuestMemory::from_arc_regions(mapped)?;
+        let mut boot_store = None;
+        if store > 0 {
+            host::check(store, PageSize::Small)?;
+            let layout = layout::boot_store(store);
+            let (region, ram) = map_region(described.len(), layout, PageSize::Small, thp)?;
+            boot_store = Some(region);
+            described.push(ram);
+        }
         // Huge pages of their own are none that the kernel could make.
         let thp = if pages == PageSize::Small { thp } else { Thp::Off };
-        Ok(GuestRam { memory, ram: Arc::new(Ram::new(described)?), pages, thp })
+        Ok(GuestRam { memory, boot_store, ram: Arc::new(Ram::new(described)?), pages, thp })
     }
 
     /// RAM for the VMM's own, logged accesses.
@@ -240,7 +259,17 @@ impl GuestRam {
 
     /// The log of the VMM's own writes to region number `region`.
     pub fn write_log(&self, region: usize) -> Option<&WriteLog> {
-        self.memory.iter().nth(region).map(Region::write_log)
+        self.memory.iter().chain(self.boot_store()).nth(region).map(Region::write_log)
+    }
+
+    /// How many of the regions are the guest's. They come first.
+    pub fn guest_regions(&self) -> usize {
+        self.memory.num_regions()
+    }
+
+    /// The region of what the guest boots from when it is reset.
+    pub fn boot_store(&self) -> Option<&Region> {
+        self.boot_store.as_deref()
     }
 }
 

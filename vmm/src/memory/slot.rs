@@ -1,4 +1,5 @@
-//! KVM's memory slots: guest RAM as the guest's CPUs find it. Each region of RAM is the slot of its number.
+//! KVM's memory slots: guest RAM as the guest's CPUs find it. Each of the guest's regions of RAM is the slot
+//! of its number.
 
 use super::GuestRam;
 use crate::ioctl::{self, KvmError};
@@ -24,5 +25,5 @@ pub(crate) fn set(vm: &VmFd, ram: &GuestRam, region: usize, flags: u32) -> Resul
 
 /// Sets the slots of all regions, without dirty logging.
 pub(crate) fn set_all(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
-    (0..ram.ram().regions().len()).try_for_each(|region| set(vm, ram, region, 0))
+    (0..ram.guest_regions()).try_for_each(|region| set(vm, ram, region, 0))
 }

@@ -48,6 +48,11 @@ impl WriteLog {
         }
     }
 
+    /// Marks everything.
+    pub fn mark_all(&self) {
+        self.mark_dirty(0, self.pages << PAGE_SHIFT);
+    }
+
     /// Clears everything.
     pub fn reset(&self) {
         self.words.iter().for_each(|word| word.store(0, Ordering::Release));

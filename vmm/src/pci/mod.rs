@@ -26,6 +26,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
 /// The first of four ports of configuration data.
 pub const CONFIG_DATA_PORT: u16 = 0xcfc;
+/// The chipset's reset register, and the bit that resets.
+const RESET_PORT: u16 = 0xcf9;
+const RESET_CPU: u8 = 1 << 2;
 /// Most functions beside the host bridge.
 pub const MAX_FUNCTIONS: usize = 31;
 /// Address space that each function's BAR may take, in bytes.
@@ -92,11 +95,17 @@ impl Bus {
         (enabled && bus == 0 && function == 0).then_some(((address >> 11 & 0x1f) as usize, register))
     }
 
+    /// Whether a guest's write to `port` asks for a reset by the byte between the two registers, which PCs'
+    /// chipsets have as their reset register.
+    pub fn asks_for_reset(port: u16, data: &[u8]) -> bool {
+        port == RESET_PORT && data.first().is_some_and(|byte| byte & RESET_CPU != 0)
+    }
+
     /// A guest's read of a port from [`CONFIG_ADDRESS_PORT`] to the last of the data ports.
     pub fn port_in(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         if port < CONFIG_DATA_PORT {
-            // Only a whole register is one; the byte at 0xcf9 is another machine's reset register.
+            // Only a whole register is one.
             if let (CONFIG_ADDRESS_PORT, [_, _, _, _]) = (port, &data) {
                 data.copy_from_slice(&self.lock().address.to_le_bytes());
             }

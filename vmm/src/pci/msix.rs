@@ -37,6 +37,13 @@ pub struct MsixState {
     pending: Vec<bool>,
 }
 
+impl MsixState {
+    fn initial(vectors: usize) -> Self {
+        let entry = Entry { address: 0, data: 0, control: MASKED };
+        MsixState { entries: vec![entry; vectors], pending: vec![false; vectors] }
+    }
+}
+
 struct Inner {
     enabled: bool,
     masked: bool,
@@ -52,9 +59,7 @@ pub struct Msix {
 impl Msix {
     /// A table of `vectors` entries, all masked.
     pub fn new(platform: Arc<dyn Platform>, vectors: u16) -> Self {
-        let entry = Entry { address: 0, data: 0, control: MASKED };
-        let vectors = usize::from(vectors);
-        let state = MsixState { entries: vec![entry; vectors], pending: vec![false; vectors] };
+        let state = MsixState::initial(vectors.into());
         Msix { platform, inner: Mutex::new(Inner { enabled: false, masked: false, state }) }
     }
 
@@ -141,6 +146,13 @@ impl Msix {
     /// The table.
     pub fn save(&self) -> MsixState {
         self.lock().state.clone()
+    }
+
+    /// The table as at reset: disabled, with all entries masked.
+    pub fn reset(&self) {
+        let mut inner = self.lock();
+        let vectors = inner.state.entries.len();
+        *inner = Inner { enabled: false, masked: false, state: MsixState::initial(vectors) };
     }
 
     /// Restores the table, sending nothing: what was sent is in the saved APICs. `control` is the

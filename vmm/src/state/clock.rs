@@ -111,6 +111,14 @@ impl ClockState {
     }
 }
 
+/// Lets a vCPU's TSC go on as if nobody had set it since `initial`, where the kernel can.
+pub fn reset_tsc(vcpu: &Vcpu, initial: &VcpuState) -> Result<(), KvmError> {
+    match initial.tsc_offset {
+        Some(offset) => ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::set_tsc_offset(&vcpu.fd, offset)),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

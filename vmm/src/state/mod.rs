@@ -18,9 +18,12 @@
 
 mod clock;
 mod irqchip;
+mod power_on;
 pub mod vcpu;
 
-use crate::component::{Component, Error, Kind, check, decode, encode, payload};
+pub(crate) use power_on::PowerOn;
+
+use crate::component::{Component, Error, Kind, check, decode, encode, has, payload};
 use crate::devices::Devices;
 use crate::lock::lock;
 use crate::pci::BusState;
@@ -33,8 +36,13 @@ use kvm_ioctls::VmFd;
 use std::sync::Mutex;
 use vcpu::VcpuState;
 
-/// Saves the state of a machine whose vCPUs are all parked.
-pub(crate) fn save(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices) -> Result<Vec<u8>, Error> {
+/// Saves the state of a machine whose vCPUs are all parked. The guest may wait for a `reset`.
+pub(crate) fn save(
+    vm: &VmFd,
+    vcpus: &[Mutex<Vcpu>],
+    devices: &Devices,
+    reset: bool,
+) -> Result<Vec<u8>, Error> {
     let mut components = Vec::with_capacity(vcpus.len() + 4);
     for vcpu in vcpus {
         let mut vcpu = lock(vcpu);
@@ -49,13 +57,16 @@ pub(crate) fn save(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices) -> Resul
     for function in devices.virtio() {
         components.extend(function.save()?);
     }
+    if reset {
+        components.push(Component::new(Kind::Reset, 0, &())?);
+    }
     let boot_vcpu = lock(&vcpus[0]);
     components.push(Component::new(Kind::Clock, 0, &ClockState::save(vm, &boot_vcpu)?)?);
     encode(&components)
 }
 
-/// Loads a state into a machine whose vCPUs are all parked.
-pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &[u8]) -> Result<(), Error> {
+/// Loads a state into a machine whose vCPUs are all parked. Returns whether the guest waits for a reset.
+pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &[u8]) -> Result<bool, Error> {
     // Everything but the devices' own is decoded before anything is set.
     let components = decode(bytes)?;
     check(&components, &places(vcpus.len(), devices))?;
@@ -68,6 +79,10 @@ pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &
     let power: PowerState = payload(&components, Kind::Power, 0)?;
     let bus: BusState = payload(&components, Kind::Pci, 0)?;
     let clock: ClockState = payload(&components, Kind::Clock, 0)?;
+    let reset = has(&components, Kind::Reset);
+    if reset {
+        payload::<()>(&components, Kind::Reset, 0)?;
+    }
 
     for (vcpu, state) in vcpus.iter().zip(&states) {
         state.load(&mut lock(vcpu))?;
@@ -85,12 +100,13 @@ pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &
     for (target, state) in targets.iter_mut().zip(&states) {
         state.load_deadline(target)?;
     }
-    Ok(clock.load(vm)?)
+    clock.load(vm)?;
+    Ok(reset)
 }
 
-/// The components that a machine has.
+/// The components that a machine can have.
 fn places(vcpus: usize, devices: &Devices) -> Vec<(Kind, u8)> {
-    let single = [Kind::Irqchip, Kind::Pit, Kind::Serial, Kind::Power, Kind::Pci, Kind::Clock];
+    let single = [Kind::Irqchip, Kind::Pit, Kind::Serial, Kind::Power, Kind::Pci, Kind::Clock, Kind::Reset];
     let vcpus = (0..vcpus).map(|index| (Kind::Vcpu, index as u8));
     let virtio = devices.virtio().iter().flat_map(|function| function.places());
     single.map(|kind| (kind, 0)).into_iter().chain(vcpus).chain(virtio).collect()

@@ -79,6 +79,11 @@ impl VcpuState {
         Ok(ioctl::retried!("KVM_SET_VCPU_EVENTS", vcpu.fd.set_vcpu_events(&self.events))?)
     }
 
+    /// Whether the vCPU has a deadline timer.
+    pub(super) fn has_deadline(&self) -> bool {
+        self.tsc_deadline.is_some()
+    }
+
     /// Arms the deadline timer again, once LAPIC and TSC are in place.
     pub(crate) fn load_deadline(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
         match self.tsc_deadline {

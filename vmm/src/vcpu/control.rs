@@ -6,6 +6,10 @@
 //! KVM_RUN that starts afterwards comes straight back. The thread clears the flag only after KVM_RUN
 //! has said EINTR and looks at the phase only after that, so that no order of the two loses a pause.
 //!
+//! A guest that asks for a reset parks all vCPUs as well, whatever the phase. Somebody else then does what
+//! has to be done, and only while the machine runs: a reset that is due when the machine is paused waits
+//! until it runs again, here or elsewhere.
+//!
 //! KVM_RUN says EINTR only once whatever the vCPU's last exit left unfinished (a port read whose
 //! value must still reach a register) has been completed; so a parked vCPU has no I/O in flight,
 //! and its registers are whole.
@@ -30,20 +34,31 @@ struct Inner {
     phase: Phase,
     parked: usize,
     outcome: Option<Outcome>,
+    /// The guest has asked for a reset that has not been done yet.
+    reset: bool,
+}
+
+impl Inner {
+    fn is_reset_due(&self) -> bool {
+        self.reset && self.phase == Phase::Running && self.outcome.is_none()
+    }
 }
 
 /// Shared by a machine and its vCPU threads.
 pub struct Control {
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Whether a reset is one, and not the end.
+    reboots: bool,
     threads: OnceLock<Vec<Thread>>,
 }
 
 impl Control {
-    /// Nobody parked, nobody to run.
-    pub fn new() -> Self {
-        let inner = Inner { phase: Phase::Paused, parked: 0, outcome: None };
-        Control { inner: Mutex::new(inner), changed: Condvar::new(), threads: OnceLock::new() }
+    /// Nobody parked, nobody to run. A guest that asks for a reset gets it if the machine `reboots`;
+    /// otherwise it has ended.
+    pub fn new(reboots: bool) -> Self {
+        let inner = Inner { phase: Phase::Paused, parked: 0, outcome: None, reset: false };
+        Control { inner: Mutex::new(inner), changed: Condvar::new(), reboots, threads: OnceLock::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -66,7 +81,7 @@ impl Control {
         let mut inner = self.lock();
         inner.parked += 1;
         self.changed.notify_all();
-        while inner.phase == Phase::Paused {
+        while inner.phase == Phase::Paused || inner.phase == Phase::Running && inner.reset {
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
         inner.parked -= 1;
@@ -77,13 +92,25 @@ impl Control {
     pub fn go_on(&self, clear: impl FnOnce()) -> bool {
         // In this order: a kick that comes after the look must still be there for the next KVM_RUN.
         clear();
-        self.lock().phase == Phase::Running
+        let inner = self.lock();
+        inner.phase == Phase::Running && !inner.reset
     }
 
-    /// In a vCPU thread: the guest has ended. The first such report counts; all vCPUs park.
+    /// In a vCPU thread: the guest has ended, or asks for a reset. All vCPUs park.
     pub fn end(&self, outcome: Outcome) {
+        if !self.reboots || !outcome.is_reset() {
+            return self.finish(outcome);
+        }
+        self.lock().reset = true;
+        self.changed.notify_all();
+        self.kick();
+    }
+
+    /// The guest has ended. The first such report counts; all vCPUs park.
+    pub fn finish(&self, outcome: Outcome) {
         let mut inner = self.lock();
         inner.outcome.get_or_insert(outcome);
+        inner.reset = false;
         if inner.phase == Phase::Running {
             inner.phase = Phase::Paused;
         }
@@ -115,6 +142,43 @@ impl Control {
         while inner.phase == Phase::Paused && inner.parked < vcpus {
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether the guest waits for a reset.
+    pub fn awaits_reset(&self) -> bool {
+        self.lock().reset
+    }
+
+    /// Says that the guest waits for a reset. False if resets are none here.
+    pub fn set_reset(&self) -> bool {
+        self.lock().reset = self.reboots;
+        self.reboots
+    }
+
+    /// Waits until a reset is due: the guest waits for one, and the machine runs. False when the thread is to
+    /// end.
+    pub fn next_reset(&self) -> bool {
+        let mut inner = self.lock();
+        while inner.phase != Phase::Stopping && !inner.is_reset_due() {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.phase != Phase::Stopping
+    }
+
+    /// Waits until all `vcpus` vCPUs are parked for a reset. False if none is due any more. Nobody may pause
+    /// the machine meanwhile.
+    pub fn park_for_reset(&self, vcpus: usize) -> bool {
+        let mut inner = self.lock();
+        while inner.is_reset_due() && inner.parked < vcpus {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.is_reset_due()
+    }
+
+    /// The reset is done: vCPUs go on.
+    pub fn reset_done(&self) {
+        self.lock().reset = false;
+        self.changed.notify_all();
     }
 
     /// Ends all vCPU threads.

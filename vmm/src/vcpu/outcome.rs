@@ -56,6 +56,11 @@ pub enum Crash {
         /// The vCPU.
         vcpu: u8,
     },
+    /// It was reset and could not be booted again.
+    NotRebooted {
+        /// Why not.
+        why: String,
+    },
     /// Running the vCPU failed, or ended in a way this program does not know.
     Unknown {
         /// The vCPU.
@@ -63,6 +68,13 @@ pub enum Crash {
         /// What happened.
         what: String,
     },
+}
+
+impl Outcome {
+    /// Whether it is what a PC answers by starting over.
+    pub(crate) fn is_reset(&self) -> bool {
+        matches!(self, Outcome::Reset | Outcome::Crashed(Crash::TripleFault { .. }))
+    }
 }
 
 impl fmt::Display for Outcome {
@@ -91,6 +103,7 @@ impl fmt::Display for Crash {
                 write!(f, "the CPU refused to enter the guest on vCPU {vcpu} (reason {reason:#x})")
             }
             Crash::Reported { vcpu } => write!(f, "reported by the guest on vCPU {vcpu}"),
+            Crash::NotRebooted { why } => write!(f, "it was reset and cannot boot again: {why}"),
             Crash::Unknown { vcpu, what } => write!(f, "vCPU {vcpu} cannot continue: {what}"),
         }
     }

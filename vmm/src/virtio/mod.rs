@@ -161,6 +161,11 @@ pub trait VirtioDevice: Send + Sync {
         Ok(())
     }
 
+    /// Its disk, to be read, if it is one.
+    fn boot_image(&self) -> Option<Result<block::DiskImage, block::Error>> {
+        None
+    }
+
     /// Takes its disk lock, without which it neither reads nor writes the disk. Does nothing if it holds the
     /// lock.
     ///

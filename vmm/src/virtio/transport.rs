@@ -70,6 +70,8 @@ pub struct VirtioFunction {
     pci_access: usize,
     interrupt: Arc<Interrupt>,
     queues: Vec<VirtQueue>,
+    /// The configuration space as firmware would leave it.
+    initial: ConfigSpace,
     inner: Mutex<Inner>,
     /// Where the BAR is decoded and the doorbells are, or [`UNMAPPED`]. It changes only under the lock of
     /// `inner`, and is read without, so that an access to one function does not take the locks of others.
@@ -134,6 +136,7 @@ impl VirtioFunction {
             })
             .collect::<Result<Vec<_>, _>>()
             .map_err(Error::Thread)?;
+        let initial = config.clone();
         let inner = Mutex::new(Inner { config, registers: Registers::default() });
         let memory = memory.clone();
         let function = VirtioFunction {
@@ -146,6 +149,7 @@ impl VirtioFunction {
             pci_access,
             interrupt,
             queues,
+            initial,
             inner,
             mapped: AtomicU64::new(UNMAPPED),
         };
@@ -200,6 +204,15 @@ impl VirtioFunction {
         self.device.reset();
         self.interrupt.set(0, NO_VECTOR, false);
         inner.registers = Registers::default();
+    }
+
+    /// As it was when the machine was built, which is paused.
+    pub fn power_on(&self) {
+        let mut inner = self.lock();
+        self.reset(&mut inner);
+        inner.config = self.initial.clone();
+        self.msix.reset();
+        self.place(&inner);
     }
 
     fn set_status(&self, inner: &mut Inner, status: u8) {

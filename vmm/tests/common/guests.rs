@@ -15,6 +15,10 @@ pub const BACKWARDS: u64 = 0x20_0010;
 pub const BAD_READS: u64 = 0x20_0014;
 /// As long as this is not zero, [`echo`] does not listen.
 pub const DEAF: u64 = 0x20_0018;
+/// Has [`entropy`] reset the machine, once.
+pub const RESET: u64 = 0x20_001c;
+/// Counts how often [`rebooter`] has begun.
+pub const BOOTS: u64 = 0x30_0000;
 /// Where each of the other vCPUs counts: four bytes each, by APIC ID.
 pub const AP_LOOPS: u64 = 0x20_0100;
 
@@ -63,6 +67,21 @@ guest!(
 guest!(
     /// Asks the keyboard controller for a reset.
     reset, guest_reset_start, guest_reset_end
+);
+guest!(
+    /// Counts how often it began at `BOOTS`, starts all other vCPUs, which count for themselves, and waits
+    /// for the second one. Then it resets the machine: by the keyboard controller, the chipset and a triple
+    /// fault, in turn. The fourth time it counts at `LOOPS` instead.
+    rebooter, guest_rebooter_start, guest_rebooter_end
+);
+guest!(
+    /// Says "boot" by the serial port each time it begins, and resets the machine after a second of a TSC of
+    /// 2 GHz. Meanwhile it writes to each page from 2 MiB to 4 MiB.
+    again, guest_again_start, guest_again_end
+);
+guest!(
+    /// Resets the machine at once, by a triple fault, each time it begins.
+    storm, guest_fault_start, guest_fault_end
 );
 guest!(
     /// Writes one word into each page from 2 MiB to 4 MiB, then counts at `LOOPS`.
@@ -283,9 +302,129 @@ global_asm!(
     .globl guest_deadline_end
     guest_deadline_end:
 
+    .globl guest_rebooter_start
+    guest_rebooter_start:
+        inc dword ptr [0x300000]
+        # The others begin in real mode at 0x8000.
+        mov dword ptr [0x200104], 0
+        mov esi, offset rebooter_ap_at
+        mov edi, 0x8000
+        mov ecx, offset rebooter_ap_len
+        rep movsb
+        mov dword ptr [0xfee000f0], 0x1ff
+        mov dword ptr [0xfee00300], 0xc4500
+        mov ecx, 2
+    1:  mov dword ptr [0xfee00300], 0xc4608
+        mov edx, 2000
+    2:  dec edx
+        jnz 2b
+        loop 1b
+    3:  cmp dword ptr [0x200104], 0
+        je 3b
+        # A deadline timer that is armed, and interrupts that nobody could take.
+        mov dword ptr [0xfee00320], 0x40030
+        rdtsc
+        add eax, 4000000
+        adc edx, 0
+        mov ecx, 0x6e0
+        wrmsr
+        mov eax, dword ptr [0x300000]
+        cmp eax, 1
+        je 4f
+        cmp eax, 2
+        je 5f
+        cmp eax, 3
+        je 6f
+    7:  inc dword ptr [0x200000]
+        jmp 7b
+    4:  mov al, 0xfe
+        out 0x64, al
+        jmp 8f
+    5:  mov edx, 0xcf9
+        mov al, 6
+        out dx, al
+        jmp 8f
+    6:  mov dword ptr [0x180802], 0
+        mov word ptr [0x180800], 0
+        lidt [0x180800]
+        ud2
+    8:  hlt
+        jmp 8b
+    rebooter_ap:
+        .set rebooter_ap_at, rebooter_ap - guest_rebooter_start + 0x100000
+        .set rebooter_ap_len, rebooter_ap_end - rebooter_ap
+        .set rebooter_ap_gdtr_at, rebooter_ap_gdtr - rebooter_ap + 0x8000
+        .set rebooter_ap_protected_at, rebooter_ap_protected - rebooter_ap + 0x8000
+    .code16
+        cli
+        xor ax, ax
+        mov ds, ax
+        .byte 0x66, 0x0f, 0x01, 0x16 # lgdt, with a 32-bit base
+        .word rebooter_ap_gdtr_at
+        mov eax, cr0
+        or al, 1
+        mov cr0, eax
+        .byte 0x66, 0xea # far jump to 0x10:rebooter_ap_protected
+        .long rebooter_ap_protected_at
+        .word 0x10
+    .code32
+    rebooter_ap_protected:
+        mov ax, 0x18
+        mov ds, ax
+        mov ebx, dword ptr [0xfee00020]
+        shr ebx, 24
+    1:  inc dword ptr [0x200100 + ebx * 4]
+        jmp 1b
+    rebooter_ap_gdtr:
+        .word 0x27
+        .long 0x500
+    rebooter_ap_end:
+    .globl guest_rebooter_end
+    guest_rebooter_end:
+
+    .globl guest_again_start
+    guest_again_start:
+        inc dword ptr [0x300000]
+        .set again_text_at, again_text - guest_again_start + 0x100000
+        mov esi, offset again_text_at
+        mov edx, 0x3f8
+    1:  lodsb
+        test al, al
+        jz 2f
+        out dx, al
+        jmp 1b
+    2:  rdtsc
+        mov ebx, eax
+        mov esi, edx
+        add ebx, 2000000000
+        adc esi, 0
+    3:  mov edi, 0x200000
+    4:  inc dword ptr [edi]
+        add edi, 4096
+        cmp edi, 0x400000
+        jb 4b
+        rdtsc
+        cmp edx, esi
+        jb 3b
+        ja 5f
+        cmp eax, ebx
+        jb 3b
+    5:  mov al, 0xfe
+        out 0x64, al
+    6:  hlt
+        jmp 6b
+    again_text:
+        .asciz "boot\n"
+    .globl guest_again_end
+    guest_again_end:
+
     .globl guest_entropy_start
     guest_entropy_start:
         mov esp, 0x80000
+        # What a guest before this one may have left.
+        mov dword ptr [0x200004], 0
+        mov dword ptr [0x302000], 0
+        mov dword ptr [0x301000], 0
         # Gate 0x41 of an IDT at 0x180000; both PICs masked; APIC on.
         .set entropy_irq_at, entropy_irq - guest_entropy_start + 0x100000
         mov eax, offset entropy_irq_at
@@ -352,7 +491,13 @@ global_asm!(
         inc dword ptr [0x200014]
     4:  mov ebx, eax
         inc dword ptr [0x200000]
-        jmp 1b
+        cmp dword ptr [0x20001c], 0
+        je 1b
+        mov dword ptr [0x20001c], 0
+        mov al, 0xfe
+        out 0x64, al
+    7:  hlt
+        jmp 7b
     9:  inc dword ptr [0x200014]
     8:  jmp 8b
     entropy_irq:

@@ -1,6 +1,6 @@
 //! The command line.
 
-use super::choice::{AIO, CONTENTS, ON_STALL, SECCOMP, THP, TRANSPORTS, one_of};
+use super::choice::{AIO, CONTENTS, ON_REBOOT, ON_STALL, OnReboot, SECCOMP, THP, TRANSPORTS, one_of};
 use clap::{Args, Parser, Subcommand};
 use migration::policy::OnStall;
 use std::net::{IpAddr, SocketAddr};
@@ -116,6 +116,9 @@ pub struct RunArgs {
     /// The kernel's command line. For a kernel from a disk, root= and ro are put before it
     #[arg(long, default_value = "console=ttyS0")]
     pub cmdline: String,
+    /// What follows when the guest reboots, or resets its machine in another way, also after it has moved
+    #[arg(long, default_value = "reset", value_parser = one_of(ON_REBOOT))]
+    pub on_reboot: OnReboot,
     /// Give the machine a disk (virtio-blk): a raw image or a block device, as
     /// PATH[,readonly][,cached][,queues=N]. Repeat it for further disks
     #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk)]

@@ -32,6 +32,19 @@ pub const SECCOMP: Choices<Mode> = &[
     ("off", Mode::Off, "All calls are allowed"),
 ];
 
+/// What follows a reset that a guest asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReboot {
+    Reset,
+    Exit,
+}
+
+/// `--on-reboot`
+pub const ON_REBOOT: Choices<OnReboot> = &[
+    ("reset", OnReboot::Reset, "The guest boots again"),
+    ("exit", OnReboot::Exit, "The machine and its process end"),
+];
+
 /// `--thp`
 pub const THP: Choices<Thp> = &[
     ("on", Thp::On, "Wherever the host allows them"),

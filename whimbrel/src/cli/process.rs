@@ -11,6 +11,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
+use vmm::machine::Notice;
 use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
@@ -43,6 +44,16 @@ impl ProcessArgs {
         let output = self.console.as_ref().map_or(SerialOutput::Null, output);
         let console = ConsoleConfig { output, input: self.console_input.clone() };
         LocalConfig { console, aio: self.aio, announcing: self.announce, ..LocalConfig::default() }
+    }
+
+    /// Reports what happens to a machine from here on.
+    pub fn tell_notices(&self, machine: &Machine) {
+        let process = self.clone();
+        machine.on_notice(move |notice| {
+            if *notice == Notice::Rebooted {
+                process.tell("rebooted", "the guest has been reset and boots again", json!({}));
+            }
+        });
     }
 
     /// Reports an event: to programs as a line of JSON on standard output, to people on standard

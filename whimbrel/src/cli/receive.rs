@@ -121,6 +121,7 @@ fn welcome(
     arrival: Arrival<'_, IncomingMachine>,
 ) -> (Arc<Instance>, Option<Terminal>) {
     let machine = arrival.machine().machine();
+    process.tell_notices(&machine);
     // The guest runs here by now: it goes on without a keyboard, if it must.
     let terminal = process.connect(&machine).unwrap_or_else(|error| {
         eprintln!("whimbrel: the guest's serial port has no input: {error:#}");

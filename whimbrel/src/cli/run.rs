@@ -2,6 +2,7 @@
 
 use super::Exit;
 use super::args::RunArgs;
+use super::choice::OnReboot;
 use super::process::{Keeper, quit_on_signals, stay};
 use serde_json::json;
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use vmm::boot_disk;
 use vmm::guest::{self, Workload};
 use vmm::host::Host;
 use vmm::loader::{Boot, Image};
-use vmm::machine::{Machine, MachineConfig};
+use vmm::machine::{Machine, MachineConfig, Reboot};
 use vmm::sandbox;
 use vmm::virtio::net::{Mac, NetConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
@@ -25,6 +26,15 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let _server =
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
     let keeper = Keeper::new(&args.process)?;
+    let workload = Workload {
+        vcpus: args.machine.vcpus,
+        working_set: args.workload.working_set,
+        rate: args.workload.rate,
+        hz: args.workload.timer_hz,
+        fill: args.workload.fill,
+        content: args.workload.fill_with,
+        journal: args.workload.journal,
+    };
     let boot = boot(&args)?;
     let host = Host::open()?;
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
@@ -33,6 +43,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     if let Some(name) = &args.process.name {
         config.name.clone_from(name);
     }
+    config.reboot = reboot(&args, boot.as_ref().unwrap_or(&workload.guest()))?;
     config.serial = args.process.serial();
     config.devices = devices(&args)?;
     let taps = args.net.iter().map(|net| net.tap.clone()).collect();
@@ -40,19 +51,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let machine = Machine::build(&host, config)?;
     match boot {
         Some(boot) => machine.boot(&boot)?,
-        None => {
-            let workload = Workload {
-                vcpus: args.machine.vcpus,
-                working_set: args.workload.working_set,
-                rate: args.workload.rate,
-                hz: args.workload.timer_hz,
-                fill: args.workload.fill,
-                content: args.workload.fill_with,
-                journal: args.workload.journal,
-            };
-            workload.boot(&machine)?;
-        }
+        None => workload.boot(&machine)?,
     }
+    args.process.tell_notices(&machine);
     let _terminal = args.process.connect(&machine)?;
     machine.resume()?;
     let name = machine.config().name.clone();
@@ -67,11 +68,11 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
 fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
     let file = |path: &PathBuf| Image::File(path.clone());
     Ok(match (&args.kernel, args.disk.first()) {
-        (Some(kernel), _) => Some(Boot {
-            kernel: file(kernel),
-            initramfs: args.initramfs.as_ref().map(file),
-            cmdline: args.cmdline.clone(),
-        }),
+        (Some(kernel), _) => {
+            let initramfs = args.initramfs.as_ref().map(file);
+            let boot = Boot { kernel: file(kernel), initramfs, cmdline: args.cmdline.clone() };
+            Some(boot.into_memory()?)
+        }
         (None, Some(disk)) if args.workload.journal == 0 => Some(boot_disk::read(disk, 0, &args.cmdline)?),
         (None, _) => {
             let (vcpus, most) = (args.machine.vcpus, guest::MAX_VCPUS);
@@ -81,6 +82,17 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
             );
             None
         }
+    })
+}
+
+/// What follows when the guest resets its machine, which boots this at first.
+fn reboot(args: &RunArgs, boot: &Boot) -> anyhow::Result<Reboot> {
+    let from_disk = args.kernel.is_none() && !args.disk.is_empty() && args.workload.journal == 0;
+    Ok(match args.on_reboot {
+        OnReboot::Exit => Reboot::Never,
+        // It may have another kernel by then.
+        OnReboot::Reset if from_disk => Reboot::Disk { cmdline: args.cmdline.clone() },
+        OnReboot::Reset => Reboot::keeping(boot)?,
     })
 }
 

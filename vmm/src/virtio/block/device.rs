@@ -199,6 +199,10 @@ impl VirtioDevice for Block {
         Ok(self.disk.image.check_shared(trusted)?)
     }
 
+    fn boot_image(&self) -> Option<Result<DiskImage, Error>> {
+        Some(self.disk.image.to_read())
+    }
+
     fn take_disk_lock(&self) -> Result<(), crate::Error> {
         Ok(self.disk.image.take_lock()?)
     }

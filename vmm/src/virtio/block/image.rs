@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -75,6 +75,34 @@ impl DiskImage {
             held,
             released_at,
         })
+    }
+
+    /// The same open image, to be read only: under the lock of this one, for as long as this one has it.
+    ///
+    /// # Errors
+    /// [`Error::Open`], or [`Error::Lock`] if the lock is not held.
+    pub fn to_read(&self) -> Result<DiskImage, Error> {
+        let path = self.path.clone();
+        if !self.holds_lock() {
+            return Err(Error::Lock { path, source: io::Error::other("it is not locked here") });
+        }
+        let file = self.file.try_clone().map_err(|source| Error::Open { path: path.clone(), source })?;
+        Ok(DiskImage {
+            path,
+            file,
+            readonly: true,
+            geometry: self.geometry,
+            on_nfs: self.on_nfs,
+            unused: AtomicBool::new(false),
+            alignment: self.alignment,
+            held: AtomicBool::new(true),
+            released_at: Mutex::default(),
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Its size and unit.

@@ -19,12 +19,12 @@ const FILES: [(&str, &str); 7] = [
 ];
 
 /// A module, the twin in which one of its rules is broken, what is written in the module, and in the twin.
-const BROKEN: [[&str; 4]; 17] = [
+const BROKEN: [[&str; 4]; 18] = [
     [
         "control",
         "control_looks_before_it_clears",
-        "clear();\n        self.lock().phase == Phase::Running",
-        "let on = self.lock().phase == Phase::Running;\n        clear();\n        on",
+        "clear();\n        let inner = self.lock();\n        inner.phase == Phase::Running && !inner.reset",
+        "let inner = self.lock();\n        let on = inner.phase == Phase::Running && !inner.reset;\n        drop(inner);\n        clear();\n        on",
     ],
     ["control", "control_pauses_without_a_kick", "if inner.parked < vcpus {", "if vcpus == 0 {"],
     [
@@ -36,8 +36,14 @@ const BROKEN: [[&str; 4]; 17] = [
     [
         "control",
         "control_pauses_only_until_the_first",
-        "inner.parked < vcpus {\n            inner =",
-        "inner.parked < 1 {\n            inner =",
+        "Phase::Paused && inner.parked < vcpus {",
+        "Phase::Paused && inner.parked < 1 {",
+    ],
+    [
+        "control",
+        "control_resets_without_a_kick",
+        "self.lock().reset = true;\n        self.changed.notify_all();\n        self.kick();",
+        "self.lock().reset = true;\n        self.changed.notify_all();",
     ],
     ["service", "service_yields_in_silence", "self.doorbell.ring();\n                break;", "break;"],
     [
@@ -90,7 +96,7 @@ const BROKEN: [[&str; 4]; 17] = [
 ];
 
 fn main() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let out = env::var("OUT_DIR").expect("cargo sets it");
     let write = |name: &str, text: &str| {
         fs::write(Path::new(&out).join(name).with_extension("rs"), text)

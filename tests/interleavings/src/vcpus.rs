@@ -11,6 +11,7 @@ taken!(control_looks_before_it_clears);
 taken!(control_pauses_without_a_kick);
 taken!(control_parks_in_silence);
 taken!(control_pauses_only_until_the_first);
+taken!(control_resets_without_a_kick);
 
 /// A vCPU that KVM runs, and the signal that kicks it.
 pub mod kick {
@@ -67,6 +68,13 @@ pub mod outcome {
     pub enum Outcome {
         Stopped,
         PoweredOff,
+        Reset,
+    }
+
+    impl Outcome {
+        pub fn is_reset(&self) -> bool {
+            *self == Outcome::Reset
+        }
     }
 }
 
@@ -78,20 +86,24 @@ macro_rules! scenarios {
             use super::*;
             use loom::thread::{self, JoinHandle};
 
-            /// A machine's vCPU threads, parked, as `Machine` starts them. The first vCPU's guest ends the
-            /// machine, if it is to.
-            fn machine(vcpus: usize, ends: bool) -> (Arc<Control>, Vec<Arc<Vcpu>>, Vec<JoinHandle<()>>) {
-                let control = Arc::new(Control::new());
+            /// A machine's vCPU threads, parked, as `Machine` starts them. The first vCPU's guest ends like
+            /// this once, if it is to.
+            fn machine(
+                vcpus: usize,
+                end: Option<Outcome>,
+            ) -> (Arc<Control>, Vec<Arc<Vcpu>>, Vec<JoinHandle<()>>) {
+                let control = Arc::new(Control::new(true));
                 let all: Vec<Arc<Vcpu>> = (0..vcpus).map(|_| Arc::default()).collect();
                 control.set_threads(all.clone());
                 let work = |index: usize| {
                     let (control, vcpu) = (control.clone(), all[index].clone());
+                    let mut end = end.clone().filter(|_| index == 0);
                     move || {
                         while control.park() {
                             loop {
-                                if ends && index == 0 {
+                                if let Some(end) = end.take() {
                                     vcpu.end();
-                                    control.end(Outcome::PoweredOff);
+                                    control.end(end);
                                     break;
                                 }
                                 vcpu.run();
@@ -109,7 +121,7 @@ macro_rules! scenarios {
 
             /// A pause of a guest that has just begun to run, and another one after that.
             pub fn pauses(vcpus: usize, times: usize) {
-                let (control, all, threads) = machine(vcpus, false);
+                let (control, all, threads) = machine(vcpus, None);
                 for _ in 0..times {
                     control.resume().unwrap();
                     control.pause(vcpus);
@@ -121,7 +133,7 @@ macro_rules! scenarios {
 
             /// Somebody else stops the machine meanwhile.
             pub fn stops_in_a_pause() {
-                let (control, _, threads) = machine(1, false);
+                let (control, _, threads) = machine(1, None);
                 control.resume().unwrap();
                 let stopping = control.clone();
                 let other = thread::spawn(move || stopping.stop());
@@ -131,9 +143,48 @@ macro_rules! scenarios {
                 threads.into_iter().for_each(|thread| thread.join().unwrap());
             }
 
+            /// The guest asks for a reset, which somebody makes.
+            pub fn resets(vcpus: usize) {
+                let (control, all, threads) = machine(vcpus, Some(Outcome::Reset));
+                control.resume().unwrap();
+                assert!(control.next_reset() && control.park_for_reset(vcpus));
+                assert!(!all.iter().any(|vcpu| vcpu.runs()), "a vCPU runs in a reset");
+                control.reset_done();
+                control.stop();
+                threads.into_iter().for_each(|thread| thread.join().unwrap());
+            }
+
+            /// The same while it is being paused; both under the lock that keeps them apart. No vCPU runs in
+            /// either.
+            pub fn resets_in_a_pause(vcpus: usize) {
+                let (control, all, threads) = machine(vcpus, Some(Outcome::Reset));
+                let standing = Arc::new(crate::sync::Mutex::new(()));
+                let resetter = {
+                    let (control, all, standing) = (control.clone(), all.clone(), standing.clone());
+                    thread::spawn(move || {
+                        while control.next_reset() {
+                            let _standing = standing.lock().unwrap();
+                            if control.park_for_reset(vcpus) {
+                                assert!(!all.iter().any(|vcpu| vcpu.runs()), "a vCPU runs in a reset");
+                                control.reset_done();
+                            }
+                        }
+                    })
+                };
+                control.resume().unwrap();
+                {
+                    let _standing = standing.lock().unwrap();
+                    control.pause(vcpus);
+                    assert!(!all.iter().any(|vcpu| vcpu.runs()), "a vCPU runs in a pause");
+                }
+                control.stop();
+                resetter.join().unwrap();
+                threads.into_iter().for_each(|thread| thread.join().unwrap());
+            }
+
             /// The guest ends by itself while it is being paused.
             pub fn ends_in_a_pause() {
-                let (control, all, threads) = machine(2, true);
+                let (control, all, threads) = machine(2, Some(Outcome::PoweredOff));
                 control.resume().unwrap();
                 control.pause(2);
                 assert!(!all[1].runs(), "a vCPU runs in a pause");
@@ -155,6 +206,7 @@ mod over {
     scenarios!(control_pauses_without_a_kick);
     scenarios!(control_parks_in_silence);
     scenarios!(control_pauses_only_until_the_first);
+    scenarios!(control_resets_without_a_kick);
 }
 
 #[test]
@@ -169,6 +221,13 @@ fn a_machine_that_is_stopped_in_a_pause_ends() {
 }
 
 #[test]
+fn no_vcpu_runs_in_a_reset_or_in_a_pause_beside_it() {
+    explore(2, || over::control::resets_in_a_pause(1));
+    explore(1, || over::control::resets_in_a_pause(2));
+    explore(2, || over::control::resets(2));
+}
+
+#[test]
 fn a_guest_that_ends_in_a_pause_has_ended() {
     explore(2, over::control::ends_in_a_pause);
 }
@@ -179,4 +238,5 @@ fn every_broken_rule_is_found() {
     finds(2, || over::control_pauses_without_a_kick::pauses(1, 1));
     finds(2, || over::control_parks_in_silence::pauses(1, 1));
     finds(2, || over::control_pauses_only_until_the_first::pauses(2, 1));
+    finds(2, || over::control_resets_without_a_kick::resets(2));
 }
