@@ -9,6 +9,7 @@
 //! | `nfs` | the same with the disk on an NFS server, with each host as a client (in the lab) |
 //! | `cuts` | the connection is cut, or goes silent, at any byte |
 //! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
+//! | `costs` | what a peer can make a side allocate |
 //! | `differing` | a page that differs between the sides is found, named and kept |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
@@ -29,6 +30,7 @@
 pub mod bridges;
 pub mod client;
 pub mod command;
+pub mod counting;
 pub mod inject;
 pub mod inspect;
 pub mod journal;
