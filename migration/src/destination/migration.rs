@@ -16,9 +16,9 @@ use std::time::Duration;
 pub struct Timeouts {
     /// Between the messages of the beginning, and for `Commit`.
     pub answer: Duration,
-    /// While data is expected: with neither data nor a message, and also with nothing but the same few pages.
-    /// A source that has reason to wait says so, and one of an earlier version, which cannot, has ten times as
-    /// long.
+    /// While data is expected: with neither data nor a message, and also with nothing but the same few
+    /// pages. A source that has reason to wait says so, and one of an earlier version, which cannot, has ten
+    /// times as long.
     pub silence: Duration,
     /// From the machine that stands ready to its state, whatever the source says meanwhile.
     pub whole: Duration,

@@ -11,6 +11,7 @@ mod ram;
 pub use config::{BadName, MAX_NAME, MachineConfig, check_name};
 pub use ram::{RamView, RamWriter};
 
+use self::announce::Round;
 use crate::acpi;
 use crate::cpuid;
 use crate::devices::Devices;
@@ -199,11 +200,12 @@ impl Machine {
     pub fn announce(&self) {
         let machine = Arc::downgrade(&self.shared);
         announce::start(self.config.local.announcing, move || {
-            let Some(shared) = machine.upgrade() else { return false };
-            if shared.is_running() {
-                shared.devices.announce();
+            let Some(shared) = machine.upgrade() else { return Round::Over };
+            match shared.control.status() {
+                (Phase::Running, _) if shared.devices.announce() => Round::Told,
+                (Phase::Paused | Phase::Running, None) => Round::NotNow,
+                _ => Round::Over,
             }
-            true
         });
     }
 
