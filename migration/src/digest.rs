@@ -45,7 +45,7 @@ pub struct PageHashes {
     /// The first page.
     pub first_page: u64,
     /// Of it and those that follow.
-    #[serde(deserialize_with = "crate::message::at_most::<{ CHUNK_PAGES as usize }, _, _>")]
+    #[serde(deserialize_with = "crate::bounded::at_most::<{ CHUNK_PAGES as usize }, _, _>")]
     pub hashes: Vec<u64>,
 }
 

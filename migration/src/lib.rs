@@ -10,8 +10,10 @@
 //! - `internals`: the messages, the preamble and both state machines, for the transports, tests and tools
 //!   that are released together with this crate. What it shows may change in any release.
 
+pub mod bounded;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+mod coverage;
 pub mod cpu;
 pub mod destination;
 mod digest;

@@ -18,6 +18,8 @@
 //!
 //! The suite of the feature `conformance` tests all of this against any transport.
 
+pub use crate::coverage::{COVERAGE_UNIT, Coverage};
+
 use crate::cpu::CpuTime;
 use crate::failure::{Code, Failure};
 use crate::memory::{Extent, OutOfBounds, Ram};
@@ -269,6 +271,13 @@ pub trait DestinationPlane: Send {
 
     /// Bytes placed so far: grows while the source is alive and writing.
     fn bytes_placed(&self) -> u64;
+
+    /// Bytes of memory that have been placed to since this was last called, each counted once however often,
+    /// as far as the plane can tell: whoever sends one page again and again does not get on. [`Coverage`]
+    /// helps to know. `None` if the plane cannot tell: [`bytes_placed`](Self::bytes_placed) counts then.
+    fn newly_covered(&self) -> Option<u64> {
+        None
+    }
 
     /// CPU time in microseconds that the plane's own threads have used so far.
     fn cpu_us(&self) -> u64 {

@@ -10,6 +10,7 @@
 //! | `chaos` | whatever goes wrong by seed, nothing is lost, doubled or untrue: a short part of `ci/chaos` |
 //! | `cuts` | the connection is cut, or goes silent, at any byte |
 //! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
+//! | `costs` | what a peer can make a side allocate |
 //! | `differing` | a page that differs between the sides is found, named and kept |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
@@ -32,6 +33,7 @@ pub mod bridges;
 pub mod chaos;
 pub mod client;
 pub mod command;
+pub mod counting;
 pub mod inject;
 pub mod inspect;
 pub mod journal;

@@ -2,7 +2,9 @@
 //! a receiver waits for the next caller.
 
 use migration::Code;
-use migration::message::{FEATURES, Hello, Message, Offer, Prepare, Prepared, State, StatePart};
+use migration::message::{
+    FEATURES, Hello, MIN_STATE_PART, Message, Offer, Prepare, Prepared, State, StatePart,
+};
 use migration::preamble::{Preamble, Status};
 use migration::transport::Token;
 use std::net::SocketAddr;
@@ -316,7 +318,7 @@ fn sources_that_are_none() {
             "a part of a state before there is a machine",
             Box::new(|rogue| {
                 let mut rogue = rogue.greet();
-                rogue.send(&Message::StatePart(StatePart(vec![0x5a; 1000])));
+                rogue.send(&Message::StatePart(StatePart(vec![0x5a; MIN_STATE_PART])));
                 rogue
             }),
             Code::PROTOCOL,

@@ -12,7 +12,7 @@ use whimbrel::api::model::{MigrationRequest, TransportChoice};
 use whimbrel::node::Node;
 use whimbrel_tests::bridges::{Bridges, Capture, Captured, MAC, MAC_BYTES, PORTS, TAPS};
 use whimbrel_tests::client::{Browser, Distribution, echo, session, transfer, wait_echo};
-use whimbrel_tests::command::must;
+use whimbrel_tests::command::{must, run};
 use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::sides::{PATIENCE, request, wait_until};
 use whimbrel_tests::tshark::Recording;
@@ -270,9 +270,14 @@ fn hosts_without_a_suitable_tap_refuse_at_once() {
     must("ip link set tap-single up");
     let mut guest = Guest::start(2);
     wait_echo(&bridges);
-    let cases: [(&[&str], &str); 5] = [
+    // One that is missing keeps a receiver from starting.
+    let listen = format!("{}:0", lab::peer());
+    let missing = ["receive", "--listen", &listen, "--serial", "none", "--net", "tap=tap-none"];
+    run(missing).refused(1, "there is no tap tap-none");
+    wait_echo(&bridges);
+    // The others are seen when a guest comes.
+    let cases: [(&[&str], &str); 4] = [
         (&[], "interface 1 has no tap here"),
-        (&["tap=tap-none"], "there is no tap tap-none"),
         (&["tap=tap-a"], "the tap tap-a is in use"),
         (&["tap=tap-b,offloads=off"], "does not offer what the guest uses: CSUM"),
         (&["tap=tap-single"], "tap-single is not a tap with 2 queue"),

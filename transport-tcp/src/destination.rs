@@ -79,6 +79,10 @@ impl DestinationPlane for Served {
         self.plane.bytes_placed()
     }
 
+    fn newly_covered(&self) -> Option<u64> {
+        Some(self.plane.newly_covered())
+    }
+
     fn cpu_us(&self) -> u64 {
         self.plane.cpu_us()
     }

@@ -7,7 +7,7 @@ use migration::cpu::thread_cpu;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::{self, Preamble, Status};
 use migration::scan;
-use migration::transport::{MAX_LANES, PlaneError, Session, Token};
+use migration::transport::{Coverage, MAX_LANES, PlaneError, Session, Token};
 use socket2::Socket;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -26,6 +26,7 @@ pub(crate) struct Plane {
     /// Set by the fence: what is being placed need not be finished.
     over: AtomicBool,
     placed: AtomicU64,
+    coverage: Coverage,
     cpu_us: AtomicU64,
     error: Mutex<Option<String>>,
 }
@@ -65,6 +66,7 @@ impl Plane {
             streams: Mutex::default(),
             over: AtomicBool::new(false),
             placed: AtomicU64::new(0),
+            coverage: Coverage::new(&session.ram),
             cpu_us: AtomicU64::new(0),
             error: Mutex::default(),
         }
@@ -158,6 +160,10 @@ impl Plane {
         self.placed.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn newly_covered(&self) -> u64 {
+        self.coverage.take()
+    }
+
     pub(crate) fn cpu_us(&self) -> u64 {
         self.cpu_us.load(Ordering::Relaxed)
     }
@@ -197,18 +203,25 @@ impl Receiver<'_> {
                     let Plane { session, turns, .. } = self.plane;
                     self.placer.place(&self.stream, &session.ram, turns, &self.extents).map_err(broken)?;
                     let bytes = self.extents.iter().map(|e| e.len).sum();
+                    self.cover();
                     self.plane.placed.fetch_add(bytes, Ordering::Relaxed);
                 }
                 Kind::Zero => {
                     for extent in &self.extents {
                         clear(&self.plane.session.ram, extent, &self.plane.over);
                     }
+                    self.cover();
                     // Named pages are a sign of life as much as sent ones.
                     self.plane.placed.fetch_add(self.extents.len() as u64, Ordering::Relaxed);
                 }
                 Kind::Barrier => self.stream.write_all(&header.encode()).map_err(broken)?,
             }
         }
+    }
+
+    /// The extents of this frame are in place.
+    fn cover(&self) {
+        self.extents.iter().for_each(|extent| self.plane.coverage.mark(extent));
     }
 
     /// Reads a table of extents and checks each before anything is touched. Extents that overlap are refused:

@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Most components a state may have: a peer's list is bounded before it is walked.
+/// Most components a state may have.
 const MAX_COMPONENTS: usize = 1024;
 
 /// First bytes of every saved state.
@@ -142,8 +142,16 @@ pub struct Component {
     kind: u16,
     index: u8,
     version: u16,
+    #[serde(with = "migration::bounded::bytes")]
     payload: Vec<u8>,
 }
+
+/// The envelope, whose list is bounded while it is decoded.
+#[derive(Serialize, Deserialize)]
+struct Envelope(
+    [u8; 4],
+    #[serde(deserialize_with = "migration::bounded::at_most::<MAX_COMPONENTS, _, _>")] Vec<Component>,
+);
 
 impl Component {
     /// The current version of `state`.
@@ -177,13 +185,10 @@ pub fn encode(components: &[Component]) -> Result<Vec<u8>, Error> {
 
 /// The components of a state: each known, of the known version, and there once.
 pub fn decode(bytes: &[u8]) -> Result<Vec<Component>, Error> {
-    let (magic, components): ([u8; 4], Vec<Component>) =
+    let Envelope(magic, components) =
         strict(bytes).map_err(|_| Error::NotState("it is damaged, or not from this program"))?;
     if magic != MAGIC {
         return Err(Error::NotState("it is not from this program"));
-    }
-    if components.len() > MAX_COMPONENTS {
-        return Err(Error::NotState("it has too many components"));
     }
     for (at, component) in components.iter().enumerate() {
         let kind = Kind::from_number(component.kind).ok_or(Error::UnknownKind { kind: component.kind })?;

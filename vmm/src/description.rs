@@ -5,9 +5,12 @@ use crate::error::Error;
 use crate::loader::MAX_COMMAND_LINE;
 use crate::machine::{MAX_KEPT, Machine, MachineConfig, Reboot, check_name};
 use crate::memory::{PageSize, Thp};
+use crate::pci::MAX_FUNCTIONS;
 use crate::serial::SerialOutput;
+use crate::vcpu::msr::MAX_MSRS;
 use crate::virtio::{DeviceConfig, LocalConfig};
 use kvm_bindings::kvm_cpuid_entry2;
+use migration::bounded::at_most;
 use serde::{Deserialize, Serialize};
 
 /// The version of the description of a machine whose guest is to run.
@@ -27,10 +30,13 @@ pub(crate) struct Description {
     pages: PageSize,
     vcpus: u32,
     tsc_khz: u32,
+    #[serde(deserialize_with = "at_most::<MAX_CPUID_ENTRIES, _, _>")]
     cpuid: Vec<kvm_cpuid_entry2>,
     /// The registers whose values will be in the state.
+    #[serde(deserialize_with = "at_most::<MAX_MSRS, _, _>")]
     msrs: Vec<u32>,
     /// PCI devices by place.
+    #[serde(deserialize_with = "at_most::<MAX_FUNCTIONS, _, _>")]
     devices: Vec<DeviceConfig>,
     /// What its operators call it.
     name: String,
@@ -72,9 +78,6 @@ impl Description {
             return Err(refuse(format!("it has version {version} and this program reads version {VERSION}")));
         }
         let (_, mut description): (u16, Description) = strict(bytes).map_err(refuse)?;
-        if description.cpuid.len() > MAX_CPUID_ENTRIES {
-            return Err(refuse(format!("it has {} CPUID entries", description.cpuid.len())));
-        }
         match &description.reboot {
             Reboot::Kept { len } if *len > MAX_KEPT => {
                 return Err(refuse(format!("it keeps {len} bytes to boot from")));

@@ -149,13 +149,14 @@ impl Devices {
         lock(&self.running)
     }
 
-    /// Tells the network that the guest is here, unless it is paused. A pause waits for this: once
+    /// Tells the network that the guest is here, unless it is paused: then it returns false. A pause waits for this: once
     /// devices are at rest, nobody hears any more that the guest is here.
-    pub fn announce(&self) {
+    pub fn announce(&self) -> bool {
         let running = self.running();
         if *running {
             self.virtio.iter().for_each(|function| function.announce());
         }
+        *running
     }
 
     /// A guest's read. String instructions arrive as many accesses to one port.

@@ -113,6 +113,7 @@ pub struct SerialPort {
 pub struct SerialState {
     registers: [u8; 9],
     /// Bytes that arrived and the guest has not read yet.
+    #[serde(with = "migration::bounded::bytes")]
     input: Vec<u8>,
 }
 

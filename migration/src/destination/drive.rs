@@ -10,18 +10,41 @@ use crate::failure::{Code, Failure, printable};
 use crate::link::{ControlLink, LinkError};
 use crate::machine::{Arbiter, DestinationHost, DestinationMachine};
 use crate::message::{
-    self, Estimate, HANDOVER_ESTIMATE, Hello, MAX_STATE, Message, Offer, Prepare, Prepared, Ready, Running,
-    StatePart,
+    self, Estimate, HANDOVER_ESTIMATE, Hello, MAX_OFFERS, MAX_STATE, Message, Offer, Prepare, Prepared,
+    Ready, Running, SAYS_THAT_IT_WAITS, StatePart,
 };
 use crate::report::Span;
 use crate::scan;
-use crate::transport::{DestinationPlane, DestinationTransport, PlaneError, Session};
+use crate::transport::{COVERAGE_UNIT, DestinationPlane, DestinationTransport, PlaneError, Session};
 use crate::unwind;
 use std::time::{Duration, Instant};
 
 /// How often a wait looks whether data still arrives, and whether it has been cancelled. Messages wake it at
 /// once.
 const POLL: Duration = Duration::from_millis(50);
+
+/// How much different memory has to come while a source is waited for as long as it may be silent: more than
+/// one page can be, however often it comes, and less than the slowest network carries.
+const MIN_NEWS: u64 = 2 * COVERAGE_UNIT;
+
+/// How many times as long a source may repeat itself that cannot say that it waits.
+const PATIENCE_WITH_THE_MUTE: u32 = 10;
+
+/// What has come since it was last looked whether the source gets on.
+struct News {
+    patience: Duration,
+    since: Instant,
+    /// Bytes that had been placed by then.
+    placed: u64,
+    /// A message has come.
+    spoke: bool,
+}
+
+impl News {
+    fn new(patience: Duration) -> Self {
+        News { patience, since: Instant::now(), placed: 0, spoke: false }
+    }
+}
 
 /// What the VMM chose.
 pub(super) struct Options {
@@ -50,7 +73,9 @@ pub(super) fn drive<'a, 'o, H: DestinationHost>(
         machine: None,
         planes: Vec::new(),
         parts: Vec::new(),
-        chunks: Vec::new(),
+        chunks: None,
+        retired: 0,
+        receiving_since: None,
         fence: None,
     };
     let mut state = State::new(hello);
@@ -98,7 +123,11 @@ struct Driver<'a, 'o, H: DestinationHost> {
     /// What has arrived of a state that comes in parts.
     parts: Vec<u8>,
     /// The source's digests of the chunks of RAM, if it sent them.
-    chunks: Vec<u64>,
+    chunks: Option<Vec<u64>>,
+    /// How often the source has changed its transport.
+    retired: usize,
+    /// When memory was first waited for.
+    receiving_since: Option<Instant>,
     fence: Option<Span>,
 }
 
@@ -221,6 +250,10 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
 
     /// Fences one plane; an unknown name is as good as fenced.
     fn retire(&mut self, name: &str) -> Result<(), Failure> {
+        self.retired += 1;
+        if self.retired > MAX_OFFERS {
+            return Err(Failure::new(Code::PROTOCOL, "the source has changed its transport too often"));
+        }
         let mut named = self.planes.iter_mut().filter(|plane| plane.name() == name);
         named.try_for_each(|plane| plane.fence()).map_err(not_shut_out)
     }
@@ -239,7 +272,7 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
             let ((ours, chunks), span) = timed("compare memory", || digest::of(&ram));
             spans.push(span);
             if ours != theirs {
-                for hashes in digest::suspects(&ram, &chunks, &self.chunks) {
+                for hashes in digest::suspects(&ram, &chunks, self.chunks.as_deref().unwrap_or_default()) {
                     // If the link is lost, the source learns less of what is wrong.
                     let _ = self.link.send(&Message::PageHashes(hashes).encode());
                 }
@@ -265,7 +298,12 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
                 self.timeouts.silence
             }
         };
-        let mut deadline = Instant::now() + limit;
+        let began = Instant::now();
+        let mut deadline = began + limit;
+        if waiting == Waiting::State {
+            self.receiving_since.get_or_insert(began);
+        }
+        let mut news = News::new(self.news_patience(limit));
         let mut placed = 0;
         loop {
             // Even if a message is there already: one that says `Commit` is answered by `GaveUp`, and the
@@ -273,9 +311,15 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
             if self.monitor.cancelled() {
                 return Event::Cancel;
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            let left = deadline.saturating_duration_since(now);
             if left.is_zero() {
                 return Event::Deadline;
+            }
+            if waiting == Waiting::State
+                && let Err(why) = self.gets_on(&mut news, now)
+            {
+                return Event::LinkLost(why);
             }
             let frame = match self.link.receive(left.min(POLL)) {
                 Ok(frame) => frame,
@@ -284,28 +328,64 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
             let placed_before = placed;
             placed = self.planes.iter().map(|p| p.bytes_placed()).sum();
             self.monitor.placed(placed);
+            let spoke = frame.is_some();
             let alive = match frame.map(|frame| self.received(&frame, waiting)) {
                 Some(Ok(Some(message))) => return Event::Received(message),
                 Some(Err(why)) => return Event::LinkLost(why),
                 Some(Ok(None)) => true,
                 None => waiting == Waiting::State && placed != placed_before,
             };
+            news.spoke |= spoke;
             if alive {
                 deadline = Instant::now() + limit;
             }
         }
     }
 
-    /// The message in a frame, or `None` if it is a part of a state, of which more has to come.
+    /// How long the source may send nothing new.
+    fn news_patience(&self, silence: Duration) -> Duration {
+        if self.features & SAYS_THAT_IT_WAITS != 0 { silence } else { silence * PATIENCE_WITH_THE_MUTE }
+    }
+
+    /// Fails for a source that sends next to nothing, or the same few pages again and again, and does not say
+    /// that it waits; and for one that takes too long altogether.
+    fn gets_on(&self, news: &mut News, now: Instant) -> Result<(), Failure> {
+        let failed = |text: std::fmt::Arguments<'_>| Err(Failure::new(Code::TIMEOUT, text));
+        if self.receiving_since.is_some_and(|since| now.duration_since(since) >= self.timeouts.whole) {
+            return failed(format_args!(
+                "the source has not come to the switchover within {:?}",
+                self.timeouts.whole
+            ));
+        }
+        if now.duration_since(news.since) < news.patience {
+            return Ok(());
+        }
+        let covered: Option<u64> = self.planes.iter().map(|plane| plane.newly_covered()).sum();
+        let all: u64 = self.planes.iter().map(|plane| plane.bytes_placed()).sum();
+        let covered = covered.unwrap_or(all.saturating_sub(news.placed));
+        if !news.spoke && covered < self.monitor.progress().memory.min(MIN_NEWS) {
+            return failed(format_args!(
+                "the source makes no progress: for {:?} it has sent no more than {} KiB of different memory",
+                news.patience,
+                covered >> 10
+            ));
+        }
+        *news = News { since: now, placed: all, ..News::new(news.patience) };
+        Ok(())
+    }
+
+    /// The message in a frame, or `None` if more has to come: it is a part of a state, or only says that the
+    /// source is there.
     fn received(&mut self, frame: &[u8], waiting: Waiting) -> Result<Option<Message>, Failure> {
         let message = Message::decode(frame)?;
         let goes_on = waiting.goes_on_after(&message);
         match message {
             Message::StatePart(part) if goes_on => append(&mut self.parts, &part).map(|()| None),
-            Message::ChunkDigests(chunks) if goes_on => {
-                self.chunks = chunks.0;
+            Message::ChunkDigests(chunks) if goes_on && self.chunks.is_none() => {
+                self.chunks = Some(chunks.0);
                 Ok(None)
             }
+            Message::Waiting if goes_on => Ok(None),
             Message::State(last) => {
                 self.monitor.enter(Phase::Switchover);
                 self.whole(last).map(|state| Some(Message::State(state)))

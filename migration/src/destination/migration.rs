@@ -16,18 +16,23 @@ use std::time::Duration;
 pub struct Timeouts {
     /// Between the messages of the beginning, and for `Commit`.
     pub answer: Duration,
-    /// While data is expected: with neither data nor a message.
+    /// While data is expected: with neither data nor a message, and also with nothing but the same few
+    /// pages. A source that has reason to wait says so, and one of an earlier version, which cannot, has ten
+    /// times as long.
     pub silence: Duration,
+    /// From the machine that stands ready to its state, whatever the source says meanwhile.
+    pub whole: Duration,
     /// Waiting for a barrier's confirmation to be taken off our hands, and the like.
     pub data: Duration,
 }
 
 impl Default for Timeouts {
-    /// 10 s, 60 s and 10 s.
+    /// 10 s, 60 s, 24 hours and 10 s.
     fn default() -> Self {
         Timeouts {
             answer: Duration::from_secs(10),
             silence: Duration::from_secs(60),
+            whole: Duration::from_secs(24 * 3600),
             data: Duration::from_secs(10),
         }
     }

@@ -61,7 +61,8 @@ pub enum Waiting {
 impl Waiting {
     /// Whether a message only brings something for later, and the wait goes on after it.
     pub fn goes_on_after(self, message: &Message) -> bool {
-        self == Waiting::State && matches!(message, Message::StatePart(_) | Message::ChunkDigests(_))
+        self == Waiting::State
+            && matches!(message, Message::StatePart(_) | Message::ChunkDigests(_) | Message::Waiting)
     }
 }
 

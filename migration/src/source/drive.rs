@@ -12,7 +12,7 @@ use crate::machine::{Arbiter, SourceMachine};
 use crate::memory::Ram;
 use crate::message::{
     self, ChunkDigests, Hello, MAX_DESCRIPTION, MAX_STATE, MAX_STATE_PART, Message, NAMED_DIFFERENCES, Offer,
-    Prepare, STATE_IN_PARTS, StatePart,
+    Prepare, SAYS_THAT_IT_WAITS, STATE_IN_PARTS, StatePart,
 };
 use crate::monitor::{Monitor, Phase};
 use crate::policy::{OnStall, Policy};
@@ -337,12 +337,14 @@ impl<'a> Driver<'a> {
     fn begin_precopy(&self) -> Precopy<'a> {
         let handover = Handover { source: self.machine.handover_estimate(), ..self.handover };
         let judge = Judge::new(self.options.policy.clone(), handover);
+        let speaks = self.features & SAYS_THAT_IT_WAITS != 0;
         Precopy::new(
             self.machine,
             self.ram,
             self.monitor,
             judge,
             self.options.switchover_patience,
+            speaks,
             self.began,
         )
     }

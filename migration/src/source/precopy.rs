@@ -8,13 +8,17 @@ use crate::failure::{Code, Failure};
 use crate::judge::{Decision, Judge, RoundFacts};
 use crate::machine::SourceMachine;
 use crate::memory::Ram;
+use crate::message::Message;
 use crate::monitor::{Monitor, Phase};
 use crate::report::RoundReport;
 use std::time::{Duration, Instant};
 
-/// How often what the guest dirties is sent while the migration waits for an operator. Also tells the
-/// destination that the source is there.
+/// How often what the guest dirties is sent while the migration waits for an operator, and the destination is
+/// told that the source is there.
 const WAITING_ROUND: Duration = Duration::from_secs(1);
+
+/// How often the destination is told that the source is there, while rounds follow each other.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// What a switchover that begins in time may take at least before the deadline ends it, beyond the downtime
 /// limit.
@@ -28,6 +32,9 @@ pub(super) struct Precopy<'a> {
     judge: Judge,
     /// How long to wait for an operator's word before the switchover; `None` not to.
     patience: Option<Duration>,
+    /// Whether the destination takes a word for a sign of life, and when it last got one.
+    speaks: bool,
+    spoke: Instant,
     /// Pages that are to travel in the next round, or were in the round that broke.
     dirty: DirtySet,
     /// Scratch of the same size.
@@ -59,6 +66,7 @@ impl<'a> Precopy<'a> {
         monitor: &'a Monitor,
         judge: Judge,
         patience: Option<Duration>,
+        speaks: bool,
         began: Instant,
     ) -> Self {
         Precopy {
@@ -67,6 +75,8 @@ impl<'a> Precopy<'a> {
             rounds: Rounds::new(machine, ram, monitor),
             judge,
             patience,
+            speaks,
+            spoke: Instant::now(),
             dirty: DirtySet::empty(ram),
             fresh_dirty: DirtySet::empty(ram),
             round: 0,
@@ -91,7 +101,7 @@ impl<'a> Precopy<'a> {
                 decision = Decision::Switch(self.judge.switch_now(predicted));
             }
             match decision {
-                Decision::Again => {}
+                Decision::Again => self.sign_of_life(path, SIGN_OF_LIFE)?,
                 // The round that follows the wait decides anew.
                 Decision::Switch(_) if self.must_wait() => self.wait(path)?,
                 Decision::Switch(over_limit) => {
@@ -137,6 +147,15 @@ impl<'a> Precopy<'a> {
         })
     }
 
+    /// Tells the destination that this side is there, if it has not been told for so long.
+    fn sign_of_life(&mut self, path: &mut Path<'_>, interval: Duration) -> Result<(), Failure> {
+        if self.speaks && self.spoke.elapsed() >= interval {
+            path.send(&Message::Waiting.encode())?;
+            self.spoke = Instant::now();
+        }
+        Ok(())
+    }
+
     fn must_wait(&self) -> bool {
         self.patience.is_some() && !self.monitor.may_proceed()
     }
@@ -168,8 +187,11 @@ impl<'a> Precopy<'a> {
                     ),
                 ));
             }
-            // A page at least: a destination that receives nothing at all gives up.
-            self.dirty.insert(0, 0);
+            self.sign_of_life(path, WAITING_ROUND)?;
+            if !self.speaks {
+                // A page at least: a destination that receives nothing at all gives up.
+                self.dirty.insert(0, 0);
+            }
             let facts = self.round(path)?;
             // However long the wait, it is one entry of the report.
             let entries = self.reports.len() - written;

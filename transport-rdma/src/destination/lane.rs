@@ -35,6 +35,7 @@ impl Plane {
                         PlaneError::Protocol(format!("{now} bytes written after {written}"))
                     })?;
                     self.placed.fetch_add(more, Ordering::Relaxed);
+                    self.claimed.fetch_add(more, Ordering::Relaxed);
                     written = now;
                 }
                 other => return Err(PlaneError::Protocol(format!("{other:?} on a lane"))),
@@ -50,7 +51,10 @@ impl Plane {
     fn clear(&self, extents: Extents<'_>) -> Result<(), PlaneError> {
         let ram = &self.session.ram;
         extents.iter().try_for_each(|extent| check_whole_pages(ram, &extent))?;
-        extents.iter().for_each(|extent| clear(ram, &extent));
+        for extent in extents.iter() {
+            clear(ram, &extent);
+            self.coverage.mark(&extent);
+        }
         // Named pages are a sign of life as much as sent ones.
         self.placed.fetch_add(1, Ordering::Relaxed);
         Ok(())

@@ -17,7 +17,9 @@ use crate::queue::QueuePair;
 use crate::unavailable;
 use migration::cpu::CpuMeter;
 use migration::memory::Extent;
-use migration::transport::{DestinationPlane, DestinationTransport, MAX_LANES, PlaneError, Session};
+use migration::transport::{
+    Coverage, DestinationPlane, DestinationTransport, MAX_LANES, PlaneError, Session,
+};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -76,6 +78,8 @@ impl RdmaDestination {
             connections: Mutex::default(),
             regions: Mutex::default(),
             placed: AtomicU64::new(0),
+            claimed: AtomicU64::new(0),
+            coverage: Coverage::new(&session.ram),
             lanes_cpu_us: AtomicU64::new(0),
             registering: CpuMeter::default(),
             accepting: CpuMeter::default(),
@@ -152,6 +156,10 @@ struct Plane {
     /// What is registered, by region and offset.
     regions: Mutex<BTreeMap<(u32, u64), (Extent, MemoryRegion)>>,
     placed: AtomicU64,
+    /// Bytes that the source has said it wrote, since that was last asked for.
+    claimed: AtomicU64,
+    /// Of memory that was named as zero.
+    coverage: Coverage,
     /// Of the lanes' threads, which have ended when it is asked for. Those that register and take connections
     /// go on after the fence.
     lanes_cpu_us: AtomicU64,
@@ -270,6 +278,11 @@ impl DestinationPlane for RdmaDestinationPlane {
 
     fn bytes_placed(&self) -> u64 {
         self.plane.placed.load(Ordering::Relaxed)
+    }
+
+    fn newly_covered(&self) -> Option<u64> {
+        // What the card has placed, and where, only the source knows.
+        Some(self.plane.coverage.take() + self.plane.claimed.swap(0, Ordering::Relaxed))
     }
 
     fn cpu_us(&self) -> u64 {

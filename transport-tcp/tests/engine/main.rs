@@ -4,6 +4,7 @@ mod guest;
 mod handover;
 mod orders;
 mod panics;
+mod progress;
 
 use guest::{Guest, Host};
 use migration::destination;

@@ -9,27 +9,77 @@
 //!
 //! It is done from a thread of its own, out of the blackout, and only while the guest runs here:
 //! a pause waits for a round that has begun, and no round begins while the guest is paused or gone.
+//! A round whose time comes while the guest is paused is made as soon as it runs again, and one whose time
+//! has passed while the thread got no processor is made at once: none is left out.
 
 use crate::virtio::net::Announcing;
+use std::thread;
+use std::time::{Duration, Instant};
 
-/// Calls `round` as often as `announcing` says, until it returns false. Without a thread for it, it is called
-/// once.
-pub(super) fn start(announcing: Announcing, round: impl Fn() -> bool + Clone + Send + 'static) {
+/// How often it is looked whether a paused guest runs again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// What became of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Round {
+    /// The network was told.
+    Told,
+    /// The guest does not run at this moment.
+    NotNow,
+    /// The machine is gone.
+    Over,
+}
+
+/// Has `round` tell the network as often as `announcing` says, or until the machine is gone. Without a thread
+/// for it, it is called once.
+pub(super) fn start(announcing: Announcing, round: impl Fn() -> Round + Clone + Send + 'static) {
     if announcing.rounds == 0 {
         return;
     }
-    let only_once = round.clone();
+    let (only_once, began) = (round.clone(), Instant::now());
     let rounds = move || {
-        round();
-        announcing
-            .waits()
-            .take_while(|wait| {
-                std::thread::sleep(*wait);
-                round()
-            })
-            .for_each(drop);
+        for due in announcing.times() {
+            thread::sleep((began + due).saturating_duration_since(Instant::now()));
+            loop {
+                match round() {
+                    Round::Told => break,
+                    Round::NotNow => thread::sleep(LOOK_AGAIN),
+                    Round::Over => return,
+                }
+            }
+        }
     };
-    if std::thread::Builder::new().name("announce".into()).spawn(rounds).is_err() {
+    if thread::Builder::new().name("announce".into()).spawn(rounds).is_err() {
         only_once();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    /// What becomes of the first `answers.len()` calls; all others have told the network.
+    fn calls(answers: &'static [Round]) -> usize {
+        let (sender, calls) = mpsc::channel();
+        let made = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let brief = Duration::from_millis(1);
+        let announcing = Announcing { rounds: 5, initial: brief, step: brief, most: brief };
+        start(announcing, move || {
+            let number = made.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            sender.send(()).unwrap();
+            // As a thread without a processor.
+            thread::sleep(Duration::from_millis(10));
+            answers.get(number).copied().unwrap_or(Round::Told)
+        });
+        // Until the thread has ended, and with it the sender.
+        calls.iter().count()
+    }
+
+    #[test]
+    fn no_round_is_left_out() {
+        assert_eq!(calls(&[]), 5, "late as it is");
+        assert_eq!(calls(&[Round::Told, Round::NotNow, Round::NotNow, Round::NotNow]), 5 + 3);
+        assert_eq!(calls(&[Round::Told, Round::Over]), 2);
     }
 }

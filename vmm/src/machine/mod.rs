@@ -16,6 +16,7 @@ pub(crate) use reboot::MAX_KEPT;
 pub use reboot::{KeepError, Reboot};
 pub use reset::Notice;
 
+use self::announce::Round;
 use crate::component::{Error as ComponentError, Kind};
 use crate::cpuid;
 use crate::devices::Devices;
@@ -241,11 +242,12 @@ impl Machine {
     pub fn announce(&self) {
         let machine = Arc::downgrade(&self.shared);
         announce::start(self.config.local.announcing, move || {
-            let Some(shared) = machine.upgrade() else { return false };
-            if shared.is_running() {
-                shared.devices.announce();
+            let Some(shared) = machine.upgrade() else { return Round::Over };
+            match shared.control.status() {
+                (Phase::Running, _) if shared.devices.announce() => Round::Told,
+                (Phase::Paused | Phase::Running, None) => Round::NotNow,
+                _ => Round::Over,
             }
-            true
         });
     }
 

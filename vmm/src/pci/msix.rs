@@ -29,11 +29,16 @@ struct Entry {
     control: u32,
 }
 
+/// Most vectors that a table can have.
+const MAX_VECTORS: usize = 2048;
+
 /// The table, saved. What is enabled and masked as a whole is in the configuration space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MsixState {
+    #[serde(deserialize_with = "migration::bounded::at_most::<MAX_VECTORS, _, _>")]
     entries: Vec<Entry>,
     /// One bit an entry: it would have been sent but for a mask.
+    #[serde(deserialize_with = "migration::bounded::at_most::<MAX_VECTORS, _, _>")]
     pending: Vec<bool>,
 }
 

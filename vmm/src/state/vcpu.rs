@@ -3,6 +3,7 @@
 use crate::component::{Error, Kind};
 use crate::ioctl::{self, KvmError};
 use crate::vcpu::Vcpu;
+use crate::vcpu::msr::MAX_MSRS;
 use crate::vcpu::msr::{self, IA32_TSC_DEADLINE};
 use kvm_bindings::{
     kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -15,10 +16,12 @@ pub struct VcpuState {
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
+    #[serde(with = "migration::bounded::bytes")]
     xsave: Vec<u8>,
     xcrs: kvm_xcrs,
     debugregs: kvm_debugregs,
     lapic: kvm_lapic_state,
+    #[serde(deserialize_with = "migration::bounded::at_most::<MAX_MSRS, _, _>")]
     msrs: Vec<(u32, u64)>,
     tsc_deadline: Option<u64>,
     /// Guest TSC minus host TSC on the source; only differences between vCPUs mean anything

@@ -15,6 +15,9 @@ use crate::ioctl::{self, KvmContext, KvmError};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
+/// Most registers that a state may have.
+pub const MAX_MSRS: usize = 4096;
+
 pub const IA32_TSC: u32 = 0x10;
 pub const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Read-only enumeration of CPU vulnerabilities. Some hosts let nobody set it, and the destination

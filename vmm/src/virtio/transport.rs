@@ -41,15 +41,20 @@ const WINDOW_DATA: Range<usize> = 16..20;
 /// [`VirtioFunction::mapped`] of a function whose BAR is not decoded.
 const UNMAPPED: u64 = u64::MAX;
 
+/// Most queues that a device here has, with room to spare.
+const MAX_QUEUES: usize = 64;
+
 /// The transport's saved form; the device saves its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct TransportState {
+    #[serde(with = "migration::bounded::bytes")]
     config: Vec<u8>,
     msix: MsixState,
     registers: Registers,
     isr: u8,
     config_vector: u16,
     needs_reset: bool,
+    #[serde(deserialize_with = "migration::bounded::at_most::<MAX_QUEUES, _, _>")]
     queues: Vec<QueueState>,
 }
 

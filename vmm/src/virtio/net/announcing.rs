@@ -23,8 +23,18 @@ impl Default for Announcing {
 }
 
 impl Announcing {
+    /// When the rounds are due, from the guest's start here on.
+    pub(crate) fn times(self) -> impl Iterator<Item = Duration> {
+        let mut due = Duration::ZERO;
+        let later = self.waits().map(move |wait| {
+            due += wait;
+            due
+        });
+        std::iter::once(Duration::ZERO).chain(later)
+    }
+
     /// The waits between rounds.
-    pub(crate) fn waits(self) -> impl Iterator<Item = Duration> {
+    fn waits(self) -> impl Iterator<Item = Duration> {
         let wait = move |number| self.initial.saturating_add(self.step.saturating_mul(number)).min(self.most);
         (0..self.rounds.saturating_sub(1)).map(wait)
     }
@@ -38,6 +48,8 @@ mod tests {
     fn waits_grow_to_their_limit() {
         let waits = |announcing: Announcing| announcing.waits().map(|w| w.as_millis()).collect::<Vec<_>>();
         assert_eq!(waits(Announcing::default()), [50, 150, 250, 350]);
+        let times = Announcing::default().times().map(|time| time.as_millis()).collect::<Vec<_>>();
+        assert_eq!(times, [0, 50, 200, 450, 800]);
         assert_eq!(
             waits(Announcing { rounds: 8, ..Announcing::default() }),
             [50, 150, 250, 350, 450, 550, 550]
