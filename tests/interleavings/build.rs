@@ -8,18 +8,21 @@ use std::path::Path;
 use std::{env, fs};
 
 /// A file of this repository, and the module that it becomes.
-const FILES: [(&str, &str); 7] = [
+const FILES: [(&str, &str); 10] = [
     ("vmm/src/lock.rs", "lock"),
+    ("vmm/src/awake.rs", "awake"),
+    ("vmm/src/ended.rs", "ended"),
     ("vmm/src/vcpu/control.rs", "control"),
     ("vmm/src/virtio/service.rs", "service"),
     ("vmm/src/memory/write_log.rs", "write_log"),
     ("migration/src/monitor.rs", "monitor"),
     ("migration/src/destination/monitor.rs", "destination"),
+    ("transport-tcp/src/streams.rs", "streams"),
     ("whimbrel/src/slot.rs", "slot"),
 ];
 
 /// A module, the twin in which one of its rules is broken, what is written in the module, and in the twin.
-const BROKEN: [[&str; 4]; 18] = [
+const BROKEN: [[&str; 4]; 23] = [
     [
         "control",
         "control_looks_before_it_clears",
@@ -85,6 +88,26 @@ const BROKEN: [[&str; 4]; 18] = [
         "if self.taken.swap(true, Ordering::AcqRel) {",
         "let taken = self.taken.load(Ordering::Acquire);\n        self.taken.store(true, Ordering::Release);\n        if taken {",
     ],
+    ["streams", "streams_let_in_after_the_fence", "inner.fenced = true;", ""],
+    [
+        "streams",
+        "streams_are_not_waited_for",
+        "threads.into_iter().map(JoinHandle::join).collect();",
+        "Vec::<Result<(), ()>>::new(); drop(threads);",
+    ],
+    [
+        "streams",
+        "streams_are_not_shut",
+        "inner.handles.drain(..).for_each(|stream| stream.shut());",
+        "inner.handles.clear();",
+    ],
+    [
+        "awake",
+        "awake_works_without_the_lock",
+        "let awake = self.lock();\n        if *awake {",
+        "let awake = &{ *self.lock() };\n        if *awake {",
+    ],
+    ["ended", "ended_in_silence", "self.changed.notify_all();", ""],
     ["slot", "slot_is_filled_in_silence", "drop(self.reception());\n        self.settled.notify_all();", ""],
     [
         "slot",
@@ -119,5 +142,9 @@ fn main() {
 fn taken(text: &str) -> String {
     let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
     let lines = code.lines().filter(|line| !line.starts_with("//!"));
-    lines.flat_map(|line| [line, "\n"]).collect::<String>().replace("std::sync::", "crate::sync::")
+    lines
+        .flat_map(|line| [line, "\n"])
+        .collect::<String>()
+        .replace("std::sync::", "crate::sync::")
+        .replace("std::thread::", "crate::sync::thread::")
 }

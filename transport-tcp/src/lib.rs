@@ -19,6 +19,7 @@ mod place;
 mod plane;
 mod source;
 mod stream;
+mod streams;
 
 pub use acceptor::LaneAcceptor;
 pub use destination::TcpDestination;

@@ -3,17 +3,17 @@
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::place::{Placer, Turns};
 use crate::stream;
+use crate::streams::{Stream, Streams};
 use migration::cpu::thread_cpu;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::{self, Preamble, Status};
 use migration::scan;
-use migration::transport::{Coverage, MAX_LANES, PlaneError, Session, Token};
+use migration::transport::{Coverage, PlaneError, Session, Token};
 use socket2::Socket;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 
 /// Pages that are cleared between two looks at whether the session is over.
 const CLEAR_PAGES: u64 = 4096;
@@ -22,35 +22,21 @@ const CLEAR_PAGES: u64 = 4096;
 pub(crate) struct Plane {
     session: Session,
     turns: Turns,
-    streams: Mutex<Streams>,
-    /// Set by the fence: what is being placed need not be finished.
-    over: AtomicBool,
+    streams: Streams<Socket>,
     placed: AtomicU64,
     coverage: Coverage,
     cpu_us: AtomicU64,
     error: Mutex<Option<String>>,
 }
 
-#[derive(Default)]
-struct Streams {
-    fenced: bool,
-    /// Numbers of the lanes that have been let in.
-    lanes: Vec<u16>,
-    /// Of all streams, also those that have not said yet which lane they are.
-    handles: Vec<Socket>,
-    threads: Vec<JoinHandle<()>>,
-}
+impl Stream for Socket {
+    fn handle(&self) -> io::Result<Self> {
+        self.try_clone()
+    }
 
-impl Streams {
-    /// Whether the stream that began with `preamble` is a lane of session `token` that is still missing.
-    fn admit(&mut self, token: Token, preamble: &Preamble) -> bool {
-        let Preamble { kind, lane, lanes, .. } = *preamble;
-        let ours = kind == preamble::Kind::Data && preamble.token == token && lane < lanes;
-        if self.fenced || !ours || self.lanes.contains(&lane) || self.lanes.len() >= MAX_LANES {
-            return false;
-        }
-        self.lanes.push(lane);
-        true
+    fn shut(&self) {
+        // Fails only for a connection that is down already.
+        let _ = self.shutdown(Shutdown::Both);
     }
 }
 
@@ -63,8 +49,7 @@ impl Plane {
         Plane {
             session: session.clone(),
             turns: Turns::new(&session.ram),
-            streams: Mutex::default(),
-            over: AtomicBool::new(false),
+            streams: Streams::new(),
             placed: AtomicU64::new(0),
             coverage: Coverage::new(&session.ram),
             cpu_us: AtomicU64::new(0),
@@ -76,48 +61,40 @@ impl Plane {
         self.session.token
     }
 
+    /// The lane that a stream which began with `preamble` says it is, if it is one of this session.
+    fn lane(&self, preamble: &Preamble) -> Option<u16> {
+        let Preamble { kind, token, lane, lanes, .. } = *preamble;
+        (kind == preamble::Kind::Data && token == self.session.token && lane < lanes).then_some(lane)
+    }
+
     /// Takes a stream that has presented this session's token.
     pub(crate) fn join(self: &Arc<Self>, mut stream: Socket, preamble: Preamble) -> io::Result<()> {
-        let mut streams = lock(&self.streams);
-        if !streams.admit(self.session.token, &preamble) {
+        let mut streams = self.streams.lock();
+        if !self.lane(&preamble).is_some_and(|lane| streams.admit(lane)) {
             drop(streams);
             return stream.write_all(&preamble.answer(Status::Session).encode());
         }
         stream.set_read_timeout(None)?;
         stream.write_all(&preamble.answer(Status::Ok).encode())?;
-        self.start(&mut streams, format!("receive-{}", preamble.lane), stream, Plane::serve)
+        let plane = Arc::clone(self);
+        streams.start(format!("receive-{}", preamble.lane), stream, move |stream| plane.serve(stream))
     }
 
     /// Takes a stream whose preamble is still to come. It is waited for until the fence.
     pub(crate) fn expect(self: &Arc<Self>, stream: Socket) -> io::Result<()> {
-        self.start(&mut lock(&self.streams), "receive".into(), stream, |plane, mut stream| {
+        let plane = Arc::clone(self);
+        self.streams.lock().start("receive".into(), stream, move |mut stream| {
             // A peer that goes away before it has begun is no failure of this side.
             let Ok(preamble) = stream::hear(&mut stream, None) else { return };
-            let admitted = lock(&plane.streams).admit(plane.session.token, &preamble);
+            let admitted = plane.lane(&preamble).is_some_and(|lane| plane.streams.lock().admit(lane));
             let status = if admitted { Status::Ok } else { Status::Session };
             let answered = stream.write_all(&preamble.answer(status).encode());
             if admitted && answered.is_ok() {
                 plane.serve(stream);
             } else {
-                let _ = stream.shutdown(Shutdown::Both);
+                stream.shut();
             }
         })
-    }
-
-    /// Has a thread of its own do `work` with a stream.
-    fn start(
-        self: &Arc<Self>,
-        streams: &mut Streams,
-        name: String,
-        stream: Socket,
-        work: impl FnOnce(&Plane, Socket) + Send + 'static,
-    ) -> io::Result<()> {
-        let handle = stream.try_clone()?;
-        let plane = Arc::clone(self);
-        let thread = thread::Builder::new().name(name).spawn(move || work(&plane, stream))?;
-        streams.handles.push(handle);
-        streams.threads.push(thread);
-        Ok(())
     }
 
     fn serve(&self, stream: Socket) {
@@ -125,12 +102,11 @@ impl Plane {
             Receiver { plane: self, stream, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
         let result = receiver.run();
         self.cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
-        let fenced = lock(&self.streams).fenced;
         if let Err(error) = result
-            && !fenced
+            && !self.streams.over()
         {
             // The source must not go on writing to a lane that nobody reads.
-            let _ = receiver.stream.shutdown(Shutdown::Both);
+            receiver.stream.shut();
             lock(&self.error).get_or_insert(error.to_string());
         }
     }
@@ -138,22 +114,8 @@ impl Plane {
     /// Lets no stream in any more, shuts down those that there are, and waits for their threads: whoever was
     /// placing bytes has then ended.
     pub(crate) fn fence(&self) -> Result<(), PlaneError> {
-        let threads = {
-            let mut streams = lock(&self.streams);
-            streams.fenced = true;
-            self.over.store(true, Ordering::Release);
-            for stream in streams.handles.drain(..) {
-                // Fails only for a connection that is down already.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-            std::mem::take(&mut streams.threads)
-        };
-        for thread in threads {
-            if thread.join().is_err() {
-                return Err(PlaneError::Protocol("a receiving thread panicked".into()));
-            }
-        }
-        Ok(())
+        let panicked = |()| PlaneError::Protocol("a receiving thread panicked".into());
+        self.streams.fence().map_err(panicked)
     }
 
     pub(crate) fn bytes_placed(&self) -> u64 {
@@ -187,7 +149,7 @@ impl Receiver<'_> {
     fn run(&mut self) -> Result<(), PlaneError> {
         let broken = |source| PlaneError::Io { what: "receiving memory", source };
         loop {
-            if self.plane.over.load(Ordering::Acquire) {
+            if self.plane.streams.over() {
                 return Ok(());
             }
             let mut head = [0; UNIT];
@@ -208,7 +170,7 @@ impl Receiver<'_> {
                 }
                 Kind::Zero => {
                     for extent in &self.extents {
-                        clear(&self.plane.session.ram, extent, &self.plane.over);
+                        clear(&self.plane.session.ram, extent, || self.plane.streams.over());
                     }
                     self.cover();
                     // Named pages are a sign of life as much as sent ones.
@@ -263,10 +225,10 @@ fn overlap(extents: &[Extent]) -> bool {
 
 /// Makes a checked extent read as zeros, unless the session is `over` before. Pages that do not exist already
 /// do, and are not made to exist.
-fn clear(ram: &Ram, extent: &Extent, over: &AtomicBool) {
+fn clear(ram: &Ram, extent: &Extent, over: impl Fn() -> bool) {
     let Ok(region) = ram.check(extent) else { return };
     let (mut at, end) = (extent.offset / PAGE_SIZE, (extent.offset + extent.len) / PAGE_SIZE);
-    while at < end && !over.load(Ordering::Acquire) {
+    while at < end && !over() {
         let some = CLEAR_PAGES.min(end - at);
         scan::existing(region, at, some, |first, pages| {
             let address = region.address().wrapping_add((first * PAGE_SIZE) as usize);
@@ -325,10 +287,10 @@ mod tests {
         let byte = ram.address(&all).unwrap();
         // SAFETY: inside the mapping; nobody else uses it.
         unsafe { byte.write(1) };
-        clear(&ram, &all, &AtomicBool::new(true));
+        clear(&ram, &all, || true);
         // SAFETY: as above.
         assert_eq!(unsafe { byte.read() }, 1, "not interrupted");
-        clear(&ram, &all, &AtomicBool::new(false));
+        clear(&ram, &all, || false);
         // SAFETY: as above.
         assert_eq!(unsafe { byte.read() }, 0);
     }

@@ -11,13 +11,13 @@
 //!
 //! All other ports, and memory where there is nothing, read as all ones and swallow writes.
 
+use crate::awake::Awake;
 use crate::error::Error;
-use crate::lock::lock;
 use crate::pci::{Bus, BusState, CONFIG_ADDRESS_PORT, Function};
 use crate::power::{self, Power, Request};
 use crate::serial::SerialPort;
 use crate::virtio::{VirtioDevice, VirtioFunction};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 /// First port of the serial port's eight.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -32,15 +32,14 @@ pub struct Devices {
     power: Power,
     pci: Bus,
     virtio: Vec<Arc<VirtioFunction>>,
-    /// Whether they may do anything.
-    running: Mutex<bool>,
+    awake: Awake,
 }
 
 impl Devices {
     /// A machine's devices, paused.
     pub fn new(serial: SerialPort, power: Power, virtio: Vec<Arc<VirtioFunction>>) -> Self {
         let pci = Bus::new(virtio.iter().map(|f| f.clone() as Arc<dyn Function>).collect());
-        Devices { serial, power, pci, virtio, running: Mutex::new(false) }
+        Devices { serial, power, pci, virtio, awake: Awake::default() }
     }
 
     /// The serial port.
@@ -121,14 +120,14 @@ impl Devices {
 
     /// Stops all threads of devices from touching guest RAM, and input from coming in. No vCPU may run.
     pub fn pause(&self) {
-        *self.running() = false;
+        self.awake.set(false);
         self.serial.pause();
         self.virtio.iter().for_each(|function| function.pause());
     }
 
     /// Lets them go on.
     pub fn resume(&self) {
-        *self.running() = true;
+        self.awake.set(true);
         self.serial.resume();
         self.virtio.iter().for_each(|function| function.resume());
     }
@@ -145,18 +144,10 @@ impl Devices {
         Ok(())
     }
 
-    fn running(&self) -> MutexGuard<'_, bool> {
-        lock(&self.running)
-    }
-
-    /// Tells the network that the guest is here, unless it is paused: then it returns false. A pause waits for this: once
-    /// devices are at rest, nobody hears any more that the guest is here.
+    /// Tells the network that the guest is here, unless it is paused: then it returns false. A pause waits
+    /// for this: once devices are at rest, nobody hears any more that the guest is here.
     pub fn announce(&self) -> bool {
-        let running = self.running();
-        if *running {
-            self.virtio.iter().for_each(|function| function.announce());
-        }
-        *running
+        self.awake.work(|| self.virtio.iter().for_each(|function| function.announce()))
     }
 
     /// A guest's read. String instructions arrive as many accesses to one port.

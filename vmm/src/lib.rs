@@ -5,12 +5,14 @@
 //! [`incoming`] builds what the engine moves in.
 
 pub mod acpi;
+mod awake;
 pub mod boot_disk;
 pub mod component;
 pub mod cpuid;
 mod description;
 pub mod devices;
 mod dirty;
+mod ended;
 mod error;
 mod fatal;
 pub mod guest;

@@ -7,6 +7,11 @@ pub mod atomic {
     pub use loom::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 }
 
+pub mod thread {
+    // `use …::thread::{self, …}` names the module itself as well.
+    pub use loom::thread::{Builder, JoinHandle};
+}
+
 use atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 

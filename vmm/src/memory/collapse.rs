@@ -10,9 +10,9 @@
 
 use super::thp::{self, HUGE};
 use super::{GuestRam, Thp};
-use crate::lock::lock;
+use crate::ended::Ended;
 use migration::memory::{PAGE_SIZE, Ram, RamRegion};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -41,21 +41,6 @@ const NICE: libc::c_int = 10;
 pub(crate) struct Collapser {
     ended: Arc<Ended>,
     thread: Option<JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct Ended {
-    ended: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Ended {
-    /// Waits for `time`. False if it has ended meanwhile.
-    fn rest(&self, time: Duration) -> bool {
-        let guard = lock(&self.ended);
-        let waited = self.changed.wait_timeout_while(guard, time, |ended| !*ended);
-        !*waited.unwrap_or_else(PoisonError::into_inner).0
-    }
 }
 
 impl Collapser {
@@ -89,8 +74,7 @@ impl Collapser {
 
 impl Drop for Collapser {
     fn drop(&mut self) {
-        *lock(&self.ended.ended) = true;
-        self.ended.changed.notify_all();
+        self.ended.end();
         if let Some(thread) = self.thread.take() {
             // If it panicked, it has said why, and nobody depends on it.
             let _ = thread.join();

@@ -1,4 +1,4 @@
-//! A virtqueue. When its thread serves it, says [`service`](super::service).
+//! A virtqueue. When its thread serves it, says `service.rs`.
 
 use super::VirtioDevice;
 use super::interrupt::Interrupt;

@@ -1,0 +1,93 @@
+//! A session's streams: who is let in, the thread of each, and how all are shut out at once.
+
+use migration::transport::MAX_LANES;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+/// A stream, as far as letting it in and shutting it out is concerned.
+pub(crate) trait Stream: Sized + Send + 'static {
+    /// Another handle to the same stream.
+    fn handle(&self) -> io::Result<Self>;
+
+    /// Ends what waits for it, now and later.
+    fn shut(&self);
+}
+
+/// The streams of one session.
+pub(crate) struct Streams<S> {
+    inner: Mutex<Inner<S>>,
+    /// Set by the fence: what is being placed need not be finished.
+    over: AtomicBool,
+}
+
+pub(crate) struct Inner<S> {
+    fenced: bool,
+    /// Numbers of the lanes that have been let in.
+    lanes: Vec<u16>,
+    /// Of all streams, also those that have not said yet which lane they are.
+    handles: Vec<S>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl<S: Stream> Inner<S> {
+    /// Whether a stream is let in as lane number `lane`, which is then no longer missing.
+    pub(crate) fn admit(&mut self, lane: u16) -> bool {
+        if self.fenced || self.lanes.contains(&lane) || self.lanes.len() >= MAX_LANES {
+            return false;
+        }
+        self.lanes.push(lane);
+        true
+    }
+
+    /// Has a thread of its own do `work` with a stream.
+    pub(crate) fn start(
+        &mut self,
+        name: String,
+        stream: S,
+        work: impl FnOnce(S) + Send + 'static,
+    ) -> io::Result<()> {
+        let handle = stream.handle()?;
+        let thread = thread::Builder::new().name(name).spawn(move || work(stream))?;
+        self.handles.push(handle);
+        self.threads.push(thread);
+        Ok(())
+    }
+}
+
+impl<S: Stream> Streams<S> {
+    /// None yet.
+    pub(crate) fn new() -> Self {
+        let inner = Inner { fenced: false, lanes: Vec::new(), handles: Vec::new(), threads: Vec::new() };
+        Streams { inner: Mutex::new(inner), over: AtomicBool::new(false) }
+    }
+
+    /// All of them. Whoever lets one in holds this until its thread has been started, so that the fence finds
+    /// it.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner<S>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the session is over.
+    pub(crate) fn over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Lets no stream in any more, shuts down those that there are, and waits for their threads.
+    ///
+    /// # Errors
+    /// If one of them panicked.
+    pub(crate) fn fence(&self) -> Result<(), ()> {
+        let threads = {
+            let mut inner = self.lock();
+            inner.fenced = true;
+            self.over.store(true, Ordering::Release);
+            inner.handles.drain(..).for_each(|stream| stream.shut());
+            std::mem::take(&mut inner.threads)
+        };
+        // All of them, also if one has panicked.
+        let ended: Vec<_> = threads.into_iter().map(JoinHandle::join).collect();
+        ended.into_iter().try_for_each(|end| end.map_err(drop))
+    }
+}
