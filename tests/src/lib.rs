@@ -6,6 +6,7 @@
 //! | `chain` | guests of all sizes move ten times while they rewrite their memory, and nothing is wrong |
 //! | `kill` | either side is killed at any moment: there is one owner, or the guest is held and says so |
 //! | `disks` | the same with a disk: one side at most touches it, and nothing on it is lost, torn or stale |
+//! | `disk_full` | a disk that its host has no room for: the guest waits, moves meanwhile, and goes on |
 //! | `nfs` | the same with the disk on an NFS server, with each host as a client (in the lab) |
 //! | `chaos` | whatever goes wrong by seed, nothing is lost, doubled or untrue: a short part of `ci/chaos` |
 //! | `cuts` | the connection is cut, or goes silent, at any byte |

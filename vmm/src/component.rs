@@ -129,7 +129,7 @@ kinds! {
     /// What a console has beyond its transport.
     Console = 10, version 1, "virtio-console";
     /// What a disk has beyond its transport.
-    Block = 11, version 1, "virtio-blk";
+    Block = 11, version 2, "virtio-blk";
     /// What a network interface has beyond its transport.
     Net = 12, version 1, "virtio-net";
     /// There only if the guest has asked for a reset that is still to be done.

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::pci::{Bus, BusState, CONFIG_ADDRESS_PORT, Function};
 use crate::power::{self, Power, Request};
 use crate::serial::SerialPort;
-use crate::virtio::{VirtioDevice, VirtioFunction};
+use crate::virtio::{Alarm, VirtioDevice, VirtioFunction};
 use std::sync::Arc;
 
 /// First port of the serial port's eight.
@@ -142,6 +142,22 @@ impl Devices {
         self.pci.load(&BusState::default());
         self.virtio.iter().for_each(|function| function.power_on());
         Ok(())
+    }
+
+    /// Whom devices alarm that have requests which must wait.
+    pub fn set_alarm(&self, alarm: &Alarm) {
+        self.virtio.iter().for_each(|function| function.device().set_alarm(alarm.clone()));
+    }
+
+    /// Why a device has such requests, if one has.
+    pub fn trouble(&self) -> Option<String> {
+        self.virtio.iter().find_map(|function| function.device().trouble())
+    }
+
+    /// Tries them again, while all devices are paused. Returns why some must still wait.
+    pub fn retry(&self) -> Option<String> {
+        self.virtio.iter().filter(|f| f.device().trouble().is_some()).for_each(|function| function.retry());
+        self.trouble()
     }
 
     /// Tells the network that the guest is here, unless it is paused: then it returns false. A pause waits

@@ -180,13 +180,14 @@ impl Instance {
     pub fn status(&self) -> Vm {
         let inner = self.lock();
         let migrating = inner.attempt.as_ref().is_some_and(|a| a.report.is_none());
+        let trouble = self.machine.disk_trouble();
         let state = match inner.state {
             State::Moved => VmState::Moved,
             State::Held => VmState::Held,
             _ if self.machine.outcome().is_some() => VmState::Ended,
             _ if migrating => VmState::Migrating,
-            State::Paused => VmState::Paused,
-            State::Running => VmState::Running,
+            State::Running if trouble.is_none() => VmState::Running,
+            State::Running | State::Paused => VmState::Paused,
         };
         let guest = match inner.state {
             State::Moved => None,
@@ -198,6 +199,7 @@ impl Instance {
             memory: self.machine.config().memory,
             vcpus: self.machine.config().vcpus,
             pid: std::process::id(),
+            trouble,
             guest,
         }
     }
@@ -240,7 +242,7 @@ impl Instance {
     pub fn shutdown(&self) -> Result<(), Failure> {
         let inner = self.lock();
         inner.refuse_unless_ours()?;
-        if inner.state != State::Running {
+        if inner.state != State::Running || self.machine.disk_trouble().is_some() {
             return Err(busy("the guest is paused and would not notice; resume it first"));
         }
         if self.machine.press_power_button() {

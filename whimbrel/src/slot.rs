@@ -82,6 +82,7 @@ impl Slot {
             memory: progress.map_or(0, |progress| progress.memory),
             vcpus: 0,
             pid: std::process::id(),
+            trouble: None,
             guest: None,
         })
     }

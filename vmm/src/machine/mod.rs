@@ -9,12 +9,13 @@ mod config;
 mod ram;
 mod reboot;
 mod reset;
+mod supervisor;
 
 pub use config::{BadName, MAX_NAME, MachineConfig, check_name};
 pub use ram::{RamView, RamWriter};
 pub(crate) use reboot::MAX_KEPT;
 pub use reboot::{KeepError, Reboot};
-pub use reset::Notice;
+pub use supervisor::Notice;
 
 use self::announce::Round;
 use crate::component::{Error as ComponentError, Kind};
@@ -43,7 +44,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -64,15 +65,53 @@ pub(crate) struct Shared {
     reboot: Reboot,
     /// What a reset makes of vCPUs and interrupt controllers, if it is to.
     power_on: Option<PowerOn>,
-    notices: OnceLock<Box<Listener>>,
+    notices: Mutex<Notices>,
+    /// The guest is paused until a disk can carry out its requests. Changes only under the lock of
+    /// `standing`.
+    waits_for_disk: AtomicBool,
 }
 
-type Listener = dyn Fn(&Notice) + Send + Sync;
+type Listener = dyn Fn(&Notice) + Send;
+
+/// Who hears of what happens to the machine, and what happened before there was somebody: a guest that
+/// arrives may run before its new owner knows.
+#[derive(Default)]
+struct Notices {
+    listener: Option<Box<Listener>>,
+    untold: Vec<Notice>,
+}
+
+/// Most notices that are kept for a listener.
+const MOST_UNTOLD: usize = 16;
 
 impl Shared {
     /// Whether vCPUs run.
     pub(crate) fn is_running(&self) -> bool {
         self.control.status().0 == Phase::Running
+    }
+
+    /// Brings vCPUs to rest, and then the devices, which they can no longer set to work.
+    fn park(&self) {
+        self.control.pause(self.vcpus.len());
+        self.devices.pause();
+    }
+
+    /// Lets vCPUs and devices go on.
+    fn go_on(&self, standing: &Standing) -> Result<(), Error> {
+        if standing.interrupted && !self.is_running() {
+            for vcpu in &self.vcpus {
+                // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
+                // not use it makes this EINVAL, and needs no telling.
+                let _ = ioctl::retried!("KVM_KVMCLOCK_CTRL", lock(vcpu).fd.kvmclock_ctrl());
+            }
+        }
+        self.control.resume().map_err(|outcome| match outcome {
+            Outcome::Stopped => Error::Stopped,
+            outcome => Error::Ended(outcome),
+        })?;
+        self.waits_for_disk.store(false, Ordering::Relaxed);
+        self.devices.resume();
+        Ok(())
     }
 
     /// Does what a vCPU does whose guest asks for a reset.
@@ -82,9 +121,12 @@ impl Shared {
         self.control.awaits_reset()
     }
 
-    fn tell(&self, notice: &Notice) {
-        if let Some(listener) = self.notices.get() {
-            listener(notice);
+    fn tell(&self, notice: Notice) {
+        let mut notices = lock(&self.notices);
+        match &notices.listener {
+            Some(listener) => listener(&notice),
+            None if notices.untold.len() < MOST_UNTOLD => notices.untold.push(notice),
+            None => {}
         }
     }
 }
@@ -167,8 +209,16 @@ impl Machine {
             control: Control::new(reboots),
             standing: Mutex::default(),
             reboot,
-            notices: OnceLock::new(),
+            notices: Mutex::default(),
+            waits_for_disk: AtomicBool::new(false),
         });
+        let alarmed = Arc::downgrade(&shared);
+        let alarm: virtio::Alarm = Arc::new(move || {
+            if let Some(shared) = alarmed.upgrade() {
+                shared.control.alarm();
+            }
+        });
+        shared.devices.set_alarm(&alarm);
         let (running, tracked) = (shared.clone(), tracking.is_on());
         let collapser =
             Collapser::start(&ram, move || running.is_running() && !tracked.load(Ordering::Relaxed));
@@ -197,10 +247,11 @@ impl Machine {
         reset::load(&self.shared, writer.memory(), boot, Before::Zeros)
     }
 
-    /// Has the machine tell what happens to it from here on. Only the first listener is heard. It must not
-    /// call the machine.
-    pub fn on_notice(&self, listener: impl Fn(&Notice) + Send + Sync + 'static) {
-        let _ = self.shared.notices.set(Box::new(listener));
+    /// Has the machine tell what happens to it, to this listener from here on. It must not call the machine.
+    pub fn on_notice(&self, listener: impl Fn(&Notice) + Send + 'static) {
+        let mut notices = lock(&self.shared.notices);
+        notices.untold.drain(..).for_each(|notice| listener(&notice));
+        notices.listener = Some(Box::new(listener));
     }
 
     /// Presses the guest's power button. False if it does not listen to it.
@@ -218,18 +269,7 @@ impl Machine {
     pub fn resume(&self) -> Result<(), Error> {
         let mut standing = lock(&self.shared.standing);
         self.shared.devices.take_disk_locks()?;
-        if standing.interrupted && !self.is_running() {
-            for vcpu in &self.shared.vcpus {
-                // Tells a guest that uses kvmclock not to take the pause for a hang. One that does
-                // not use it makes this EINVAL, and needs no telling.
-                let _ = ioctl::retried!("KVM_KVMCLOCK_CTRL", lock(vcpu).fd.kvmclock_ctrl());
-            }
-        }
-        self.shared.control.resume().map_err(|outcome| match outcome {
-            Outcome::Stopped => Error::Stopped,
-            outcome => Error::Ended(outcome),
-        })?;
-        self.shared.devices.resume();
+        self.shared.go_on(&standing)?;
         standing.engine_has_ram = false;
         standing.stays_paused = false;
         if self.given_up.swap(false, Ordering::Relaxed) {
@@ -271,7 +311,9 @@ impl Machine {
         let mut standing = lock(&self.shared.standing);
         standing.interrupted |= self.is_running();
         standing.engine_has_ram |= moving;
-        self.park();
+        self.shared.park();
+        // Whoever has paused it also decides when it runs again.
+        self.shared.waits_for_disk.store(false, Ordering::Relaxed);
         match self.shared.control.status() {
             (Phase::Stopping, _) => Err(Error::Stopped),
             _ => Ok(()),
@@ -302,6 +344,12 @@ impl Machine {
         self.shared.devices.take_disk_locks()?;
         standing.engine_has_ram = false;
         Ok(())
+    }
+
+    /// Why the guest is paused until a disk can carry out its requests, if it is.
+    pub fn disk_trouble(&self) -> Option<String> {
+        let waits = self.shared.waits_for_disk.load(Ordering::Relaxed);
+        waits.then(|| self.shared.devices.trouble()).flatten()
     }
 
     /// Whether the guest is running.
@@ -406,16 +454,10 @@ impl Machine {
             (Phase::Stopping, _) => Err(Error::Stopped),
             (Phase::Paused, _) => {
                 // After a guest's own end, its other vCPUs may still be on their way here.
-                self.park();
+                self.shared.park();
                 Ok(guard)
             }
         }
-    }
-
-    /// Brings vCPUs to rest, and then the devices, which they can no longer set to work.
-    fn park(&self) {
-        self.shared.control.pause(self.shared.vcpus.len());
-        self.shared.devices.pause();
     }
 
     /// What the machine consists of.
@@ -473,12 +515,10 @@ impl Machine {
             self.threads.push(thread.map_err(Error::Thread)?);
         }
         self.shared.control.set_threads(self.threads.iter().map(JoinHandleExt::as_pthread_t).collect());
-        if self.shared.reboot != Reboot::Never {
-            let shared = self.shared.clone();
-            let thread =
-                std::thread::Builder::new().name("reset".into()).spawn(move || reset::serve(&shared));
-            self.threads.push(thread.map_err(Error::Thread)?);
-        }
+        let shared = self.shared.clone();
+        let supervise = move || supervisor::supervise(&shared);
+        let thread = std::thread::Builder::new().name("supervisor".into()).spawn(supervise);
+        self.threads.push(thread.map_err(Error::Thread)?);
         // Whoever starts the machine must find every thread ready to be woken or kicked.
         self.shared.control.pause(self.shared.vcpus.len());
         Ok(())

@@ -1,15 +1,14 @@
 //! Resetting a machine whose guest has asked for it.
 //!
-//! A thread of its own does it, since a vCPU cannot: all of them are parked. It holds the machine's standing
-//! meanwhile, so that nobody pauses, moves or resumes a machine that is half reset. A move that is under way
-//! goes on: what is written to RAM is logged as any write is. One that has paused the machine before takes
-//! the wish along, and the reset is done where the guest runs next.
+//! The machine's [supervisor](super::supervisor) does it, since a vCPU cannot: all are parked. It holds the
+//! machine's standing meanwhile, so that nobody pauses, moves or resumes a machine that is half reset. A move
+//! that is under way goes on: what is written to RAM is logged as any write is. One that has paused the
+//! machine before takes the wish along, and the reset is done where the guest runs next.
 
-use super::{Shared, reboot};
+use super::{Notice, Shared, reboot};
 use crate::acpi;
 use crate::boot_disk;
 use crate::error::Error;
-use crate::fatal::EndOnPanic;
 use crate::loader::{self, Before, Boot};
 use crate::lock::lock;
 use crate::memory::GuestMemory;
@@ -21,44 +20,31 @@ use std::time::{Duration, Instant};
 const MOST_RESETS: usize = 5;
 const STORM: Duration = Duration::from_secs(2);
 
-/// What a machine tells whoever has it, beside how it ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Notice {
-    /// The guest has been reset, and boots again.
-    Rebooted,
-}
-
-/// Resets the machine whenever its guest asks for it.
-pub(super) fn serve(shared: &Shared) {
-    let _end = EndOnPanic;
-    let mut recent = Recent::default();
-    while shared.control.next_reset() {
-        let _standing = lock(&shared.standing);
-        if !shared.control.park_for_reset(shared.vcpus.len()) {
-            continue;
+/// Resets the machine as its guest wants. The supervisor holds its standing.
+pub(super) fn serve(shared: &Shared, recent: &mut Recent) {
+    if !shared.control.park_for_reset(shared.vcpus.len()) {
+        return;
+    }
+    shared.devices.pause();
+    let done = if recent.admit(Instant::now()) {
+        reset(shared).map_err(|error| error.to_string())
+    } else {
+        Err(format!("it was reset {MOST_RESETS} times within {} s", STORM.as_secs()))
+    };
+    match done {
+        Ok(()) => {
+            // Before the guest does anything that is told as well.
+            shared.tell(Notice::Rebooted);
+            shared.devices.resume();
+            shared.control.reset_done();
         }
-        shared.devices.pause();
-        let done = if recent.admit(Instant::now()) {
-            reset(shared).map_err(|error| error.to_string())
-        } else {
-            Err(format!("it was reset {MOST_RESETS} times within {} s", STORM.as_secs()))
-        };
-        match done {
-            Ok(()) => {
-                // Before the guest does anything that is told as well.
-                shared.tell(&Notice::Rebooted);
-                shared.devices.resume();
-                shared.control.reset_done();
-            }
-            Err(why) => shared.control.finish(Outcome::Crashed(Crash::NotRebooted { why })),
-        }
+        Err(why) => shared.control.finish(Outcome::Crashed(Crash::NotRebooted { why })),
     }
 }
 
 /// When it was reset lately.
 #[derive(Default)]
-struct Recent(VecDeque<Instant>);
+pub(super) struct Recent(VecDeque<Instant>);
 
 impl Recent {
     /// Whether one more reset, now, is not too many.

@@ -36,6 +36,21 @@ struct Inner {
     outcome: Option<Outcome>,
     /// The guest has asked for a reset that has not been done yet.
     reset: bool,
+    /// A device has requests that must wait.
+    alarm: bool,
+}
+
+/// What the machine's supervisor has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Duty {
+    /// The guest waits for a reset, and the machine runs.
+    Reset,
+    /// A device has requests that must wait.
+    Alarm,
+    /// Nothing came for as long as it wanted to wait.
+    Look,
+    /// End.
+    End,
 }
 
 impl Inner {
@@ -57,7 +72,7 @@ impl Control {
     /// Nobody parked, nobody to run. A guest that asks for a reset gets it if the machine `reboots`;
     /// otherwise it has ended.
     pub fn new(reboots: bool) -> Self {
-        let inner = Inner { phase: Phase::Paused, parked: 0, outcome: None, reset: false };
+        let inner = Inner { phase: Phase::Paused, parked: 0, outcome: None, reset: false, alarm: false };
         Control { inner: Mutex::new(inner), changed: Condvar::new(), reboots, threads: OnceLock::new() }
     }
 
@@ -155,14 +170,27 @@ impl Control {
         self.reboots
     }
 
-    /// Waits until a reset is due: the guest waits for one, and the machine runs. False when the thread is to
-    /// end.
-    pub fn next_reset(&self) -> bool {
-        let mut inner = self.lock();
-        while inner.phase != Phase::Stopping && !inner.is_reset_due() {
-            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+    /// A device has requests that must wait.
+    pub fn alarm(&self) {
+        self.lock().alarm = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until there is something to do, for at most `patience`.
+    pub fn next_duty(&self, patience: std::time::Duration) -> Duty {
+        let idle =
+            |inner: &mut Inner| inner.phase != Phase::Stopping && !inner.is_reset_due() && !inner.alarm;
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, idle);
+        let (mut inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match &*inner {
+            inner if inner.phase == Phase::Stopping => Duty::End,
+            inner if inner.is_reset_due() => Duty::Reset,
+            inner if !inner.alarm => Duty::Look,
+            _ => {
+                inner.alarm = false;
+                Duty::Alarm
+            }
         }
-        inner.phase != Phase::Stopping
     }
 
     /// Waits until all `vcpus` vCPUs are parked for a reset. False if none is due any more. Nobody may pause

@@ -96,6 +96,9 @@ pub struct DeviceType {
     pub class: u32,
 }
 
+/// Is called when a device needs the machine to pause.
+pub type Alarm = Arc<dyn Fn() + Send + Sync>;
+
 /// A virtio device behind its transport. The transport calls from vCPU threads, and `serve` from
 /// each queue's own thread.
 pub trait VirtioDevice: Send + Sync {
@@ -158,6 +161,22 @@ pub trait VirtioDevice: Send + Sync {
     /// # Errors
     /// If nobody has locked it, or it is not raw.
     fn check_disk_shared(&self, _trusted: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Whom to alarm when it has requests that this host cannot carry out and that must wait.
+    fn set_alarm(&self, _alarm: Alarm) {}
+
+    /// Why it has such requests, if it has.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+
+    /// Tries such requests of queue `index` again, also while the machine is paused.
+    ///
+    /// # Errors
+    /// As for [`serve`](Self::serve).
+    fn retry(&self, _index: usize, _queue: &mut LockedQueue<'_>) -> Result<(), QueueError> {
         Ok(())
     }
 

@@ -101,6 +101,11 @@ impl<'a> LockedQueue<'a> {
         self.memory
     }
 
+    /// Whether somebody else wants the queue's lock. Whoever goes on without [`pop`](Self::pop) looks here.
+    pub fn is_wanted(&self) -> bool {
+        self.shared.is_wanted()
+    }
+
     /// The next chain of the available ring; `None` when there is none, or when somebody else wants the
     /// queue's lock, such as a machine that is to pause.
     pub fn pop(&mut self) -> Result<Option<Chain<'a>>, QueueError> {
@@ -257,6 +262,26 @@ impl VirtQueue {
     /// Wakes the queue's thread.
     pub fn notify(&self) {
         self.doorbell().ring();
+    }
+
+    /// Tries requests again that wait, though the machine is paused.
+    pub fn retry(
+        &self,
+        index: usize,
+        device: &dyn VirtioDevice,
+        memory: &GuestMemory,
+        interrupt: &Interrupt,
+    ) {
+        let mut inner = self.shared.interrupt_and_lock();
+        if !inner.active {
+            return;
+        }
+        let (queue, shared) = (&mut inner.queue, &*self.shared);
+        let mut locked = LockedQueue { queue, memory, shared, interrupt, undone: 0 };
+        if device.retry(index, &mut locked).is_err() {
+            (inner.active, inner.broken) = (false, true);
+            interrupt.needs_reset();
+        }
     }
 
     /// Serves the queue in this thread, once its own thread is done.

@@ -367,6 +367,13 @@ impl VirtioFunction {
         self.queues.iter().for_each(VirtQueue::resume);
     }
 
+    /// Tries requests again that wait, though the device is paused.
+    pub fn retry(&self) {
+        for (index, queue) in self.queues.iter().enumerate() {
+            queue.retry(index, &*self.device, &self.memory, &self.interrupt);
+        }
+    }
+
     /// Tells the network, and the driver, that the guest is here.
     pub fn announce(&self) {
         if self.device.announce() {

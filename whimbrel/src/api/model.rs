@@ -45,6 +45,10 @@ pub struct Vm {
     pub vcpus: u32,
     /// Process that runs it.
     pub pid: u32,
+    /// Why the guest is paused though nobody has paused it: a disk cannot carry out its requests. It goes on
+    /// by itself once that is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
     /// What the embedded guest says of itself; absent for other guests.
     pub guest: Option<Testimony>,
 }

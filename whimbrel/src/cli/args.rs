@@ -10,7 +10,7 @@ use vmm::guest::Content;
 use vmm::host::MAX_VCPUS;
 use vmm::memory::{PageSize, Thp};
 use vmm::sandbox::Mode;
-use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES};
+use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES, OnError};
 use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
 use whimbrel::api::model::TransportChoice;
 
@@ -120,7 +120,9 @@ pub struct RunArgs {
     #[arg(long, default_value = "reset", value_parser = one_of(ON_REBOOT))]
     pub on_reboot: OnReboot,
     /// Give the machine a disk (virtio-blk): a raw image or a block device, as
-    /// PATH[,readonly][,cached][,queues=N]. Repeat it for further disks
+    /// PATH[,readonly][,cached][,queues=N][,werror=POLICY][,rerror=POLICY]. The policies say what follows
+    /// when this host cannot write or read: report tells the guest, stop pauses it until that is over, enospc
+    /// does so if there is no room. Default: werror=enospc,rerror=report. Repeat it for further disks
     #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk)]
     pub disk: Vec<BlockConfig>,
     /// Give the machine a network interface (virtio-net) on a tap of this host, as
@@ -376,6 +378,16 @@ fn name(text: &str) -> Result<String, String> {
     Ok(text.into())
 }
 
+/// What is done about a disk's requests that fail.
+fn on_error(option: &str, text: &str) -> Result<OnError, String> {
+    match text {
+        "report" => Ok(OnError::Report),
+        "stop" => Ok(OnError::Stop),
+        "enospc" => Ok(OnError::Enospc),
+        _ => Err(format!("{option}={text}: use report, stop or enospc")),
+    }
+}
+
 /// A disk, with the options after its path.
 fn disk(text: &str) -> Result<BlockConfig, String> {
     let mut parts = text.split(',');
@@ -391,9 +403,12 @@ fn disk(text: &str) -> Result<BlockConfig, String> {
                 let queues = number.parse().ok().filter(|queues| (1..=MAX_QUEUES).contains(queues));
                 config.queues = queues.ok_or_else(|| format!("queues={number}: use 1 to {MAX_QUEUES}"))?;
             }
+            Some(("werror", policy)) => config.errors.write = on_error("werror", policy)?,
+            Some(("rerror", policy)) => config.errors.read = on_error("rerror", policy)?,
             _ => {
                 return Err(format!(
-                    "\"{option}\" is not an option of a disk; use readonly, cached or queues=N"
+                    "\"{option}\" is not an option of a disk; use readonly, cached, queues=N, werror=POLICY or \
+                     rerror=POLICY"
                 ));
             }
         }
@@ -471,6 +486,7 @@ fn announcing(text: &str) -> Result<Announcing, String> {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use vmm::virtio::block::ErrorPolicy;
 
     #[test]
     fn a_disk_is_a_path_with_options() {
@@ -478,8 +494,20 @@ mod tests {
         assert_eq!(config.path, PathBuf::from("/img/a.raw"));
         assert!(config.readonly && !config.cached);
         assert_eq!(config.queues, 4);
-        for wrong in ["", ",readonly", "a,writable", "a,queues=0", "a,queues=17", "a,queues", "a,readonly=1"]
-        {
+        let careful = disk("a,werror=stop,rerror=enospc").unwrap().errors;
+        assert_eq!(careful, ErrorPolicy { read: OnError::Enospc, write: OnError::Stop });
+        assert_eq!(disk("a").unwrap().errors, ErrorPolicy { read: OnError::Report, write: OnError::Enospc });
+        for wrong in [
+            "a,werror",
+            "a,werror=ignore",
+            "",
+            ",readonly",
+            "a,writable",
+            "a,queues=0",
+            "a,queues=17",
+            "a,queues",
+            "a,readonly=1",
+        ] {
             assert!(disk(wrong).is_err(), "{wrong}");
         }
     }

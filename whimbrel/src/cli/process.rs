@@ -49,10 +49,18 @@ impl ProcessArgs {
     /// Reports what happens to a machine from here on.
     pub fn tell_notices(&self, machine: &Machine) {
         let process = self.clone();
-        machine.on_notice(move |notice| {
-            if *notice == Notice::Rebooted {
-                process.tell("rebooted", "the guest has been reset and boots again", json!({}));
+        machine.on_notice(move |notice| match notice {
+            Notice::Rebooted => {
+                process.tell("rebooted", "the guest has been reset and boots again", json!({}))
             }
+            Notice::DiskTrouble { why } => {
+                let text = format!("the guest is paused until this is over: {why}");
+                process.tell("disk-trouble", &text, json!({ "why": why }));
+            }
+            Notice::DiskRecovered => {
+                process.tell("disk-recovered", "the disk is all right, and the guest runs again", json!({}));
+            }
+            _ => {}
         });
     }
 

@@ -49,7 +49,10 @@ pub fn vm(vm: &Vm) -> String {
     let name = if vm.name.is_empty() { "receiver" } else { &vm.name };
     match vm.state {
         VmState::Waiting | VmState::Receiving => format!("{name}: {state}, process {}", vm.pid),
-        _ => format!("{name}: {state}, {}, {}, process {}", vcpus(vm.vcpus), size(vm.memory), vm.pid),
+        _ => {
+            let trouble = vm.trouble.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
+            format!("{name}: {state}, {}, {}, process {}{trouble}", vcpus(vm.vcpus), size(vm.memory), vm.pid)
+        }
     }
 }
 

@@ -1,18 +1,20 @@
 //! The disk as its driver sees it.
 
+use super::held::Held;
 use super::image::DiskImage;
 use super::job::Job;
-use super::request::{MAX_BUFFERS, MAX_RANGES, SECTOR};
+use super::request::{MAX_BUFFERS, MAX_RANGES, RequestType, SECTOR};
 use super::state::BlockState;
 use super::uring::Uring;
-use super::{Aio, BlockConfig, Error, Geometry, Images, MAX_QUEUES};
+use super::{Aio, BlockConfig, Error, ErrorPolicy, Geometry, Images, MAX_QUEUES, OnError};
 use crate::component::{self, Component, Kind};
 use crate::lock::lock;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
 use crate::virtio::structure::Structure;
-use crate::virtio::{DeviceConfig, DeviceType, VirtioDevice};
+use crate::virtio::{Alarm, DeviceConfig, DeviceType, VirtioDevice};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, Once};
+use std::sync::{Mutex, Once, OnceLock};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, virtio_blk_config,
@@ -35,12 +37,35 @@ pub struct Disk {
     pub identity: [u8; VIRTIO_BLK_ID_BYTES as usize],
     /// The driver never flushes: every write is made durable before it is confirmed.
     write_through: AtomicBool,
+    cached: bool,
+    errors: ErrorPolicy,
+    /// Why the last request that waits has to.
+    trouble: Mutex<Option<String>>,
 }
 
 impl Disk {
     /// Whether every write is made durable before it is confirmed.
     pub fn writes_through(&self) -> bool {
         self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Whether a request that has failed so is to be tried again later, instead of telling the driver.
+    ///
+    /// A flush of what the page cache has is not: the kernel forgets what it could not write, and another
+    /// flush would succeed without it.
+    pub fn waits_after(&self, request_type: RequestType, error: &io::Error) -> bool {
+        let (policy, what) = match request_type {
+            RequestType::Read => (self.errors.read, "read"),
+            RequestType::Flush if self.cached => (OnError::Report, "flush"),
+            RequestType::Flush => (self.errors.write, "flush"),
+            _ => (self.errors.write, "write to"),
+        };
+        let waits = policy.stops(error);
+        if waits {
+            let path = self.image.path().display();
+            *lock(&self.trouble) = Some(format!("cannot {what} the disk image {path}: {error}"));
+        }
+        waits
     }
 }
 
@@ -59,6 +84,9 @@ pub struct Block {
     queue_sizes: Vec<u16>,
     /// One for each queue; only the queue's thread takes its lock.
     engines: Vec<Mutex<Engine>>,
+    /// For each queue the requests that wait. Its lock comes after that of the queue.
+    held: Vec<Mutex<Vec<Held>>>,
+    alarm: OnceLock<Alarm>,
 }
 
 impl Block {
@@ -90,9 +118,18 @@ impl Block {
             aio = Aio::IoUring;
         }
         Ok(Block {
-            config: BlockConfig { geometry: Some(image.geometry()), ..config },
-            disk: Disk { image, identity, write_through: AtomicBool::new(true) },
+            config: BlockConfig { geometry: Some(image.geometry()), ..config.clone() },
+            disk: Disk {
+                image,
+                identity,
+                write_through: AtomicBool::new(true),
+                cached: config.cached,
+                errors: config.errors,
+                trouble: Mutex::default(),
+            },
             engines: engines(queue_sizes.len(), aio)?,
+            held: queue_sizes.iter().map(|_| Mutex::default()).collect(),
+            alarm: OnceLock::new(),
             queue_sizes,
         })
     }
@@ -120,18 +157,56 @@ fn engines(count: usize, aio: Aio) -> Result<Vec<Mutex<Engine>>, Error> {
     }
 }
 
-/// Serves a queue by system calls.
-fn serve_sync(job: &mut Job, disk: &Disk, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+impl Block {
+    /// Serves a queue. Requests that wait are tried first; if there are any, none is taken from the queue.
+    fn work(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+        let held = &mut *lock(&self.held[index]);
+        let served = match &mut *lock(&self.engines[index]) {
+            Engine::Sync(job) => serve_sync(job, &self.disk, held, queue),
+            Engine::IoUring(uring) => uring.serve(&self.disk, held, queue),
+        };
+        if held.is_empty() {
+            return served;
+        }
+        if let Some(alarm) = self.alarm.get() {
+            alarm();
+        }
+        // Not for what is in the ring: it is served once the requests that wait are done.
+        served.map(|_| WaitFor::Input)
+    }
+}
+
+/// Serves a queue by system calls, as [`Uring::serve`] does.
+fn serve_sync(
+    job: &mut Job,
+    disk: &Disk,
+    waiting: &mut Vec<Held>,
+    queue: &mut LockedQueue<'_>,
+) -> Result<WaitFor, QueueError> {
     let memory = queue.memory();
-    while let Some(chain) = queue.pop()? {
-        let mut op = job.begin(disk, memory, chain)?;
+    let mut again = std::mem::take(waiting);
+    let retries = !again.is_empty();
+    loop {
+        let mut op = if let Some(held) = again.pop() {
+            job.begin_again(disk, memory, &held)?
+        } else if !retries
+            && waiting.is_empty()
+            && let Some(chain) = queue.pop()?
+        {
+            job.begin(disk, memory, chain)?
+        } else {
+            return Ok(WaitFor::Buffers);
+        };
         while let Some(next) = op {
             op = job.proceed(disk, memory, disk.image.execute(next));
         }
-        let (head, len) = job.complete(memory)?;
-        queue.add_used(head, len)?;
+        if job.waits() {
+            waiting.push(job.held());
+        } else {
+            let (head, len) = job.complete(memory)?;
+            queue.add_used(head, len)?;
+        }
     }
-    Ok(WaitFor::Buffers)
 }
 
 impl VirtioDevice for Block {
@@ -180,10 +255,38 @@ impl VirtioDevice for Block {
     }
 
     fn serve(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
-        match &mut *lock(&self.engines[index]) {
-            Engine::Sync(job) => serve_sync(job, &self.disk, queue),
-            Engine::IoUring(uring) => uring.serve(&self.disk, queue),
+        if !lock(&self.held[index]).is_empty() {
+            self.retry(index, queue)?;
+            if !lock(&self.held[index]).is_empty() {
+                return Ok(WaitFor::Input);
+            }
         }
+        self.work(index, queue)
+    }
+
+    fn reset(&self) {
+        self.held.iter().for_each(|held| lock(held).clear());
+        *lock(&self.disk.trouble) = None;
+    }
+
+    fn set_alarm(&self, alarm: Alarm) {
+        let _ = self.alarm.set(alarm);
+    }
+
+    fn trouble(&self) -> Option<String> {
+        lock(&self.disk.trouble).clone()
+    }
+
+    fn retry(&self, index: usize, queue: &mut LockedQueue<'_>) -> Result<(), QueueError> {
+        if !lock(&self.held[index]).is_empty() {
+            self.work(index, queue)?;
+        }
+        // One that is locked is being served, and says itself what becomes of it.
+        let mut trouble = lock(&self.disk.trouble);
+        if self.held.iter().all(|held| held.try_lock().is_ok_and(|held| held.is_empty())) {
+            *trouble = None;
+        }
+        Ok(())
     }
 
     fn disk_lock_decides(&self) -> bool {
@@ -225,15 +328,24 @@ impl VirtioDevice for Block {
 
     fn save(&self, index: u8) -> Result<Component, component::Error> {
         let Geometry { len, unit } = self.disk.image.geometry();
-        Component::new(Kind::Block, index, &BlockState { len, unit })
+        let held = self.held.iter().map(|held| lock(held).clone()).collect();
+        Component::new(Kind::Block, index, &BlockState { len, unit, held })
     }
 
     fn load(&self, components: &[Component], index: u8) -> Result<(), component::Error> {
-        let BlockState { len, unit } = component::payload(components, Kind::Block, index)?;
+        let BlockState { len, unit, held } = component::payload(components, Kind::Block, index)?;
         let own = self.disk.image.geometry();
         if (len, unit) != (own.len, own.unit) {
             return Err(self.disk.image.mismatch(index, len, unit));
         }
+        if held.len() != self.held.len() || held.iter().any(|held| held.len() > usize::from(QUEUE_SIZE)) {
+            let what = "it has requests that wait in other queues than this disk's".into();
+            return Err(component::Error::Malformed { kind: Kind::Block, index, what });
+        }
+        if held.iter().any(|held| !held.is_empty()) {
+            *lock(&self.disk.trouble) = Some("requests wait to be tried again".into());
+        }
+        self.held.iter().zip(held).for_each(|(own, held)| *lock(own) = held);
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use super::device::{Disk, MAX_SECTORS};
 use super::file_op::{Direction, FileOp};
+use super::held::Held;
 use super::request::{MAX_RANGES, Request, RequestType, SECTOR, Segment};
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Chain, QueueError};
@@ -54,6 +55,8 @@ pub struct Job {
     /// The file system may free the last of them.
     deallocate: bool,
     status: u8,
+    /// It waits until this host can carry it out.
+    waits: bool,
     /// Bytes written to the descriptor chain, without the status byte: the length in its used ring element.
     used_len: u32,
 }
@@ -75,6 +78,26 @@ impl Job {
     ) -> Result<Option<FileOp>, QueueError> {
         self.head = chain.head_index();
         self.request_type = self.request.parse(memory, &mut chain)?;
+        self.start(disk, memory)
+    }
+
+    /// Takes a request over that was tried before.
+    ///
+    /// # Errors
+    /// [`QueueError::Request`] if it is malformed. Then there is no job.
+    pub fn begin_again(
+        &mut self,
+        disk: &Disk,
+        memory: &GuestMemory,
+        held: &Held,
+    ) -> Result<Option<FileOp>, QueueError> {
+        (self.head, self.request_type) = (held.head, held.request_type);
+        held.restore(&mut self.request);
+        self.start(disk, memory)
+    }
+
+    fn start(&mut self, disk: &Disk, memory: &GuestMemory) -> Result<Option<FileOp>, QueueError> {
+        self.waits = false;
         (self.status, self.used_len, self.ranges) = (OK, 0, 0);
         Ok(match self.request_type {
             RequestType::Read => self.transfer(disk, memory, Direction::Read)?,
@@ -104,11 +127,11 @@ impl Job {
             // In neither case was anything moved.
             (Stage::Transfer(direction), Err(error)) if is_transient(&error) => self.transfer_op(direction),
             // The image has become shorter, or cannot be read or written.
-            (Stage::Transfer(direction), _) => {
+            (Stage::Transfer(direction), result) => {
                 if direction == Direction::Read {
                     self.request.mark(memory);
                 }
-                self.end(FAILED)
+                self.fail(disk, result.err())
             }
             (Stage::Range(..), Ok(_)) => self.next_range(disk, memory),
             (Stage::Range(offset, len), Err(error)) if is_unsupported(&error) => {
@@ -127,7 +150,9 @@ impl Job {
             (Stage::Zeros(offset, len), Err(error)) if is_transient(&error) => self.zeros_op(offset, len),
             (Stage::Sync, Ok(_)) => self.end(OK),
             (Stage::Sync, Err(error)) if is_transient(&error) => Some(FileOp::Sync),
-            (Stage::Zeros(..), _) | (Stage::Range(..) | Stage::Sync, Err(_)) => self.end(FAILED),
+            (Stage::Zeros(..), result) | (Stage::Range(..) | Stage::Sync, result @ Err(_)) => {
+                self.fail(disk, result.err())
+            }
             (Stage::Complete, _) => None,
         }
     }
@@ -148,6 +173,23 @@ impl Job {
     pub fn complete(&self, memory: &GuestMemory) -> Result<(u16, u32), QueueError> {
         self.request.complete(memory, self.status)?;
         Ok((self.head, self.used_len + 1))
+    }
+
+    /// Whether the request waits until this host can carry it out: it has no status, and is not completed.
+    pub fn waits(&self) -> bool {
+        self.waits
+    }
+
+    /// The request that waits.
+    pub fn held(&self) -> Held {
+        Held::new(self.head, self.request_type, &self.request)
+    }
+
+    /// This host could not carry it out; without an error, because the image has become shorter.
+    fn fail(&mut self, disk: &Disk, error: Option<io::Error>) -> Option<FileOp> {
+        let error = error.unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into());
+        self.waits = disk.waits_after(self.request_type, &error);
+        self.end(FAILED)
     }
 
     fn end(&mut self, status: u8) -> Option<FileOp> {
@@ -190,7 +232,7 @@ impl Job {
         if !disk.image.takes(&self.vectors) {
             return Ok(match disk.image.bounce(direction, offset, memory, self.parts(direction)) {
                 Ok(()) => self.transferred(disk, memory, direction),
-                Err(_) => self.end(FAILED),
+                Err(error) => self.fail(disk, Some(error)),
             });
         }
         self.stage = Stage::Transfer(direction);

@@ -13,6 +13,7 @@
 //! | `device.rs` | features, configuration, which way requests are carried out |
 //! | `request.rs` | a request's type and buffers |
 //! | `job.rs` | a request as file operations that follow one another |
+//! | `held.rs` | requests that wait until the host can carry them out |
 //! | `file_op.rs` | a file operation, and how a system call executes it |
 //! | `uring.rs` | several requests at a time, by io_uring |
 //! | `bounce.rs` | bounce buffers, for what direct I/O does not take as it is |
@@ -27,6 +28,7 @@ mod bounce;
 mod device;
 mod file_op;
 mod format;
+mod held;
 mod image;
 mod images;
 mod job;
@@ -61,8 +63,47 @@ pub struct BlockConfig {
     pub cached: bool,
     /// Number of queues, 1 to [`MAX_QUEUES`].
     pub queues: u16,
+    /// What is done about requests that fail.
+    pub errors: ErrorPolicy,
     /// The geometry that the guest knows; `None` for what the image has.
     pub geometry: Option<Geometry>,
+}
+
+/// What is done about a request that this host cannot carry out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnError {
+    /// The guest is told that it failed.
+    Report,
+    /// The guest is paused, and the request tried again when it is to go on.
+    Stop,
+    /// The same if there is no room for what it writes, and the guest is told of all other errors.
+    Enospc,
+}
+
+/// What is done about a disk's requests that this host cannot carry out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorPolicy {
+    /// About reads.
+    pub read: OnError,
+    /// About all that changes the disk, or makes changes durable.
+    pub write: OnError,
+}
+
+impl Default for ErrorPolicy {
+    fn default() -> Self {
+        ErrorPolicy { read: OnError::Report, write: OnError::Enospc }
+    }
+}
+
+impl OnError {
+    /// Whether the guest is to wait because of this error.
+    fn stops(self, error: &io::Error) -> bool {
+        match self {
+            OnError::Report => false,
+            OnError::Stop => true,
+            OnError::Enospc => matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)),
+        }
+    }
 }
 
 /// How a disk's requests are carried out.
@@ -97,7 +138,8 @@ pub struct Geometry {
 impl BlockConfig {
     /// A disk in the image at `path`, with one queue and direct I/O.
     pub fn new(path: PathBuf) -> Self {
-        BlockConfig { path, readonly: false, cached: false, queues: 1, geometry: None }
+        let errors = ErrorPolicy::default();
+        BlockConfig { path, readonly: false, cached: false, queues: 1, errors, geometry: None }
     }
 }
 

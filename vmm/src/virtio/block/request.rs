@@ -4,6 +4,7 @@
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::structure::Structure;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_discard_write_zeroes,
@@ -20,7 +21,7 @@ pub const MAX_BUFFERS: usize = 256;
 pub const MAX_RANGES: usize = 32;
 
 /// What a request asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RequestType {
     Read,
     Write,
@@ -69,6 +70,8 @@ impl Segment {
 pub struct Request {
     readable: Vec<Segment>,
     writable: Vec<Segment>,
+    /// What is readable, as it was before ranges were taken off.
+    ranges: Vec<Segment>,
     status_at: GuestAddress,
     pub sector: u64,
 }
@@ -81,6 +84,7 @@ impl Request {
     pub fn parse(&mut self, memory: &GuestMemory, chain: &mut Chain<'_>) -> Result<RequestType, QueueError> {
         self.readable.clear();
         self.writable.clear();
+        self.ranges.clear();
         for (count, buffer) in chain.enumerate() {
             // With indirect descriptors a chain could have far more.
             if count == MAX_BUFFERS {
@@ -110,6 +114,32 @@ impl Request {
         })
     }
 
+    /// Takes over a request that was taken apart before.
+    pub fn restore(
+        &mut self,
+        sector: u64,
+        readable: impl Iterator<Item = Segment>,
+        writable: impl Iterator<Item = Segment>,
+        status_at: GuestAddress,
+    ) {
+        self.readable.clear();
+        self.writable.clear();
+        self.ranges.clear();
+        self.readable.extend(readable);
+        self.writable.extend(writable);
+        (self.sector, self.status_at) = (sector, status_at);
+    }
+
+    /// Where its status goes.
+    pub fn status_at(&self) -> GuestAddress {
+        self.status_at
+    }
+
+    /// The data that goes to the disk, with ranges that were taken off.
+    pub fn all_outgoing(&self) -> &[Segment] {
+        if self.ranges.is_empty() { &self.readable } else { &self.ranges }
+    }
+
     /// The data that goes to the disk.
     pub fn outgoing(&self) -> &[Segment] {
         &self.readable
@@ -132,6 +162,9 @@ impl Request {
 
     /// The next of the ranges that the outgoing data names.
     pub fn next_range(&mut self, memory: &GuestMemory) -> Option<SectorRange> {
+        if self.ranges.is_empty() {
+            self.ranges.extend_from_slice(&self.readable);
+        }
         let range: virtio_blk_discard_write_zeroes = take_front(&mut self.readable, memory)?;
         Some(SectorRange {
             sector: range.sector,

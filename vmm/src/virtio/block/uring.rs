@@ -7,6 +7,7 @@
 
 use super::device::{Disk, QUEUE_SIZE};
 use super::file_op::{Direction, FileOp};
+use super::held::Held;
 use super::job::Job;
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{LockedQueue, QueueError, WaitFor};
@@ -69,33 +70,55 @@ impl Uring {
     ///
     /// # Errors
     /// As [`serve`](crate::virtio::VirtioDevice::serve) says.
-    pub fn serve(&mut self, disk: &Disk, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+    ///
+    /// Requests that `again` has are tried first. If it has any, none is taken from the queue, nor once one
+    /// has to wait. Afterwards it has those that wait.
+    pub fn serve(
+        &mut self,
+        disk: &Disk,
+        again: &mut Vec<Held>,
+        queue: &mut LockedQueue<'_>,
+    ) -> Result<WaitFor, QueueError> {
         if self.dead {
             return Err(REFUSED);
         }
-        let served = self.work(disk, queue);
+        let served = self.work(disk, again, queue);
         if served.is_err() {
             self.drain(queue);
         }
         served
     }
 
-    fn work(&mut self, disk: &Disk, queue: &mut LockedQueue<'_>) -> Result<WaitFor, QueueError> {
+    fn work(
+        &mut self,
+        disk: &Disk,
+        waiting: &mut Vec<Held>,
+        queue: &mut LockedQueue<'_>,
+    ) -> Result<WaitFor, QueueError> {
         let memory = queue.memory();
+        let mut again = std::mem::take(waiting);
+        let retries = !again.is_empty();
         loop {
-            while let Some(place) = self.place()
-                && let Some(chain) = queue.pop()?
-            {
-                match self.jobs[usize::from(place)].begin(disk, memory, chain)? {
+            let more = !retries && waiting.is_empty();
+            while let Some(place) = self.place() {
+                let job = &mut self.jobs[usize::from(place)];
+                let op = if let Some(held) = again.pop() {
+                    job.begin_again(disk, memory, &held)?
+                } else if more && let Some(chain) = queue.pop()? {
+                    job.begin(disk, memory, chain)?
+                } else {
+                    break;
+                };
+                match op {
                     Some(op) => {
                         self.free.pop();
                         self.push(disk, place, op);
                     }
-                    None => self.done.push(self.jobs[usize::from(place)].complete(memory)?),
+                    None => self.finish(memory, waiting, place)?,
                 }
             }
             self.submit()?;
-            self.reap(disk, memory)?;
+            self.reap(disk, memory, waiting)?;
             if !self.done.is_empty() {
                 queue.add_used_all(&self.done)?;
                 self.done.clear();
@@ -103,7 +126,7 @@ impl Uring {
                 if self.submitted == 0 {
                     return Ok(WaitFor::Buffers);
                 }
-                let room = self.place().is_some();
+                let room = more && self.place().is_some();
                 queue.wait(self.fd(), room)?;
             }
         }
@@ -160,14 +183,30 @@ impl Uring {
         }
     }
 
-    fn reap(&mut self, disk: &Disk, memory: &GuestMemory) -> Result<(), QueueError> {
+    /// Completes a request, unless it has to wait.
+    fn finish(
+        &mut self,
+        memory: &GuestMemory,
+        waiting: &mut Vec<Held>,
+        place: u16,
+    ) -> Result<(), QueueError> {
+        let job = &self.jobs[usize::from(place)];
+        if job.waits() {
+            waiting.push(job.held());
+        } else {
+            self.done.push(job.complete(memory)?);
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, disk: &Disk, memory: &GuestMemory, waiting: &mut Vec<Held>) -> Result<(), QueueError> {
         while let Some((place, result)) = self.completion() {
             let job = &mut self.jobs[usize::from(place)];
             match job.proceed(disk, memory, result) {
                 Some(op) => self.push(disk, place, op),
                 None => {
                     self.free.push(place);
-                    self.done.push(self.jobs[usize::from(place)].complete(memory)?);
+                    self.finish(memory, waiting, place)?;
                 }
             }
         }

@@ -146,6 +146,10 @@ pub fn receive(
         if !buffers.is_enough(config) {
             break WaitFor::Buffers;
         }
+        // Frames that are too long are dropped, as long as they come, without a further chain being taken.
+        if queue.is_wanted() {
+            break WaitFor::Input;
+        }
         // What does not fit shows by the byte that follows.
         let after = vector(more.as_mut_ptr(), more.len());
         let parts = buffers.parts.iter().map(|part| vector(part.ptr_guard_mut().as_ptr(), part.len()));

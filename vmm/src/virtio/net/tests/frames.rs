@@ -3,6 +3,8 @@
 use super::*;
 use crate::poll::poll;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 
 #[test]
 fn frames_go_both_ways() {
@@ -158,5 +160,44 @@ fn an_interface_that_is_deleted_is_no_busy_loop() {
             std::thread::sleep(Duration::from_millis(1));
         }
         bench.function.pause();
+    });
+}
+
+#[test]
+fn frames_that_are_too_long_keep_no_pause_waiting() {
+    with_taps(&["tap0"], || {
+        // A guest without buffers that can be merged, whose buffer is shorter than any frame that comes. Each
+        // frame is dropped without a buffer being used.
+        let mut bench = Bench::with(net("tap0", 1));
+        let features = bench.offered() & !(MERGEABLE | OFFLOADS);
+        bench.start(features);
+        bench.function.resume();
+        bench.offer(RECEIVE, 0, &[Buffer::In(BUFFERS, 64)]);
+        bench.notify(RECEIVE);
+        let paused = AtomicBool::new(false);
+        let wires: Vec<_> = (0..4).map(|_| Wire::of("tap0")).collect();
+        std::thread::scope(|scope| {
+            for wire in &wires {
+                scope.spawn(|| {
+                    while !paused.load(Ordering::Relaxed) {
+                        wire.try_send(&frame(1000, 1));
+                    }
+                });
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            let (sender, done) = mpsc::channel();
+            let function = &bench.function;
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    function.pause();
+                    function.resume();
+                }
+                sender.send(()).unwrap_or_default();
+            });
+            let ended = done.recv_timeout(PATIENCE);
+            paused.store(true, Ordering::Relaxed);
+            assert!(ended.is_ok(), "a pause waits for frames to end");
+        });
+        assert_eq!(bench.used(RECEIVE), 0);
     });
 }
