@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use whimbrel_tests::chaos::Run;
 use whimbrel_tests::chaos::cable::Place;
@@ -17,7 +18,8 @@ use whimbrel_tests::seclusion;
 const STORAGE: u64 = 64 << 20;
 
 /// Moves guests between two hosts while things go wrong, and checks that no guest is lost or doubled, that
-/// no disk or memory is wrong, and that what is reported is true
+/// no disk or memory is wrong, and that what is reported is true. Ctrl-C ends it after the current move, and
+/// a second Ctrl-C at once
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -75,7 +77,7 @@ enum Where {
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     match cli.inside {
-        None => enclosed(),
+        None => enclosed(cli.command.is_none()),
         Some(folder) => {
             seclusion::arrive().context("/proc cannot be mounted")?;
             let good = match cli.command {
@@ -90,7 +92,7 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 /// Has this program run once more where nothing of it is left over.
-fn enclosed() -> anyhow::Result<ExitCode> {
+fn enclosed(patient: bool) -> anyhow::Result<ExitCode> {
     let program = std::env::current_exe()?;
     // Disks are where programs are built: there is a real file system, more likely than where temporary files
     // are. Paths of sockets must be short.
@@ -98,7 +100,7 @@ fn enclosed() -> anyhow::Result<ExitCode> {
     let sockets = tempfile::tempdir()?;
     let mut command = Command::new(&program);
     command.args(std::env::args_os().skip(1)).arg("--inside").arg(disks.path());
-    let status = seclusion::run(command.env("TMPDIR", sockets.path()))
+    let status = seclusion::run(command.env("TMPDIR", sockets.path()), patient)
         .context("no namespace of processes can be made; this needs root")?;
     Ok(status.code().map_or(ExitCode::from(130), |code| ExitCode::from(code as u8)))
 }
@@ -127,7 +129,11 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
     let (began, mut tally) = (Instant::now(), Tally::default());
     let mut terminal = std::io::stderr();
     let shown = terminal.is_terminal();
+    let asked = seclusion::asked()?;
     for number in options.first..options.first + options.moves {
+        if asked.load(Ordering::Acquire) {
+            break;
+        }
         if shown {
             let (done, wrong) = (tally.moves(), tally.violations().len());
             write!(terminal, "\r{done} of {} moves, {wrong} violations ", options.moves)?;
