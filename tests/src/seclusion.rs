@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// Runs a command to its end as the first process of its namespace. At SIGINT and SIGTERM it is sent SIGTERM
-/// if it is `patient`, and killed otherwise, and at the second signal in any case. This process survives
-/// that. To be called before there are further threads.
+/// Runs a command to its end as the first process of its namespace. At SIGINT and SIGTERM it is sent SIGTERM,
+/// and killed at the second signal. This process survives that. To be called before there are further
+/// threads.
 ///
 /// # Errors
 /// Without the right to make namespaces, or when there is no such program.
-pub fn run(command: &mut Command, patient: bool) -> io::Result<ExitStatus> {
+pub fn run(command: &mut Command) -> io::Result<ExitStatus> {
     // SAFETY: takes a number only; the next child is the first one in the namespace.
     if unsafe { libc::unshare(libc::CLONE_NEWPID | libc::CLONE_NEWNS) } != 0 {
         return Err(io::Error::last_os_error());
@@ -34,7 +34,7 @@ pub fn run(command: &mut Command, patient: bool) -> io::Result<ExitStatus> {
     command.process_group(0);
     // SAFETY: makes a system call and allocates nothing.
     let mut child = unsafe { command.pre_exec(die_together) }.spawn()?;
-    let mut asked = !patient;
+    let mut asked = false;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
@@ -68,7 +68,7 @@ fn mount(what: &std::ffi::CStr, place: &std::ffi::CStr, flags: libc::c_ulong) ->
     if mounted == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// To be called by a patient first process: whether it has been asked to end.
+/// To be called by the first process: whether it has been asked to end.
 ///
 /// # Errors
 /// When signals cannot be handled.

@@ -14,6 +14,9 @@ use whimbrel_tests::lab;
 use whimbrel_tests::scene::{self, Scene};
 use whimbrel_tests::seclusion;
 
+/// Kills whose outcomes are told together.
+const BATCH: usize = 50;
+
 /// Bytes of the file system for disks in the lab.
 const STORAGE: u64 = 64 << 20;
 
@@ -35,7 +38,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Job {
     /// Kill one of the sides with `kill -9` during each move, and have the kernel say who touches the disk.
-    /// WHIMBREL_SEED=N repeats the choices of another run
+    /// WHIMBREL_SEED=N repeats the choices of fifty of them
     Kills {
         /// How many
         #[arg(long, default_value_t = 50)]
@@ -77,7 +80,7 @@ enum Where {
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     match cli.inside {
-        None => enclosed(cli.command.is_none()),
+        None => enclosed(),
         Some(folder) => {
             seclusion::arrive().context("/proc cannot be mounted")?;
             let good = match cli.command {
@@ -92,7 +95,7 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 /// Has this program run once more where nothing of it is left over.
-fn enclosed(patient: bool) -> anyhow::Result<ExitCode> {
+fn enclosed() -> anyhow::Result<ExitCode> {
     let program = std::env::current_exe()?;
     // Disks are where programs are built: there is a real file system, more likely than where temporary files
     // are. Paths of sockets must be short.
@@ -100,7 +103,7 @@ fn enclosed(patient: bool) -> anyhow::Result<ExitCode> {
     let sockets = tempfile::tempdir()?;
     let mut command = Command::new(&program);
     command.args(std::env::args_os().skip(1)).arg("--inside").arg(disks.path());
-    let status = seclusion::run(command.env("TMPDIR", sockets.path()), patient)
+    let status = seclusion::run(command.env("TMPDIR", sockets.path()))
         .context("no namespace of processes can be made; this needs root")?;
     Ok(status.code().map_or(ExitCode::from(130), |code| ExitCode::from(code as u8)))
 }
@@ -164,13 +167,22 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
 }
 
 fn kills(count: usize, disks: &Path) -> anyhow::Result<bool> {
-    let began = Instant::now();
-    let touched = scene::kills("kill -9 with a disk", count, || Scene::local(disks));
-    let minutes = began.elapsed().as_secs_f64() / 60.0;
-    println!(
-        "{count} kills in {minutes:.1} minutes, {:.1} a minute; {touched} processes had a disk, each while it had its \
-         lock and none after the next",
-        count as f64 / minutes
-    );
+    let (began, asked) = (Instant::now(), seclusion::asked()?);
+    let batches = count.div_ceil(BATCH);
+    let (mut done, mut touched) = (0, 0);
+    for batch in 1..=batches {
+        if asked.load(Ordering::Acquire) {
+            break;
+        }
+        let size = count * batch / batches - done;
+        touched += scene::kills("kill -9 with a disk", size, || Scene::local(disks));
+        done += size;
+        let minutes = began.elapsed().as_secs_f64() / 60.0;
+        println!(
+            "{done} of {count} kills in {minutes:.1} minutes, {:.1} a minute; {touched} processes had a disk, each \
+             while it had its lock and none after the next",
+            done as f64 / minutes
+        );
+    }
     Ok(true)
 }
