@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// Runs a command to its end as the first process of its namespace. At SIGINT and SIGTERM it is killed, which
-/// this process survives. To be called before there are further threads.
+/// Runs a command to its end as the first process of its namespace. At SIGINT and SIGTERM it is sent SIGTERM,
+/// and killed at the second signal. This process survives that. To be called before there are further
+/// threads.
 ///
 /// # Errors
 /// Without the right to make namespaces, or when there is no such program.
@@ -29,14 +30,23 @@ pub fn run(command: &mut Command) -> io::Result<ExitStatus> {
             _ => Err(io::Error::last_os_error()),
         }
     };
+    // Ctrl-C on a terminal is for this process alone.
+    command.process_group(0);
     // SAFETY: makes a system call and allocates nothing.
     let mut child = unsafe { command.pre_exec(die_together) }.spawn()?;
+    let mut asked = false;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if told.load(Ordering::Acquire) {
-            child.kill()?;
+        if told.swap(false, Ordering::AcqRel) {
+            if asked {
+                child.kill()?;
+            } else {
+                // SAFETY: takes numbers only; the child has not been waited for.
+                unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
+                asked = true;
+            }
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -56,6 +66,16 @@ fn mount(what: &std::ffi::CStr, place: &std::ffi::CStr, flags: libc::c_ulong) ->
     let mounted =
         unsafe { libc::mount(what.as_ptr(), place.as_ptr(), what.as_ptr(), flags, std::ptr::null()) };
     if mounted == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// To be called by the first process: whether it has been asked to end.
+///
+/// # Errors
+/// When signals cannot be handled.
+pub fn asked() -> io::Result<Arc<AtomicBool>> {
+    let asked = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGTERM, Arc::clone(&asked))?;
+    Ok(asked)
 }
 
 /// Processes of this namespace besides this one.

@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use whimbrel_tests::chaos::Run;
 use whimbrel_tests::chaos::cable::Place;
@@ -13,11 +14,15 @@ use whimbrel_tests::lab;
 use whimbrel_tests::scene::{self, Scene};
 use whimbrel_tests::seclusion;
 
+/// Kills whose outcomes are told together.
+const BATCH: usize = 50;
+
 /// Bytes of the file system for disks in the lab.
 const STORAGE: u64 = 64 << 20;
 
 /// Moves guests between two hosts while things go wrong, and checks that no guest is lost or doubled, that
-/// no disk or memory is wrong, and that what is reported is true
+/// no disk or memory is wrong, and that what is reported is true. Ctrl-C ends it after the current move, and
+/// a second Ctrl-C at once
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -33,7 +38,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Job {
     /// Kill one of the sides with `kill -9` during each move, and have the kernel say who touches the disk.
-    /// WHIMBREL_SEED=N repeats the choices of another run
+    /// WHIMBREL_SEED=N repeats the choices of fifty of them
     Kills {
         /// How many
         #[arg(long, default_value_t = 50)]
@@ -127,7 +132,11 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
     let (began, mut tally) = (Instant::now(), Tally::default());
     let mut terminal = std::io::stderr();
     let shown = terminal.is_terminal();
+    let asked = seclusion::asked()?;
     for number in options.first..options.first + options.moves {
+        if asked.load(Ordering::Acquire) {
+            break;
+        }
         if shown {
             let (done, wrong) = (tally.moves(), tally.violations().len());
             write!(terminal, "\r{done} of {} moves, {wrong} violations ", options.moves)?;
@@ -158,13 +167,22 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
 }
 
 fn kills(count: usize, disks: &Path) -> anyhow::Result<bool> {
-    let began = Instant::now();
-    let touched = scene::kills("kill -9 with a disk", count, || Scene::local(disks));
-    let minutes = began.elapsed().as_secs_f64() / 60.0;
-    println!(
-        "{count} kills in {minutes:.1} minutes, {:.1} a minute; {touched} processes had a disk, each while it had its \
-         lock and none after the next",
-        count as f64 / minutes
-    );
+    let (began, asked) = (Instant::now(), seclusion::asked()?);
+    let batches = count.div_ceil(BATCH);
+    let (mut done, mut touched) = (0, 0);
+    for batch in 1..=batches {
+        if asked.load(Ordering::Acquire) {
+            break;
+        }
+        let size = count * batch / batches - done;
+        touched += scene::kills("kill -9 with a disk", size, || Scene::local(disks));
+        done += size;
+        let minutes = began.elapsed().as_secs_f64() / 60.0;
+        println!(
+            "{done} of {count} kills in {minutes:.1} minutes, {:.1} a minute; {touched} processes had a disk, each \
+             while it had its lock and none after the next",
+            done as f64 / minutes
+        );
+    }
     Ok(true)
 }
