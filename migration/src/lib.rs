@@ -41,4 +41,5 @@ mod model;
 #[cfg(test)]
 mod simulation;
 
+pub use digest::SAVE_TO;
 pub use failure::{Code, Failure};

@@ -60,6 +60,21 @@ pub enum Image {
     Bytes(Cow<'static, [u8]>),
 }
 
+impl Boot {
+    /// The same, with the content of files in place of their paths: whoever boots it needs no files.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn in_memory(self) -> Result<Self, Error> {
+        let kernel = Image::Bytes(read("kernel", &self.kernel)?.into_owned().into());
+        let initramfs = match &self.initramfs {
+            Some(image) => Some(Image::Bytes(read("initramfs", image)?.into_owned().into())),
+            None => None,
+        };
+        Ok(Boot { kernel, initramfs, cmdline: self.cmdline })
+    }
+}
+
 /// Why a kernel cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
