@@ -75,7 +75,7 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
             Some(Boot { kernel: file(kernel), initramfs, cmdline: args.cmdline.clone() }.in_memory()?)
         }
         (None, Some(disk)) if args.workload.journal == 0 => {
-            Some(boot_disk::read(disk, 0, &args.cmdline)?)
+            Some(boot_disk::read_apart(disk, 0, &args.cmdline, args.process.seccomp)?)
         }
         (None, _) => {
             let (vcpus, most) = (args.machine.vcpus, guest::MAX_VCPUS);
