@@ -272,6 +272,8 @@ fn change(at: u32, bytes: &[u8]) -> Vec<u8> {
 
 fn boot_disks() -> Vec<Vec<u8>> {
     let good = (0..4).map(|which| vec![which]);
+    // A link that claims to be 25 GB long; and a disk with a partition for /boot.
+    let later = [vec![2, 0x6b, 0x27, 1, 0x18, 0xff, 0, 6], vec![4]];
     let changes = [
         // The number of entries, their size, the table's place.
         (2, 512 + 80, &[0xff; 4][..]),
@@ -287,7 +289,7 @@ fn boot_disks() -> Vec<Vec<u8>> {
         (1, 6 << 10, &[0xff; 8]),
     ];
     let changed = changes.map(|(which, at, bytes)| [&[which][..], &change(at, bytes)].concat());
-    good.chain(changed).collect()
+    good.chain(changed).chain(later).collect()
 }
 
 fn configs() -> Vec<Vec<u8>> {

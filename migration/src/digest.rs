@@ -34,8 +34,8 @@ const MAX_NAMED: usize = 16;
 /// Most chunks whose pages are looked at when memory differs.
 pub const MAX_SUSPECTS: usize = 8;
 
-/// Names a folder in which both sides leave their content of what differs.
-const SAVE_TO: &str = "WHIMBREL_SAVE_DIFFERING";
+/// The environment variable that names a folder in which both sides leave their content of pages that differ.
+pub const SAVE_TO: &str = "WHIMBREL_SAVE_DIFFERING";
 
 /// The hashes of the destination's pages in a chunk that differs; 0 for one of zeros.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -43,4 +43,5 @@ mod model;
 #[cfg(test)]
 mod simulation;
 
+pub use digest::SAVE_TO;
 pub use failure::{Code, Failure};

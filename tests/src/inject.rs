@@ -1,8 +1,12 @@
 //! Makes a thread of another process carry out system calls, as an attacker who has taken that thread over
 //! would.
 
+use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr;
 
@@ -34,6 +38,27 @@ pub fn thread(pid: u32, name: &str) -> i32 {
 /// # Panics
 /// When this process may not trace it.
 pub fn system_call(id: i32, number: i64, arguments: [u64; 3]) -> Outcome {
+    carry_out(id, number, |_| arguments)
+}
+
+/// Makes the thread `id` open a file, as [`system_call`] does.
+///
+/// # Panics
+/// When this process may not trace it, or not write to its memory.
+pub fn open(id: i32, path: &Path, flags: i32) -> Outcome {
+    let name = CString::new(path.as_os_str().as_bytes()).expect("a path without zeros");
+    let place = |own: &libc::user_regs_struct| {
+        // Below what the thread has on its stack.
+        let address = own.rsp - 8192;
+        let memory = File::options().write(true).open(format!("/proc/{id}/mem")).expect("its memory");
+        memory.write_all_at(name.as_bytes_with_nul(), address).expect("its stack");
+        [libc::AT_FDCWD as u64, address, flags as u64]
+    };
+    carry_out(id, libc::SYS_openat, place)
+}
+
+/// Makes a thread carry out a call with the arguments that come of its registers.
+fn carry_out(id: i32, number: i64, arguments: impl FnOnce(&libc::user_regs_struct) -> [u64; 3]) -> Outcome {
     let nothing = ptr::null_mut::<libc::c_void>();
     trace(libc::PTRACE_SEIZE, id, nothing, nothing);
     trace(libc::PTRACE_INTERRUPT, id, nothing, nothing);
@@ -47,10 +72,24 @@ pub fn system_call(id: i32, number: i64, arguments: [u64; 3]) -> Outcome {
     changed.rax = number as u64;
     // No call of its own is to be restarted now.
     changed.orig_rax = u64::MAX;
-    [changed.rdi, changed.rsi, changed.rdx] = arguments;
+    [changed.rdi, changed.rsi, changed.rdx] = arguments(&own);
+    // The fourth is a mode or an offset, if anything.
+    changed.r10 = 0;
     set_registers(id, &changed);
     trace(libc::PTRACE_SINGLESTEP, id, nothing, nothing);
-    let status = wait(id);
+    let mut status = wait(id);
+    // A filter's signal is the process's own business, and so is what follows; the step's own signal is ours.
+    let mut filtered = false;
+    while libc::WIFSTOPPED(status) {
+        let signal = libc::WSTOPSIG(status);
+        filtered |= signal == libc::SIGSYS;
+        if !filtered {
+            break;
+        }
+        let passed_on = if signal == libc::SIGSYS { signal as usize } else { 0 };
+        trace(libc::PTRACE_CONT, id, nothing, ptr::without_provenance_mut(passed_on));
+        status = wait(id);
+    }
     if libc::WIFSIGNALED(status) {
         return Outcome::Killed(libc::WTERMSIG(status));
     }

@@ -206,6 +206,7 @@ fn the_doctor() {
     let findings = report["findings"].as_array().unwrap();
     assert!(findings.len() > 3 && findings.iter().all(|f| f["found"].is_string()), "{report}");
     assert!(findings.iter().any(|f| f["what"] == "seccomp" && f["level"] == "good"), "{report}");
+    assert!(findings.iter().any(|f| f["what"] == "Landlock"), "{report}");
     let ran = run(["doctor"]);
     assert!(ran.stdout.contains("/dev/kvm") && ran.stderr.is_empty(), "{ran:?}");
     let ran = run(["doctor", "--memory", "900G", "--json"]);

@@ -27,6 +27,7 @@ pub mod api {
             pub vcpus: u32,
             pub pid: u32,
             pub guest: Option<()>,
+            pub trouble: Option<String>,
         }
 
         #[derive(Clone)]

@@ -5,6 +5,7 @@ use crate::finds;
 use kick::Vcpu;
 use outcome::Outcome;
 use std::sync::Arc;
+use std::time::Duration;
 
 taken!(control);
 taken!(control_looks_before_it_clears);
@@ -82,7 +83,7 @@ pub mod outcome {
 macro_rules! scenarios {
     ($control:ident) => {
         pub mod $control {
-            use super::super::$control::{Control, Phase};
+            use super::super::$control::{Control, Duty, Phase};
             use super::*;
             use loom::thread::{self, JoinHandle};
 
@@ -147,7 +148,8 @@ macro_rules! scenarios {
             pub fn resets(vcpus: usize) {
                 let (control, all, threads) = machine(vcpus, Some(Outcome::Reset));
                 control.resume().unwrap();
-                assert!(control.next_reset() && control.park_for_reset(vcpus));
+                assert_eq!(control.next_duty(Duration::MAX), Duty::Reset);
+                assert!(control.park_for_reset(vcpus));
                 assert!(!all.iter().any(|vcpu| vcpu.runs()), "a vCPU runs in a reset");
                 control.reset_done();
                 control.stop();
@@ -162,7 +164,7 @@ macro_rules! scenarios {
                 let resetter = {
                     let (control, all, standing) = (control.clone(), all.clone(), standing.clone());
                     thread::spawn(move || {
-                        while control.next_reset() {
+                        while control.next_duty(Duration::MAX) == Duty::Reset {
                             let _standing = standing.lock().unwrap();
                             if control.park_for_reset(vcpus) {
                                 assert!(!all.iter().any(|vcpu| vcpu.runs()), "a vCPU runs in a reset");

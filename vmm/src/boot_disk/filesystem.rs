@@ -4,7 +4,8 @@
 use super::partitions::Volume;
 use super::u32_at;
 use crate::virtio::block::DiskImage;
-use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use ext4_view::{Ext4, Ext4Error, Ext4Read, Metadata};
+use std::io;
 use std::rc::Rc;
 
 /// Where a volume has its superblock.
@@ -21,7 +22,7 @@ const MAX_GROUPS: u64 = 1 << 20;
 /// Most bytes read in all. A file system in circles could keep its reader busy for ever.
 const MAX_READ: u64 = 8 << 30;
 /// Bytes of a file read at a time.
-const PIECE: usize = 1 << 20;
+pub const PIECE: usize = 1 << 20;
 
 /// Why a file cannot be had.
 #[derive(Debug)]
@@ -33,17 +34,25 @@ pub enum Error {
     },
     /// What is wrong.
     Broken(String),
+    /// Whoever takes the content failed.
+    Sink(io::Error),
 }
 
-/// The file system of a system's root directory.
-pub struct RootFileSystem {
+impl From<Ext4Error> for Error {
+    fn from(error: Ext4Error) -> Self {
+        Error::Broken(error.to_string())
+    }
+}
+
+/// A file system.
+pub struct FileSystem {
     inner: Ext4,
     uuid: String,
+    is_root: bool,
 }
 
-impl RootFileSystem {
-    /// The one in `volume`; `None` if there is no file system of this kind, or it is not a root: one for
-    /// `/boot` alone does not say where the rest of the system is.
+impl FileSystem {
+    /// The one in `volume`; `None` if there is no file system of this kind.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -54,9 +63,10 @@ impl RootFileSystem {
             return Ok(None);
         }
         let inner = Ext4::load(Box::new(source)).map_err(|e| e.to_string())?;
-        let is_root = inner.exists("/etc").map_err(|e| e.to_string())?;
         let uuid = inner.uuid().to_string();
-        Ok(is_root.then_some(RootFileSystem { inner, uuid }))
+        let mut opened = FileSystem { inner, uuid, is_root: false };
+        opened.is_root = opened.look(b"/etc").map_err(|e| e.to_string())?.is_some_and(|etc| etc.is_dir());
+        Ok(Some(opened))
     }
 
     /// Its UUID, as Linux writes it.
@@ -64,31 +74,56 @@ impl RootFileSystem {
         &self.uuid
     }
 
-    /// A file's content; `None` if there is no such file, or its link leads nowhere.
+    /// Whether it is a system's root directory: one for `/boot` alone does not say where the rest is.
+    pub fn is_root(&self) -> bool {
+        self.is_root
+    }
+
+    /// What is at a path, links not followed; `None` if there is nothing. The folders on the way are none
+    /// that a link leads to.
+    pub fn look(&self, path: &[u8]) -> Result<Option<Metadata>, Ext4Error> {
+        match self.inner.symlink_metadata(path) {
+            Ok(metadata) => Ok(Some(metadata)),
+            Err(Ext4Error::NotFound | Ext4Error::NotADirectory) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where the link at a path leads to. The reader allocates what the link claims to be long, so that is to
+    /// be looked at before.
+    pub fn target(&self, path: &[u8]) -> Result<Vec<u8>, Ext4Error> {
+        Ok(self.inner.read_link(path)?.as_ref().to_vec())
+    }
+
+    /// Gives `sink` the content of the file at a path that no link is part of.
     ///
     /// # Errors
-    /// [`Error`]; nothing is allocated for a file with more than `most` bytes.
-    pub fn read(&self, path: &str, most: u64) -> Result<Option<Vec<u8>>, Error> {
-        let broken = |error: Ext4Error| Error::Broken(error.to_string());
-        let mut file = match self.inner.open(path) {
-            Err(Ext4Error::NotFound | Ext4Error::NotADirectory) => return Ok(None),
-            opened => opened.map_err(broken)?,
-        };
+    /// [`Error`]; nothing is read of a file with more than `most` bytes.
+    pub fn copy(
+        &self,
+        path: &[u8],
+        most: u64,
+        mut sink: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), Error> {
+        let mut file = self.inner.open(path)?;
         let len = file.metadata().len();
         if len > most {
             return Err(Error::TooBig { len });
         }
-        let (mut bytes, mut filled) = (Vec::new(), 0);
-        loop {
-            // By pieces, so that a size that is a lie costs as much as there really is.
-            bytes.resize((filled + PIECE).min(len as usize), 0);
-            match file.read_bytes(&mut bytes[filled..]).map_err(broken)? {
+        // By pieces, so that a size that is a lie costs as much as there really is.
+        let mut piece = vec![0; PIECE.min(len as usize)];
+        let mut left = len;
+        while left > 0 {
+            let room = piece.len().min(left as usize);
+            match file.read_bytes(&mut piece[..room])? {
                 0 => break,
-                count => filled += count,
+                count => {
+                    left -= count as u64;
+                    sink(&piece[..count]).map_err(Error::Sink)?;
+                }
             }
         }
-        bytes.truncate(filled);
-        Ok(Some(bytes))
+        Ok(())
     }
 }
 

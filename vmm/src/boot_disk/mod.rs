@@ -4,20 +4,31 @@
 //! link to the newest ones; the file system is the whole disk or a partition. The kernel is told which one it
 //! came from in a way that does not depend on the order of disks.
 //!
+//! A file system for `/boot` alone is found as well: it is what the root file system's links to `/boot` lead
+//! into.
+//!
 //! The image is under its lock while it is read, and is not written to. Its content is the guest's, and the
-//! guest is not trusted: what it says of sizes is checked before anything is allocated.
+//! guest is not trusted: what it says of sizes is checked before anything is allocated, and [`read_apart`]
+//! reads it in a process that can do nothing else.
+
+mod apart;
 
 mod filesystem;
 mod partitions;
+mod system;
 #[cfg(test)]
 mod tests;
 
 use crate::loader::{Boot, Image};
 use crate::virtio::block::{self, BlockConfig, DiskImage, Images};
-use filesystem::RootFileSystem;
+use filesystem::FileSystem;
 use partitions::Volume;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use system::System;
+
+pub use apart::read_apart;
 
 /// Where distributions link to the kernel to boot, and to the initramfs that belongs to it.
 const PLACES: [(&str, &str); 2] = [("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz", "/boot/initrd.img")];
@@ -25,6 +36,8 @@ const PLACES: [(&str, &str); 2] = [("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz"
 const MAX_KERNEL: u64 = 256 << 20;
 /// Largest initramfs that is read, in bytes.
 const MAX_INITRAMFS: u64 = 1 << 30;
+/// Longest command line or message, in bytes.
+const MAX_TEXT: u64 = 64 << 10;
 
 /// Why a disk cannot be booted from.
 #[derive(Debug, thiserror::Error)]
@@ -38,12 +51,27 @@ pub enum Error {
         /// The image.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        source: io::Error,
     },
+    /// The process that reads it could not be started, or ended before it was done.
+    #[error(
+        "the disk image {} cannot be read: {what}; check its file systems, or pass --kernel and --initramfs",
+        path.display()
+    )]
+    Reader {
+        /// The image.
+        path: PathBuf,
+        /// What became of it.
+        what: String,
+    },
+    /// What the process that reads it says.
+    #[error("{0}")]
+    Told(String),
     /// No kernel where one was looked for.
     #[error(
-        "the disk image {} has no kernel to boot ({looked}); kernels are found as /vmlinuz or /boot/vmlinuz in an \
-         ext2, ext3 or ext4 root file system. Pass --kernel, --initramfs and --cmdline root=...",
+        "the disk image {} has no kernel to boot ({looked}); kernels are found as /vmlinuz or /boot/vmlinuz of a \
+         system whose root file system is ext2, ext3 or ext4, as is that for /boot if it has one. Pass --kernel, \
+         --initramfs and --cmdline root=...",
         path.display()
     )]
     NoKernel {
@@ -82,16 +110,70 @@ pub enum Error {
     },
 }
 
-/// Reads the kernel and initramfs of the first file system of `disk` that has a kernel. Its command line
-/// names that file system as the root, followed by `cmdline`. `index` is the disk's place among the guest's
-/// disks, from 0.
+/// What is read of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Kernel,
+    Initramfs,
+    Cmdline,
+}
+
+impl Part {
+    /// Most bytes of it.
+    fn most(self) -> u64 {
+        match self {
+            Part::Kernel => MAX_KERNEL,
+            Part::Initramfs => MAX_INITRAMFS,
+            Part::Cmdline => MAX_TEXT,
+        }
+    }
+}
+
+/// Takes what is read, piece by piece, of one part after the other.
+type Sink<'a> = dyn FnMut(Part, &[u8]) -> io::Result<()> + 'a;
+
+/// What there is to boot, as it is put together.
+#[derive(Default)]
+struct Gathered {
+    kernel: Vec<u8>,
+    initramfs: Option<Vec<u8>>,
+    cmdline: Vec<u8>,
+}
+
+impl Gathered {
+    fn add(&mut self, part: Part, piece: &[u8]) -> io::Result<()> {
+        let whole = match part {
+            Part::Kernel => &mut self.kernel,
+            Part::Initramfs => self.initramfs.get_or_insert_default(),
+            Part::Cmdline => &mut self.cmdline,
+        };
+        if (whole.len() + piece.len()) as u64 > part.most() {
+            return Err(io::Error::other("more was read than there may be"));
+        }
+        whole.extend_from_slice(piece);
+        Ok(())
+    }
+
+    fn into_boot(self) -> Result<Boot, std::string::FromUtf8Error> {
+        Ok(Boot {
+            kernel: Image::Bytes(self.kernel.into()),
+            initramfs: self.initramfs.map(|bytes| Image::Bytes(bytes.into())),
+            cmdline: String::from_utf8(self.cmdline)?,
+        })
+    }
+}
+
+/// Reads the kernel and initramfs of the first system on `disk` that has a kernel. Its command line names
+/// that system's root, followed by `cmdline`. `index` is the disk's place among the guest's disks, from 0.
+///
+/// This looks into file systems that a guest wrote, in this process. [`read_apart`] does it in another one.
 ///
 /// # Errors
 /// [`Error`], also if a machine holds the image's lock.
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
-    let image = DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, &Images::Any)?;
-    image.take_lock()?;
-    read_open(image, index, cmdline)
+    let mut gathered = Gathered::default();
+    find(&open(disk)?, &disk.path, index, cmdline, &mut |part, piece| gathered.add(part, piece))?;
+    gathered.into_boot().map_err(|error| Error::Reader { path: disk.path.clone(), what: error.to_string() })
 }
 
 /// The same for an image that is open, and under its lock.
@@ -100,54 +182,102 @@ pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Err
 /// [`Error`].
 pub(crate) fn read_open(image: DiskImage, index: usize, cmdline: &str) -> Result<Boot, Error> {
     let path = image.path().to_path_buf();
-    let path = path.as_path();
-    let image = Rc::new(image);
+    let mut gathered = Gathered::default();
+    find(&Rc::new(image), &path, index, cmdline, &mut |part, piece| gathered.add(part, piece))?;
+    gathered.into_boot().map_err(|error| Error::Reader { path, what: error.to_string() })
+}
+
+/// The image under its lock, to be read.
+fn open(disk: &BlockConfig) -> Result<Rc<DiskImage>, Error> {
+    let image = DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, &Images::Any)?;
+    image.take_lock()?;
+    Ok(Rc::new(image))
+}
+
+/// Gives `sink` what there is to boot.
+fn find(
+    image: &Rc<DiskImage>,
+    path: &Path,
+    index: usize,
+    cmdline: &str,
+    sink: &mut Sink<'_>,
+) -> Result<(), Error> {
     let volumes =
-        partitions::volumes(&image).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
+        partitions::volumes(image).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
     let mut looked = Vec::new();
+    let mut found = Vec::new();
     for volume in &volumes {
-        match RootFileSystem::open(&image, volume) {
+        match FileSystem::open(image, volume) {
             Err(what) => looked.push(format!("{volume}: {what}")),
             Ok(None) => looked.push(format!("{volume}: no such file system")),
-            Ok(Some(root)) => match boot(path, &root, volume, index, cmdline)? {
-                Some(boot) => return Ok(boot),
-                None => looked.push(format!("{volume}: none there")),
-            },
+            Ok(Some(file_system)) => found.push((volume, file_system)),
         }
     }
+    let (roots, others): (Vec<_>, Vec<_>) = found.iter().partition(|(_, one)| one.is_root());
+    for (volume, root) in &roots {
+        // Its own /boot comes first, then any that is mounted there.
+        for boot in std::iter::once(None).chain(others.iter().map(|(_, other)| Some(other))) {
+            let system = System { root, boot };
+            if boot_from(path, &system, volume, index, cmdline, sink)? {
+                return Ok(());
+            }
+        }
+        looked.push(format!("{volume}: none there"));
+    }
+    looked.extend(others.iter().map(|(volume, _)| format!("{volume}: no root file system")));
     if looked.is_empty() {
         looked.push("its partition table is empty".into());
     }
     Err(Error::NoKernel { path: path.to_path_buf(), looked: looked.join(", ") })
 }
 
-/// What to boot from this file system, if it has a kernel.
-fn boot(
+/// Gives `sink` what this system boots; false if it has no kernel.
+fn boot_from(
     path: &Path,
-    root: &RootFileSystem,
+    system: &System<'_>,
     volume: &Volume,
     index: usize,
     cmdline: &str,
-) -> Result<Option<Boot>, Error> {
+    sink: &mut Sink<'_>,
+) -> Result<bool, Error> {
     for (kernel, initramfs) in PLACES {
-        let Some(kernel) = file(path, root, kernel, MAX_KERNEL)? else { continue };
-        let initramfs = file(path, root, initramfs, MAX_INITRAMFS)?;
-        let device = root_device(volume, root.uuid(), index, initramfs.is_some());
-        return Ok(Some(Boot {
-            kernel: Image::Bytes(kernel.into()),
-            initramfs: initramfs.map(|bytes| Image::Bytes(bytes.into())),
-            cmdline: format!("root={device} ro {cmdline}").trim_end().to_owned(),
-        }));
+        if !file(path, system, kernel, Part::Kernel, sink)? {
+            continue;
+        }
+        let has_initramfs = file(path, system, initramfs, Part::Initramfs, sink)?;
+        let device = root_device(volume, system.root.uuid(), index, has_initramfs);
+        let cmdline = format!("root={device} ro {cmdline}");
+        sink(Part::Cmdline, cmdline.trim_end().as_bytes()).map_err(|source| lost(path, source))?;
+        return Ok(true);
     }
-    Ok(None)
+    Ok(false)
 }
 
-fn file(path: &Path, root: &RootFileSystem, file: &'static str, most: u64) -> Result<Option<Vec<u8>>, Error> {
-    let path = path.to_path_buf();
-    root.read(file, most).map_err(|error| match error {
-        filesystem::Error::TooBig { len } => Error::TooBig { path, file, len, most },
-        filesystem::Error::Broken(what) => Error::File { path, file, what },
+/// Gives `sink` a file; false if there is none.
+fn file(
+    path: &Path,
+    system: &System<'_>,
+    file: &'static str,
+    part: Part,
+    sink: &mut Sink<'_>,
+) -> Result<bool, Error> {
+    let most = part.most();
+    let copied = system.find(file).and_then(|place| {
+        let Some(place) = place else { return Ok(false) };
+        // An initramfs that is empty is one as well.
+        sink(part, &[]).map_err(filesystem::Error::Sink)?;
+        place.file_system.copy(&place.path, most, |piece| sink(part, piece)).map(|()| true)
+    });
+    copied.map_err(|error| match error {
+        filesystem::Error::TooBig { len } => Error::TooBig { path: path.into(), file, len, most },
+        filesystem::Error::Broken(what) => Error::File { path: path.into(), file, what },
+        filesystem::Error::Sink(source) => lost(path, source),
     })
+}
+
+/// What was read could not be handed on.
+fn lost(path: &Path, error: io::Error) -> Error {
+    Error::Reader { path: path.into(), what: error.to_string() }
 }
 
 /// The root file system as the kernel command line names it. The kernel itself knows partitions by their

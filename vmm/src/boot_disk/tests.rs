@@ -51,12 +51,17 @@ impl Root {
         } else {
             0
         };
+        self.put_into(&disk, kind, start, 14 * MIB);
+        disk
+    }
+
+    /// Makes a file system of `len` bytes at `start`.
+    fn put_into(&self, disk: &Disk, kind: &str, start: u64, len: u64) {
         let offset = format!("offset={start}");
-        let size = format!("{}k", (14 * MIB) >> 10);
+        let size = format!("{}k", len >> 10);
         let options = ["-q", "-F", "-t", kind, "-U", UUID, "-E", &offset, "-d"].map(Path::new);
         let rest = [self.0.path(), disk.path(), Path::new(&size)];
         tool("mkfs.ext4", &[&options[..], &rest[..]].concat(), "");
-        disk
     }
 }
 
@@ -164,11 +169,67 @@ fn what_cannot_be_booted_is_said() {
     // A file system for /boot alone.
     let boot = Root(tempfile::tempdir().unwrap()).file("vmlinuz", b"kernel");
     let refused = boot.image("ext4", Some(MBR)).refused();
-    assert!(refused.contains("(partition 1: no such file system)"), "{refused}");
+    assert!(refused.contains("(partition 1: no root file system)"), "{refused}");
     let empty = Disk::empty(16 * MIB);
     tool("sfdisk", &[Path::new("--quiet"), empty.path()], "label: gpt\n");
     assert!(empty.refused().contains("its partition table is empty"));
     assert!(Disk::empty(4096).refused().contains("the whole disk"));
+}
+
+#[test]
+fn a_separate_boot_file_system_is_found() {
+    const TABLE: &str = "label: gpt\n\
+        start=1MiB, size=6MiB, uuid=11111111-7D7B-4F42-9D53-3A3E0C9B7F10\n\
+        start=8MiB, size=6MiB, uuid=22222222-7D7B-4F42-9D53-3A3E0C9B7F10\n";
+    let (kernel, initramfs) = (content(300_001), content(400_003));
+    let boot = || {
+        let boot = Root(tempfile::tempdir().unwrap());
+        boot.file("vmlinuz-9", &kernel).file("initrd.img-9", &initramfs)
+    };
+    // As Debian has it: the links are in the root directory. And as Ubuntu has it: they are beside the files,
+    // with others that have to be gone through as well.
+    let debian = Root::new().link("boot/vmlinuz-9", "vmlinuz").link("boot/initrd.img-9", "initrd.img");
+    let beside = || boot().link("./../boot//vmlinuz-9", "vmlinuz").link("/boot/initrd.img-9", "initrd.img");
+    for (root, boot) in [(&debian, boot()), (&Root::new(), beside())] {
+        // Whichever of them is first.
+        for (first, second, device) in [(root, &boot, 1), (&boot, root, 2)] {
+            let disk = Disk::empty(16 * MIB);
+            tool("sfdisk", &[Path::new("--quiet"), disk.path()], TABLE);
+            first.put_into(&disk, "ext4", MIB, 6 * MIB);
+            second.put_into(&disk, "ext4", 8 * MIB, 6 * MIB);
+            let found = disk.boot().unwrap();
+            let device = device.to_string().repeat(8);
+            let cmdline = format!("root=PARTUUID={device}-7d7b-4f42-9d53-3a3e0c9b7f10 ro console=ttyS0");
+            assert_eq!(found.cmdline, cmdline);
+            assert!(bytes(&found.kernel) == kernel && bytes(found.initramfs.as_ref().unwrap()) == initramfs);
+        }
+    }
+    // One that has no kernel is not taken for one that has.
+    let disk = Disk::empty(16 * MIB);
+    tool("sfdisk", &[Path::new("--quiet"), disk.path()], TABLE);
+    debian.put_into(&disk, "ext4", MIB, 6 * MIB);
+    Root(tempfile::tempdir().unwrap()).put_into(&disk, "ext2", 8 * MIB, 6 * MIB);
+    let refused = disk.refused();
+    assert!(refused.contains("(partition 1: none there, partition 2: no root file system)"), "{refused}");
+}
+
+#[test]
+fn a_link_that_lies_about_its_length_allocates_nothing() {
+    // Longer than what an inode holds, so that it has a block, whose content counts.
+    let target = format!("{}boot/vmlinuz-9", "./".repeat(40));
+    let root = Root::new().file("boot/vmlinuz-9", b"kernel").link(&target, "vmlinuz");
+    let disk = root.image("ext2", None);
+    disk.boot().unwrap();
+    let found = Command::new("debugfs").args(["-R", "stat /vmlinuz"]).arg(disk.path()).output().unwrap();
+    assert!(String::from_utf8_lossy(&found.stdout).contains("Type: symlink"));
+    // 2^33 bytes.
+    let change = ["-w", "-R", "set_inode_field /vmlinuz size 8589934592"].map(Path::new);
+    tool("debugfs", &[&change[..], &[disk.path()]].concat(), "");
+    let refused = disk.refused();
+    assert!(
+        refused.contains("cannot read /vmlinuz") && refused.contains("a link of 8589934592 bytes"),
+        "{refused}"
+    );
 }
 
 #[test]

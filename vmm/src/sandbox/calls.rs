@@ -7,9 +7,16 @@ use std::collections::BTreeMap;
 /// Calls, and for each the conditions on its arguments: one of the rules must hold, if there are any.
 type Calls = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// Calls that neither this program nor a library ever needs, and that somebody who has taken over a process
-/// tries first: other programs, other processes, the kernel, the system's settings, namespaces and mounts.
-const FATAL: &[i64] = &[
+/// A list of calls with their names.
+macro_rules! named {
+    ($($(#[$_:meta])* $call:ident,)*) => {
+        const FATAL: &[(i64, &str)] = &[$(($call, stringify!($call)),)*];
+    };
+}
+
+// Calls that neither this program nor a library ever needs, and that somebody who has taken over a process
+// tries first: other programs, other processes, the kernel, the system's settings, namespaces and mounts.
+named! {
     // other programs
     SYS_execve,
     SYS_execveat,
@@ -78,7 +85,7 @@ const FATAL: &[i64] = &[
     SYS_setgroups,
     SYS_setfsuid,
     SYS_setfsgid,
-];
+}
 
 /// What threads that serve a guest need: working on files that others have opened, memory, waiting, and
 /// ending.
@@ -115,7 +122,6 @@ const SERVING: &[i64] = &[
     SYS_sched_getaffinity,
     SYS_gettid,
     SYS_getpid,
-    SYS_rt_sigaction,
     SYS_rt_sigprocmask,
     SYS_rt_sigreturn,
     SYS_sigaltstack,
@@ -291,12 +297,22 @@ const PRCTL: &[c_int] = &[
 /// devices ask the kernel. No raw sockets, and none that reach rarely used parts of the kernel.
 const SOCKETS: &[c_int] = &[AF_UNIX, AF_INET, AF_INET6, AF_NETLINK];
 
+/// What a call that ends the process is called.
+pub fn name(call: i64) -> &'static str {
+    let named = FATAL.iter().find(|(number, _)| *number == call);
+    match named.and_then(|(_, name)| name.strip_prefix("SYS_")) {
+        Some(name) => name,
+        None if call == SYS_ioctl => "ioctl",
+        None => "unknown",
+    }
+}
+
 /// What ends the process.
 ///
 /// # Errors
 /// None; the library cannot know.
 pub fn fatal() -> Result<Calls, BackendError> {
-    let mut calls = plain(FATAL);
+    let mut calls: Calls = FATAL.iter().map(|(call, _)| (*call, Vec::new())).collect();
     // Typing into the terminal that the process was started from, and pasting there.
     calls.insert(SYS_ioctl, vec![rule(1, SeccompCmpOp::Eq, TIOCSTI)?, rule(1, SeccompCmpOp::Eq, TIOCLINUX)?]);
     Ok(calls)
@@ -313,6 +329,44 @@ pub fn serving() -> Result<Calls, BackendError> {
     calls.insert(SYS_mmap, vec![no_code.clone()]);
     calls.insert(SYS_mprotect, vec![no_code]);
     calls.insert(SYS_tgkill, vec![own_process()?]);
+    calls.insert(SYS_rt_sigaction, vec![other_signals()?]);
+    // A thread that is ended says its name.
+    calls.insert(SYS_prctl, vec![rule(0, SeccompCmpOp::Eq, PR_GET_NAME as u64)?]);
+    Ok(calls)
+}
+
+/// The list for a process that reads a disk, and writes what it has found.
+///
+/// # Errors
+/// None; the library cannot know.
+pub fn reader(input: c_int, output: c_int) -> Result<Calls, BackendError> {
+    let mut calls = plain(&[
+        SYS_brk,
+        SYS_munmap,
+        SYS_mremap,
+        SYS_madvise,
+        SYS_futex,
+        SYS_clock_gettime,
+        SYS_getrandom,
+        SYS_gettid,
+        SYS_getpid,
+        SYS_rt_sigprocmask,
+        SYS_rt_sigreturn,
+        SYS_exit,
+        SYS_exit_group,
+    ]);
+    let file = |fd: c_int| rule(0, SeccompCmpOp::Eq, fd as u64);
+    calls.insert(SYS_pread64, vec![file(input)?]);
+    // The runtime's own messages go to standard error, which is closed.
+    calls.insert(SYS_write, vec![file(output)?, file(STDERR_FILENO)?]);
+    let condition = |index, mask: c_int, value: c_int| {
+        let how = SeccompCmpOp::MaskedEq(mask as u64);
+        SeccompCondition::new(index, SeccompCmpArgLen::Dword, how, value as u64)
+    };
+    let anonymous = vec![condition(2, PROT_EXEC, 0)?, condition(3, MAP_ANONYMOUS, MAP_ANONYMOUS)?];
+    calls.insert(SYS_mmap, vec![SeccompRule::new(anonymous)?]);
+    calls.insert(SYS_mprotect, vec![rule(2, SeccompCmpOp::MaskedEq(PROT_EXEC as u64), 0)?]);
+    calls.insert(SYS_tgkill, vec![own_process()?]);
     Ok(calls)
 }
 
@@ -324,6 +378,7 @@ pub fn all() -> Result<Calls, BackendError> {
     let mut calls = plain(SERVING);
     calls.append(&mut plain(FURTHER));
     calls.insert(SYS_tgkill, vec![own_process()?]);
+    calls.insert(SYS_rt_sigaction, vec![other_signals()?]);
     // Threads, but neither processes nor namespaces. `clone3` has its flags in memory, where no filter can
     // look. The C library uses `clone` if `clone3` is missing.
     const NAMESPACES: c_int = CLONE_NEWNS
@@ -353,6 +408,11 @@ fn plain(calls: &[i64]) -> Calls {
 /// The rule that argument `index` compares so.
 fn rule(index: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, how, value)?])
+}
+
+/// The rule that the first argument is another signal than the one by which a filter ends the process.
+fn other_signals() -> Result<SeccompRule, BackendError> {
+    rule(0, SeccompCmpOp::Ne, SIGSYS as u64)
 }
 
 /// The rule that the first argument is this process.

@@ -103,7 +103,7 @@ impl<'a> LockedQueue<'a> {
 
     /// Whether somebody else wants the queue's lock. Whoever goes on without [`pop`](Self::pop) looks here.
     pub fn is_wanted(&self) -> bool {
-        self.shared.is_wanted()
+        self.shared.service.is_wanted()
     }
 
     /// The next chain of the available ring; `None` when there is none, or when somebody else wants the
@@ -272,7 +272,7 @@ impl VirtQueue {
         memory: &GuestMemory,
         interrupt: &Interrupt,
     ) {
-        let mut inner = self.shared.interrupt_and_lock();
+        let mut inner = self.shared.service.interrupt_and_lock();
         if !inner.active {
             return;
         }

@@ -182,8 +182,8 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "OPTION,...", default_value = "rounds=5,initial=50ms,step=100ms,max=550ms")]
     #[arg(value_parser = announcing)]
     pub announce: Announcing,
-    /// Whether this process limits itself to the system calls that it needs
-    #[arg(long, default_value = "off", value_parser = one_of(SECCOMP))]
+    /// Whether this process limits itself to the system calls, files and privileges that it needs
+    #[arg(long, default_value = "on", value_parser = one_of(SECCOMP))]
     pub seccomp: Mode,
     /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
     #[arg(long)]

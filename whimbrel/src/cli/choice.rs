@@ -27,9 +27,9 @@ pub const AIO: Choices<Aio> = &[
 
 /// `--seccomp`
 pub const SECCOMP: Choices<Mode> = &[
-    ("on", Mode::Enforce, "Other calls are refused, or end the process"),
-    ("log", Mode::Log, "Other calls are carried out, and the kernel logs them"),
-    ("off", Mode::Off, "All calls are allowed"),
+    ("on", Mode::Enforce, "Other calls and files are refused, or the call ends the process"),
+    ("log", Mode::Log, "Other calls are carried out, and the kernel logs them; all files can be opened"),
+    ("off", Mode::Off, "All is allowed"),
 ];
 
 /// What follows a reset that a guest asks for.

@@ -3,15 +3,19 @@
 use super::args::{OutputTarget, ProcessArgs, SerialTarget};
 use super::terminal::{self, Terminal};
 use super::{Exit, render};
+use migration::SAVE_TO;
 use migration::report::Verdict;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use std::fs::OpenOptions;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 use vmm::machine::Notice;
+use vmm::sandbox::Needs;
 use vmm::serial::SerialOutput;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
@@ -62,6 +66,32 @@ impl ProcessArgs {
             }
             _ => {}
         });
+    }
+
+    /// What of this is opened after the process has confined itself. Only what is there can be allowed, so
+    /// files for output are made if they are not.
+    pub fn needs(&self) -> Needs {
+        let mut needs = Needs::default();
+        let serial = match &self.serial {
+            SerialTarget::Output(target) => Some(target),
+            SerialTarget::Stdio => None,
+        };
+        for target in [serial, self.console.as_ref()].into_iter().flatten() {
+            let OutputTarget::File(path) = target else { continue };
+            if !path.exists() {
+                // If that fails, so does the machine, and says so.
+                let _ = OpenOptions::new().append(true).create(true).open(path);
+            }
+            needs.write.push(path.clone());
+        }
+        // A pipe is opened for both.
+        needs.write.extend(self.console_input.clone());
+        if let Some(api) = &self.api {
+            let folder = api.parent().filter(|folder| !folder.as_os_str().is_empty());
+            needs.sockets.push(folder.unwrap_or(Path::new(".")).into());
+        }
+        needs.make.extend(std::env::var_os(SAVE_TO).map(PathBuf::from));
+        needs
     }
 
     /// Reports an event: to programs as a line of JSON on standard output, to people on standard

@@ -25,12 +25,8 @@ use whimbrel::transports;
 const PATIENCE: Duration = Duration::from_millis(100);
 
 pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
-    sandbox::enter(args.process.seccomp)?;
-    let slot = Arc::new(Slot::receiver(args.process.name.clone()));
-    quit_on_signals(&slot)?;
-    let _server =
-        args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
-    // Whatever is missing on this host is said now, not when a guest arrives.
+    // Whatever is missing on this host is said now, not when a guest arrives. Whatever takes privileges comes
+    // before this process gives them up.
     let keeper = Keeper::new(&args.process)?;
     for folder in &args.disks {
         let found = std::fs::read_dir(folder);
@@ -50,6 +46,15 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         thp: args.process.thp,
         trust_storage: args.trust_storage,
     })?;
+    let mut needs = args.process.needs();
+    needs.write.extend(args.disks.iter().cloned());
+    needs.taps = !args.net.is_empty();
+    needs.low_port = (1..1024).contains(&args.listen.port());
+    sandbox::enter(args.process.seccomp, &needs)?;
+    let slot = Arc::new(Slot::receiver(args.process.name.clone()));
+    quit_on_signals(&slot)?;
+    let _server =
+        args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
     // While nobody waits for it.
     transport_rdma::warm_up();
     let listener = Listener::bind(args.listen)?;

@@ -12,7 +12,8 @@ use vmm::guest::{self, Workload};
 use vmm::host::Host;
 use vmm::loader::{Boot, Image};
 use vmm::machine::{Machine, MachineConfig, Reboot};
-use vmm::sandbox;
+use vmm::sandbox::{self, Needs};
+use vmm::virtio::block::{Images, Opened};
 use vmm::virtio::net::{Mac, NetConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
 use whimbrel::api::server;
@@ -20,12 +21,16 @@ use whimbrel::instance::Instance;
 use whimbrel::slot::Slot;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
-    sandbox::enter(args.process.seccomp)?;
+    // Whatever takes privileges, or a process of its own, comes before this one gives up both.
+    let boot = boot(&args)?;
+    let images = Images::Opened(Opened::new(&args.disk)?);
+    let keeper = Keeper::new(&args.process)?;
+    let host = Host::open()?;
+    sandbox::enter(args.process.seccomp, &Needs { taps: !args.net.is_empty(), ..args.process.needs() })?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
-    let keeper = Keeper::new(&args.process)?;
     let workload = Workload {
         vcpus: args.machine.vcpus,
         working_set: args.workload.working_set,
@@ -35,8 +40,6 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
         content: args.workload.fill_with,
         journal: args.workload.journal,
     };
-    let boot = boot(&args)?;
-    let host = Host::open()?;
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
     config.thp = args.process.thp;
@@ -47,7 +50,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     config.serial = args.process.serial();
     config.devices = devices(&args)?;
     let taps = args.net.iter().map(|net| net.tap.clone()).collect();
-    config.local = LocalConfig { taps, ..args.process.local() };
+    config.local = LocalConfig { images, taps, ..args.process.local() };
     let machine = Machine::build(&host, config)?;
     match boot {
         Some(boot) => machine.boot(&boot)?,
@@ -70,10 +73,11 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
     Ok(match (&args.kernel, args.disk.first()) {
         (Some(kernel), _) => {
             let initramfs = args.initramfs.as_ref().map(file);
-            let boot = Boot { kernel: file(kernel), initramfs, cmdline: args.cmdline.clone() };
-            Some(boot.into_memory()?)
+            Some(Boot { kernel: file(kernel), initramfs, cmdline: args.cmdline.clone() }.into_memory()?)
         }
-        (None, Some(disk)) if args.workload.journal == 0 => Some(boot_disk::read(disk, 0, &args.cmdline)?),
+        (None, Some(disk)) if args.workload.journal == 0 => {
+            Some(boot_disk::read_apart(disk, 0, &args.cmdline, args.process.seccomp)?)
+        }
         (None, _) => {
             let (vcpus, most) = (args.machine.vcpus, guest::MAX_VCPUS);
             anyhow::ensure!(

@@ -40,7 +40,7 @@ pub struct Finding {
 pub fn examine(memory: u64) -> Vec<Finding> {
     let mut findings = vec![kvm(), ram(memory)];
     findings.extend(cgroup::examine(memory));
-    findings.extend([seccomp(), io_uring(), socket_buffers(), shmem_huge_pages(), cpus()]);
+    findings.extend([seccomp(), landlock(), io_uring(), socket_buffers(), shmem_huge_pages(), cpus()]);
     findings.extend(rdma::examine(memory));
     findings
 }
@@ -98,6 +98,20 @@ fn seccomp() -> Finding {
             found: format!("system calls cannot be filtered ({error}): machines run only with --seccomp off"),
             mend: Some("a kernel with CONFIG_SECCOMP_FILTER".into()),
         },
+    }
+}
+
+fn landlock() -> Finding {
+    match sandbox::landlock() {
+        Ok(version) => good(
+            "Landlock",
+            format!("version {version}: a machine's process can open only the files it needs"),
+        ),
+        Err(error) => limited(
+            "Landlock",
+            format!("missing ({error}): a machine's process can open all files of its user"),
+            Some("a kernel with CONFIG_SECURITY_LANDLOCK, and landlock in its parameter lsm=".into()),
+        ),
     }
 }
 

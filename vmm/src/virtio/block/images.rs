@@ -4,7 +4,9 @@
 //! and symbolic links below a folder cannot lead a machine out of it: not by a link that was another when it
 //! was looked at, since nothing is looked at before it is opened.
 
-use super::Error;
+use super::lock::{self, LockKind};
+use super::{BlockConfig, Error};
+use crate::lock::lock;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -12,6 +14,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 /// How often resolving is tried again when files are renamed meanwhile.
 const MAX_TRIES: usize = 100;
@@ -25,6 +28,58 @@ pub enum Images {
     Any,
     /// Those below these folders. Symbolic links are followed as long as they stay below the folder.
     Below(Vec<PathBuf>),
+    /// Those that were opened before.
+    Opened(Opened),
+}
+
+/// Images that were opened before this process gave up its privileges. Each is had once.
+#[derive(Clone, Debug)]
+pub struct Opened(Arc<Mutex<Vec<(Wanted, File)>>>);
+
+/// An image, and what it is opened for.
+#[derive(Debug, PartialEq, Eq)]
+struct Wanted {
+    path: PathBuf,
+    write: bool,
+    direct: bool,
+}
+
+impl PartialEq for Opened {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Opened {}
+
+impl Opened {
+    /// Opens the images of these disks.
+    ///
+    /// # Errors
+    /// [`Error::NoImage`], [`Error::NoDirectIo`], [`Error::Open`]; [`Error::Held`] if another process has an
+    /// image: who that is may be seen now, but not by a process that is confined.
+    pub fn new<'a>(disks: impl IntoIterator<Item = &'a BlockConfig>) -> Result<Self, Error> {
+        let open = |disk: &BlockConfig| {
+            let failed = |source| Error::Open { path: disk.path.clone(), source };
+            let path = std::path::absolute(&disk.path).map_err(failed)?;
+            let (write, direct) = (!disk.readonly, !disk.cached);
+            let file = Images::Any.open(&path, write, direct)?;
+            let lock = if write { LockKind::Exclusive } else { LockKind::Shared };
+            // A file system without locks is told of when the lock is taken.
+            if lock::is_free(&file, lock).is_ok_and(|free| !free) {
+                return Err(Error::Held { path, holder: lock::holder(&file) });
+            }
+            Ok((Wanted { path, write, direct }, file))
+        };
+        let opened = disks.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        Ok(Opened(Arc::new(Mutex::new(opened))))
+    }
+
+    fn take(&self, wanted: &Wanted) -> Option<File> {
+        let mut opened = lock(&self.0);
+        let at = opened.iter().position(|(image, _)| image == wanted)?;
+        Some(opened.swap_remove(at).1)
+    }
 }
 
 impl Images {
@@ -42,6 +97,10 @@ impl Images {
                 OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(failed)?
             }
             Images::Below(folders) => below(folders, path)?,
+            Images::Opened(opened) => {
+                let wanted = Wanted { path: path.into(), write, direct };
+                return opened.take(&wanted).ok_or_else(|| Error::NotAllowed { path: path.into() });
+            }
         };
         let kind = place.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -118,6 +177,7 @@ fn resolve(root: &File, path: &Path) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
     use std::os::unix::fs::{MetadataExt, symlink};
     use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -200,5 +260,34 @@ mod tests {
         });
         assert_eq!(escaped, 0, "files outside were opened, of {TRIES} tries");
         assert!(opened > 0 && refused > 0, "{opened} opened, {refused} refused: this proves nothing");
+    }
+
+    #[test]
+    fn what_was_opened_before_is_had_once_whatever_is_there_by_then() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, "first").unwrap();
+        let disk = BlockConfig { cached: true, ..BlockConfig::new(path.clone()) };
+        let images = Images::Opened(Opened::new([&disk]).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "second").unwrap();
+        let refused = |write, path: &Path| {
+            let refused = images.open(path, write, false).unwrap_err();
+            assert!(matches!(refused, Error::NotAllowed { .. }), "{refused}");
+        };
+        refused(false, &path);
+        refused(true, &folder.path().join("other"));
+        let mut content = String::new();
+        images.open(&path, true, false).unwrap().read_to_string(&mut content).unwrap();
+        assert_eq!(content, "first");
+        refused(true, &path);
+        // Somebody else has it.
+        let owner = File::options().read(true).write(true).open(&path).unwrap();
+        assert!(lock::set(&owner, LockKind::Exclusive).unwrap());
+        let refused = Opened::new([&disk]).map(drop).unwrap_err().to_string();
+        assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
+        lock::set(&owner, LockKind::Shared).unwrap();
+        assert!(Opened::new([&disk]).is_err());
+        Opened::new([&BlockConfig { readonly: true, ..disk }]).unwrap();
     }
 }

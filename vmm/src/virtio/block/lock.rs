@@ -18,6 +18,14 @@ pub enum LockKind {
     None,
 }
 
+fn number(kind: LockKind) -> libc::c_int {
+    match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+        LockKind::None => libc::F_UNLCK,
+    }
+}
+
 /// A lock of this kind from the start (0) to wherever the end is (0). It names no process (0).
 fn whole(kind: libc::c_int) -> libc::flock {
     libc::flock {
@@ -34,12 +42,7 @@ fn whole(kind: libc::c_int) -> libc::flock {
 /// # Errors
 /// If the file system has no such locks.
 pub fn set(file: &File, kind: LockKind) -> io::Result<bool> {
-    let kind = match kind {
-        LockKind::Shared => libc::F_RDLCK,
-        LockKind::Exclusive => libc::F_WRLCK,
-        LockKind::None => libc::F_UNLCK,
-    };
-    let range = whole(kind);
+    let range = whole(number(kind));
     // SAFETY: the command reads one flock, which lives across the call.
     match retry!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) }) {
         Ok(_) => Ok(true),
@@ -54,10 +57,18 @@ pub fn set(file: &File, kind: LockKind) -> io::Result<bool> {
 /// If the file system has no such locks.
 pub fn is_seen(file: &File) -> io::Result<bool> {
     // A lock for writing would conflict with any other.
-    let mut found = whole(libc::F_WRLCK);
+    is_free(file, LockKind::Exclusive).map(|free| !free)
+}
+
+/// Whether nobody else's lock, that this host can see, is in the way of one of this kind.
+///
+/// # Errors
+/// If the file system has no such locks.
+pub fn is_free(file: &File, kind: LockKind) -> io::Result<bool> {
+    let mut found = whole(number(kind));
     // SAFETY: the command reads and writes one flock, which lives across the call.
     retry!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut found) })?;
-    Ok(found.l_type != libc::F_UNLCK as libc::c_short)
+    Ok(found.l_type == libc::F_UNLCK as libc::c_short)
 }
 
 /// Whether a lock on `file` can decide between hosts. A block device's lock is known to its own host only,
@@ -108,7 +119,8 @@ pub fn holder(file: &File) -> String {
         })
         .collect();
     if names.is_empty() {
-        "a process that this user may not look at, or one that has ended before its last write".into()
+        "a process that this one may not look at (`lslocks` and `fuser` tell root which), or one that has ended before \
+         its last write".into()
     } else {
         names.join(", ")
     }

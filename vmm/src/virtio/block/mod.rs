@@ -43,7 +43,7 @@ mod uring;
 
 pub use device::Block;
 pub(crate) use image::DiskImage;
-pub use images::Images;
+pub use images::{Images, Opened};
 
 use serde::{Deserialize, Serialize};
 use std::io;
