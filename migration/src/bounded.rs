@@ -39,8 +39,8 @@ where
     deserializer.deserialize_seq(List::<MOST, T>(PhantomData))
 }
 
-/// For `#[serde(with = "…")]`: bytes that are copied as a whole and not one by one, as a list of numbers would
-/// be. What travels is the same.
+/// For `#[serde(with = "…")]`: bytes that are copied as a whole and not one by one, as a list of numbers
+/// would be. What travels is the same.
 pub mod bytes {
     use super::{Deserializer, Visitor, fmt};
     use serde::Serializer;

@@ -137,8 +137,8 @@ impl Devices {
         lock(&self.running)
     }
 
-    /// Tells the network that the guest is here, unless it is paused: then it returns false. A pause waits for
-    /// this: once devices are at rest, nobody hears any more that the guest is here.
+    /// Tells the network that the guest is here, unless it is paused: then it returns false. A pause waits
+    /// for this: once devices are at rest, nobody hears any more that the guest is here.
     pub fn announce(&self) -> bool {
         let running = self.running();
         if *running {
