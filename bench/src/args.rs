@@ -295,7 +295,7 @@ pub struct TransportArgs {
     /// Rounds, each with one run of every contender
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
-    /// Measure iperf3 with zero copy over loopback in every round
+    /// Measure iperf3 with zero copy over loopback in every round; not with a server on another host
     #[arg(long)]
     pub iperf3: bool,
     /// Measure perftest's ib_write_bw and ib_write_lat between the same devices in every round; the server

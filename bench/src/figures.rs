@@ -39,6 +39,7 @@ const LOWER: Option<Better> = Some(Better::Lower);
 
 const CATALOGUE: &[(&str, &str, &str, usize, Option<Better>)] = &[
     ("stream_mib_s", "stream, MiB/s", "stream MiB/s", 0, HIGHER),
+    ("stream_gbit_s", "stream, Gb/s", "Gb/s", 2, HIGHER),
     ("migration_mib_s", "migration, MiB/s", "MiB/s", 0, HIGHER),
     ("source_cpu_s_per_gib", "source CPU, s/GiB", "source CPU s/GiB", 2, LOWER),
     ("target_cpu_s_per_gib", "target CPU, s/GiB", "target CPU s/GiB", 2, LOWER),
@@ -96,10 +97,16 @@ impl Figure {
 }
 
 /// Collects the figures that exist and are finite. Others could not be saved, because JSON has no such
-/// numbers.
+/// numbers. A stream's rate comes in both units.
 pub fn named<const N: usize>(figures: [(&str, Option<f64>); N]) -> Figures {
     let there = |figure: Option<f64>| figure.filter(|figure| figure.is_finite());
-    figures.into_iter().filter_map(|(id, figure)| Some((id.to_string(), there(figure)?))).collect()
+    let mut figures: Figures =
+        figures.into_iter().filter_map(|(id, figure)| Some((id.to_string(), there(figure)?))).collect();
+    // Networks are sold in these.
+    if let Some(rate) = figures.get("stream_mib_s").copied() {
+        figures.insert("stream_gbit_s".into(), rate * f64::from(8 << 20) / 1e9);
+    }
+    figures
 }
 
 #[cfg(test)]

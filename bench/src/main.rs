@@ -95,13 +95,21 @@ fn measure_transport(args: &TransportArgs) -> anyhow::Result<ExitCode> {
         Some(host) => (None, format!("{host}:{}", args.port)),
         None => LocalServer::start(args.bind).map(|(own, address)| (Some(own), address))?,
     };
-    for plan in presets::transport(args, &to)? {
-        let measured = measure(&plan, &args.output)?;
+    let plans = presets::transport(args, &to)?;
+    let seconds = presets::least_seconds(args, &plans);
+    eprintln!("this takes some {} and what lies between the runs", span(seconds));
+    for plan in &plans {
+        let measured = measure(plan, &args.output)?;
         if measured != ExitCode::SUCCESS {
             return Ok(measured);
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A time in words.
+fn span(seconds: f64) -> String {
+    if seconds < 120.0 { format!("{seconds:.0} seconds") } else { format!("{:.0} minutes", seconds / 60.0) }
 }
 
 /// What a server prints before its address.

@@ -1,5 +1,5 @@
-//! What a peer sends costs no more than a small multiple of its length to decode. Also for the descriptions and
-//! states of VMMs.
+//! What a peer sends costs no more than a small multiple of its length to decode. Also for the descriptions
+//! and states of VMMs.
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
@@ -39,8 +39,8 @@ where
     deserializer.deserialize_seq(List::<MOST, T>(PhantomData))
 }
 
-/// For `#[serde(with = "…")]`: bytes that are copied as a whole and not one by one, as a list of numbers would be; when they travel
-/// they are the same.
+/// For `#[serde(with = "…")]`: bytes that are copied as a whole and not one by one, as a list of numbers
+/// would be. What travels is the same.
 pub mod bytes {
     use super::{Deserializer, Visitor, fmt};
     use serde::Serializer;

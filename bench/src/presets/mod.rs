@@ -2,7 +2,7 @@
 
 mod transport;
 
-pub use transport::transport;
+pub use transport::{least_seconds, transport};
 
 use crate::args::{BlackoutArgs, MatrixArgs, Populate, ThroughputArgs, UntouchedArgs};
 use crate::contender::{self, Contender, Peers};

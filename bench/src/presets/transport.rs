@@ -9,7 +9,8 @@ use crate::plan::Plan;
 use crate::record::{self, Setup};
 use crate::transport::client::{Probe, Test};
 use crate::transport::{Completion, SessionConfig};
-use anyhow::ensure;
+use anyhow::{bail, ensure};
+use std::net::IpAddr;
 use std::time::Duration;
 use whimbrel::api::model::TransportChoice;
 
@@ -29,6 +30,13 @@ const MIN_PERFTEST_SECONDS: u64 = 2;
 /// When the transport does not have a test that was asked for.
 pub fn transport(args: &TransportArgs, to: &str) -> anyhow::Result<Vec<Plan>> {
     let rdma = args.transport == TransportChoice::Rdma;
+    let elsewhere = args.client.as_deref().filter(|host| !is_here(host));
+    if let Some(host) = elsewhere.filter(|_| args.iperf3) {
+        bail!(
+            "--iperf3 measures within this machine, which is no reference for {host}; leave it out, and run \
+             `iperf3 --server` there and `iperf3 --zerocopy --client {host}` here"
+        );
+    }
     let all = [Test::Bandwidth, Test::Latency, Test::Registration];
     let tests = if args.test.is_empty() { &all[..if rdma { 3 } else { 2 }] } else { &args.test };
     ensure!(rdma || !tests.contains(&Test::Registration), "only RDMA registers memory: use --transport rdma");
@@ -39,6 +47,17 @@ pub fn transport(args: &TransportArgs, to: &str) -> anyhow::Result<Vec<Plan>> {
         Test::Registration => registration(args, to),
     };
     Ok(tests.iter().map(plan).collect())
+}
+
+/// Whether a host is this machine's loopback interface, by whatever name.
+fn is_here(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// Seconds that the runs of `plans` take at least.
+pub fn least_seconds(args: &TransportArgs, plans: &[Plan]) -> f64 {
+    plans.iter().map(|plan| f64::from(plan.rounds) * plan.contenders.len() as f64 * args.time).sum()
 }
 
 /// The bandwidth of a transport.
@@ -71,7 +90,13 @@ fn bandwidth(args: &TransportArgs, to: &str) -> Plan {
     }
     Plan {
         bench: "transport, bandwidth",
-        show: &["stream_mib_s", "messages_s", "source_cpu_s_per_gib", "target_cpu_s_per_gib"],
+        show: &[
+            "stream_mib_s",
+            "stream_gbit_s",
+            "messages_s",
+            "source_cpu_s_per_gib",
+            "target_cpu_s_per_gib",
+        ],
         rounds: args.rounds,
         warm_up: false,
         contenders,
@@ -197,5 +222,40 @@ fn lane_count(transport: TransportChoice, n: u16) -> String {
         (TransportChoice::Rdma, 1) => "1 queue pair".into(),
         (TransportChoice::Rdma, n) => format!("{n} queue pairs"),
         _ => stream_count(n),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+    use clap::Parser;
+
+    fn args(more: &[&str]) -> TransportArgs {
+        let words = ["whimbrel-bench", "transport"].iter().chain(more);
+        match Cli::parse_from(words).command {
+            Command::Transport(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_reference_within_this_machine_is_none_for_another_host() {
+        for host in ["192.0.2.7", "host", "[2001:db8::7]"] {
+            let refused =
+                transport(&args(&["-c", host, "--iperf3"]), "to").err().expect("refused").to_string();
+            assert!(refused.contains("no reference") && refused.contains(host), "{refused}");
+            transport(&args(&["-c", host]), "to").unwrap();
+        }
+        for here in [&["--iperf3"][..], &["--iperf3", "-c", "localhost"], &["--iperf3", "-c", "[::1]"]] {
+            transport(&args(here), "to").unwrap();
+        }
+    }
+
+    #[test]
+    fn how_long_it_takes_is_known_before() {
+        let args = args(&["--rounds", "3", "-t", "2", "--test", "bandwidth", "-P", "1,2", "-l", "64K"]);
+        let plans = transport(&args, "to").unwrap();
+        assert_eq!(least_seconds(&args, &plans), 3.0 * 2.0 * 2.0);
     }
 }

@@ -229,7 +229,14 @@ fn connect(to: &str, token: Token) -> anyhow::Result<Connection> {
     loop {
         match connect_control(to, token, REPLY_TIMEOUT) {
             Err(Error::Busy { .. }) if Instant::now() < deadline => thread::sleep(RETRY_INTERVAL),
-            result => return Ok(result?),
+            result => {
+                return result.with_context(|| {
+                    format!(
+                        "is `whimbrel-bench transport --server --bind ADDRESS` running there? No server of \
+                         whimbrel-bench answers at {to}"
+                    )
+                });
+            }
         }
     }
 }

@@ -146,6 +146,8 @@ mod tests {
         assert!(chunk.contains("chunks"), "{chunk}");
         let odd = probe("127.0.0.1:1".into(), Test::Bandwidth, 1000, 1);
         assert!(odd.run().unwrap_err().to_string().contains("4 KiB"));
+        let alone = probe("127.0.0.1:1".into(), Test::Bandwidth, 4096, 1).run().unwrap_err();
+        assert!(format!("{alone:#}").contains("whimbrel-bench transport --server"), "{alone:#}");
         let wide = probe("127.0.0.1:1".into(), Test::Bandwidth, 4 << 20, 2);
         assert!(wide.run().unwrap_err().to_string().contains("--memory"));
     }

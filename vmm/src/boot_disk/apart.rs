@@ -1,8 +1,9 @@
 //! Reading a disk in a process of its own, which can read the disk and answer, and nothing else.
 //!
 //! The process is a fork of this one, made while this one has a single thread. It gives up what it does not
-//! need (`sandbox::reader`) before it looks at the disk, so that a file system which misleads its reader gains
-//! nothing, and one which kills it costs no more than an error here. What it answers is not trusted either.
+//! need (`sandbox::reader`) before it looks at the disk, so that a file system which misleads its reader
+//! gains nothing, and one which kills it costs no more than an error here. What it answers is not trusted
+//! either.
 
 use super::filesystem::PIECE;
 use super::{Boot, Error, Gathered, MAX_TEXT, Part, find, open};
