@@ -279,7 +279,8 @@ impl VirtioDevice for Net {
             }
             Role::Transmit(pair) => transmit(&self.tap, pair, queue),
             Role::Control => control(queue, |command| self.execute(command)),
-            Role::Unused => Ok(WaitFor::Buffers),
+            // What its driver makes available stays there, and is nothing to go on for.
+            Role::Unused => Ok(WaitFor::Input),
         }
     }
 
