@@ -207,6 +207,32 @@ fn writes_of_guest_and_vmm_show_until_cleared_and_again_after() {
 }
 
 #[test]
+fn huge_pages_leave_the_dirty_log_as_fine_as_it_was() {
+    let machine = machine(64, 1);
+    machine.boot(&boot(guests::toucher())).unwrap();
+    // As huge as this host has them: at once, where the kernel makes them when it is asked.
+    machine.memory().populate(1).unwrap();
+    if let Err(why) = whimbrel_vmm::memory::thp::try_collapse() {
+        println!("this host makes no huge pages: {why}");
+    }
+    machine.start_tracking().unwrap();
+    Machine::resume(&machine).unwrap();
+    wait_above(&machine, LOOPS, 0x20_0000);
+    for _ in 0..3 {
+        Machine::pause(&machine).unwrap();
+        clear_all(&machine, &collected(&machine));
+        assert_eq!(collected(&machine).count(), 0);
+        Machine::resume(&machine).unwrap();
+        let loops = peek(&machine, LOOPS);
+        wait_above(&machine, LOOPS, loops);
+        Machine::pause(&machine).unwrap();
+        let set = collected(&machine);
+        assert_eq!(migration::dirty::runs(set.words(0), 0).collect::<Vec<_>>(), [(0x200, 1)]);
+        Machine::resume(&machine).unwrap();
+    }
+}
+
+#[test]
 fn a_second_save_after_a_load_is_equal_but_for_time() {
     let source = machine(16, 2);
     source.boot(&boot(guests::smp())).unwrap();

@@ -27,6 +27,7 @@ const OUT: u64 = BUFFERS + 0x80_0000;
 const ANSWER: u64 = OUT + 0x1_0000;
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+const UNSEGMENTED: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
 const OFFLOADS: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
 
 fn config(pairs: u16) -> NetConfig {

@@ -133,13 +133,6 @@ impl Wire {
         assert_eq!(sent, bytes.len() as isize, "{}", io::Error::last_os_error());
     }
 
-    /// Sends a whole frame to the guest, or drops it if there is no room for it on the way.
-    pub fn try_send(&self, frame: &[u8]) {
-        let bytes = [&[0; HEADER], frame].concat();
-        // SAFETY: the bytes live across the call.
-        unsafe { libc::send(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) };
-    }
-
     /// Sends a whole frame to the guest.
     pub fn send(&self, frame: &[u8]) {
         self.send_with([0; HEADER], frame);
