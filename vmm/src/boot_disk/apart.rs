@@ -1,8 +1,9 @@
 //! Reading a disk in a process of its own, which can read the disk and answer, and nothing else.
 //!
 //! The process is a fork of this one, made while this one has a single thread. It gives up what it does not
-//! need (`sandbox::reader`) before it looks at the disk, so that a file system which misleads its reader gains
-//! nothing, and one which kills it costs no more than an error here. What it answers is not trusted either.
+//! need (`sandbox::reader`) before it looks at the disk, so that a file system which misleads its reader
+//! gains nothing, and one which kills it costs no more than an error here. What it answers is not trusted
+//! either.
 
 use super::filesystem::PIECE;
 use super::{Boot, Error, Gathered, MAX_TEXT, Part, find, open};
@@ -164,7 +165,8 @@ fn fate(ended: Option<ExitStatus>) -> String {
     let why = match signal {
         libc::SIGABRT => "it needs more memory than it may have, or found an error in itself",
         libc::SIGXCPU | libc::SIGKILL => "it took too long",
-        libc::SIGSYS => "it made a system call that it has no business with",
+        // Also those by which a process reports that it has no memory left.
+        libc::SIGSYS => "it made a system call that it has no business with, or has no memory left",
         _ => "it failed",
     };
     format!("its reader was ended by signal {signal}: {why}")
