@@ -165,7 +165,8 @@ fn fate(ended: Option<ExitStatus>) -> String {
     let why = match signal {
         libc::SIGABRT => "it needs more memory than it may have, or found an error in itself",
         libc::SIGXCPU | libc::SIGKILL => "it took too long",
-        libc::SIGSYS => "it made a system call that it has no business with",
+        // Also those by which a process reports that it has no memory left.
+        libc::SIGSYS => "it made a system call that it has no business with, or has no memory left",
         _ => "it failed",
     };
     format!("its reader was ended by signal {signal}: {why}")
