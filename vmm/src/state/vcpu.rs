@@ -43,7 +43,12 @@ impl VcpuState {
         let debugregs = ioctl::retried!("KVM_GET_DEBUGREGS", fd.get_debug_regs())?;
         let lapic = ioctl::retried!("KVM_GET_LAPIC", fd.get_lapic())?;
         let msrs = vcpu.msrs.save(fd)?;
-        let tsc_deadline = msr::read(fd, IA32_TSC_DEADLINE).ok();
+        let tsc_deadline = match msr::read(fd, IA32_TSC_DEADLINE) {
+            Ok(deadline) => Some(deadline),
+            // There is no such register. Any other failure would cost the guest its timer.
+            Err(error) if error.source.raw_os_error() == Some(libc::EINVAL) => None,
+            Err(error) => return Err(error),
+        };
         let tsc_offset = if vcpu.tsc_offset {
             Some(ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::get_tsc_offset(fd))?)
         } else {
