@@ -1,5 +1,5 @@
-//! The thread that does what neither vCPUs nor devices can: it resets the machine for its guest, and pauses the
-//! guest while a disk has requests that this host cannot carry out.
+//! The thread that does what neither vCPUs nor devices can: it resets the machine for its guest, and pauses
+//! the guest while a disk has requests that this host cannot carry out.
 //!
 //! Such a guest is paused as by an operator, except that it goes on by itself. Its requests are tried again
 //! now and then, and once none waits any more, the guest runs. An operator may pause it for good, let it run

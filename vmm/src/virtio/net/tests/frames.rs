@@ -174,16 +174,16 @@ fn read_from(tap: &str) -> u64 {
 fn frames_that_are_too_long_keep_no_pause_waiting() {
     with_taps(&["tap0"], || {
         const LONG_FRAMES: u64 = 400;
-        // A guest without buffers that can be merged, and with a short one: longer frames are dropped, and use
-        // no buffer.
+        // A guest without buffers that can be merged, and with a short one: longer frames are dropped, and
+        // use no buffer.
         let mut bench = Bench::with(net("tap0", 1));
         let features = bench.offered() & !(MERGEABLE | UNSEGMENTED);
         bench.start(features);
         let wire = Wire::of("tap0");
         bench.offer(RECEIVE, 0, &[Buffer::In(BUFFERS, 100)]);
         bench.notify(RECEIVE);
-        // A pause that waits for the frames comes to rest before the first, or after the last of them. One that
-        // does not may do so by chance, but not always.
+        // A pause that waits for the frames comes to rest before the first, or after the last of them. One
+        // that does not may do so by chance, but not always.
         let interrupted = (0..300).any(|round| {
             let before = read_from("tap0");
             (0..LONG_FRAMES).for_each(|_| wire.send(&frame(1400, 1)));
