@@ -5,7 +5,7 @@
 use migration::machine::SourceMachine;
 use migration::memory::{Extent, PAGE_SIZE, RegionLayout};
 use migration::message::{
-    Epilogue, Estimate, Hello, Message, Offer, Prepare, Prepared, Ready, Running, State, StatePart,
+    Epilogue, Estimate, Hello, Message, Offer, Prepare, Prepared, Ready, Running, State,
 };
 use migration::preamble::{Preamble, Status};
 use migration::report::Span;
@@ -53,7 +53,7 @@ fn messages() -> Vec<Message> {
             ],
             build_us: 1000,
         }),
-        Message::StatePart(StatePart(vec![9; 20])),
+        Message::Waiting,
         Message::State(State { state: vec![4, 5, 6], digest: None }),
         Message::Ready(Ready { spans: span() }),
         Message::Commit,
