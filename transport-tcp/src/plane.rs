@@ -1,8 +1,10 @@
 //! A session's receiving end: one thread for each stream, which places what arrives straight into guest RAM.
 
+use crate::channel::{Channel, SharedSocket};
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::place::{Placer, Turns};
-use crate::stream;
+use crate::stream::{self, Stream};
+use crate::{Error, copy, opening};
 use migration::cpu::thread_cpu;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::{self, Preamble, Status};
@@ -14,6 +16,7 @@ use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 /// Pages that are cleared between two looks at whether the session is over.
 const CLEAR_PAGES: u64 = 4096;
@@ -35,17 +38,21 @@ struct Streams {
     fenced: bool,
     /// Numbers of the lanes that have been let in.
     lanes: Vec<u16>,
+    /// How many lanes there are to be, as the first of them has said.
+    announced: Option<u16>,
     /// Of all streams, also those that have not said yet which lane they are.
-    handles: Vec<Socket>,
+    handles: Vec<SharedSocket>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Streams {
-    /// Whether the stream that began with `preamble` is a lane of session `token` that is still missing.
-    fn admit(&mut self, token: Token, preamble: &Preamble) -> bool {
+    /// Whether the stream that began with `preamble`, and has proved to be of this session, is a lane that is
+    /// still missing.
+    fn admit(&mut self, preamble: &Preamble) -> bool {
         let Preamble { kind, lane, lanes, .. } = *preamble;
-        let ours = kind == preamble::Kind::Data && preamble.token == token && lane < lanes;
-        if self.fenced || !ours || self.lanes.contains(&lane) || self.lanes.len() >= MAX_LANES {
+        let announced = *self.announced.get_or_insert(lanes);
+        let right = kind == preamble::Kind::Data && lanes == announced && lane < lanes;
+        if self.fenced || !right || self.lanes.contains(&lane) || self.lanes.len() >= MAX_LANES {
             return false;
         }
         self.lanes.push(lane);
@@ -74,32 +81,58 @@ impl Plane {
         self.session.token
     }
 
-    /// Takes a stream that has presented this session's token.
-    pub(crate) fn join(self: &Arc<Self>, mut stream: Socket, preamble: Preamble) -> io::Result<()> {
-        let mut streams = lock(&self.streams);
-        if !streams.admit(self.session.token, &preamble) {
-            drop(streams);
-            return stream.write_all(&preamble.answer(Status::Session).encode());
+    /// Takes a stream whose `preamble` names this session and has been answered, if it proves before the
+    /// deadline that it is a lane.
+    pub(crate) fn join(
+        self: &Arc<Self>,
+        mut channel: Channel,
+        preamble: &Preamble,
+        deadline: Option<Instant>,
+    ) -> Result<(), Error> {
+        if !opening::is_proved(&mut channel, preamble, &self.session.secret, deadline)? {
+            return Err(Error::Unproved);
         }
-        stream.set_read_timeout(None)?;
-        stream.write_all(&preamble.answer(Status::Ok).encode())?;
-        self.start(&mut streams, format!("receive-{}", preamble.lane), stream, Plane::serve)
+        let mut streams = lock(&self.streams);
+        let admitted = streams.admit(preamble);
+        let status = if admitted { Status::Ok } else { Status::Session };
+        let answered = channel.set_read_timeout(None).and_then(|()| {
+            opening::answer(&mut channel, preamble, status)?;
+            if !admitted {
+                return Ok(());
+            }
+            self.start(&mut streams, format!("receive-{}", preamble.lane), channel, Plane::serve)
+        });
+        answered.map_err(Error::NoPreamble)
     }
 
     /// Takes a stream whose preamble is still to come. It is waited for until the fence.
     pub(crate) fn expect(self: &Arc<Self>, stream: Socket) -> io::Result<()> {
-        self.start(&mut lock(&self.streams), "receive".into(), stream, |plane, mut stream| {
+        let channel = Channel::Clear(stream.into());
+        self.start(&mut lock(&self.streams), "receive".into(), channel, |plane, mut channel| {
             // A peer that goes away before it has begun is no failure of this side.
-            let Ok(preamble) = stream::hear(&mut stream, None) else { return };
-            let admitted = lock(&plane.streams).admit(plane.session.token, &preamble);
-            let status = if admitted { Status::Ok } else { Status::Session };
-            let answered = stream.write_all(&preamble.answer(status).encode());
-            if admitted && answered.is_ok() {
-                plane.serve(stream);
+            if matches!(plane.let_in(&mut channel), Ok(true)) {
+                plane.serve(channel);
             } else {
-                let _ = stream.shutdown(Shutdown::Both);
+                let _ = channel.socket().shutdown(Shutdown::Both);
             }
         })
+    }
+
+    /// Opens a stream, and tells whether it is a lane of this session.
+    fn let_in(&self, channel: &mut Channel) -> Result<bool, Error> {
+        let preamble = stream::hear(channel, None)?;
+        if preamble.token != self.session.token {
+            opening::answer(channel, &preamble, Status::Session).map_err(Error::NoPreamble)?;
+            return Ok(false);
+        }
+        opening::agree(channel, &preamble, false)?;
+        let proved = opening::is_proved(channel, &preamble, &self.session.secret, None)?;
+        let admitted = proved && lock(&self.streams).admit(&preamble);
+        if proved {
+            let status = if admitted { Status::Ok } else { Status::Session };
+            opening::answer(channel, &preamble, status).map_err(Error::NoPreamble)?;
+        }
+        Ok(admitted)
     }
 
     /// Has a thread of its own do `work` with a stream.
@@ -107,20 +140,20 @@ impl Plane {
         self: &Arc<Self>,
         streams: &mut Streams,
         name: String,
-        stream: Socket,
-        work: impl FnOnce(&Plane, Socket) + Send + 'static,
+        channel: Channel,
+        work: impl FnOnce(&Plane, Channel) + Send + 'static,
     ) -> io::Result<()> {
-        let handle = stream.try_clone()?;
+        let handle = channel.socket().clone();
         let plane = Arc::clone(self);
-        let thread = thread::Builder::new().name(name).spawn(move || work(&plane, stream))?;
+        let thread = thread::Builder::new().name(name).spawn(move || work(&plane, channel))?;
         streams.handles.push(handle);
         streams.threads.push(thread);
         Ok(())
     }
 
-    fn serve(&self, stream: Socket) {
+    fn serve(&self, channel: Channel) {
         let mut receiver =
-            Receiver { plane: self, stream, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
+            Receiver { plane: self, channel, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
         let result = receiver.run();
         self.cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
         let fenced = lock(&self.streams).fenced;
@@ -128,7 +161,7 @@ impl Plane {
             && !fenced
         {
             // The source must not go on writing to a lane that nobody reads.
-            let _ = receiver.stream.shutdown(Shutdown::Both);
+            let _ = receiver.channel.socket().shutdown(Shutdown::Both);
             lock(&self.error).get_or_insert(error.to_string());
         }
     }
@@ -170,7 +203,7 @@ impl Plane {
 /// One stream's receiving thread.
 struct Receiver<'a> {
     plane: &'a Plane,
-    stream: Socket,
+    channel: Channel,
     table: Vec<u8>,
     extents: Vec<Extent>,
     placer: Placer,
@@ -185,7 +218,7 @@ impl Receiver<'_> {
                 return Ok(());
             }
             let mut head = [0; UNIT];
-            match self.stream.read_exact(&mut head) {
+            match self.channel.read_exact(&mut head) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
                 Err(e) => return Err(broken(e)),
@@ -195,7 +228,15 @@ impl Receiver<'_> {
             match header.kind {
                 Kind::Write => {
                     let Plane { session, turns, .. } = self.plane;
-                    self.placer.place(&self.stream, &session.ram, turns, &self.extents).map_err(broken)?;
+                    let placed = match &mut self.channel {
+                        Channel::Clear(socket) => {
+                            self.placer.place(socket, &session.ram, turns, &self.extents)
+                        }
+                        Channel::Protected(protected) => {
+                            copy::place(protected.as_mut(), &session.ram, &self.extents)
+                        }
+                    };
+                    placed.map_err(broken)?;
                     let bytes = self.extents.iter().map(|e| e.len).sum();
                     self.plane.placed.fetch_add(bytes, Ordering::Relaxed);
                 }
@@ -206,7 +247,10 @@ impl Receiver<'_> {
                     // Named pages are a sign of life as much as sent ones.
                     self.plane.placed.fetch_add(self.extents.len() as u64, Ordering::Relaxed);
                 }
-                Kind::Barrier => self.stream.write_all(&header.encode()).map_err(broken)?,
+                Kind::Barrier => {
+                    let answered = self.channel.write_all(&header.encode());
+                    answered.and_then(|()| self.channel.flush()).map_err(broken)?;
+                }
             }
         }
     }
@@ -216,7 +260,7 @@ impl Receiver<'_> {
     fn read_table(&mut self, extents: usize) -> Result<(), PlaneError> {
         debug_assert!(extents <= MAX_FRAME_EXTENTS, "the header's bound");
         self.table.resize(extents * UNIT, 0);
-        self.stream
+        self.channel
             .read_exact(&mut self.table)
             .map_err(|source| PlaneError::Io { what: "receiving a table of extents", source })?;
         self.extents.clear();
@@ -283,7 +327,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut source = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let stream = Socket::from(listener.accept().unwrap().0);
-        plane.join(stream, Preamble::data(token, 0, 1)).unwrap();
+        let preamble = Preamble::data(token, 0, 1);
+        source.write_all(&plane.session.secret.proof(&preamble.encode())).unwrap();
+        plane.join(Channel::Clear(stream.into()), &preamble, None).unwrap();
         source.read_exact(&mut [0; preamble::LEN]).unwrap();
         let mut frame =
             Header { kind: Kind::Zero, extents: extents.len() as u32, round: 0 }.encode().to_vec();
