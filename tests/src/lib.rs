@@ -9,6 +9,7 @@
 //! | `nfs` | the same with the disk on an NFS server, with each host as a client (in the lab) |
 //! | `cuts` | the connection is cut, or goes silent, at any byte |
 //! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
+//! | `security` | certificates of all kinds, and what somebody on the network can do |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
@@ -33,6 +34,7 @@ pub mod inspect;
 pub mod journal;
 pub mod kills;
 pub mod lab;
+pub mod mitm;
 pub mod nfs;
 pub mod observer;
 pub mod program;

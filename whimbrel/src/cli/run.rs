@@ -25,6 +25,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let _server =
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
     let keeper = Keeper::new(&args.process)?;
+    // What is wrong with certificates is said now, not when the guest is to move.
+    args.process.security.security().connector()?;
     let boot = boot(&args)?;
     let host = Host::open()?;
     let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
@@ -57,7 +59,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     machine.resume()?;
     let name = machine.config().name.clone();
     let told = name.clone();
-    let instance = Instance::new(name, Arc::new(machine), move |over| keeper.migration(&told, over));
+    let security = args.process.security.security();
+    let instance =
+        Instance::new(name, Arc::new(machine), security, move |over| keeper.migration(&told, over));
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))
