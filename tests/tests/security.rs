@@ -190,7 +190,8 @@ fn without_certificates_only_this_host_is_reached() {
     assert_runs(&guest);
 }
 
-/// Moves a guest through somebody who says `GaveUp` for the destination after `Commit`; what each side does then.
+/// Moves a guest through somebody who says `GaveUp` for the destination after `Commit`; what each side does
+/// then.
 fn forged(name: &str, protected: bool) -> (Report, VmState, VmState) {
     let folder = tempfile::tempdir().unwrap();
     let fleet = Fleet::new(folder.path());

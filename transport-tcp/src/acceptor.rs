@@ -47,7 +47,8 @@ impl LaneAcceptor {
         lock(&self.planes).contains_key(&token)
     }
 
-    /// Has a lane whose `preamble` has been answered prove that it belongs to its session, and gives it to it.
+    /// Has a lane whose `preamble` has been answered prove that it belongs to its session, and gives it to
+    /// it.
     pub(crate) fn open(
         &self,
         mut channel: Channel,

@@ -75,8 +75,8 @@ impl Peer {
     }
 }
 
-/// A connection whose bytes are protected. It reads and writes what is protected; its waits are those that the
-/// socket is told. The other end's going away is the end of what can be read, announced or not: whatever
+/// A connection whose bytes are protected. It reads and writes what is protected; its waits are those that
+/// the socket is told. The other end's going away is the end of what can be read, announced or not: whatever
 /// travels here says by itself where it ends.
 pub(crate) trait Protected: BufRead + Write + Send {
     fn socket(&self) -> &SharedSocket;

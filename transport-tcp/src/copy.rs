@@ -1,8 +1,8 @@
-//! Places what arrives through a protected channel: it has been decrypted in memory, from where it is copied to
-//! the guest's pages.
+//! Places what arrives through a protected channel: it has been decrypted in memory, from where it is copied
+//! to the guest's pages.
 //!
-//! Memory that does not exist yet is made to exist a large extent at a time, which costs less than a page fault
-//! for each page.
+//! Memory that does not exist yet is made to exist a large extent at a time, which costs less than a page
+//! fault for each page.
 
 use crate::place::populate;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
@@ -36,9 +36,9 @@ pub(crate) fn place(from: &mut (impl BufRead + ?Sized), ram: &Ram, extents: &[Ex
             }
             let count = chunk.len().min((exists_to - at) as usize);
             let to = region.address().wrapping_add(at as usize);
-            // SAFETY: `at` to `at + count` lies in the extent, which `Ram::check` has found inside the region's
-            // mapping, and `chunk` has at least `count` bytes of other memory. The guest does not run here
-            // yet, and no reference to its memory exists.
+            // SAFETY: `at` to `at + count` lies in the extent, which `Ram::check` has found inside the
+            // region's mapping, and `chunk` has at least `count` bytes of other memory. The guest does not
+            // run here yet, and no reference to its memory exists.
             unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), to, count) };
             from.consume(count);
             at += count as u64;

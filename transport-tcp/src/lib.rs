@@ -191,8 +191,8 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// What a peer says, or what is said of it, on a connection that was trusted until then: the end of a sentence
-/// that begins with its name.
+/// What a peer says, or what is said of it, on a connection that was trusted until then: the end of a
+/// sentence that begins with its name.
 #[derive(Debug, thiserror::Error)]
 #[error("the peer {0}")]
 pub(crate) struct Untrusted(pub String);

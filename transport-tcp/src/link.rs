@@ -39,8 +39,8 @@ impl<S: Stream> StreamLink<S> {
         Ok(StreamLink::opened(stream, token, secret))
     }
 
-    /// The destination's end: waits for the preamble, and has the session's secret proved. The source has five
-    /// seconds for it; afterwards a write waits at most `patience`.
+    /// The destination's end: waits for the preamble, and has the session's secret proved. The source has
+    /// five seconds for it; afterwards a write waits at most `patience`.
     ///
     /// # Errors
     /// [`Error`] says what the other end sent instead.
@@ -58,8 +58,8 @@ impl<S: Stream> StreamLink<S> {
         Ok(StreamLink::opened(stream, preamble.token, secret))
     }
 
-    /// A link over a stream whose two ends have agreed on `token` before, by whatever means. It has no secret,
-    /// so whoever knows the token can open a lane. The stream's write time-out stays as it is.
+    /// A link over a stream whose two ends have agreed on `token` before, by whatever means. It has no
+    /// secret, so whoever knows the token can open a lane. The stream's write time-out stays as it is.
     pub fn new(stream: S, token: Token) -> Self {
         StreamLink::opened(stream, token, Secret::NONE)
     }
@@ -239,8 +239,8 @@ impl Connector {
     }
 }
 
-/// Connects to the receiver at `to` (`host:port`) without any protection; each step may take `patience`. A name
-/// with several addresses is tried at each in turn.
+/// Connects to the receiver at `to` (`host:port`) without any protection; each step may take `patience`. A
+/// name with several addresses is tried at each in turn.
 ///
 /// # Errors
 /// [`Error`] says whether the name, the network or the program there is at fault.
@@ -255,8 +255,8 @@ impl Connection {
         Connection { link, peer, protection: Protection::none(), host: String::new() }
     }
 
-    /// `streams` connections to the same receiver, 0 for [`DEFAULT_STREAMS`](crate::DEFAULT_STREAMS). They are
-    /// protected as this connection is, and lead to the holder of the same certificate or fail.
+    /// `streams` connections to the same receiver, 0 for [`DEFAULT_STREAMS`](crate::DEFAULT_STREAMS). They
+    /// are protected as this connection is, and lead to the holder of the same certificate or fail.
     pub fn lanes(&self, streams: u16) -> TcpSource {
         let peer = self.link.stream.peer().cloned();
         TcpSource::protected(self.peer, streams, &self.host, self.protection.clone(), peer)

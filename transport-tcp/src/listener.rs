@@ -1,9 +1,9 @@
 //! One port for everything.
 //!
 //! Each accepted connection gets a short-lived thread that opens it (see `opening`), so that a silent caller
-//! delays nobody else. The number of these threads, and how long they wait, are bounded (`pending`). A control
-//! connection becomes a session if there is room for one more, after it has been opened: a caller that has not
-//! shown who it is cannot keep others out. A data connection goes to the session of its token.
+//! delays nobody else. The number of these threads, and how long they wait, are bounded (`pending`). A
+//! control connection becomes a session if there is room for one more, after it has been opened: a caller
+//! that has not shown who it is cannot keep others out. A data connection goes to the session of its token.
 
 use crate::Error;
 use crate::acceptor::LaneAcceptor;
@@ -167,8 +167,8 @@ impl Listener {
         Listener::bind_protected(sessions, address, || Ok(Protection::none()))
     }
 
-    /// The same with connections that are protected as `protecting` says, which is asked for each: what it has
-    /// from files is renewed without this listener's noticing. While there is protection nobody is let in
+    /// The same with connections that are protected as `protecting` says, which is asked for each: what it
+    /// has from files is renewed without this listener's noticing. While there is protection nobody is let in
     /// without. An error of it refuses the connection.
     ///
     /// # Errors

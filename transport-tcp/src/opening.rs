@@ -24,8 +24,8 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Milliseconds to wait before each further attempt. A destination at which many call may drop one that has not yet
-/// shown who it is, and nothing has happened by then.
+/// Milliseconds to wait before each further attempt. A destination at which many call may drop one that has
+/// not yet shown who it is, and nothing has happened by then.
 const PAUSES: [u64; 4] = [20, 50, 100, 200];
 
 /// Opens a connection, once more if the other end hangs up in the middle of it.
@@ -68,8 +68,8 @@ impl Caller<'_> {
     }
 }
 
-/// The connecting end of a control link whose preamble has been answered: takes the session's secret and proves
-/// it.
+/// The connecting end of a control link whose preamble has been answered: takes the session's secret and
+/// proves it.
 pub(crate) fn take_secret(
     stream: &mut impl Stream,
     to: &str,

@@ -47,8 +47,8 @@ impl Pending {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a caller a place, and takes that of another if there is none left. `None` if those that have lost
-    /// theirs do not go.
+    /// Gives a caller a place, and takes that of another if there is none left. `None` if those that have
+    /// lost theirs do not go.
     pub(crate) fn enter(self: &Arc<Self>, from: IpAddr, socket: &SharedSocket) -> Option<Place> {
         let network = network(from);
         let mut callers = self.lock();

@@ -305,8 +305,8 @@ fn send_protected(channel: &mut dyn Protected, head: &[u8], ram: &Ram, extents: 
     for extent in extents {
         // `check` has passed all extents.
         let Ok(address) = ram.address(extent) else { continue };
-        // SAFETY: the extent lies inside a mapping that `ram` keeps alive across the call, and no thread of this
-        // process writes to it through a reference. The guest may, from outside of this program: whoever
+        // SAFETY: the extent lies inside a mapping that `ram` keeps alive across the call, and no thread of
+        // this process writes to it through a reference. The guest may, from outside of this program: whoever
         // encrypts copies each byte into a record of its own before it looks at any, as the kernel does in
         // `sendmsg`, so that a page which changes meanwhile is torn, which the contract allows.
         let content = unsafe { std::slice::from_raw_parts(address, extent.len as usize) };

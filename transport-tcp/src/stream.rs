@@ -9,8 +9,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// How long a caller may take until it has proved to belong to a session: for its preamble, for TLS and for the
-/// proof together.
+/// How long a caller may take until it has proved to belong to a session: for its preamble, for TLS and for
+/// the proof together.
 pub const MAX_OPENING: Duration = Duration::from_secs(5);
 
 /// How long a caller's network may be gone before the connection counts as lost.

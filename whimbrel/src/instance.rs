@@ -136,8 +136,8 @@ fn busy(message: &str) -> Failure {
 
 impl Instance {
     /// An instance of a machine that runs, or whose guest has arrived paused. `keep` is given each migration
-    /// that is over, and `security` protects those that ask for nothing else. There is nothing in it that could fail: a guest that has just arrived runs nowhere else
-    /// any more.
+    /// that is over, and `security` protects those that ask for nothing else. There is nothing in it that
+    /// could fail: a guest that has just arrived runs nowhere else any more.
     pub fn new(
         name: String,
         machine: Arc<Machine>,

@@ -144,8 +144,8 @@ impl Node {
         Node::receiver_on(program, folder, name, (Ipv4Addr::LOCALHOST, 0).into(), args)
     }
 
-    /// Starts a receiver on `listen` (port 0 for a free one); returns it with its address. Without certificates
-    /// it is insecure.
+    /// Starts a receiver on `listen` (port 0 for a free one); returns it with its address. Without
+    /// certificates it is insecure.
     ///
     /// # Errors
     /// As for [`receiver`](Self::receiver).

@@ -81,8 +81,8 @@ impl Security {
         }
     }
 
-    /// What protects the connections that a receiver takes, of which these are admitted. It is asked for each,
-    /// and reads certificates again if they have been renewed.
+    /// What protects the connections that a receiver takes, of which these are admitted. It is asked for
+    /// each, and reads certificates again if they have been renewed.
     ///
     /// # Errors
     /// [`Error::Untrusted`] when the certificates are of no use now.
@@ -136,7 +136,8 @@ pub enum Encryption {
 pub struct Secured {
     /// What its certificate calls it.
     pub peer: String,
-    /// How the control link is encrypted, and memory that travels over TCP. Over RDMA memory is not encrypted.
+    /// How the control link is encrypted, and memory that travels over TCP. Over RDMA memory is not
+    /// encrypted.
     pub cipher: String,
 }
 

@@ -1,8 +1,8 @@
 //! Connections by TLS 1.3 with certificates on both sides.
 //!
 //! A host has a certificate, its key, and the certificates of the authorities (CAs) that it trusts: PEM files
-//! of any origin. Both ends of a connection show theirs. The end that connects has been told which host it is to
-//! reach, and accepts a certificate for that host only. The end that accepts takes whoever the authorities
+//! of any origin. Both ends of a connection show theirs. The end that connects has been told which host it is
+//! to reach, and accepts a certificate for that host only. The end that accepts takes whoever the authorities
 //! vouch for, or of these only the names that it has been given ([`Pattern`]).
 //!
 //! Sessions of TLS are not resumed, since that would ask nobody for a certificate.

@@ -1,7 +1,7 @@
 //! A connection through TLS, by rustls in user space.
 //!
-//! What is written is encrypted at once, from where it lies into records of 16 KiB, of which several are sent by
-//! one system call.
+//! What is written is encrypted at once, from where it lies into records of 16 KiB, of which several are sent
+//! by one system call.
 
 use super::explain;
 use crate::Untrusted;

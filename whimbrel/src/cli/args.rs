@@ -229,12 +229,12 @@ impl std::str::FromStr for OutputTarget {
 
 #[derive(Args, Debug)]
 pub struct ReceiveArgs {
-    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. Without certificates
-    /// (--tls) it has to be this host's own, such as 127.0.0.1
+    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. Without
+    /// certificates (--tls) it has to be this host's own, such as 127.0.0.1
     #[arg(long, short = 'l')]
     pub listen: SocketAddr,
-    /// Host that may send a guest, by a name or an address that its certificate is for, or *.DOMAIN for any host
-    /// of a domain; repeatable. Without it, all hosts may that the CA vouches for
+    /// Host that may send a guest, by a name or an address that its certificate is for, or *.DOMAIN for any
+    /// host of a domain; repeatable. Without it, all hosts may that the CA vouches for
     #[arg(long, value_name = "PEER", requires = "certificates")]
     pub allow: Vec<Pattern>,
     /// Whether memory may arrive unencrypted over RDMA if there are certificates (preferred), or nothing may
@@ -294,8 +294,8 @@ pub struct TlsArgs {
 pub struct SecurityArgs {
     #[command(flatten)]
     pub tls: TlsArgs,
-    /// Migrate without certificates to and from other hosts: whoever is on the network can read and change the
-    /// guest, and send one
+    /// Migrate without certificates to and from other hosts: whoever is on the network can read and change
+    /// the guest, and send one
     #[arg(long, conflicts_with = "certificates")]
     pub insecure: bool,
 }
