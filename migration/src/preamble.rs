@@ -82,7 +82,7 @@ pub enum PreambleError {
     Magic,
     /// A version this program does not speak. Nothing else of the preamble is trusted then.
     #[error(
-        "the peer speaks protocol version {theirs}, this program speaks version {VERSION}: update the {} side",
+        "the peer speaks protocol version {theirs}, this program speaks version {VERSION}: update {} side",
         older(*theirs)
     )]
     Version {
@@ -95,7 +95,7 @@ pub enum PreambleError {
 }
 
 fn older(theirs: u16) -> &'static str {
-    if theirs < VERSION { "other" } else { "this" }
+    if theirs < VERSION { "the other" } else { "this" }
 }
 
 impl Preamble {
