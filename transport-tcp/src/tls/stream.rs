@@ -29,6 +29,8 @@ pub(super) struct TlsStream {
     /// Bytes that are decrypted and not yet taken.
     plain: usize,
     ended: bool,
+    /// Nothing is decrypted any more.
+    failed: Option<rustls::Error>,
     peer: Peer,
 }
 
@@ -69,22 +71,23 @@ impl TlsStream {
         }
         let peer = peer_of(connection.peer_certificates(), connection.negotiated_cipher_suite());
         let peer = peer.ok_or_else(|| trouble(&rustls::Error::NoCertificatesPresented))?;
-        let mut stream = TlsStream { connection, socket, incoming, plain: 0, ended: false, peer };
+        let mut stream =
+            TlsStream { connection, socket, incoming, plain: 0, ended: false, failed: None, peer };
         // The handshake's last flight may have brought more with it.
-        stream.process()?;
+        stream.process();
         Ok(stream)
     }
 
-    fn process(&mut self) -> io::Result<()> {
+    /// Decrypts what has arrived. What came before an error is read before the error is met.
+    fn process(&mut self) {
         match self.connection.process_new_packets() {
             Ok(state) => {
                 self.plain = state.plaintext_bytes_to_read();
                 self.ended |= state.peer_has_closed();
-                Ok(())
             }
             Err(error) => {
                 let _ = send(&mut self.connection, &mut self.socket);
-                Err(trouble(&error))
+                self.failed = Some(error);
             }
         }
     }
@@ -116,9 +119,17 @@ fn receive(connection: &mut Connection, incoming: &mut BufReader<SharedSocket>) 
 impl BufRead for TlsStream {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         while self.plain == 0 && !self.ended {
+            if let Some(error) = &self.failed {
+                let left = self.connection.reader().into_first_chunk().map_or(0, <[u8]>::len);
+                if left == 0 {
+                    return Err(trouble(error));
+                }
+                self.plain = left;
+                break;
+            }
             match receive(&mut self.connection, &mut self.incoming)? {
                 0 => self.ended = true,
-                _ => self.process()?,
+                _ => self.process(),
             }
         }
         if self.plain == 0 { Ok(&[]) } else { self.connection.reader().into_first_chunk() }
