@@ -37,7 +37,9 @@ fn status_and_migrate() {
     assert!(ran.stderr.is_empty(), "no progress where there is no terminal: {ran:?}");
     let report = &ran.json()["report"];
     assert_eq!(report["verdict"], "moved");
-    assert_eq!(report["memory"], 32 << 20);
+    // Its RAM, and the small program that it boots from.
+    let memory = report["memory"].as_u64().unwrap();
+    assert!((32 << 20..33 << 20).contains(&memory), "{memory}");
     assert_eq!(report["transport"], "tcp");
     assert!(report["testimony"]["clean"].as_bool().unwrap());
     assert!(report["rounds"].as_array().unwrap().len() >= 2);
