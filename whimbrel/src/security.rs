@@ -39,6 +39,13 @@ impl TlsFiles {
         self.folder.is_some() || (self.ca.is_some() && self.cert.is_some() && self.key.is_some())
     }
 
+    /// The folders that hold them. A file that is renewed is another one of the same name.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        let files = [&self.ca, &self.cert, &self.key, &self.crl];
+        let parents = files.into_iter().flatten().filter_map(|file| Some(file.parent()?.to_path_buf()));
+        self.folder.iter().cloned().chain(parents).collect()
+    }
+
     /// The files as they are there now.
     fn files(&self) -> Files {
         let in_folder = Files::in_folder(self.folder.as_deref().unwrap_or("".as_ref()));
