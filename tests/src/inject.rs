@@ -1,6 +1,7 @@
 //! Makes a thread of another process carry out system calls, as an attacker who has taken that thread over
 //! would.
 
+use crate::sides::wait_until;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -24,11 +25,16 @@ pub enum Outcome {
 /// # Panics
 /// When there is none.
 pub fn thread(pid: u32, name: &str) -> i32 {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("a process that runs").flatten();
     let named =
         |path: &Path| std::fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name);
-    let found = tasks.map(|task| task.path()).find(|path| named(path));
-    let found = found.unwrap_or_else(|| panic!("process {pid} has no thread {name:?}"));
+    let mut found = None;
+    // It may not have given itself its name yet.
+    wait_until(&format!("the thread {name:?} of process {pid}"), || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("a process that runs").flatten();
+        found = tasks.map(|task| task.path()).find(|path| named(path));
+        found.is_some()
+    });
+    let found = found.expect("it was waited for");
     found.file_name().and_then(|id| id.to_str()?.parse().ok()).expect("a number")
 }
 

@@ -43,7 +43,7 @@ use crate::virtio;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -69,6 +69,8 @@ pub(crate) struct Shared {
     /// The guest is paused until a disk can carry out its requests. Changes only under the lock of
     /// `standing`.
     waits_for_disk: AtomicBool,
+    /// How often the network was to be told where the guest is.
+    announcements: AtomicU64,
 }
 
 type Listener = dyn Fn(&Notice) + Send;
@@ -209,6 +211,7 @@ impl Machine {
             control: Control::new(reboots),
             standing: Mutex::default(),
             reboot,
+            announcements: AtomicU64::new(0),
             notices: Mutex::default(),
             waits_for_disk: AtomicBool::new(false),
         });
@@ -278,11 +281,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Tells the network, in the background, where the guest is from now on.
+    /// Tells the network, in the background, where the guest is from now on. Rounds of an earlier call that
+    /// are still to come are not made.
     pub fn announce(&self) {
         let machine = Arc::downgrade(&self.shared);
+        let number = self.shared.announcements.fetch_add(1, Ordering::Relaxed) + 1;
         announce::start(self.config.local.announcing, move || {
             let Some(shared) = machine.upgrade() else { return Round::Over };
+            if shared.announcements.load(Ordering::Relaxed) != number {
+                return Round::Over;
+            }
             match shared.control.status() {
                 (Phase::Running, _) if shared.devices.announce() => Round::Told,
                 (Phase::Paused | Phase::Running, None) => Round::NotNow,

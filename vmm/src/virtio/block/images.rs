@@ -15,6 +15,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the last write of a process that has ended may take.
+const LAST_WRITE: Duration = Duration::from_millis(500);
 
 /// How often resolving is tried again when files are renamed meanwhile.
 const MAX_TRIES: usize = 100;
@@ -66,7 +71,7 @@ impl Opened {
             let file = Images::Any.open(&path, write, direct)?;
             let lock = if write { LockKind::Exclusive } else { LockKind::Shared };
             // A file system without locks is told of when the lock is taken.
-            if lock::is_free(&file, lock).is_ok_and(|free| !free) {
+            if !is_free_soon(&file, lock) {
                 return Err(Error::Held { path, holder: lock::holder(&file) });
             }
             Ok((Wanted { path, write, direct }, file))
@@ -79,6 +84,21 @@ impl Opened {
         let mut opened = lock(&self.0);
         let at = opened.iter().position(|(image, _)| image == wanted)?;
         Some(opened.swap_remove(at).1)
+    }
+}
+
+/// Whether nobody has a lock in the way of this one. A process that has ended has its locks until its last
+/// write is done.
+fn is_free_soon(file: &File, kind: LockKind) -> bool {
+    let began = Instant::now();
+    loop {
+        if lock::is_free(file, kind).unwrap_or(true) {
+            return true;
+        }
+        if began.elapsed() >= LAST_WRITE {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
