@@ -46,7 +46,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Three pages for Intel's virtual-8086 task, and one for its identity map: in the hole below 4
 /// GiB, above the APICs' pages, where no RAM can be.
@@ -140,6 +140,8 @@ pub(crate) struct Standing {
     interrupted: bool,
     /// RAM is the migration engine's: it is being moved away or taken in, and nobody here may write to it.
     engine_has_ram: bool,
+    /// When the machine was made for a guest that is taken in.
+    taken_in: Option<Instant>,
     /// An operator has paused the guest: wherever it is, it runs again only when an operator says so.
     stays_paused: bool,
 }
@@ -448,7 +450,12 @@ impl Machine {
     pub fn load(&self, state: &[u8]) -> Result<(), Error> {
         let mut standing = self.guard_paused()?;
         let Shared { vm, vcpus, devices, .. } = &*self.shared;
-        if state::load(vm, vcpus, devices, state)? && !self.shared.control.set_reset() {
+        let most = standing.taken_in.map(|began| began.elapsed());
+        let loaded = state::load(vm, vcpus, devices, state, most)?;
+        if let Some(seemed) = loaded.leap {
+            self.shared.tell(Notice::ClockAhead { seemed, most: most.unwrap_or_default() });
+        }
+        if loaded.reset && !self.shared.control.set_reset() {
             return Err(ComponentError::Unexpected { kind: Kind::Reset, index: 0 }.into());
         }
         standing.interrupted = true;
@@ -495,6 +502,7 @@ impl Machine {
     pub(crate) fn take_in(&self, stays_paused: bool) {
         let mut standing = lock(&self.shared.standing);
         standing.engine_has_ram = true;
+        standing.taken_in = Some(Instant::now());
         standing.stays_paused = stays_paused;
         // Whenever it runs here, the network has to be told.
         self.given_up.store(stays_paused, Ordering::Relaxed);

@@ -32,6 +32,14 @@ pub enum Notice {
     },
     /// They were, and the guest runs again.
     DiskRecovered,
+    /// By the two hosts' clocks, more time has passed since the guest was paused than the migration took. Its
+    /// own clocks went on from where they stopped.
+    ClockAhead {
+        /// By the clocks.
+        seemed: Duration,
+        /// How long ago the migration began here.
+        most: Duration,
+    },
 }
 
 pub(super) fn supervise(shared: &Shared) {

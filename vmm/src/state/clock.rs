@@ -4,7 +4,8 @@
 //! not losing the time that passed. The source saves its TSC and kvmclock together with
 //! CLOCK_REALTIME, and the destination moves both on by the real time that has passed since, as
 //! KVM itself does for kvmclock with KVM_CLOCK_REALTIME. Where the two hosts' clocks disagree so
-//! much that no time seems to have passed, they go on from where they stopped.
+//! much that no time seems to have passed, or more than the migration has taken so far, they go on from where
+//! they stopped.
 //!
 //! All vCPUs' TSCs are moved by the same amount, by their offsets, so that they stay as much in
 //! step as they were: two writes of IA32_TSC would leave the time between the writes between them.
@@ -18,6 +19,7 @@ use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::{Cap, VmFd};
 use serde::{Deserialize, Serialize};
 use std::ops::DerefMut;
+use std::time::Duration;
 
 /// A machine's time at the moment it was saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +55,22 @@ impl ClockState {
             tsc_realtime,
             tsc_khz: ioctl::retried!("KVM_GET_TSC_KHZ", boot_vcpu.fd.get_tsc_khz())?,
         })
+    }
+
+    /// The same, as if it had been saved now, and how much time seems to have passed, if that is more than
+    /// can have passed: this host's clock is then ahead of the other's. Without it, the guest's would leap by
+    /// as much.
+    pub fn plausible(self, most: Duration) -> (Self, Option<Duration>) {
+        self.plausible_at(realtime(), most)
+    }
+
+    fn plausible_at(self, now: u64, most: Duration) -> (Self, Option<Duration>) {
+        let passed = Duration::from_nanos(now.saturating_sub(self.tsc_realtime));
+        if passed <= most {
+            return (self, None);
+        }
+        let kvmclock_realtime = self.kvmclock_realtime.map(|_| now);
+        (ClockState { tsc_realtime: now, kvmclock_realtime, ..self }, Some(passed))
     }
 
     /// What the boot vCPU's TSC should read at CLOCK_REALTIME `now`.
@@ -135,5 +153,24 @@ mod tests {
         assert_eq!(state.tsc_at(5_000_000_000), 1_000_000);
         assert_eq!(state.tsc_at(5_010_000_000), 1_000_000 + 21_000_000);
         assert_eq!(state.tsc_at(4_000_000_000), 1_000_000, "a clock that is behind adds nothing");
+    }
+
+    #[test]
+    fn more_time_than_can_have_passed_has_not() {
+        let saved = ClockState {
+            kvmclock: 7,
+            kvmclock_realtime: Some(5_000_000_001),
+            guest_tsc: 1_000_000,
+            tsc_realtime: 5_000_000_000,
+            tsc_khz: 2_100_000,
+        };
+        let most = Duration::from_secs(2);
+        assert_eq!(saved.clone().plausible_at(7_000_000_000, most), (saved.clone(), None));
+        assert_eq!(saved.clone().plausible_at(4_000_000_000, most), (saved.clone(), None));
+        let now = 3_600_000_000_000;
+        let (state, passed) = saved.plausible_at(now, most);
+        assert_eq!(passed, Some(Duration::from_secs(3595)));
+        assert_eq!((state.tsc_at(now), state.kvmclock_realtime), (1_000_000, Some(now)));
+        assert_eq!(state.tsc_at(now + 10_000_000), 1_000_000 + 21_000_000);
     }
 }

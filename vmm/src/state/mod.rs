@@ -34,6 +34,7 @@ use clock::ClockState;
 use irqchip::{IrqchipState, PitState};
 use kvm_ioctls::VmFd;
 use std::sync::Mutex;
+use std::time::Duration;
 use vcpu::VcpuState;
 
 /// Saves the state of a machine whose vCPUs are all parked. The guest may wait for a `reset`.
@@ -65,8 +66,23 @@ pub(crate) fn save(
     encode(&components)
 }
 
-/// Loads a state into a machine whose vCPUs are all parked. Returns whether the guest waits for a reset.
-pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &[u8]) -> Result<bool, Error> {
+/// What a state that was loaded says beside what it sets.
+pub(crate) struct Loaded {
+    /// The guest waits for a reset.
+    pub reset: bool,
+    /// How much time seems to have passed since it was saved, if that is more than can have passed.
+    pub leap: Option<Duration>,
+}
+
+/// Loads a state into a machine whose vCPUs are all parked. It was saved no longer ago than `most`, if that
+/// is known.
+pub(crate) fn load(
+    vm: &VmFd,
+    vcpus: &[Mutex<Vcpu>],
+    devices: &Devices,
+    bytes: &[u8],
+    most: Option<Duration>,
+) -> Result<Loaded, Error> {
     // Everything but the devices' own is decoded before anything is set.
     let components = decode(bytes)?;
     check(&components, &places(vcpus.len(), devices))?;
@@ -79,6 +95,10 @@ pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &
     let power: PowerState = payload(&components, Kind::Power, 0)?;
     let bus: BusState = payload(&components, Kind::Pci, 0)?;
     let clock: ClockState = payload(&components, Kind::Clock, 0)?;
+    let (clock, leap) = match most {
+        Some(most) => clock.plausible(most),
+        None => (clock, None),
+    };
     let reset = has(&components, Kind::Reset);
     if reset {
         payload::<()>(&components, Kind::Reset, 0)?;
@@ -101,7 +121,7 @@ pub(crate) fn load(vm: &VmFd, vcpus: &[Mutex<Vcpu>], devices: &Devices, bytes: &
         state.load_deadline(target)?;
     }
     clock.load(vm)?;
-    Ok(reset)
+    Ok(Loaded { reset, leap })
 }
 
 /// The components that a machine can have.

@@ -61,6 +61,14 @@ impl ProcessArgs {
                 let text = format!("the guest is paused until this is over: {why}");
                 process.tell("disk-trouble", &text, json!({ "why": why }));
             }
+            Notice::ClockAhead { seemed, most } => {
+                let text = format!(
+                    "this host's clock is ahead of the other's: by them the guest was paused {seemed:.1?} ago, in a \
+                     migration that began {most:.1?} ago; its clocks went on from where they stopped; \
+                     synchronise both hosts"
+                );
+                process.tell("clock-ahead", &text, json!({ "seemed_ms": seemed.as_millis() as u64 }));
+            }
             Notice::DiskRecovered => {
                 process.tell("disk-recovered", "the disk is all right, and the guest runs again", json!({}));
             }
