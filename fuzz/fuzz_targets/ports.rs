@@ -61,7 +61,7 @@ fn play(devices: &Devices, input: &mut Input<'_>) -> Option<()> {
             8 => devices.mmio_read(u64::from_le_bytes(input.array()?), &mut [0; 8][..len]),
             9 => devices.pause(),
             10 => devices.resume(),
-            11 => devices.announce(),
+            11 => drop(devices.announce()),
             12 => drop(devices.power().press()),
             13 => drop(devices.serial().load(&devices.serial().save())),
             _ => devices.pci().load(&devices.pci().save()),
