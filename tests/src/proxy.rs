@@ -5,7 +5,6 @@
 
 use migration::message::Message;
 use migration::preamble;
-use migration::transport::{Proof, Secret};
 use std::fmt;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -176,12 +175,7 @@ impl Shared {
     }
 
     fn pump(&self, plane: Plane, way: Way, from: &mut TcpStream, to: &mut TcpStream, first: &[u8]) {
-        // What opens the connection: preambles, the session's secret and its proof.
-        let skip = match way {
-            Way::Up => preamble::LEN + size_of::<Proof>(),
-            Way::Down => 2 * preamble::LEN + Secret::LEN,
-        };
-        let mut ear = Ear { skip, heard: Vec::new() };
+        let mut ear = Ear { skip: preamble::LEN, heard: Vec::new() };
         let mut buffer = vec![0; 64 << 10];
         buffer[..first.len()].copy_from_slice(first);
         let mut filled = first.len();

@@ -1,7 +1,7 @@
 //! `whimbrel migrate`: starts a migration and watches it.
 
 use super::Exit;
-use super::args::{MigrateArgs, PolicyArgs, SecurityArgs};
+use super::args::{MigrateArgs, PolicyArgs};
 use super::{render, say};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -28,12 +28,9 @@ const LOOK: Duration = Duration::from_secs(1);
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The request that the command line asks for.
-pub fn request(to: &str, policy: &PolicyArgs, security: &SecurityArgs) -> MigrationRequest {
+pub fn request(to: &str, policy: &PolicyArgs) -> MigrationRequest {
     MigrationRequest {
         to: to.into(),
-        encryption: policy.encryption,
-        tls: security.files(),
-        insecure: security.insecure,
         transport: policy.transport,
         streams: policy.streams,
         queue_pairs: policy.queue_pairs,
@@ -49,7 +46,7 @@ pub fn request(to: &str, policy: &PolicyArgs, security: &SecurityArgs) -> Migrat
 
 /// `whimbrel migrate`.
 pub fn migrate(args: MigrateArgs) -> anyhow::Result<Exit> {
-    let request = request(&args.to, &args.policy, &args.security);
+    let request = request(&args.to, &args.policy);
     if args.detach {
         let client = Client::new(&args.target.api)?;
         let started: Migration = client.call(Method::POST, "/v1/migration", &request)?;
