@@ -3,7 +3,7 @@
 //! Both questions are answered without making memory exist: reading a page of a memfd that was
 //! never written would allocate it, so ranges are asked of the file first.
 
-use crate::memory::{PAGE_SIZE, Ram, RamRegion};
+use crate::memory::{Extent, PAGE_SIZE, Ram, RamRegion};
 
 /// Pages whose residence is asked for at once.
 const WINDOW: u64 = 2048;
@@ -140,6 +140,29 @@ pub unsafe fn is_zero(page: *const u8) -> bool {
     true
 }
 
+/// Pages that are cleared between two looks at whether to stop.
+const CLEAR_PAGES: u64 = 4096;
+
+/// Makes an extent that [`Ram::check`] has passed read as zeros. Pages that do not exist already do, and are
+/// not made to exist. Stops early once `stop` says so.
+///
+/// # Safety
+/// The guest must not be running, and no references to its memory may exist.
+pub unsafe fn clear(ram: &Ram, extent: &Extent, stop: impl Fn() -> bool) {
+    let Ok(region) = ram.check(extent) else { return };
+    let (mut at, end) = (extent.offset / PAGE_SIZE, (extent.offset + extent.len) / PAGE_SIZE);
+    while at < end && !stop() {
+        let some = CLEAR_PAGES.min(end - at);
+        existing(region, at, some, |first, pages| {
+            let address = region.address().wrapping_add((first * PAGE_SIZE) as usize);
+            // SAFETY: `existing` reports only pages of the extent, which lies inside the region's
+            // mapping; nobody else uses them, as the caller vouches.
+            unsafe { std::ptr::write_bytes(address, 0, (pages * PAGE_SIZE) as usize) };
+        });
+        at += some;
+    }
+}
+
 /// Writes zeros over every page that holds something else. Pages that do not exist go on not to exist, and
 /// pages that exist go on to exist. Nobody else may be writing to `ram`.
 pub(crate) fn make_zero(ram: &Ram) {
@@ -217,6 +240,23 @@ mod tests {
             assert_eq!(pages_found(region, first, pages), expected, "{first} + {pages}");
         }
         assert_eq!(pages_found(region, 0, 3 * WINDOW), all, "asking made no page exist");
+    }
+
+    #[test]
+    fn clearing_stops_when_the_session_is_over() {
+        let ram = ram_of(&[64]);
+        let all = Extent { region: 0, offset: 0, len: 64 * PAGE_SIZE };
+        let byte = ram.address(&all).unwrap();
+        // SAFETY: inside the mapping; nobody else uses it.
+        unsafe { byte.write(1) };
+        // SAFETY: there is no guest.
+        unsafe { clear(&ram, &all, || true) };
+        // SAFETY: as above.
+        assert_eq!(unsafe { byte.read() }, 1, "not interrupted");
+        // SAFETY: as above.
+        unsafe { clear(&ram, &all, || false) };
+        // SAFETY: as above.
+        assert_eq!(unsafe { byte.read() }, 0);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::place::{Placer, Turns};
 use crate::stream;
 use crate::streams::{Stream, Streams};
 use migration::cpu::thread_cpu;
-use migration::memory::{Extent, PAGE_SIZE, Ram};
+use migration::memory::Extent;
 use migration::preamble::{self, Preamble, Status};
 use migration::scan;
 use migration::transport::{Coverage, PlaneError, Session, Token};
@@ -14,9 +14,6 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Pages that are cleared between two looks at whether the session is over.
-const CLEAR_PAGES: u64 = 4096;
 
 /// What the streams of one session write to.
 pub(crate) struct Plane {
@@ -170,7 +167,9 @@ impl Receiver<'_> {
                 }
                 Kind::Zero => {
                     for extent in &self.extents {
-                        clear(&self.plane.session.ram, extent, || self.plane.streams.over());
+                        let over = || self.plane.streams.over();
+                        // SAFETY: the guest does not run here yet, and no reference to its memory exists.
+                        unsafe { scan::clear(&self.plane.session.ram, extent, over) };
                     }
                     self.cover();
                     // Named pages are a sign of life as much as sent ones.
@@ -223,27 +222,11 @@ fn overlap(extents: &[Extent]) -> bool {
     sorted.windows(2).any(meet)
 }
 
-/// Makes a checked extent read as zeros, unless the session is `over` before. Pages that do not exist already
-/// do, and are not made to exist.
-fn clear(ram: &Ram, extent: &Extent, over: impl Fn() -> bool) {
-    let Ok(region) = ram.check(extent) else { return };
-    let (mut at, end) = (extent.offset / PAGE_SIZE, (extent.offset + extent.len) / PAGE_SIZE);
-    while at < end && !over() {
-        let some = CLEAR_PAGES.min(end - at);
-        scan::existing(region, at, some, |first, pages| {
-            let address = region.address().wrapping_add((first * PAGE_SIZE) as usize);
-            // SAFETY: `existing` reports only pages of the extent, which lies inside the region's
-            // mapping; the guest does not run here yet, and no reference to its memory exists.
-            unsafe { std::ptr::write_bytes(address, 0, (pages * PAGE_SIZE) as usize) };
-        });
-        at += some;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use migration::conformance::bed::ram_of;
+    use migration::memory::PAGE_SIZE;
     use std::net::{TcpListener, TcpStream};
     use std::time::Duration;
 
@@ -278,20 +261,5 @@ mod tests {
         assert!(named(&[extent(0, 64); 4096]).unwrap_err().contains("overlap"));
         assert!(named(&[extent(20, 1), extent(0, 2), extent(1, 1)]).unwrap_err().contains("overlap"));
         assert!(named(&[extent(3, 0)]).is_err());
-    }
-
-    #[test]
-    fn clearing_stops_when_the_session_is_over() {
-        let ram = ram_of(&[64]);
-        let all = extent(0, 64);
-        let byte = ram.address(&all).unwrap();
-        // SAFETY: inside the mapping; nobody else uses it.
-        unsafe { byte.write(1) };
-        clear(&ram, &all, || true);
-        // SAFETY: as above.
-        assert_eq!(unsafe { byte.read() }, 1, "not interrupted");
-        clear(&ram, &all, || false);
-        // SAFETY: as above.
-        assert_eq!(unsafe { byte.read() }, 0);
     }
 }

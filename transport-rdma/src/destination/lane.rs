@@ -5,7 +5,6 @@ use super::Plane;
 use super::endpoint::Endpoint;
 use crate::message::{self, Extents, LANE_CREDITS, Message};
 use crate::pages::check_whole_pages;
-use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::scan;
 use migration::transport::PlaneError;
 use std::sync::atomic::Ordering;
@@ -52,22 +51,12 @@ impl Plane {
         let ram = &self.session.ram;
         extents.iter().try_for_each(|extent| check_whole_pages(ram, &extent))?;
         for extent in extents.iter() {
-            clear(ram, &extent);
+            // SAFETY: the guest does not run here yet, and no reference to its memory exists.
+            unsafe { scan::clear(ram, &extent, || false) };
             self.coverage.mark(&extent);
         }
         // Named pages are a sign of life as much as sent ones.
         self.placed.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
-}
-
-/// Makes a checked extent read as zeros. Pages that do not exist already do, and are not made to exist.
-fn clear(ram: &Ram, extent: &Extent) {
-    let Ok(region) = ram.check(extent) else { return };
-    scan::existing(region, extent.offset / PAGE_SIZE, extent.len / PAGE_SIZE, |first, pages| {
-        let address = region.address().wrapping_add((first * PAGE_SIZE) as usize);
-        // SAFETY: `existing` reports only pages of the extent, which lies inside the region's mapping; the
-        // guest does not run here yet, and no reference to its memory exists.
-        unsafe { std::ptr::write_bytes(address, 0, (pages * PAGE_SIZE) as usize) };
-    });
 }
