@@ -86,9 +86,8 @@ impl DirtyTracking {
         for (number, region) in self.ram.ram().regions().iter().enumerate().take(set.regions()) {
             let words = set.words_mut(number);
             if number < self.ram.guest_regions() {
-                ioctl::retried!("KVM_GET_DIRTY_LOG", {
-                    ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
-                })?;
+                ioctl::get_dirty_log(&self.vm, number as u32, region.pages(), &mut scratch)
+                    .context("KVM_GET_DIRTY_LOG")?;
                 words.iter_mut().zip(scratch.iter()).for_each(|(out, word)| *out |= word);
             }
             if let Some(log) = self.ram.write_log(number) {
@@ -115,8 +114,7 @@ impl DirtyTracking {
             return Ok(());
         }
         let pages = u32::try_from(pages).map_err(|_| out_of_range()).context("KVM_CLEAR_DIRTY_LOG")?;
-        ioctl::retried!("KVM_CLEAR_DIRTY_LOG", {
-            ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
-        })
+        ioctl::clear_dirty_log(&self.vm, region as u32, first_page, pages, words)
+            .context("KVM_CLEAR_DIRTY_LOG")
     }
 }

@@ -51,7 +51,8 @@ impl<T> KvmContext<T> for io::Result<T> {
 ///
 /// The kernel gives up calls that take locks or wait (making a VM, a slot, an interrupt controller) when
 /// a signal is pending, and has changed nothing then. All of kvm-ioctls' calls are made through this, which
-/// `clippy.toml` holds. KVM_RUN is not: there, being interrupted means something.
+/// `clippy.toml` holds; the functions below see to it themselves. KVM_RUN is not: there, being interrupted
+/// means something.
 macro_rules! retried {
     ($call:literal, $make:expr) => {{
         #[allow(clippy::disallowed_methods)] // only here

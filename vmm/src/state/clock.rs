@@ -12,7 +12,7 @@
 
 use super::vcpu::VcpuState;
 use crate::component::Error;
-use crate::ioctl::{self, KvmError};
+use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
 use crate::vcpu::msr::{self, IA32_TSC};
 use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
@@ -98,7 +98,7 @@ impl ClockState {
         }
         // Real time first: the TSC is read a moment later, and setting it a moment too low loses
         // that moment, where too high would add it on every move.
-        let current_offset = ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::get_tsc_offset(&boot_vcpu.fd))?;
+        let current_offset = ioctl::get_tsc_offset(&boot_vcpu.fd).context("KVM_VCPU_TSC_OFFSET")?;
         let now = realtime();
         let current_tsc = msr::read(&boot_vcpu.fd, IA32_TSC)?;
         let boot_offset = current_offset.wrapping_add(self.tsc_at(now)).wrapping_sub(current_tsc);
@@ -106,7 +106,7 @@ impl ClockState {
             // A guest may have given its vCPUs different TSCs; that difference is kept.
             let ahead = state.tsc_offset.unwrap_or(0).wrapping_sub(boot_saved.tsc_offset.unwrap_or(0));
             let offset = boot_offset.wrapping_add(ahead);
-            ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::set_tsc_offset(&vcpu.fd, offset))?;
+            ioctl::set_tsc_offset(&vcpu.fd, offset).context("KVM_VCPU_TSC_OFFSET")?;
         }
         Ok(())
     }
@@ -132,7 +132,7 @@ impl ClockState {
 /// Lets a vCPU's TSC go on as if nobody had set it since `initial`, where the kernel can.
 pub fn reset_tsc(vcpu: &Vcpu, initial: &VcpuState) -> Result<(), KvmError> {
     match initial.tsc_offset {
-        Some(offset) => ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::set_tsc_offset(&vcpu.fd, offset)),
+        Some(offset) => ioctl::set_tsc_offset(&vcpu.fd, offset).context("KVM_VCPU_TSC_OFFSET"),
         None => Ok(()),
     }
 }

@@ -1,7 +1,7 @@
 //! One vCPU's state.
 
 use crate::component::{Error, Kind};
-use crate::ioctl::{self, KvmError};
+use crate::ioctl::{self, KvmContext, KvmError};
 use crate::vcpu::Vcpu;
 use crate::vcpu::msr::MAX_MSRS;
 use crate::vcpu::msr::{self, IA32_TSC_DEADLINE};
@@ -38,7 +38,7 @@ impl VcpuState {
         let regs = ioctl::retried!("KVM_GET_REGS", fd.get_regs())?;
         let sregs = ioctl::retried!("KVM_GET_SREGS", fd.get_sregs())?;
         let mut xsave = vec![0; vcpu.xsave_len.max(size_of::<kvm_xsave>())];
-        ioctl::retried!("KVM_GET_XSAVE2", ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len))?;
+        ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len).context("KVM_GET_XSAVE2")?;
         let xcrs = ioctl::retried!("KVM_GET_XCRS", fd.get_xcrs())?;
         let debugregs = ioctl::retried!("KVM_GET_DEBUGREGS", fd.get_debug_regs())?;
         let lapic = ioctl::retried!("KVM_GET_LAPIC", fd.get_lapic())?;
@@ -50,7 +50,7 @@ impl VcpuState {
             Err(error) => return Err(error),
         };
         let tsc_offset = if vcpu.tsc_offset {
-            Some(ioctl::retried!("KVM_VCPU_TSC_OFFSET", ioctl::get_tsc_offset(fd))?)
+            Some(ioctl::get_tsc_offset(fd).context("KVM_VCPU_TSC_OFFSET")?)
         } else {
             None
         };
@@ -77,7 +77,7 @@ impl VcpuState {
         ioctl::retried!("KVM_SET_MP_STATE", fd.set_mp_state(self.mp_state))?;
         ioctl::retried!("KVM_SET_REGS", fd.set_regs(&self.regs))?;
         ioctl::retried!("KVM_SET_SREGS", fd.set_sregs(&self.sregs))?;
-        ioctl::retried!("KVM_SET_XSAVE", ioctl::set_xsave(fd, &xsave, vcpu.xsave_len))?;
+        ioctl::set_xsave(fd, &xsave, vcpu.xsave_len).context("KVM_SET_XSAVE")?;
         ioctl::retried!("KVM_SET_XCRS", fd.set_xcrs(&self.xcrs))?;
         ioctl::retried!("KVM_SET_DEBUGREGS", fd.set_debug_regs(&self.debugregs))?;
         ioctl::retried!("KVM_SET_LAPIC", fd.set_lapic(&self.lapic))?;
