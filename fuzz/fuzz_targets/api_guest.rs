@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tempfile::TempDir;
-use vmm::guest::{Content, Workload};
+use vmm::guest::Workload;
 use vmm::{Host, Machine, MachineConfig, SerialOutput};
 use whimbrel::api::server::{self, Server};
 use whimbrel::instance::Instance;
@@ -29,16 +29,7 @@ fn serve() -> Served {
     let config = MachineConfig::new(&host, 32 << 20, 1).expect("a machine");
     let machine =
         Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config }).expect("a machine");
-    let idle = Workload {
-        vcpus: 1,
-        working_set: 0,
-        rate: 0,
-        hz: None,
-        fill: 0,
-        content: Content::Random,
-        journal: 0,
-    };
-    idle.boot(&machine).expect("a guest");
+    Workload::idle(1).boot(&machine).expect("a guest");
     machine.resume().expect("a guest that runs");
     let instance = Instance::new("fuzzed".into(), Arc::new(machine), |_| {});
     let slot = Arc::new(Slot::default());

@@ -421,7 +421,7 @@ impl Attempt {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmm::guest::{Content, Workload};
+    use vmm::guest::Workload;
     use vmm::{Host, MachineConfig, SerialOutput};
 
     /// An instance of a machine in which the embedded guest runs, idle.
@@ -429,16 +429,7 @@ mod tests {
         let host = Host::open().unwrap();
         let config = MachineConfig::new(&host, 32 << 20, 1).unwrap();
         let machine = Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config }).unwrap();
-        let idle = Workload {
-            vcpus: 1,
-            working_set: 0,
-            rate: 0,
-            hz: None,
-            fill: 0,
-            content: Content::Random,
-            journal: 0,
-        };
-        idle.boot(&machine).unwrap();
+        Workload::idle(1).boot(&machine).unwrap();
         machine.resume().unwrap();
         Instance::new("test".into(), Arc::new(machine), |_| {})
     }

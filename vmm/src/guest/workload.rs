@@ -49,6 +49,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// Nothing, on so many virtual CPUs.
+    pub fn idle(vcpus: u32) -> Self {
+        Workload { vcpus, working_set: 0, rate: 0, hz: None, fill: 0, content: Content::Random, journal: 0 }
+    }
+
     /// The guest's command line. It knows a few more words, of which the last one given counts:
     /// `words=512` checks whole pages, `step=7` scatters the writes (`guest/options.rs`).
     pub fn command_line(&self) -> String {

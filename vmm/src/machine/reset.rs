@@ -91,22 +91,14 @@ pub(super) fn load(shared: &Shared, memory: &GuestMemory, boot: &Boot, before: B
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::{Content, Workload, testimony};
+    use crate::guest::{Workload, testimony};
     use crate::state::timeless;
     use crate::{Host, Machine, MachineConfig, Reboot, SerialOutput};
     use std::sync::mpsc;
 
     /// A machine with an idle guest that boots again.
     fn machine() -> Machine {
-        let idle = Workload {
-            vcpus: 2,
-            working_set: 0,
-            rate: 0,
-            hz: None,
-            fill: 0,
-            content: Content::Random,
-            journal: 0,
-        };
+        let idle = Workload::idle(2);
         let host = Host::open().unwrap();
         let reboot = Reboot::keeping(&idle.guest()).unwrap();
         let config = MachineConfig::new(&host, 32 << 20, 2).unwrap();
