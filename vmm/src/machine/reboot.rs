@@ -69,14 +69,18 @@ fn parts(boot: &Boot) -> Result<[Option<&[u8]>; 3], KeepError> {
     Ok([Some(bytes(&boot.kernel)?), initramfs, Some(boot.cmdline.as_bytes())])
 }
 
+/// Bytes that these take when they are kept.
+fn kept_len(parts: &[Option<&[u8]>; 3]) -> u64 {
+    HEAD as u64 + parts.iter().flatten().map(|part| part.len() as u64).sum::<u64>()
+}
+
 impl Reboot {
     /// Boots this again, whatever becomes of the files that it came from.
     ///
     /// # Errors
     /// [`KeepError::File`] if something is still in a file; see [`Boot::into_memory`].
     pub fn keeping(boot: &Boot) -> Result<Self, KeepError> {
-        let lens = parts(boot)?.into_iter().flatten().map(|part| part.len() as u64);
-        Ok(Reboot::Kept { len: HEAD as u64 + lens.sum::<u64>() })
+        Ok(Reboot::Kept { len: kept_len(&parts(boot)?) })
     }
 
     /// Bytes that are needed beside RAM.
@@ -92,7 +96,7 @@ impl Reboot {
 pub(super) fn keep(ram: &GuestRam, boot: &Boot) -> Result<(), KeepError> {
     let Some(store) = ram.boot_store() else { return Ok(()) };
     let parts = parts(boot)?;
-    let len = HEAD as u64 + parts.iter().flatten().map(|part| part.len() as u64).sum::<u64>();
+    let len = kept_len(&parts);
     let room = store.len();
     if len > room {
         return Err(KeepError::Room { room, len });
