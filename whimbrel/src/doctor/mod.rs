@@ -3,6 +3,7 @@
 mod cgroup;
 mod rdma;
 
+use migration::memory::making_huge_pages_hides_memory;
 use serde::Serialize;
 use std::fs;
 use vmm::host::Host;
@@ -162,8 +163,8 @@ fn shmem_huge_pages() -> Finding {
     let setting = fs::read_to_string(SETTING).unwrap_or_default();
     let chosen = setting.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
     // Whatever the setting is.
-    if let (Some(setting), Err(why @ vmm::memory::Error::HidesMemory)) = (chosen, thp::try_collapse()) {
-        let found = format!("{setting}: guest memory gets none ({why})");
+    if let (Some(setting), true) = (chosen, making_huge_pages_hides_memory()) {
+        let found = format!("{setting}: guest memory gets none ({})", vmm::memory::Error::HidesMemory);
         return limited("huge pages for guests", found, Some("run Linux 6.4 or later".into()));
     }
     huge_pages(chosen, || thp::try_collapse().map_err(|error| error.to_string()), SETTING)
