@@ -17,7 +17,7 @@
 //! | `awake.rs`, `ended.rs` | nothing is announced in a pause; a thread that rests ends when it is told |
 //! | `virtio/service.rs` | nothing is served in a pause; what the guest offered is served; the thread ends |
 //! | `memory/write_log.rs` | a page that was written is sent as it is then, or logged |
-//! | `migration/src/monitor.rs` | an order wakes who waits for it; what stops a migration stops each plane; nothing expires once it is settled; one migration for a monitor |
+//! | `migration/src/monitor.rs` | an order wakes who waits; a stop reaches each plane; nothing settled expires |
 //! | `transport-tcp/src/streams.rs` | behind the fence no lane writes, and none is let in |
 //! | `slot.rs` | a receiver that was told to quit has no guest, or whoever told it hears of the guest |
 //!
