@@ -5,6 +5,7 @@
 
 use migration::message::Message;
 use migration::preamble;
+use migration::transport::{Proof, Secret};
 use std::fmt;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -175,7 +176,12 @@ impl Shared {
     }
 
     fn pump(&self, plane: Plane, way: Way, from: &mut TcpStream, to: &mut TcpStream, first: &[u8]) {
-        let mut ear = Ear { skip: preamble::LEN, heard: Vec::new() };
+        // What opens the connection: preambles, the session's secret and its proof.
+        let skip = match way {
+            Way::Up => preamble::LEN + size_of::<Proof>(),
+            Way::Down => 2 * preamble::LEN + Secret::LEN,
+        };
+        let mut ear = Ear { skip, heard: Vec::new() };
         let mut buffer = vec![0; 64 << 10];
         buffer[..first.len()].copy_from_slice(first);
         let mut filled = first.len();

@@ -64,7 +64,7 @@ impl Guest {
     fn receiver(&self, number: u32, taps: &[&str]) -> (Node, MigrationRequest) {
         let serial = serial_file(self.folder.path(), number);
         let listen = format!("{}:0", lab::peer());
-        let fixed = ["receive", "--listen", &listen, "--serial", serial.to_str().unwrap()];
+        let fixed = ["receive", "--insecure", "--listen", &listen, "--serial", serial.to_str().unwrap()];
         let nets = taps.iter().flat_map(|tap| ["--net", tap]);
         let arguments: Vec<_> = fixed.into_iter().chain(nets).collect();
         let name = format!("side-{number}");
