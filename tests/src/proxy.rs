@@ -14,6 +14,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+/// Bytes that a source opens a connection with: its preamble, and the proof that it has the session's secret.
+/// A destination that has not got both on a control link takes the caller for nobody.
+pub const OPENING: u64 = (preamble::LEN + size_of::<Proof>()) as u64;
+
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plane {
@@ -178,7 +182,7 @@ impl Shared {
     fn pump(&self, plane: Plane, way: Way, from: &mut TcpStream, to: &mut TcpStream, first: &[u8]) {
         // What opens the connection: preambles, the session's secret and its proof.
         let skip = match way {
-            Way::Up => preamble::LEN + size_of::<Proof>(),
+            Way::Up => OPENING as usize,
             Way::Down => 2 * preamble::LEN + Secret::LEN,
         };
         let mut ear = Ear { skip, heard: Vec::new() };

@@ -2,12 +2,12 @@
 //! one side or is held, the receiver takes the next guest, and nothing is lost.
 
 use migration::report::Verdict;
-use migration::transport::{Proof, Secret};
+use migration::transport::Secret;
 use migration::{Code, preamble};
 use whimbrel::api::model::VmState;
 use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
-use whimbrel_tests::proxy::{Break, Cut, Plane, Proxy, Rules, Way};
+use whimbrel_tests::proxy::{Break, Cut, OPENING, Plane, Proxy, Rules, Way};
 use whimbrel_tests::say;
 use whimbrel_tests::sides::{
     Guest, assert_runs, assert_stands_still, hop, is_empty, migrate, receiver, request,
@@ -142,16 +142,14 @@ fn cut(pair: &mut Pair, cut: Cut) -> Verdict {
     report.verdict
 }
 
-/// Bytes of a control link that open it: preamble and proof, and what the receiver says before the proof and
-/// after.
-const UP: u64 = (preamble::LEN + size_of::<Proof>()) as u64;
+/// Bytes with which the receiver opens a control link: what it says before the source's proof, and after.
 const DOWN_BEFORE: u64 = (preamble::LEN + Secret::LEN) as u64;
 const DOWN: u64 = DOWN_BEFORE + preamble::LEN as u64;
 
 /// Whether the receiver gets the whole proof of a session, and so takes the caller for a source.
 fn opened(cut: &Cut) -> bool {
     match (cut.plane, cut.way) {
-        (Plane::Control, Way::Up) => cut.after >= UP,
+        (Plane::Control, Way::Up) => cut.after >= OPENING,
         (Plane::Control, Way::Down) => cut.after >= DOWN_BEFORE,
         (Plane::Data, _) => true,
     }
@@ -163,7 +161,7 @@ fn a_line_that_goes_dead() {
     let mut pair = Pair::new();
     let places = [
         (Plane::Control, Way::Up, preamble::LEN as u64),
-        (Plane::Control, Way::Up, UP),
+        (Plane::Control, Way::Up, OPENING),
         (Plane::Control, Way::Down, 0),
         (Plane::Control, Way::Down, DOWN_BEFORE),
         (Plane::Control, Way::Down, DOWN),
