@@ -29,16 +29,19 @@ const TOLD_AGAIN: Duration = Duration::from_millis(1100);
 
 /// An authority, and the folders of two hosts.
 struct Fleet {
+    folder: PathBuf,
     authority: Authority,
     source: PathBuf,
     destination: PathBuf,
+    /// Whether the hosts use their certificates.
+    protected: bool,
 }
 
 impl Fleet {
-    fn new(folder: &Path) -> Self {
+    fn new(folder: &Path, protected: bool) -> Self {
         let authority = Authority::create(&folder.join("pki")).unwrap();
-        let fleet =
-            Fleet { source: authority.host(SOURCE), destination: authority.host(DESTINATION), authority };
+        let (source, destination) = (authority.host(SOURCE), authority.host(DESTINATION));
+        let fleet = Fleet { folder: folder.to_path_buf(), authority, source, destination, protected };
         fleet.renew();
         fleet
     }
@@ -49,12 +52,27 @@ impl Fleet {
         self.authority.issue(DESTINATION, &["127.0.0.1".into()], days_from_now(1)).unwrap();
     }
 
-    fn receiver(&self, folder: &Path, name: &str) -> (Node, SocketAddr) {
+    fn receiver(&self, name: &str) -> (Node, SocketAddr) {
+        if !self.protected {
+            return receiver(&self.folder, name);
+        }
         let tls = self.destination.to_str().unwrap();
-        Node::receiver(whimbrel(), folder, name, ["--tls", tls, "--allow", "*.hosts.example"]).unwrap()
+        Node::receiver(whimbrel(), &self.folder, name, ["--tls", tls, "--allow", "*.hosts.example"]).unwrap()
+    }
+
+    /// A guest whose process may read all that the authority has made, since the authority's own certificate
+    /// is in the same folder. Each request says what of it is used.
+    fn guest(&self, name: &str) -> Node {
+        let authority = self.folder.join("pki/ca.pem");
+        let tls = ["--tls", self.source.to_str().unwrap(), "--tls-ca", authority.to_str().unwrap()];
+        let more: &[&str] = if self.protected { &tls } else { &[] };
+        Guest::SMALL.start_by(whimbrel(), more, &self.folder, name)
     }
 
     fn request(&self, to: SocketAddr) -> MigrationRequest {
+        if !self.protected {
+            return request(to);
+        }
         let tls = TlsFiles { folder: Some(self.source.clone()), ..TlsFiles::default() };
         MigrationRequest { tls: Some(tls), insecure: false, ..request(to) }
     }
@@ -88,10 +106,10 @@ fn stays(guest: &Node, receiver: &Node, request: &MigrationRequest, here: &str, 
 #[test]
 fn wrong_certificates_are_told_by_both_sides_and_lose_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let fleet = Fleet::new(folder.path());
-    let stranger = Authority::create(&folder.path().join("other")).unwrap();
-    let (mut node, address) = fleet.receiver(folder.path(), "receiver");
-    let guest = Guest::SMALL.start(folder.path(), "guest");
+    let fleet = Fleet::new(folder.path(), true);
+    let stranger = Authority::create(&folder.path().join("pki/other")).unwrap();
+    let (mut node, address) = fleet.receiver("receiver");
+    let guest = fleet.guest("guest");
     let asked = fleet.request(address);
     let stays =
         |request: &MigrationRequest, here: &str, there: &str| stays(&guest, &node, request, here, there);
@@ -140,8 +158,13 @@ fn wrong_certificates_are_told_by_both_sides_and_lose_nothing() {
     stays(&MigrationRequest { tls: Some(keyless), ..asked.clone() }, "is not the key of", "");
     let missing = MigrationRequest { tls: files("/nonexistent".into()), ..asked.clone() };
     stays(&missing, "cannot read /nonexistent/ca.pem", "");
+    let without = Guest::SMALL.start(folder.path(), "without");
     let plain = MigrationRequest { tls: None, insecure: true, ..asked.clone() };
-    stays(&plain, "takes encrypted connections only", "it does not encrypt");
+    self::stays(&without, &node, &plain, "takes encrypted connections only", "it does not encrypt");
+    if vmm::sandbox::landlock().is_ok() {
+        // Its process was not told of them when it started.
+        self::stays(&without, &node, &asked, "may have to be told of its folder", "");
+    }
     fleet.authority.revoke(SOURCE).unwrap();
     stays(
         &asked,
@@ -202,13 +225,11 @@ fn without_certificates_only_this_host_is_reached() {
 /// then.
 fn forged(name: &str, protected: bool) -> (Report, VmState, VmState) {
     let folder = tempfile::tempdir().unwrap();
-    let fleet = Fleet::new(folder.path());
-    let (node, address) =
-        if protected { fleet.receiver(folder.path(), name) } else { receiver(folder.path(), name) };
+    let fleet = Fleet::new(folder.path(), protected);
+    let (node, address) = fleet.receiver(name);
     let mitm = Mitm::start(address, true);
-    let guest = Guest::SMALL.start(folder.path(), "guest");
-    let asked = if protected { fleet.request(mitm.address()) } else { request(mitm.address()) };
-    let report = migrate(&guest, &asked);
+    let guest = fleet.guest("guest");
+    let report = migrate(&guest, &fleet.request(mitm.address()));
     wait_until("the guest runs at the destination", || node.status().unwrap().state == VmState::Running);
     (report, guest.status().unwrap().state, node.status().unwrap().state)
 }
@@ -227,20 +248,15 @@ fn nobody_can_give_up_for_the_destination() {
 fn a_session_that_was_recorded_cannot_be_played_again() {
     for protected in [false, true] {
         let folder = tempfile::tempdir().unwrap();
-        let fleet = Fleet::new(folder.path());
-        let start = |name| match protected {
-            true => fleet.receiver(folder.path(), name),
-            false => receiver(folder.path(), name),
-        };
-        let (mut node, address) = start("first");
+        let fleet = Fleet::new(folder.path(), protected);
+        let (mut node, address) = fleet.receiver("first");
         let mitm = Mitm::start(address, false);
-        let guest = Guest::SMALL.start(folder.path(), "guest");
-        let to = mitm.address();
-        hop_as(&guest, &mut node, &if protected { fleet.request(to) } else { request(to) });
+        let guest = fleet.guest("guest");
+        hop_as(&guest, &mut node, &fleet.request(mitm.address()));
         let recorded = mitm.recorded();
         assert!(recorded.len() > 1 && recorded.iter().all(|bytes| bytes.len() > 32));
 
-        let (mut again, address) = start("again");
+        let (mut again, address) = fleet.receiver("again");
         let play = |bytes: &[u8]| {
             let mut stream = TcpStream::connect(address).unwrap();
             // It may be closed by then.
@@ -254,8 +270,8 @@ fn a_session_that_was_recorded_cannot_be_played_again() {
         played.extend(lanes.iter().map(|lane| play(lane)));
         assert!(is_empty(&again));
         drop(played);
-        let other = Guest::SMALL.start(folder.path(), "other");
-        hop_as(&other, &mut again, &if protected { fleet.request(address) } else { request(address) });
+        let other = fleet.guest("other");
+        hop_as(&other, &mut again, &fleet.request(address));
         assert_runs(&again);
     }
 }
@@ -291,12 +307,9 @@ fn a_lane_needs_more_than_the_token() {
 fn callers_who_do_not_show_who_they_are_keep_nobody_out() {
     for protected in [false, true] {
         let folder = tempfile::tempdir().unwrap();
-        let fleet = Fleet::new(folder.path());
-        let (mut node, address) = match protected {
-            true => fleet.receiver(folder.path(), "receiver"),
-            false => receiver(folder.path(), "receiver"),
-        };
-        let guest = Guest::SMALL.start(folder.path(), "guest");
+        let fleet = Fleet::new(folder.path(), protected);
+        let (mut node, address) = fleet.receiver("receiver");
+        let guest = fleet.guest("guest");
         // Some say nothing, some begin a session and go no further.
         let callers: Vec<_> = (0..300u32)
             .map(|number| {
@@ -308,8 +321,7 @@ fn callers_who_do_not_show_who_they_are_keep_nobody_out() {
                 rogue
             })
             .collect();
-        let asked = if protected { fleet.request(address) } else { request(address) };
-        hop_as(&guest, &mut node, &asked);
+        hop_as(&guest, &mut node, &fleet.request(address));
         assert_runs(&node);
         drop(callers);
     }

@@ -40,12 +40,22 @@ impl Files {
     }
 }
 
+/// What to do about a file that cannot be read.
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "; it has to be the user's of this process, which may have to be told of its folder when it starts"
+        }
+        _ => "",
+    }
+}
+
 /// Why a host's files are of no use.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FilesError {
     /// One cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {source}{}", path.display(), hint(source))]
     Read {
         /// The file.
         path: PathBuf,
