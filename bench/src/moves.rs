@@ -65,6 +65,7 @@ impl Move {
         // Everything else keeps its default, because the defaults are what operators use.
         let mut request: MigrationRequest =
             serde_json::from_value(serde_json::json!({ "to": address.to_string() }))?;
+        request.insecure = true;
         request.streams = self.streams;
         request.transport = self.transport;
         sampler.start();

@@ -13,8 +13,8 @@ use migration::memory::{Extent, Ram, RegionLayout};
 use migration::message::Message;
 use migration::report::Verdict;
 use migration::transport::{
-    DestinationPlane, DestinationTransport, Interrupt, Lane, LaneStats, PlaneError, Session, SourcePlane,
-    SourceTransport, Token,
+    DestinationPlane, DestinationTransport, Interrupt, Lane, LaneStats, PlaneError, Secret, Session,
+    SourcePlane, SourceTransport, Token,
 };
 use migration::{Code, destination, source};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -48,6 +48,10 @@ struct Tape<'a> {
 impl ControlLink for Tape<'_> {
     fn token(&self) -> Token {
         Token([7; 16])
+    }
+
+    fn secret(&self) -> Secret {
+        Secret::NONE
     }
 
     fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {

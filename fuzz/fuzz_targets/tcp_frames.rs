@@ -45,7 +45,9 @@ fuzz_target!(init: whimbrel_fuzz::ignore_broken_pipes(), |frames: &[u8]| {
     let session = Session::new(TOKEN, ram(), Duration::from_secs(5));
     let (_, mut plane) = transport.offer(&session).expect("an offer");
     // A lane that is shut for what it was sent takes no more.
-    let _ = source.write_all(&Preamble::data(TOKEN, 0, 1).encode()).and_then(|()| source.write_all(frames));
+    let preamble = Preamble::data(TOKEN, 0, 1).encode();
+    let proof = session.secret.proof(&preamble);
+    let _ = source.write_all(&[&preamble[..], &proof, frames].concat());
     let _ = source.shutdown(Shutdown::Write);
     // Until the lane has taken it all, or has refused it.
     while unread(&source) != 0 && plane.error().is_none() {

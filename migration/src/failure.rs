@@ -69,6 +69,8 @@ codes! {
     HOST = 15, "host";
     /// The guest has ended and can no longer be moved.
     GUEST_ENDED = 16, "guest-ended";
+    /// One side does not trust the other, or only one of them encrypts.
+    AUTHENTICATION = 17, "authentication";
 }
 
 impl Serialize for Code {

@@ -3,7 +3,7 @@
 pub use crate::message::MAX_FRAME;
 
 use crate::failure::{Code, Failure};
-use crate::transport::Token;
+use crate::transport::{Secret, Token};
 use std::time::Duration;
 
 /// Why a link can carry no more.
@@ -36,6 +36,11 @@ pub trait ControlLink: Send {
     /// The session's token. Both ends of a link have the same one: the source made it, and its end of the
     /// link told the destination's.
     fn token(&self) -> Token;
+
+    /// The session's secret, by which connections of a data plane are known to belong to it. Both ends have
+    /// the same one, which the destination chose. A link of an embedder's own, whose data connections nobody
+    /// else can reach, may have [`Secret::NONE`].
+    fn secret(&self) -> Secret;
 
     /// Sends one frame, waiting at most the link's own send time-out.
     ///

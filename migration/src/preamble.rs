@@ -17,7 +17,13 @@ use crate::transport::Token;
 pub const LEN: usize = 32;
 
 /// Version of the protocol that this crate speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
+
+/// The oldest version that it speaks as well. Version 1 proved nothing, and is spoken no more.
+pub const OLDEST: u16 = 2;
+
+/// The bit of the kind that says that the connection goes on encrypted.
+const ENCRYPTED: u8 = 0x80;
 
 const MAGIC: [u8; 8] = *b"WHIMBREL";
 
@@ -41,6 +47,12 @@ pub enum Status {
     Busy,
     /// No such session, or the lane is not wanted.
     Session,
+    /// This side takes encrypted connections only.
+    Encrypted,
+    /// This side has no certificate, and cannot encrypt.
+    Clear,
+    /// This side does not admit this peer.
+    Denied,
 }
 
 /// A decoded preamble.
@@ -50,6 +62,8 @@ pub struct Preamble {
     pub version: u16,
     /// What the connection is for.
     pub kind: Kind,
+    /// Whether it goes on encrypted.
+    pub encrypted: bool,
     /// Answer of the accepting end.
     pub status: Status,
     /// Number of this lane, for data connections.
@@ -68,7 +82,8 @@ pub enum PreambleError {
     Magic,
     /// A version this program does not speak. Nothing else of the preamble is trusted then.
     #[error(
-        "the peer speaks protocol version {theirs}, this program speaks version {VERSION}: update the older side"
+        "the peer speaks protocol version {theirs}, this program speaks version {VERSION}: update {} side",
+        older(*theirs)
     )]
     Version {
         /// The peer's version.
@@ -79,20 +94,30 @@ pub enum PreambleError {
     Malformed,
 }
 
+fn older(theirs: u16) -> &'static str {
+    if theirs < VERSION { "the other" } else { "this" }
+}
+
 impl Preamble {
     /// The preamble of a new control connection.
     pub fn control(token: Token) -> Self {
-        Preamble { version: VERSION, kind: Kind::Control, status: Status::Ok, lane: 0, lanes: 0, token }
+        let (kind, status) = (Kind::Control, Status::Ok);
+        Preamble { version: VERSION, kind, encrypted: false, status, lane: 0, lanes: 0, token }
     }
 
     /// The preamble of lane `lane` of `lanes`.
     pub fn data(token: Token, lane: u16, lanes: u16) -> Self {
-        Preamble { version: VERSION, kind: Kind::Data, status: Status::Ok, lane, lanes, token }
+        Preamble { kind: Kind::Data, lane, lanes, ..Preamble::control(token) }
+    }
+
+    /// The same, of a connection that goes on encrypted or not.
+    pub fn encrypted(self, encrypted: bool) -> Self {
+        Preamble { encrypted, ..self }
     }
 
     /// The answer to this preamble.
     pub fn answer(self, status: Status) -> Self {
-        Preamble { version: VERSION, status, ..self }
+        Preamble { status, ..self }
     }
 
     /// The answer to a preamble of another version, of which nothing but the version is known.
@@ -108,12 +133,15 @@ impl Preamble {
         bytes[10] = match self.kind {
             Kind::Control => 1,
             Kind::Data => 2,
-        };
+        } | if self.encrypted { ENCRYPTED } else { 0 };
         bytes[11] = match self.status {
             Status::Ok => 0,
             Status::Version => 1,
             Status::Busy => 2,
             Status::Session => 3,
+            Status::Encrypted => 4,
+            Status::Clear => 5,
+            Status::Denied => 6,
         };
         bytes[12..14].copy_from_slice(&self.lane.to_le_bytes());
         bytes[14..16].copy_from_slice(&self.lanes.to_le_bytes());
@@ -131,10 +159,10 @@ impl Preamble {
         }
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let version = u16_at(8);
-        if version != VERSION {
+        if !(OLDEST..=VERSION).contains(&version) {
             return Err(PreambleError::Version { theirs: version });
         }
-        let kind = match bytes[10] {
+        let kind = match bytes[10] & !ENCRYPTED {
             1 => Kind::Control,
             2 => Kind::Data,
             _ => return Err(PreambleError::Malformed),
@@ -144,11 +172,15 @@ impl Preamble {
             1 => Status::Version,
             2 => Status::Busy,
             3 => Status::Session,
+            4 => Status::Encrypted,
+            5 => Status::Clear,
+            6 => Status::Denied,
             _ => return Err(PreambleError::Malformed),
         };
         let mut token = [0; 16];
         token.copy_from_slice(&bytes[16..]);
-        Ok(Preamble { version, kind, status, lane: u16_at(12), lanes: u16_at(14), token: Token(token) })
+        let (lane, lanes, token) = (u16_at(12), u16_at(14), Token(token));
+        Ok(Preamble { version, kind, encrypted: bytes[10] & ENCRYPTED != 0, status, lane, lanes, token })
     }
 }
 
@@ -158,13 +190,16 @@ mod tests {
 
     #[test]
     fn round_trip_and_refusals() {
-        let sent = Preamble::data(Token([7; 16]), 3, 4).answer(Status::Session);
+        let sent = Preamble::data(Token([7; 16]), 3, 4).encrypted(true).answer(Status::Session);
         let mut bytes = sent.encode();
         assert_eq!(Preamble::decode(&bytes), Ok(sent));
+        assert_eq!(Preamble::decode(&sent.encrypted(false).encode()), Ok(sent.encrypted(false)));
         bytes[10] = 9;
         assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Malformed));
-        bytes[8] = 2;
-        assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { theirs: 2 }));
+        for theirs in [1, VERSION + 1] {
+            bytes[8] = theirs as u8;
+            assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { theirs }));
+        }
         bytes[0] = b'w';
         assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Magic));
     }

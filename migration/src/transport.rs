@@ -23,7 +23,10 @@ pub use crate::coverage::{COVERAGE_UNIT, Coverage};
 use crate::cpu::CpuTime;
 use crate::failure::{Code, Failure};
 use crate::memory::{Extent, OutOfBounds, Ram};
+use hmac::digest::KeyInit;
+use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
+use sha2::Sha256;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,8 +34,9 @@ use std::time::Duration;
 /// Most lanes a session may have; bounds what a peer can make us open.
 pub const MAX_LANES: usize = 64;
 
-/// The random name of one migration, 128 bits from the kernel. Every data connection presents it,
-/// so that it belongs to exactly one session.
+/// The random name of one migration, 128 bits from the kernel. Every connection of it begins with this name,
+/// in the clear, so that it finds its session. It is no secret: what belongs to the session is proved by its
+/// [`Secret`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Token(pub [u8; 16]);
 
@@ -42,15 +46,71 @@ impl Token {
     /// # Errors
     /// When the kernel has no random numbers to give.
     pub fn random() -> io::Result<Self> {
-        let mut bytes = [0u8; 16];
-        // SAFETY: the pointer and the length describe `bytes`, which lives across the call.
-        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        if got == bytes.len() as isize { Ok(Token(bytes)) } else { Err(io::Error::last_os_error()) }
+        random().map(Token)
+    }
+}
+
+/// Random bytes from the kernel.
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0u8; N];
+    // SAFETY: the pointer and the length describe `bytes`, which lives across the call. So few bytes come
+    // whole.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    if got == N as isize { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What the two ends of a session's control link know, and nobody else if that link is protected: 256 random
+/// bits, which the destination chooses anew for each session. So whoever proves to know them belongs to this
+/// session, and nothing that was recorded of another one is of any use.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Secret(pub [u8; Secret::LEN]);
+
+/// What shows that somebody knows a [`Secret`], without telling it.
+pub type Proof = [u8; 16];
+
+impl Secret {
+    /// Length in bytes.
+    pub const LEN: usize = 32;
+
+    /// Of links whose ends trust each other without one.
+    pub const NONE: Secret = Secret([0; Secret::LEN]);
+
+    /// A fresh secret.
+    ///
+    /// # Errors
+    /// When the kernel has no random numbers to give.
+    pub fn random() -> io::Result<Self> {
+        random().map(Secret)
+    }
+
+    /// What proves that whoever presents `what`, usually a preamble, knows the secret. It is good for nothing
+    /// else: the first half of HMAC-SHA-256.
+    pub fn proof(&self, what: &[u8]) -> Proof {
+        let mut key = [0; 64];
+        key[..Secret::LEN].copy_from_slice(&self.0);
+        let mut hmac = <Hmac<Sha256> as KeyInit>::new(&key.into());
+        hmac.update(what);
+        let mut proof = Proof::default();
+        proof.copy_from_slice(&hmac.finalize().into_bytes()[..size_of::<Proof>()]);
+        proof
+    }
+
+    /// Whether `proof` is the proof for `what`, in a time that tells nothing of how nearly it is.
+    pub fn is_proved(&self, what: &[u8], proof: &[u8]) -> bool {
+        let right = self.proof(what);
+        let differences = right.iter().zip(proof).fold(0, |differences, (a, b)| differences | (a ^ b));
+        proof.len() == right.len() && differences == 0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(…)")
     }
 }
 
 impl std::fmt::Debug for Token {
-    /// Shows only the first bytes: whoever has the token can write into the shadow memory.
+    /// Shows only the first bytes, which are enough to tell sessions apart.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Token({:02x}{:02x}…)", self.0[0], self.0[1])
     }
@@ -132,6 +192,8 @@ impl From<PlaneError> for Failure {
 pub struct Session {
     /// The session's name.
     pub token: Token,
+    /// What its connections prove to know.
+    pub secret: Secret,
     /// This side's RAM.
     pub ram: Arc<Ram>,
     /// How long a peer may be silent while something is expected of it.
@@ -139,9 +201,15 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session of this name, of a machine with this `ram`, in which a peer may be silent for `timeout`.
+    /// A session of this name, of a machine with this `ram`, in which a peer may be silent for `timeout`. It
+    /// has no secret yet.
     pub fn new(token: Token, ram: Arc<Ram>, timeout: Duration) -> Self {
-        Session { token, ram, timeout }
+        Session { token, secret: Secret::NONE, ram, timeout }
+    }
+
+    /// The same with the secret of its control link.
+    pub fn with_secret(self, secret: Secret) -> Self {
+        Session { secret, ..self }
     }
 }
 
@@ -164,8 +232,8 @@ pub trait DestinationTransport: Send {
     /// The transport's name in offers and reports.
     fn name(&self) -> &'static str;
 
-    /// Opens the shadow RAM for this session. From here on connections that present the session's
-    /// token may write to it. Returns the bytes that tell the source how to connect.
+    /// Opens the shadow RAM for this session. From here on connections that prove to know the session's
+    /// secret may write to it. Returns the bytes that tell the source how to connect.
     ///
     /// # Errors
     /// [`PlaneError::Unavailable`] when this host cannot use the transport, saying why.
@@ -286,4 +354,23 @@ pub trait DestinationPlane: Send {
 
     /// Why the plane broke, if it did. A plane nobody connected to is not broken.
     fn error(&self) -> Option<String>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proof_is_good_for_one_secret_and_one_thing() {
+        // RFC 4231 has no key of 32 bytes; this is what OpenSSL says of one.
+        let secret = Secret([0x0b; 32]);
+        let proof = secret.proof(b"Hi There");
+        assert_eq!(proof, *b"\x19\x8a\x60\x7e\xb4\x4b\xfb\xc6\x99\x03\xa0\xf1\xcf\x2b\xbd\xc5");
+        assert!(secret.is_proved(b"Hi There", &proof));
+        assert!(!secret.is_proved(b"Hi there", &proof) && !Secret::NONE.is_proved(b"Hi There", &proof));
+        assert!(!secret.is_proved(b"Hi There", &proof[..15]) && !secret.is_proved(b"Hi There", &[]));
+        let mut near = proof;
+        near[15] ^= 1;
+        assert!(!secret.is_proved(b"Hi There", &near));
+    }
 }

@@ -13,7 +13,7 @@ use whimbrel_migration::link::{ControlLink, LinkError};
 use whimbrel_migration::memory::PAGE_SIZE;
 use whimbrel_migration::message::{self, MAX_STATE_PART, Message};
 use whimbrel_migration::report::Verdict;
-use whimbrel_migration::transport::Token;
+use whimbrel_migration::transport::{Secret, Token};
 
 #[test]
 fn what_build_leaves_in_memory_does_not_survive_where_the_source_has_zeros() {
@@ -212,6 +212,10 @@ struct Earlier(Box<dyn ControlLink>);
 impl ControlLink for Earlier {
     fn token(&self) -> Token {
         self.0.token()
+    }
+
+    fn secret(&self) -> Secret {
+        self.0.secret()
     }
 
     fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {

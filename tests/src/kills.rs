@@ -5,7 +5,7 @@
 //! source says it is in it, and kills some random time later. `WHIMBREL_SEED` repeats a choice of schedules;
 //! when exactly each kill strikes is up to the machine.
 
-use crate::proxy::{Plane, Proxy, Rules, Way};
+use crate::proxy::{OPENING, Plane, Proxy, Rules, Way};
 use crate::say;
 use crate::sides::{request, wait_until};
 use migration::monitor::Phase;
@@ -86,9 +86,7 @@ impl Schedule {
         request.silence_s = 2;
         source.migrate(&request).expect("a migration");
         // Before that the destination knows nothing of a migration, and has nothing to say of its end.
-        wait_until("the first connection", || {
-            proxy.passed(Plane::Control, Way::Up) >= migration::preamble::LEN as u64
-        });
+        wait_until("the source's proof", || proxy.passed(Plane::Control, Way::Up) >= OPENING);
         let mut phase = wait_phase(source, self.aim);
         thread::sleep(self.delay);
         if let Some(later) = phase_of(source) {

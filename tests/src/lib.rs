@@ -13,6 +13,7 @@
 //! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
 //! | `costs` | what a peer can make a side allocate |
 //! | `differing` | a page that differs between the sides is found, named and kept |
+//! | `security` | certificates of all kinds, and what somebody on the network can do |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
@@ -40,6 +41,7 @@ pub mod inspect;
 pub mod journal;
 pub mod kills;
 pub mod lab;
+pub mod mitm;
 pub mod namespace;
 pub mod nfs;
 pub mod observer;

@@ -5,6 +5,7 @@
 
 use migration::message::Message;
 use migration::preamble;
+use migration::transport::{Proof, Secret};
 use std::fmt;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -12,6 +13,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+
+/// Bytes that a source opens a connection with: its preamble, and the proof that it has the session's secret.
+/// A destination that has not got both on a control link takes the caller for nobody.
+pub const OPENING: u64 = (preamble::LEN + size_of::<Proof>()) as u64;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,7 +180,12 @@ impl Shared {
     }
 
     fn pump(&self, plane: Plane, way: Way, from: &mut TcpStream, to: &mut TcpStream, first: &[u8]) {
-        let mut ear = Ear { skip: preamble::LEN, heard: Vec::new() };
+        // What opens the connection: preambles, the session's secret and its proof.
+        let skip = match way {
+            Way::Up => OPENING as usize,
+            Way::Down => 2 * preamble::LEN + Secret::LEN,
+        };
+        let mut ear = Ear { skip, heard: Vec::new() };
         let mut buffer = vec![0; 64 << 10];
         buffer[..first.len()].copy_from_slice(first);
         let mut filled = first.len();

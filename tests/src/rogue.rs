@@ -1,8 +1,8 @@
 //! Peers that do not keep to the protocol, on either side.
 
 use migration::message::{Hello, Message, Prepare};
-use migration::preamble::{self, Preamble};
-use migration::transport::Token;
+use migration::preamble::{self, Preamble, Status};
+use migration::transport::{Proof, Secret, Token};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread::{self, JoinHandle};
@@ -29,12 +29,41 @@ impl Rogue {
         Rogue { stream }
     }
 
-    /// A control connection to a receiver that has answered the preamble.
-    pub fn session(to: SocketAddr, token: Token) -> Self {
+    /// A control connection that a receiver has taken for a session's, and the session's secret.
+    pub fn session(to: SocketAddr, token: Token) -> (Self, Secret) {
         let mut rogue = Rogue::call(to);
-        let answer = rogue.preamble(Preamble::control(token));
-        assert_eq!(answer.map(|a| a.status), Some(preamble::Status::Ok));
-        rogue
+        let (secret, status) = rogue.open(token).unwrap();
+        assert_eq!(status, Status::Ok);
+        (rogue, secret)
+    }
+
+    /// Opens a control connection as a source should; returns the secret and what the receiver says to it.
+    pub fn open(&mut self, token: Token) -> Option<(Secret, Status)> {
+        let preamble = Preamble::control(token);
+        assert_eq!(self.preamble(preamble)?.status, Status::Ok);
+        let mut secret = Secret::NONE;
+        self.stream.read_exact(&mut secret.0).ok()?;
+        let answer = self.prove(&preamble, &secret)?;
+        Some((secret, answer.status))
+    }
+
+    /// Opens a lane as a source should; returns what the receiver says to it.
+    pub fn lane(&mut self, preamble: Preamble, secret: &Secret) -> Option<Status> {
+        match self.preamble(preamble)?.status {
+            Status::Ok => Some(self.prove(&preamble, secret)?.status),
+            refused => Some(refused),
+        }
+    }
+
+    fn prove(&mut self, preamble: &Preamble, secret: &Secret) -> Option<Preamble> {
+        self.raw(&secret.proof(&preamble.encode()));
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Option<Preamble> {
+        let mut answer = [0; preamble::LEN];
+        self.stream.read_exact(&mut answer).ok()?;
+        Preamble::decode(&answer).ok()
     }
 
     /// Greets the receiver as a source should that knows no feature, so that nothing is sent it but what it
@@ -48,9 +77,7 @@ impl Rogue {
     /// Sends a preamble and reads the answer to it.
     pub fn preamble(&mut self, preamble: Preamble) -> Option<Preamble> {
         self.raw(&preamble.encode());
-        let mut answer = [0; preamble::LEN];
-        self.stream.read_exact(&mut answer).ok()?;
-        Preamble::decode(&answer).ok()
+        self.answer()
     }
 
     /// Sends bytes as they are. The other side may have hung up already.
@@ -102,11 +129,14 @@ pub fn pretend(
     (address, thread)
 }
 
-/// A peer that accepts one connection, answers the preamble as a receiver does, and then behaves.
+/// A peer that accepts one connection, opens it as a receiver does, and then behaves.
 pub fn pretend_receiver(behave: impl FnOnce(Rogue) + Send + 'static) -> (SocketAddr, JoinHandle<()>) {
     pretend(|mut rogue, first| {
         let preamble = Preamble::decode(&first).unwrap();
-        rogue.raw(&preamble.answer(preamble::Status::Ok).encode());
+        let go_on = preamble.answer(Status::Ok).encode();
+        rogue.raw(&[&go_on[..], &[7; Secret::LEN]].concat());
+        rogue.stream.read_exact(&mut Proof::default()).unwrap();
+        rogue.raw(&go_on);
         behave(rogue);
     })
 }

@@ -71,6 +71,7 @@ pub fn receiver_on(folder: &Path, name: &str, listen: SocketAddr) -> (Node, Sock
 pub fn request(to: SocketAddr) -> MigrationRequest {
     let mut request: MigrationRequest = serde_json::from_value(json!({ "to": to.to_string() })).unwrap();
     request.on_stall = OnStall::Switch;
+    request.insecure = true;
     request
 }
 

@@ -2,11 +2,12 @@
 //! one side or is held, the receiver takes the next guest, and nothing is lost.
 
 use migration::report::Verdict;
+use migration::transport::Secret;
 use migration::{Code, preamble};
 use whimbrel::api::model::VmState;
 use whimbrel::node::Node;
 use whimbrel_tests::inspect::settle;
-use whimbrel_tests::proxy::{Break, Cut, Plane, Proxy, Rules, Way};
+use whimbrel_tests::proxy::{Break, Cut, OPENING, Plane, Proxy, Rules, Way};
 use whimbrel_tests::say;
 use whimbrel_tests::sides::{
     Guest, assert_runs, assert_stands_still, hop, is_empty, migrate, receiver, request,
@@ -107,7 +108,7 @@ fn cut(pair: &mut Pair, cut: Cut) -> Verdict {
             assert!(!proxy.delivered(Way::Down, "Ready"), "{cut:?}: {report:?}");
             assert!(report.failure.is_some_and(|f| !f.message.is_empty()), "{cut:?}");
             assert_runs(&pair.source);
-            if proxy.passed(Plane::Control, Way::Up) >= preamble::LEN as u64 && !never_called(&cut) {
+            if opened(&cut) {
                 pair.destination.expect("refused").unwrap();
             }
             assert!(is_empty(&pair.destination), "{cut:?}: a guest is there");
@@ -141,9 +142,17 @@ fn cut(pair: &mut Pair, cut: Cut) -> Verdict {
     report.verdict
 }
 
-/// Whether the receiver never got the whole preamble of a session.
-fn never_called(cut: &Cut) -> bool {
-    cut.plane == Plane::Control && cut.way == Way::Up && cut.after < preamble::LEN as u64
+/// Bytes with which the receiver opens a control link: what it says before the source's proof, and after.
+const DOWN_BEFORE: u64 = (preamble::LEN + Secret::LEN) as u64;
+const DOWN: u64 = DOWN_BEFORE + preamble::LEN as u64;
+
+/// Whether the receiver gets the whole proof of a session, and so takes the caller for a source.
+fn opened(cut: &Cut) -> bool {
+    match (cut.plane, cut.way) {
+        (Plane::Control, Way::Up) => cut.after >= OPENING,
+        (Plane::Control, Way::Down) => cut.after >= DOWN_BEFORE,
+        (Plane::Data, _) => true,
+    }
 }
 
 /// A line that goes dead without a word is noticed in the time that was given.
@@ -152,12 +161,14 @@ fn a_line_that_goes_dead() {
     let mut pair = Pair::new();
     let places = [
         (Plane::Control, Way::Up, preamble::LEN as u64),
+        (Plane::Control, Way::Up, OPENING),
         (Plane::Control, Way::Down, 0),
-        (Plane::Control, Way::Down, preamble::LEN as u64),
+        (Plane::Control, Way::Down, DOWN_BEFORE),
+        (Plane::Control, Way::Down, DOWN),
         (Plane::Data, Way::Up, 10),
         (Plane::Data, Way::Up, 300_000),
         (Plane::Data, Way::Down, 0),
-        (Plane::Data, Way::Down, 4 * preamble::LEN as u64),
+        (Plane::Data, Way::Down, 8 * preamble::LEN as u64),
     ];
     for (plane, way, after) in places {
         let cut = Cut { how: Break::Silence, plane, way, after };
@@ -170,7 +181,9 @@ fn a_line_that_goes_dead() {
         assert!([Code::TIMEOUT, Code::TRANSPORT].contains(&code), "{cut:?}: {code:?}");
         assert_runs(&pair.source);
         drop(proxy);
-        pair.destination.expect("refused").unwrap();
+        if opened(&cut) {
+            pair.destination.expect("refused").unwrap();
+        }
     }
     hop(&pair.source, &mut pair.destination, pair.address);
     settle(&pair.destination, &Guest::SMALL);

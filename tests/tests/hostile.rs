@@ -57,14 +57,24 @@ fn receivers() -> Vec<(&'static str, Peer, &'static str, &'static str)> {
             "without an answer",
         ),
         (
-            "a newer version",
+            "version 1",
             pretend(|mut rogue, mut first| {
-                first[8] = 2;
+                first[8] = 1;
                 rogue.raw(&first);
                 rogue.rest();
             }),
             "version",
-            "speaks protocol version 2",
+            "the peer speaks protocol version 1, this program speaks version 2: update the other side",
+        ),
+        (
+            "a newer version",
+            pretend(|mut rogue, mut first| {
+                first[8] = 3;
+                rogue.raw(&first);
+                rogue.rest();
+            }),
+            "version",
+            "the peer speaks protocol version 3, this program speaks version 2: update this side",
         ),
         ("silence", pretend(|mut rogue, _| drop(rogue.rest())), "timeout", "says nothing"),
         ("silence after the preamble", pretend_receiver(|mut rogue| drop(rogue.rest())), "timeout", ""),
@@ -242,11 +252,17 @@ fn sources_that_are_none() {
     rogue.raw(b"GET / HTTP/1.1\r\nHost: receiver.example\r\n\r\n");
     assert!(rogue.rest().is_empty());
     drop(Rogue::call(address));
-    let mut newer = Preamble::control(token(1)).encode();
-    newer[8] = 2;
-    let mut rogue = Rogue::call(address);
-    rogue.raw(&newer);
-    assert_eq!(rogue.rest(), Preamble::version_mismatch().encode(), "the receiver says which version it has");
+    for version in [1, 3] {
+        let mut other = Preamble::control(token(1)).encode();
+        other[8] = version;
+        let mut rogue = Rogue::call(address);
+        rogue.raw(&other);
+        assert_eq!(
+            rogue.rest(),
+            Preamble::version_mismatch().encode(),
+            "the receiver says which version it has"
+        );
+    }
     let stray = Rogue::call(address).preamble(Preamble::data(token(9), 0, 1)).unwrap();
     assert_eq!(stray.status, Status::Session);
 
@@ -337,7 +353,7 @@ fn sources_that_are_none() {
     ];
     let count = misdeeds.len();
     for (number, (what, misdeed, code)) in (10..).zip(misdeeds) {
-        let rogue = misdeed(Rogue::session(address, token(number)));
+        let rogue = misdeed(Rogue::session(address, token(number)).0);
         let (found, message) = refusal(&mut node);
         assert_eq!(found, code.name(), "{what}: {message}");
         assert!(!message.is_empty() && is_empty(&node), "{what}");
@@ -384,12 +400,13 @@ fn lanes() -> Vec<(&'static str, Vec<u8>)> {
 /// Opens a session and a lane in it, sends the bytes; the receiver must close the lane.
 fn wild_lane(address: SocketAddr, honest: &Prepare, what: &str, bytes: &[u8]) {
     let token = token(200);
-    let mut control = Rogue::session(address, token).greet();
+    let (control, secret) = Rogue::session(address, token);
+    let mut control = control.greet();
     control.send(&Message::Prepare(honest.clone()));
     let Some(Message::Prepared(prepared)) = control.receive() else { panic!("{what}: not prepared") };
     assert!(prepared.offers[0].details.is_ok(), "{what}");
     let mut lane = Rogue::call(address);
-    assert_eq!(lane.preamble(Preamble::data(token, 0, 1)).map(|a| a.status), Some(Status::Ok), "{what}");
+    assert_eq!(lane.lane(Preamble::data(token, 0, 1), &secret), Some(Status::Ok), "{what}");
     lane.raw(bytes);
     assert!(lane.rest().is_empty(), "{what}");
 }

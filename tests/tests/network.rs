@@ -64,7 +64,7 @@ impl Guest {
     fn receiver(&self, number: u32, taps: &[&str]) -> (Node, MigrationRequest) {
         let serial = serial_file(self.folder.path(), number);
         let listen = format!("{}:0", lab::peer());
-        let fixed = ["receive", "--listen", &listen, "--serial", serial.to_str().unwrap()];
+        let fixed = ["receive", "--insecure", "--listen", &listen, "--serial", serial.to_str().unwrap()];
         let nets = taps.iter().flat_map(|tap| ["--net", tap]);
         let arguments: Vec<_> = fixed.into_iter().chain(nets).collect();
         let name = format!("side-{number}");
@@ -272,7 +272,7 @@ fn hosts_without_a_suitable_tap_refuse_at_once() {
     wait_echo(&bridges);
     // One that is missing keeps a receiver from starting.
     let listen = format!("{}:0", lab::peer());
-    let missing = ["receive", "--listen", &listen, "--serial", "none", "--net", "tap=tap-none"];
+    let missing = ["receive", "--insecure", "--listen", &listen, "--serial", "none", "--net", "tap=tap-none"];
     run(missing).refused(1, "there is no tap tap-none");
     wait_echo(&bridges);
     // The others are seen when a guest comes.

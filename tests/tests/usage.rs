@@ -109,7 +109,7 @@ fn addresses_that_are_taken() {
     let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let address = taken.local_addr().unwrap().to_string();
     run(["receive", "--listen", &address]).refused(1, "another program listens there");
-    run(["receive", "--listen", "192.0.2.1:4444"]).refused(1, "this host has no such address");
+    run(["receive", "--listen", "192.0.2.1:4444", "--insecure"]).refused(1, "this host has no such address");
     let receive = |option, value| run(["receive", "--listen", "127.0.0.1:0", option, value]);
     receive("--disks", "/nonexistent").refused(1, "cannot use /nonexistent as a folder of disks");
     receive("--disks", "/dev/null").refused(1, "cannot use /dev/null as a folder of disks");

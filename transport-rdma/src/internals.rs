@@ -5,7 +5,7 @@ use crate::cm::{MAX_PRIVATE_DATA_BYTES, PrivateData};
 use crate::hello;
 use crate::message::{self, Message};
 use crate::offer::Offer;
-use migration::transport::Token;
+use migration::transport::{Secret, Token};
 
 /// Reads a message and writes it again: what is read is what was sent.
 pub fn message(bytes: &[u8]) {
@@ -30,11 +30,11 @@ pub fn hello(bytes: &[u8]) {
     let len = bytes.len().min(private_data.len());
     private_data[..len].copy_from_slice(&bytes[..len]);
     let token = Token([7; 16]);
-    if let Ok(purpose) = hello::accept(&private_data, token) {
+    if let Ok(purpose) = hello::accept(&private_data, token, &Secret::NONE) {
         let mut again: PrivateData = [0; MAX_PRIVATE_DATA_BYTES];
-        let request = hello::request(token, purpose, 64);
+        let request = hello::request(token, &Secret::NONE, purpose, 64);
         again[..request.len()].copy_from_slice(&request);
-        assert_eq!(hello::accept(&again, token), Ok(purpose));
+        assert_eq!(hello::accept(&again, token, &Secret::NONE), Ok(purpose));
     }
     hello::refused(&private_data);
 }
@@ -62,7 +62,7 @@ pub fn examples() -> (Vec<Vec<u8>>, Vec<u8>, Vec<u8>) {
         let len = message::put(&mut buffer, &message);
         messages.push(buffer[..len].to_vec());
     }
-    let request = hello::request(Token([7; 16]), hello::Purpose::Lane(1), 4).to_vec();
+    let request = hello::request(Token([7; 16]), &Secret::NONE, hello::Purpose::Lane(1), 4).to_vec();
     let address = std::net::SocketAddr::from(([10, 0, 0, 1], 4711));
     (messages, request, Offer { address, chunk_shifts: vec![24, 30] }.encode())
 }

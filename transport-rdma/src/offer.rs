@@ -14,7 +14,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 const MAGIC: [u8; 4] = *b"WRDM";
 
 /// Version of what is told here, of the private data and of the messages.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Bytes before the chunk sizes.
 const HEADER_BYTES: usize = 25;

@@ -1,29 +1,29 @@
 //! One port for everything.
 //!
-//! Each accepted connection gets a short-lived thread that reads its preamble, so that a silent caller delays
-//! nobody else. The number of these threads, and how long they wait, are bounded. A control connection
-//! becomes a session if there is room for one more. A data connection goes to the session of its token.
+//! Each accepted connection gets a short-lived thread that opens it (see `opening`), so that a silent caller
+//! delays nobody else. The number of these threads, and how long they wait, are bounded (`pending`). A
+//! control connection becomes a session if there is room for one more, after it has been opened: a caller
+//! that has not shown who it is cannot keep others out. A data connection goes to the session of its token.
 
 use crate::Error;
 use crate::acceptor::LaneAcceptor;
+use crate::channel::{Channel, Peer, Protection, SharedSocket};
 use crate::link::Connection;
-use crate::stream::{self, MAX_PREAMBLE_WAIT, MAX_SILENCE};
+use crate::opening;
+use crate::pending::{Pending, Place};
+use crate::stream::{self, MAX_OPENING, MAX_SILENCE};
 use migration::link::{ControlLink, LinkError};
-use migration::preamble::{Kind, Status};
-use migration::transport::Token;
+use migration::preamble::{Kind, Preamble, Status};
+use migration::transport::{Secret, Token};
 use socket2::Socket;
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-/// Most connections whose preamble is awaited at once; more are closed.
-const MAX_PENDING_CONNECTIONS: usize = 64;
 
 /// How often refused callers are told of at most.
 const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
@@ -71,20 +71,24 @@ pub struct Listener {
 
 #[derive(Default)]
 struct State {
-    /// Those that are under way and those that wait to be taken.
-    sessions: HashSet<Token>,
+    /// Those that are under way and those that wait to be taken, with who has begun them.
+    sessions: HashMap<Token, Option<Peer>>,
     waiting: VecDeque<Call>,
     failed: Option<io::Error>,
 }
 
+type Protecting = dyn Fn() -> Result<Protection, Error> + Send + Sync;
+
 struct Shared {
+    /// How the next connection is protected.
+    protecting: Box<Protecting>,
     /// How many may be under way at once.
     max_sessions: usize,
     lanes: LaneAcceptor,
     state: Mutex<State>,
     changed: Condvar,
     refusals: Mutex<Refusals>,
-    pending: AtomicUsize,
+    pending: Arc<Pending>,
     closed: AtomicBool,
 }
 
@@ -120,11 +124,20 @@ impl Call {
     pub fn local(&self) -> io::Result<SocketAddr> {
         self.connection.local()
     }
+
+    /// Who called, if the connection is protected.
+    pub fn identity(&self) -> Option<&Peer> {
+        self.connection.identity()
+    }
 }
 
 impl ControlLink for Call {
     fn token(&self) -> Token {
         self.connection.token()
+    }
+
+    fn secret(&self) -> Secret {
+        self.connection.secret()
     }
 
     fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {
@@ -151,16 +164,31 @@ impl Listener {
     /// # Errors
     /// [`Error::Bind`].
     pub fn bind_for(sessions: usize, address: SocketAddr) -> Result<Self, Error> {
+        Listener::bind_protected(sessions, address, || Ok(Protection::none()))
+    }
+
+    /// The same with connections that are protected as `protecting` says, which is asked for each: what it
+    /// has from files is renewed without this listener's noticing. While there is protection nobody is let in
+    /// without. An error of it refuses the connection.
+    ///
+    /// # Errors
+    /// [`Error::Bind`].
+    pub fn bind_protected(
+        sessions: usize,
+        address: SocketAddr,
+        protecting: impl Fn() -> Result<Protection, Error> + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
         let failed = |source| Error::Bind { address, source };
         let listener = TcpListener::bind(address).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let shared = Arc::new(Shared {
+            protecting: Box::new(protecting),
             max_sessions: sessions,
             lanes: LaneAcceptor::new(),
             state: Mutex::default(),
             changed: Condvar::new(),
             refusals: Mutex::default(),
-            pending: AtomicUsize::new(0),
+            pending: Arc::default(),
             closed: AtomicBool::new(false),
         });
         let accepting = Arc::clone(&shared);
@@ -222,15 +250,6 @@ impl Drop for Listener {
     }
 }
 
-/// Gives its place among the pending connections back.
-struct Pending(Arc<Shared>);
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        self.0.pending.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -259,17 +278,16 @@ impl Shared {
     }
 
     fn welcome(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr) {
-        let pending = Pending(Arc::clone(self));
-        if self.pending.fetch_add(1, Ordering::Relaxed) >= MAX_PENDING_CONNECTIONS {
-            self.refusals().tell(peer, "too many callers have not yet said what they want");
+        let socket = SharedSocket::from(Socket::from(stream));
+        let Some(place) = self.pending.enter(peer.ip(), &socket) else {
+            self.refusals().tell(peer, "too many callers have not yet shown who they are");
             return;
-        }
+        };
         let shared = Arc::clone(self);
         // Without a thread the connection is closed, as if there were too many.
         let _ = thread::Builder::new().name("preamble".into()).spawn(move || {
-            let _pending = pending;
             // It has been answered, if it listens.
-            if let Err(why) = shared.admit(stream, peer)
+            if let Err(why) = shared.admit(socket, peer, &place)
                 // The listener itself calls to wake the accepting thread.
                 && !shared.closed.load(Ordering::Acquire)
             {
@@ -278,36 +296,98 @@ impl Shared {
         });
     }
 
-    /// Reads a connection's preamble and gives it to whom it is for.
-    fn admit(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr) -> Result<(), Error> {
+    /// Opens a connection and gives it to whom it is for. It has to be open soon.
+    fn admit(
+        self: &Arc<Self>,
+        mut socket: SharedSocket,
+        peer: SocketAddr,
+        place: &Place,
+    ) -> Result<(), Error> {
+        let deadline = Instant::now() + MAX_OPENING;
         let broken = |source| Error::Connect { to: peer.to_string(), source };
-        let mut socket = Socket::from(stream);
         stream::prepare(&socket, MAX_SILENCE).map_err(broken)?;
-        let preamble = stream::hear(&mut socket, Some(MAX_PREAMBLE_WAIT))?;
+        let preamble = stream::hear(&mut socket, Some(deadline))?;
+        if preamble.kind == Kind::Data && !self.lanes.knows(preamble.token) {
+            // Which sessions there are is no secret.
+            opening::answer(&mut socket, &preamble, Status::Session).map_err(broken)?;
+            return Err(Error::Stray);
+        }
+        let protection = (self.protecting)()?;
+        opening::agree(&mut socket, &preamble, protection.is_some())?;
+        let channel = match protection.get() {
+            Some(protect) => Channel::Protected(protect.accept(socket, preamble.kind, deadline)?),
+            None => Channel::Clear(socket),
+        };
         match preamble.kind {
-            Kind::Data => self.lanes.give(socket, preamble).map_err(broken),
-            Kind::Control => {
-                let slot = self.slot(preamble.token);
-                let status = if slot.is_some() { Status::Ok } else { Status::Busy };
-                // If the answer fails, the slot is given back.
-                socket.write_all(&preamble.answer(status).encode()).map_err(broken)?;
-                if slot.is_none() {
-                    self.refusals().tell(peer, "this side is busy taking in another guest");
-                }
-                if let Some(slot) = slot {
-                    let connection = Connection::new(OwnedFd::from(socket).into(), preamble.token, peer);
-                    self.lock().waiting.push_back(Call { _slot: slot, connection });
-                    self.changed.notify_all();
-                }
-                Ok(())
-            }
+            Kind::Data => self.lane(channel, &preamble, deadline),
+            Kind::Control => self.session(channel, &preamble, peer, place, &protection, deadline),
         }
     }
 
-    /// A place for one more session, if there is one.
-    fn slot(self: &Arc<Self>, token: Token) -> Option<Slot> {
-        let mut state = self.lock();
-        let room = state.sessions.len() < self.max_sessions && state.sessions.insert(token);
-        room.then(|| Slot { token, shared: Arc::clone(self) })
+    /// Opens a control link, and makes a session of it if there is room for one more.
+    fn session(
+        self: &Arc<Self>,
+        mut channel: Channel,
+        preamble: &Preamble,
+        peer: SocketAddr,
+        place: &Place,
+        protection: &Protection,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let broken = |source| Error::Connect { to: peer.to_string(), source };
+        let secret = opening::give_secret(&mut channel, preamble, deadline)?;
+        // From here on the caller is known, and nobody takes its place.
+        if !place.leave() {
+            return Err(Error::HungUp { to: peer.to_string() });
+        }
+        if let (Some(protect), Some(who)) = (protection.get(), channel.peer())
+            && !protect.admits(who)
+        {
+            opening::answer(&mut channel, preamble, Status::Denied).map_err(broken)?;
+            return Err(Error::NotAdmitted { name: who_is(&channel) });
+        }
+        let slot = self.slot(preamble.token, channel.peer().cloned());
+        let status = if slot.is_some() { Status::Ok } else { Status::Busy };
+        // If the answer fails, the slot is given back.
+        opening::answer(&mut channel, preamble, status).map_err(broken)?;
+        match slot {
+            None => self.refusals().tell(peer, "this side is busy taking in another guest"),
+            Some(slot) => {
+                let connection = Connection::accepted(channel, preamble.token, secret, peer);
+                self.lock().waiting.push_back(Call { _slot: slot, connection });
+                self.changed.notify_all();
+            }
+        }
+        Ok(())
     }
+
+    /// Opens a lane, which has to come from whoever has begun its session.
+    fn lane(&self, mut channel: Channel, preamble: &Preamble, deadline: Instant) -> Result<(), Error> {
+        let owner = self.lock().sessions.get(&preamble.token).cloned().flatten();
+        let same = match (&owner, channel.peer()) {
+            (Some(owner), Some(peer)) => owner.is(peer),
+            // Sessions that were begun elsewhere have no owner here.
+            (None, _) => true,
+            (Some(_), None) => false,
+        };
+        if !same {
+            opening::answer(&mut channel, preamble, Status::Session).map_err(Error::NoPreamble)?;
+            return Err(Error::Unproved);
+        }
+        self.lanes.open(channel, preamble, Some(deadline))
+    }
+
+    /// A place for one more session, if there is one.
+    fn slot(self: &Arc<Self>, token: Token, peer: Option<Peer>) -> Option<Slot> {
+        let mut state = self.lock();
+        if state.sessions.len() >= self.max_sessions || state.sessions.contains_key(&token) {
+            return None;
+        }
+        state.sessions.insert(token, peer);
+        Some(Slot { token, shared: Arc::clone(self) })
+    }
+}
+
+fn who_is(channel: &Channel) -> String {
+    channel.peer().map(|peer| peer.name.clone()).unwrap_or_default()
 }

@@ -198,7 +198,7 @@ const MADV_POPULATE_WRITE: libc::c_int = 23;
 
 /// Makes the pages of a checked extent exist. Where the kernel cannot, each is made by a fault when it is
 /// received into.
-fn populate(address: *mut u8, len: u64) {
+pub(crate) fn populate(address: *mut u8, len: u64) {
     // SAFETY: the range lies inside a mapping of guest memory; populating changes no content.
     unsafe { libc::madvise(address.cast(), len as usize, MADV_POPULATE_WRITE) };
 }

@@ -1,9 +1,11 @@
 //! A session's receiving end: one thread for each stream, which places what arrives straight into guest RAM.
 
+use crate::channel::{Channel, SharedSocket};
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::place::{Placer, Turns};
-use crate::stream;
-use crate::streams::{Stream, Streams};
+use crate::stream::{self, Stream};
+use crate::streams::{Shut, Streams};
+use crate::{Error, copy, opening};
 use migration::cpu::thread_cpu;
 use migration::memory::Extent;
 use migration::preamble::{self, Preamble, Status};
@@ -14,23 +16,25 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// What the streams of one session write to.
 pub(crate) struct Plane {
     session: Session,
     turns: Turns,
-    streams: Streams<Socket>,
+    streams: Streams<SharedSocket>,
     placed: AtomicU64,
     coverage: Coverage,
     cpu_us: AtomicU64,
     error: Mutex<Option<String>>,
 }
 
-impl Stream for Socket {
-    fn handle(&self) -> io::Result<Self> {
-        self.try_clone()
-    }
+/// Whether a stream is to carry memory.
+fn is_data(preamble: &Preamble) -> bool {
+    preamble.kind == preamble::Kind::Data
+}
 
+impl Shut for SharedSocket {
     fn shut(&self) {
         // Fails only for a connection that is down already.
         let _ = self.shutdown(Shutdown::Both);
@@ -58,52 +62,73 @@ impl Plane {
         self.session.token
     }
 
-    /// The lane that a stream which began with `preamble` says it is, if it is one of this session.
-    fn lane(&self, preamble: &Preamble) -> Option<u16> {
-        let Preamble { kind, token, lane, lanes, .. } = *preamble;
-        (kind == preamble::Kind::Data && token == self.session.token && lane < lanes).then_some(lane)
-    }
-
-    /// Takes a stream that has presented this session's token.
-    pub(crate) fn join(self: &Arc<Self>, mut stream: Socket, preamble: Preamble) -> io::Result<()> {
-        let mut streams = self.streams.lock();
-        if !self.lane(&preamble).is_some_and(|lane| streams.admit(lane)) {
-            drop(streams);
-            return stream.write_all(&preamble.answer(Status::Session).encode());
+    /// Takes a stream whose `preamble` names this session and has been answered, if it proves before the
+    /// deadline that it is a lane.
+    pub(crate) fn join(
+        self: &Arc<Self>,
+        mut channel: Channel,
+        preamble: &Preamble,
+        deadline: Option<Instant>,
+    ) -> Result<(), Error> {
+        if !opening::is_proved(&mut channel, preamble, &self.session.secret, deadline)? {
+            return Err(Error::Unproved);
         }
-        stream.set_read_timeout(None)?;
-        stream.write_all(&preamble.answer(Status::Ok).encode())?;
-        let plane = Arc::clone(self);
-        streams.start(format!("receive-{}", preamble.lane), stream, move |stream| plane.serve(stream))
+        let mut streams = self.streams.lock();
+        let admitted = is_data(preamble) && streams.admit(preamble.lane, preamble.lanes);
+        let status = if admitted { Status::Ok } else { Status::Session };
+        let answered = channel.set_read_timeout(None).and_then(|()| {
+            opening::answer(&mut channel, preamble, status)?;
+            if !admitted {
+                return Ok(());
+            }
+            let (plane, handle) = (Arc::clone(self), channel.socket().clone());
+            streams.start(format!("receive-{}", preamble.lane), handle, move || plane.serve(channel))
+        });
+        answered.map_err(Error::NoPreamble)
     }
 
     /// Takes a stream whose preamble is still to come. It is waited for until the fence.
     pub(crate) fn expect(self: &Arc<Self>, stream: Socket) -> io::Result<()> {
-        let plane = Arc::clone(self);
-        self.streams.lock().start("receive".into(), stream, move |mut stream| {
+        let mut channel = Channel::Clear(stream.into());
+        let (plane, handle) = (Arc::clone(self), channel.socket().clone());
+        self.streams.lock().start("receive".into(), handle, move || {
             // A peer that goes away before it has begun is no failure of this side.
-            let Ok(preamble) = stream::hear(&mut stream, None) else { return };
-            let admitted = plane.lane(&preamble).is_some_and(|lane| plane.streams.lock().admit(lane));
-            let status = if admitted { Status::Ok } else { Status::Session };
-            let answered = stream.write_all(&preamble.answer(status).encode());
-            if admitted && answered.is_ok() {
-                plane.serve(stream);
+            if matches!(plane.let_in(&mut channel), Ok(true)) {
+                plane.serve(channel);
             } else {
-                stream.shut();
+                channel.socket().shut();
             }
         })
     }
 
-    fn serve(&self, stream: Socket) {
+    /// Opens a stream, and tells whether it is a lane of this session.
+    fn let_in(&self, channel: &mut Channel) -> Result<bool, Error> {
+        let preamble = stream::hear(channel, None)?;
+        if preamble.token != self.session.token {
+            opening::answer(channel, &preamble, Status::Session).map_err(Error::NoPreamble)?;
+            return Ok(false);
+        }
+        opening::agree(channel, &preamble, false)?;
+        let proved = opening::is_proved(channel, &preamble, &self.session.secret, None)?;
+        let admitted =
+            proved && is_data(&preamble) && self.streams.lock().admit(preamble.lane, preamble.lanes);
+        if proved {
+            let status = if admitted { Status::Ok } else { Status::Session };
+            opening::answer(channel, &preamble, status).map_err(Error::NoPreamble)?;
+        }
+        Ok(admitted)
+    }
+
+    fn serve(&self, channel: Channel) {
         let mut receiver =
-            Receiver { plane: self, stream, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
+            Receiver { plane: self, channel, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
         let result = receiver.run();
         self.cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
         if let Err(error) = result
             && !self.streams.over()
         {
             // The source must not go on writing to a lane that nobody reads.
-            receiver.stream.shut();
+            receiver.channel.socket().shut();
             lock(&self.error).get_or_insert(error.to_string());
         }
     }
@@ -135,7 +160,7 @@ impl Plane {
 /// One stream's receiving thread.
 struct Receiver<'a> {
     plane: &'a Plane,
-    stream: Socket,
+    channel: Channel,
     table: Vec<u8>,
     extents: Vec<Extent>,
     placer: Placer,
@@ -150,7 +175,7 @@ impl Receiver<'_> {
                 return Ok(());
             }
             let mut head = [0; UNIT];
-            match self.stream.read_exact(&mut head) {
+            match self.channel.read_exact(&mut head) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
                 Err(e) => return Err(broken(e)),
@@ -160,7 +185,15 @@ impl Receiver<'_> {
             match header.kind {
                 Kind::Write => {
                     let Plane { session, turns, .. } = self.plane;
-                    self.placer.place(&self.stream, &session.ram, turns, &self.extents).map_err(broken)?;
+                    let placed = match &mut self.channel {
+                        Channel::Clear(socket) => {
+                            self.placer.place(socket, &session.ram, turns, &self.extents)
+                        }
+                        Channel::Protected(protected) => {
+                            copy::place(protected.as_mut(), &session.ram, &self.extents)
+                        }
+                    };
+                    placed.map_err(broken)?;
                     let bytes = self.extents.iter().map(|e| e.len).sum();
                     self.cover();
                     self.plane.placed.fetch_add(bytes, Ordering::Relaxed);
@@ -175,7 +208,10 @@ impl Receiver<'_> {
                     // Named pages are a sign of life as much as sent ones.
                     self.plane.placed.fetch_add(self.extents.len() as u64, Ordering::Relaxed);
                 }
-                Kind::Barrier => self.stream.write_all(&header.encode()).map_err(broken)?,
+                Kind::Barrier => {
+                    let answered = self.channel.write_all(&header.encode());
+                    answered.and_then(|()| self.channel.flush()).map_err(broken)?;
+                }
             }
         }
     }
@@ -190,7 +226,7 @@ impl Receiver<'_> {
     fn read_table(&mut self, extents: usize) -> Result<(), PlaneError> {
         debug_assert!(extents <= MAX_FRAME_EXTENTS, "the header's bound");
         self.table.resize(extents * UNIT, 0);
-        self.stream
+        self.channel
             .read_exact(&mut self.table)
             .map_err(|source| PlaneError::Io { what: "receiving a table of extents", source })?;
         self.extents.clear();
@@ -241,7 +277,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut source = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let stream = Socket::from(listener.accept().unwrap().0);
-        plane.join(stream, Preamble::data(token, 0, 1)).unwrap();
+        let preamble = Preamble::data(token, 0, 1);
+        source.write_all(&plane.session.secret.proof(&preamble.encode())).unwrap();
+        plane.join(Channel::Clear(stream.into()), &preamble, None).unwrap();
         source.read_exact(&mut [0; preamble::LEN]).unwrap();
         let mut frame =
             Header { kind: Kind::Zero, extents: extents.len() as u32, round: 0 }.encode().to_vec();

@@ -3,11 +3,14 @@
 //! Large extents are sent with `sendfile` from the guest's memfd: the kernel puts references to the guest's
 //! own pages into the socket, and nothing is copied on this side. A page may change before it leaves; the
 //! contract allows that. Small extents, and memory whose file cannot be sent (hugetlbfs), are sent with
-//! `sendmsg` from the mapping, many at a time.
+//! `sendmsg` from the mapping, many at a time. Through a protected channel everything is encrypted from the
+//! mapping.
 
+use crate::channel::{Channel, Peer, Protected, Protection, SharedSocket};
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::iovec::{self, MAX_IOVECS};
-use crate::stream::{self, PEER};
+use crate::opening::{self, Caller};
+use crate::stream::{self, PEER, Stream};
 use crate::{Error, cause, pacing};
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::preamble::Preamble;
@@ -33,16 +36,59 @@ pub struct TcpSource(Streams);
 
 /// Where a source's streams come from.
 enum Streams {
-    /// So many connections to an address.
-    Connect(SocketAddr, u16),
+    /// Connections to an address.
+    Connect(Way),
     /// Connected elsewhere.
     Given(Vec<Socket>),
+}
+
+/// How a source reaches its destination.
+struct Way {
+    to: SocketAddr,
+    streams: u16,
+    /// What it has to prove to be, and how.
+    host: String,
+    protection: Protection,
+    /// Who is at the other end of the control link.
+    peer: Option<Peer>,
+}
+
+impl Way {
+    fn open(&self, lane: u16, session: &Session) -> Result<Channel, Error> {
+        let Session { token, secret, timeout: patience, .. } = session;
+        let to = self.to.to_string();
+        let caller = Caller { to: &to, host: &self.host, protection: &self.protection, patience: *patience };
+        let preamble = Preamble::data(*token, lane, self.streams).encrypted(self.protection.is_some());
+        let socket = stream::connect(self.to, *patience)?;
+        let mut channel = caller.call(Channel::Clear(socket.into()), preamble)?;
+        if let (Some(owner), Some(peer)) = (&self.peer, channel.peer())
+            && !owner.is(peer)
+        {
+            let text =
+                format!("a lane to {to} leads to {}, and the session is with {}", peer.name, owner.name);
+            return Err(Error::Untrusted(text));
+        }
+        opening::prove(&mut channel, &to, &preamble, secret, *patience)?;
+        Ok(channel)
+    }
 }
 
 impl TcpSource {
     /// `streams` connections to `to`, the address to which the control link goes; 0 for [`DEFAULT_STREAMS`].
     pub fn new(to: SocketAddr, streams: u16) -> Self {
-        TcpSource(Streams::Connect(to, if streams == 0 { DEFAULT_STREAMS } else { streams }))
+        TcpSource::protected(to, streams, "", Protection::none(), None)
+    }
+
+    /// The same to `host`, protected, and bound to the peer of the control link.
+    pub(crate) fn protected(
+        to: SocketAddr,
+        streams: u16,
+        host: &str,
+        protection: Protection,
+        peer: Option<Peer>,
+    ) -> Self {
+        let streams = if streams == 0 { DEFAULT_STREAMS } else { streams };
+        TcpSource(Streams::Connect(Way { to, streams, host: host.into(), protection, peer }))
     }
 
     /// Streams that are connected already: stream sockets of any family, one for each lane. What is at their
@@ -57,21 +103,25 @@ impl TcpSource {
 }
 
 impl Streams {
-    /// A session's streams, whose preambles have been answered.
-    fn open(&mut self, session: &Session) -> Result<Vec<Socket>, Error> {
-        let Session { token, timeout, .. } = *session;
+    /// A session's streams, which have been let in.
+    fn open(&mut self, session: &Session) -> Result<Vec<Channel>, Error> {
+        let Session { token, secret, timeout, .. } = *session;
         match self {
-            Streams::Connect(to, count) => (0..*count)
-                .map(|lane| stream::connect(*to, Preamble::data(token, lane, *count), timeout))
-                .collect(),
+            Streams::Connect(way) => {
+                (0..way.streams).map(|lane| opening::insist(|| way.open(lane, session))).collect()
+            }
             Streams::Given(sockets) => {
-                let mut sockets = std::mem::take(sockets);
+                let sockets = std::mem::take(sockets);
                 let count = sockets.len() as u16;
-                for (lane, socket) in (0..count).zip(&mut sockets) {
-                    stream::prepare(socket, timeout).map_err(Error::Descriptor)?;
-                    stream::call(socket, PEER, Preamble::data(token, lane, count), timeout)?;
-                }
-                Ok(sockets)
+                let open = |(lane, socket)| {
+                    stream::prepare(&socket, timeout).map_err(Error::Descriptor)?;
+                    let mut channel = Channel::Clear(socket.into());
+                    let preamble = Preamble::data(token, lane, count);
+                    stream::call(&mut channel, PEER, preamble, timeout)?;
+                    opening::prove(&mut channel, PEER, &preamble, &secret, timeout)?;
+                    Ok(channel)
+                };
+                (0..count).zip(sockets).map(open).collect()
             }
         }
     }
@@ -94,12 +144,12 @@ impl SourceTransport for TcpSource {
         let interrupted = Arc::new(AtomicBool::new(false));
         let mut lanes: Vec<Box<dyn Lane>> = Vec::new();
         let mut handles = Vec::new();
-        for stream in streams {
-            pacing::stop_if_near(&stream);
-            handles.push(stream.try_clone().map_err(broken)?);
-            stream.set_read_timeout(Some(session.timeout)).map_err(broken)?;
+        for channel in streams {
+            pacing::stop_if_near(channel.socket());
+            handles.push(channel.socket().clone());
+            channel.set_read_timeout(Some(session.timeout)).map_err(broken)?;
             lanes.push(Box::new(TcpLane {
-                stream,
+                channel,
                 ram: Arc::clone(&session.ram),
                 timeout: session.timeout,
                 head: Vec::with_capacity(UNIT * (MAX_FRAME_EXTENTS + 1)),
@@ -115,7 +165,7 @@ impl SourceTransport for TcpSource {
 /// Stops all lanes of a plane.
 struct Interrupter {
     interrupted: Arc<AtomicBool>,
-    streams: Vec<Socket>,
+    streams: Vec<SharedSocket>,
 }
 
 impl Interrupt for Interrupter {
@@ -153,7 +203,7 @@ impl SourcePlane for TcpPlane {
 }
 
 struct TcpLane {
-    stream: Socket,
+    channel: Channel,
     ram: Arc<Ram>,
     timeout: Duration,
     /// Header and table of the frame that is being sent.
@@ -168,7 +218,7 @@ impl TcpLane {
         if self.interrupted.load(Ordering::Acquire) {
             return PlaneError::Interrupted;
         }
-        cause::of(&self.stream, what, source, self.timeout)
+        cause::of(self.channel.socket(), what, source, self.timeout)
     }
 
     /// Reads the destination's answer, which comes once it has everything that was sent before. The socket
@@ -178,7 +228,7 @@ impl TcpLane {
         let mut unconfirmed = self.unconfirmed()?;
         let mut read = 0;
         while read < bytes.len() {
-            match self.stream.read(&mut bytes[read..]) {
+            match self.channel.read(&mut bytes[read..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => read += count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -197,7 +247,7 @@ impl TcpLane {
 
     /// Bytes that the peer's kernel has not confirmed.
     fn unconfirmed(&self) -> io::Result<u32> {
-        cause::unconfirmed(&self.stream)
+        cause::unconfirmed(self.channel.socket())
     }
 
     fn check(&self, extents: &[Extent]) -> Result<(), PlaneError> {
@@ -217,26 +267,52 @@ impl TcpLane {
         self.stats.requests += 1;
     }
 
-    /// Sends the head and then the extents' content, copying nothing of large extents.
+    /// Sends the head and then the extents' content.
     fn send_payload(&mut self, extents: &[Extent]) -> io::Result<()> {
-        let mut batch = Batch::new(&self.stream);
-        batch.add(self.head.as_ptr(), self.head.len(), true)?;
-        for (index, extent) in extents.iter().enumerate() {
-            let more = index + 1 < extents.len();
-            // `check` has passed all extents.
-            let Ok(region) = self.ram.check(extent) else { continue };
-            let address = region.address().wrapping_add(extent.offset as usize);
-            if extent.len < MIN_SENDFILE_BYTES || region.backing_page() > PAGE_SIZE {
-                batch.add(address, extent.len as usize, more)?;
-            } else {
-                batch.flush(true)?;
-                for piece in region.pieces(extent.offset, extent.len) {
-                    send_file(&self.stream, piece.fd, piece.offset, piece.len)?;
-                }
+        match &mut self.channel {
+            Channel::Clear(socket) => send_clear(socket, &self.head, &self.ram, extents),
+            Channel::Protected(protected) => {
+                send_protected(protected.as_mut(), &self.head, &self.ram, extents)
             }
         }
-        batch.flush(false)
     }
+}
+
+/// Copies nothing of large extents.
+fn send_clear(stream: &Socket, head: &[u8], ram: &Ram, extents: &[Extent]) -> io::Result<()> {
+    let mut batch = Batch::new(stream);
+    batch.add(head.as_ptr(), head.len(), true)?;
+    for (index, extent) in extents.iter().enumerate() {
+        let more = index + 1 < extents.len();
+        // `check` has passed all extents.
+        let Ok(region) = ram.check(extent) else { continue };
+        let address = region.address().wrapping_add(extent.offset as usize);
+        if extent.len < MIN_SENDFILE_BYTES || region.backing_page() > PAGE_SIZE {
+            batch.add(address, extent.len as usize, more)?;
+        } else {
+            batch.flush(true)?;
+            for piece in region.pieces(extent.offset, extent.len) {
+                send_file(stream, piece.fd, piece.offset, piece.len)?;
+            }
+        }
+    }
+    batch.flush(false)
+}
+
+/// Encrypts straight from guest memory.
+fn send_protected(channel: &mut dyn Protected, head: &[u8], ram: &Ram, extents: &[Extent]) -> io::Result<()> {
+    channel.write_all(head)?;
+    for extent in extents {
+        // `check` has passed all extents.
+        let Ok(address) = ram.address(extent) else { continue };
+        // SAFETY: the extent lies inside a mapping that `ram` keeps alive across the call, and no thread of
+        // this process writes to it through a reference. The guest may, from outside of this program: whoever
+        // encrypts copies each byte into a record of its own before it looks at any, as the kernel does in
+        // `sendmsg`, so that a page which changes meanwhile is torn, which the contract allows.
+        let content = unsafe { std::slice::from_raw_parts(address, extent.len as usize) };
+        channel.write_all(content)?;
+    }
+    channel.flush()
 }
 
 impl Lane for TcpLane {
@@ -386,7 +462,7 @@ mod tests {
             }
         });
         let lane = TcpLane {
-            stream,
+            channel: Channel::Clear(stream.into()),
             ram: ram_of(&[256]),
             timeout: PATIENCE,
             head: Vec::new(),
@@ -399,7 +475,7 @@ mod tests {
     #[test]
     fn a_peer_that_is_slow_is_not_silent() {
         let (mut lane, peer) = lane_to_slow_peer(BYTES);
-        lane.stream.write_all(&vec![0; BYTES]).unwrap();
+        lane.channel.write_all(&vec![0; BYTES]).unwrap();
         lane.wait_barrier(7).unwrap();
         drop(lane);
         peer.join().unwrap();
@@ -408,7 +484,7 @@ mod tests {
     #[test]
     fn a_peer_that_takes_nothing_is_silent() {
         let (mut lane, _peer) = lane_to_slow_peer(BYTES / 8);
-        lane.stream.write_all(&vec![0; BYTES]).unwrap();
+        lane.channel.write_all(&vec![0; BYTES]).unwrap();
         let error = lane.wait_barrier(7).unwrap_err();
         assert!(matches!(error, PlaneError::Stalled { patience: PATIENCE, .. }), "{error}");
     }
@@ -421,7 +497,7 @@ mod tests {
         let (peer, _) = listener.accept().unwrap();
         let ram = ram_of(&[256]);
         let mut lane = TcpLane {
-            stream,
+            channel: Channel::Clear(stream.into()),
             ram,
             timeout: PATIENCE,
             head: Vec::new(),

@@ -9,8 +9,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// How long a caller may take for its preamble.
-pub const MAX_PREAMBLE_WAIT: Duration = Duration::from_secs(5);
+/// How long a caller may take until it has proved to belong to a session: for its preamble, for TLS and for
+/// the proof together.
+pub const MAX_OPENING: Duration = Duration::from_secs(5);
 
 /// How long a caller's network may be gone before the connection counts as lost.
 pub const MAX_SILENCE: Duration = Duration::from_secs(20);
@@ -78,37 +79,56 @@ pub fn lane(descriptor: impl Into<OwnedFd>) -> Result<Socket, Error> {
     Ok(socket)
 }
 
-/// Connects, sends `preamble` and has it answered, each within `patience`.
-pub fn connect(to: SocketAddr, preamble: Preamble, patience: Duration) -> Result<Socket, Error> {
+/// Connects within `patience`.
+pub fn connect(to: SocketAddr, patience: Duration) -> Result<Socket, Error> {
     let failed = |source| Error::Connect { to: to.to_string(), source };
-    let mut socket = Socket::from(TcpStream::connect_timeout(&to, patience).map_err(failed)?);
+    let socket = Socket::from(TcpStream::connect_timeout(&to, patience).map_err(failed)?);
     prepare(&socket, patience).map_err(failed)?;
-    call(&mut socket, &to.to_string(), preamble, patience)?;
     Ok(socket)
 }
 
 /// Sends `preamble` to `to` and has it answered within `patience`.
 pub fn call(stream: &mut impl Stream, to: &str, preamble: Preamble, patience: Duration) -> Result<(), Error> {
+    let mut answer = [0; LEN];
+    let deadline = Instant::now() + patience;
+    let sent = stream.write_all(&preamble.encode());
+    sent.and_then(|()| read_by(stream, &mut answer, Some(deadline)))
+        .map_err(|error| unanswered(to, error, patience))?;
+    judge(to, &answer)
+}
+
+/// What it means that `to` did not answer within `patience`.
+pub fn unanswered(to: &str, error: io::Error, patience: Duration) -> Error {
+    let to = to.to_owned();
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::Silent { to, waited: patience },
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            Error::HungUp { to }
+        }
+        _ => Error::refused_by(&error, &to).unwrap_or(Error::Connect { to, source: error }),
+    }
+}
+
+/// What `to` has answered.
+pub fn judge(to: &str, answer: &[u8; LEN]) -> Result<(), Error> {
     let to = || to.to_owned();
-    let sent = stream.write_all(&preamble.encode()).and_then(|()| read_preamble(stream, Some(patience)));
-    let answer = sent.map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::Silent { to: to(), waited: patience },
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Error::HungUp { to: to() },
-        _ => Error::Connect { to: to(), source: error },
-    })?;
-    match Preamble::decode(&answer).map_err(|why| Error::Preamble { to: to(), why })?.status {
+    match Preamble::decode(answer).map_err(|why| Error::Preamble { to: to(), why })?.status {
         Status::Ok => Ok(()),
         Status::Busy => Err(Error::Busy { to: to() }),
         Status::Session => Err(Error::Session { to: to() }),
+        Status::Encrypted => Err(Error::WantsEncryption { to: to() }),
+        Status::Clear => Err(Error::CannotEncrypt { to: to() }),
+        Status::Denied => Err(Error::Denied { to: to() }),
         // Its version is ours, or decoding would have failed: it misread us.
         Status::Version => Err(Error::Preamble { to: to(), why: PreambleError::Malformed }),
     }
 }
 
-/// The preamble that the connecting end sends within `patience`; `None`: whenever it does. One of another
+/// The preamble that the connecting end sends before the deadline; `None`: whenever it does. One of another
 /// version is told so.
-pub fn hear(stream: &mut impl Stream, patience: Option<Duration>) -> Result<Preamble, Error> {
-    let bytes = read_preamble(stream, patience).map_err(Error::NoPreamble)?;
+pub fn hear(stream: &mut impl Stream, deadline: Option<Instant>) -> Result<Preamble, Error> {
+    let mut bytes = [0; LEN];
+    read_by(stream, &mut bytes, deadline).map_err(Error::NoPreamble)?;
     Preamble::decode(&bytes).map_err(|why| {
         if matches!(why, PreambleError::Version { .. }) {
             // If it does not listen to the answer, it need not be told.
@@ -118,12 +138,10 @@ pub fn hear(stream: &mut impl Stream, patience: Option<Duration>) -> Result<Prea
     })
 }
 
-/// Reads 32 bytes, all of them within `patience`.
-fn read_preamble(stream: &mut impl Stream, patience: Option<Duration>) -> io::Result<[u8; LEN]> {
-    let deadline = patience.map(|patience| Instant::now() + patience);
-    let mut bytes = [0; LEN];
+/// Fills `bytes` before the deadline, if there is one.
+pub fn read_by(stream: &mut impl Stream, bytes: &mut [u8], deadline: Option<Instant>) -> io::Result<()> {
     let mut filled = 0;
-    while filled < LEN {
+    while filled < bytes.len() {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
             return Err(io::ErrorKind::TimedOut.into());
@@ -138,5 +156,5 @@ fn read_preamble(stream: &mut impl Stream, patience: Option<Duration>) -> io::Re
             Err(e) => return Err(e),
         }
     }
-    Ok(bytes)
+    Ok(())
 }

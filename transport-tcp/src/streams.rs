@@ -6,12 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-/// A stream, as far as letting it in and shutting it out is concerned.
-pub(crate) trait Stream: Sized + Send + 'static {
-    /// Another handle to the same stream.
-    fn handle(&self) -> io::Result<Self>;
-
-    /// Ends what waits for it, now and later.
+/// A handle to a stream, as far as shutting it out is concerned.
+pub(crate) trait Shut: Send + 'static {
+    /// Ends what waits for the stream, now and later.
     fn shut(&self);
 }
 
@@ -26,40 +23,50 @@ pub(crate) struct Inner<S> {
     fenced: bool,
     /// Numbers of the lanes that have been let in.
     lanes: Vec<u16>,
+    /// How many lanes there are to be, as the first of them has said.
+    announced: Option<u16>,
     /// Of all streams, also those that have not said yet which lane they are.
     handles: Vec<S>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl<S: Stream> Inner<S> {
-    /// Whether a stream is let in as lane number `lane`, which is then no longer missing.
-    pub(crate) fn admit(&mut self, lane: u16) -> bool {
-        if self.fenced || self.lanes.contains(&lane) || self.lanes.len() >= MAX_LANES {
+impl<S: Shut> Inner<S> {
+    /// Whether a stream that has proved to be of this session is let in as number `lane` of `lanes`, which is
+    /// then no longer missing.
+    pub(crate) fn admit(&mut self, lane: u16, lanes: u16) -> bool {
+        let announced = *self.announced.get_or_insert(lanes);
+        let right = lanes == announced && lane < lanes;
+        if self.fenced || !right || self.lanes.contains(&lane) || self.lanes.len() >= MAX_LANES {
             return false;
         }
         self.lanes.push(lane);
         true
     }
 
-    /// Has a thread of its own do `work` with a stream.
+    /// Has a thread of its own do `work` with the stream of this handle.
     pub(crate) fn start(
         &mut self,
         name: String,
-        stream: S,
-        work: impl FnOnce(S) + Send + 'static,
+        handle: S,
+        work: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
-        let handle = stream.handle()?;
-        let thread = thread::Builder::new().name(name).spawn(move || work(stream))?;
+        let thread = thread::Builder::new().name(name).spawn(work)?;
         self.handles.push(handle);
         self.threads.push(thread);
         Ok(())
     }
 }
 
-impl<S: Stream> Streams<S> {
+impl<S: Shut> Streams<S> {
     /// None yet.
     pub(crate) fn new() -> Self {
-        let inner = Inner { fenced: false, lanes: Vec::new(), handles: Vec::new(), threads: Vec::new() };
+        let inner = Inner {
+            fenced: false,
+            lanes: Vec::new(),
+            announced: None,
+            handles: Vec::new(),
+            threads: Vec::new(),
+        };
         Streams { inner: Mutex::new(inner), over: AtomicBool::new(false) }
     }
 

@@ -28,7 +28,8 @@
 //! - A process that is told to quit calls a migration off, if that is still possible, and stops its machine
 //!   whatever the state is.
 
-use crate::api::model::{Migration, MigrationRequest, Vm, VmState};
+use crate::api::model::{Migration, MigrationRequest, TransportChoice, Vm, VmState};
+use crate::security::{Encryption, Secured, Security};
 use crate::transports;
 use migration::monitor::{Monitor, Phase};
 use migration::report::{Report, Verdict};
@@ -40,6 +41,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::sync::watch;
+use transport_tcp::{Connection, Error};
 use vmm::guest;
 use vmm::{Machine, Outcome};
 
@@ -73,6 +75,7 @@ enum State {
 struct Attempt {
     number: u64,
     to: String,
+    secured: Option<Secured>,
     monitor: Arc<Monitor>,
     report: Option<Report>,
     /// Tells those who wait how it ended.
@@ -91,6 +94,8 @@ struct Inner {
 pub struct Instance {
     name: String,
     machine: Arc<Machine>,
+    /// Of its migrations that ask for nothing else.
+    security: Security,
     inner: Mutex<Inner>,
     /// Keeps the record of a migration that is over.
     keep: Box<Keep>,
@@ -132,17 +137,19 @@ fn busy(message: &str) -> Failure {
 
 impl Instance {
     /// An instance of a machine that runs, or whose guest has arrived paused. `keep` is given each migration
-    /// that is over. There is nothing in it that could fail: a guest that has just arrived runs nowhere else
-    /// any more.
+    /// that is over, and `security` protects those that ask for nothing else. There is nothing in it that
+    /// could fail: a guest that has just arrived runs nowhere else any more.
     pub fn new(
         name: String,
         machine: Arc<Machine>,
+        security: Security,
         keep: impl Fn(&Migration) + Send + Sync + 'static,
     ) -> Arc<Self> {
         let state = if machine.stays_paused() { State::Paused } else { State::Running };
         Arc::new(Instance {
             name,
             machine,
+            security,
             inner: Mutex::new(Inner { state, quit: false, attempt: None }),
             keep: Box::new(keep),
             waiting: AtomicUsize::new(0),
@@ -298,7 +305,8 @@ impl Instance {
             .spawn(move || mover.move_away(&request, token, &watched))
             .map_err(|e| Failure::new(Code::HOST, format_args!("cannot start a thread: {e}")))?;
         let ended = watch::Sender::new(None);
-        let attempt = Attempt { number, to, monitor, report: None, ended, thread: Some(thread) };
+        let attempt =
+            Attempt { number, to, secured: None, monitor, report: None, ended, thread: Some(thread) };
         let started = attempt.view();
         inner.attempt = Some(attempt);
         Ok(started)
@@ -374,6 +382,37 @@ impl Instance {
         }
     }
 
+    /// Calls the destination, protected as the request or else the process says.
+    fn connect(
+        &self,
+        request: &MigrationRequest,
+        token: Token,
+        silence: Duration,
+    ) -> Result<Connection, Failure> {
+        let security = match (&request.tls, request.insecure, &self.security) {
+            (Some(files), ..) => &Security::Tls(files.clone()),
+            // A process that was given certificates is not told by a request to do without.
+            (None, true, Security::Near) => &Security::Insecure,
+            (None, _, security) => security,
+        };
+        if request.encryption == Encryption::Required {
+            let cannot = |why| Err(Failure::new(Code::AUTHENTICATION, why));
+            if !matches!(security, Security::Tls(_)) {
+                return cannot("encryption is required, and there are no certificates: use --tls FOLDER");
+            }
+            if request.transport == TransportChoice::Rdma {
+                return cannot("encryption is required, and RDMA has none: use another transport");
+            }
+        }
+        security.connector()?.connect(&request.to, token, silence).map_err(|error| match error {
+            Error::Exposed { .. } => Failure::new(
+                Code::AUTHENTICATION,
+                format_args!("{error}. Use --tls FOLDER, or --insecure if that is so"),
+            ),
+            error => error.into(),
+        })
+    }
+
     fn attempt(
         &self,
         request: &MigrationRequest,
@@ -382,7 +421,10 @@ impl Instance {
     ) -> Result<Report, Failure> {
         let silence = Duration::from_secs(request.silence_s.max(1));
         transports::warm_up(request);
-        let mut connection = transport_tcp::connect_control(&request.to, token, silence)?;
+        let mut connection = self.connect(request, token, silence)?;
+        if let Some(attempt) = &mut self.lock().attempt {
+            attempt.secured = connection.identity().map(Secured::from);
+        }
         let transports = transports::source(request, &connection);
         Ok(source::Migration::new(self.machine.as_ref(), &mut connection)
             .transports(transports)
@@ -412,6 +454,7 @@ impl Attempt {
         Migration {
             number: self.number,
             to: self.to.clone(),
+            secured: self.secured.clone(),
             progress: self.monitor.progress(),
             report: self.report.clone(),
         }
@@ -431,7 +474,7 @@ mod tests {
         let machine = Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config }).unwrap();
         Workload::idle(1).boot(&machine).unwrap();
         machine.resume().unwrap();
-        Instance::new("test".into(), Arc::new(machine), |_| {})
+        Instance::new("test".into(), Arc::new(machine), Security::Near, |_| {})
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use crate::api::client::Client;
 use crate::api::model::{Migration, MigrationRequest, Vm};
+use crate::security::is_near;
 use hyper::Method;
 use serde_json::Value;
 use std::ffi::OsStr;
@@ -143,7 +144,8 @@ impl Node {
         Node::receiver_on(program, folder, name, (Ipv4Addr::LOCALHOST, 0).into(), args)
     }
 
-    /// Starts a receiver on `listen` (port 0 for a free one); returns it with its address.
+    /// Starts a receiver on `listen` (port 0 for a free one); returns it with its address. Without
+    /// certificates it is insecure.
     ///
     /// # Errors
     /// As for [`receiver`](Self::receiver).
@@ -154,10 +156,14 @@ impl Node {
         listen: SocketAddr,
         args: impl IntoIterator<Item = A>,
     ) -> Result<(Self, SocketAddr), Error> {
+        let args: Vec<_> = args.into_iter().collect();
+        let protected = args.iter().any(|arg| arg.as_ref().as_encoded_bytes().starts_with(b"--tls"));
+        // These nodes are for networks of tests and measurements.
+        let insecure = !protected && !is_near(listen.ip());
+        let insecure = insecure.then_some("--insecure").map(OsStr::new);
         let listen = listen.to_string();
         let fixed = ["receive", "--listen", &listen, "--serial", "none"].map(OsStr::new);
-        let args: Vec<_> = args.into_iter().collect();
-        let all = fixed.into_iter().chain(args.iter().map(AsRef::as_ref));
+        let all = fixed.into_iter().chain(insecure).chain(args.iter().map(AsRef::as_ref));
         let mut node = Node::start(program, folder, name, all)?;
         let event = node.expect("listening")?;
         let address = event["address"].as_str().and_then(|a| a.parse().ok());

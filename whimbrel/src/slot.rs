@@ -5,6 +5,7 @@
 
 use crate::api::model::{Arrival, Vm, VmState};
 use crate::instance::Instance;
+use crate::security::Secured;
 use migration::destination::{Monitor, Phase};
 use migration::{Code, Failure};
 use std::net::SocketAddr;
@@ -98,7 +99,7 @@ impl Slot {
     }
 
     /// A guest comes from `from`; who watches it. `None` if the receiver is to end, and forever after.
-    pub fn begin(&self, from: SocketAddr) -> Option<Arc<Monitor>> {
+    pub fn begin(&self, from: SocketAddr, secured: Option<Secured>) -> Option<Arc<Monitor>> {
         let mut reception = self.reception()?;
         if reception.quit {
             return None;
@@ -108,6 +109,7 @@ impl Slot {
         reception.arrival = Some(Arrival {
             number,
             from,
+            secured,
             began: now(),
             ended: None,
             sender: None,
@@ -191,14 +193,14 @@ mod tests {
         let state = || slot.status().unwrap().state;
         assert_eq!((state(), slot.arrival()), (VmState::Waiting, None));
         let from = "192.0.2.1:7".parse().unwrap();
-        slot.begin(from).unwrap();
+        slot.begin(from, None).unwrap();
         assert_eq!(state(), VmState::Receiving);
         assert_eq!(slot.arrival().unwrap().ended, None);
         let failure = Failure::new(Code::MEMORY, "too large");
         let told = slot.end(Err(failure.clone())).unwrap();
         assert_eq!((told.number, told.from, told.failure), (1, from, Some(failure)));
         assert!(told.ended.is_some() && state() == VmState::Waiting);
-        slot.begin(from).unwrap();
+        slot.begin(from, None).unwrap();
         assert_eq!(slot.end(Ok("someone 1.0")).unwrap().sender.as_deref(), Some("someone 1.0"));
         assert_eq!(slot.arrival().unwrap().number, 2);
     }
@@ -207,7 +209,7 @@ mod tests {
     fn a_receiver_that_is_to_end_takes_nobody_in() {
         let slot = Slot::receiver(None);
         let from = "192.0.2.1:7".parse().unwrap();
-        let monitor = slot.begin(from).unwrap();
+        let monitor = slot.begin(from, None).unwrap();
         thread::scope(|scope| {
             let quitting = scope.spawn(|| slot.quit());
             while !monitor.cancelled() {
@@ -217,7 +219,7 @@ mod tests {
             while !slot.told_to_quit() {
                 thread::sleep(Duration::from_millis(1));
             }
-            assert!(slot.begin(from).is_none());
+            assert!(slot.begin(from, None).is_none());
             slot.close();
             assert_eq!(quitting.join().unwrap(), Ok(()));
         });

@@ -1,9 +1,10 @@
 //! Which data planes a migration may use, best first.
 
 use crate::api::model::{MigrationRequest, TransportChoice};
+use crate::security::Encryption;
 use migration::transport::{DestinationTransport, SourceTransport};
 use transport_rdma::{Options, RdmaDestination, RdmaSource, Waiting};
-use transport_tcp::{Call, Connection, Listener, TcpDestination, TcpSource};
+use transport_tcp::{Call, Connection, Listener, TcpDestination};
 
 /// What a source may use to reach the other end of `connection`. With [`TransportChoice::Auto`], TCP takes
 /// over from RDMA, at the start or when RDMA breaks.
@@ -12,8 +13,10 @@ pub fn source(request: &MigrationRequest, connection: &Connection) -> Vec<Box<dy
         let waiting = waiting(request.busy_poll);
         Box::new(RdmaSource::new(Options::default().with_lanes(request.queue_pairs).with_waiting(waiting)))
     };
-    let tcp = || -> Box<dyn SourceTransport> { Box::new(TcpSource::new(connection.peer(), request.streams)) };
+    let tcp = || -> Box<dyn SourceTransport> { Box::new(connection.lanes(request.streams)) };
     match request.transport {
+        // Over RDMA nothing is encrypted.
+        TransportChoice::Auto if request.encryption == Encryption::Required => vec![tcp()],
         TransportChoice::Auto => vec![rdma(), tcp()],
         TransportChoice::Rdma => vec![rdma()],
         TransportChoice::Tcp => vec![tcp()],
@@ -28,11 +31,18 @@ pub fn warm_up(request: &MigrationRequest) {
 }
 
 /// What a destination has for the source that made `call`; the source chooses.
-pub fn destination(call: &Call, listener: &Listener, busy_poll: bool) -> Vec<Box<dyn DestinationTransport>> {
+pub fn destination(
+    call: &Call,
+    listener: &Listener,
+    busy_poll: bool,
+    encryption: Encryption,
+) -> Vec<Box<dyn DestinationTransport>> {
     let mut transports: Vec<Box<dyn DestinationTransport>> = Vec::new();
     // RDMA uses the address that the source has called, because this is the network that the operator chose.
     // A connection that has no address any more is about to fail by itself.
-    if let Ok(local) = call.local() {
+    if let Ok(local) = call.local()
+        && encryption != Encryption::Required
+    {
         let options = Options::default().with_waiting(waiting(busy_poll));
         transports.push(Box::new(RdmaDestination::new(local.ip(), options)));
     }

@@ -3,7 +3,7 @@
 use super::Fixture;
 use crate::memory::{Extent, PAGE_SIZE, Ram, RegionLayout};
 use crate::scan;
-use crate::transport::{DestinationPlane, Session, SourcePlane, Token};
+use crate::transport::{DestinationPlane, Secret, Session, SourcePlane, Token};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,9 +43,10 @@ impl Bed {
     pub fn with_patience(fixture: &dyn Fixture, lanes: u16, timeout: Duration) -> Bed {
         let token = Token::random().expect("random numbers");
         let shadow = ram();
-        let there = Session { token, ram: Arc::clone(&shadow), timeout };
+        let secret = Secret::random().expect("random numbers");
+        let there = Session::new(token, Arc::clone(&shadow), timeout).with_secret(secret);
         let (offer, destination) = fixture.destination().offer(&there).expect("an offer");
-        let source = Session { token, ram: ram(), timeout };
+        let source = Session::new(token, ram(), timeout).with_secret(secret);
         let mut plane = fixture.source(lanes).connect(&source, &offer).expect("a connection");
         assert_eq!(plane.lanes().len(), usize::from(lanes));
         Bed { source, shadow, offer, destination, plane }

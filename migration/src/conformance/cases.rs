@@ -4,7 +4,7 @@ use super::Fixture;
 use super::bed::{Bed, PATIENCE, REGION_PAGES, extent, ram, read, resident, scramble, write};
 use crate::dirty::{DirtySet, runs};
 use crate::memory::{Extent, PAGE_SIZE, Ram};
-use crate::transport::{Lane, LaneStats, PlaneError, Session, Token};
+use crate::transport::{Lane, LaneStats, PlaneError, Secret, Session, Token};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -265,10 +265,19 @@ pub fn nobody_joins_after_the_fence(fixture: &dyn Fixture) {
 
 /// A source with another token gets no connection, or one that carries nothing.
 pub fn a_wrong_token_is_refused(fixture: &dyn Fixture) {
+    a_stranger_is_refused(fixture, |session| session.token.0[15] ^= 1);
+}
+
+/// Whoever has seen the token on the wire knows no secret, and that of another session is of no use.
+pub fn a_wrong_secret_is_refused(fixture: &dyn Fixture) {
+    a_stranger_is_refused(fixture, |session| session.secret.0[31] ^= 1);
+    a_stranger_is_refused(fixture, |session| session.secret = Secret::NONE);
+}
+
+fn a_stranger_is_refused(fixture: &dyn Fixture, differs: impl Fn(&mut Session)) {
     let bed = Bed::with_patience(fixture, 1, Duration::from_secs(2));
-    let mut token = bed.source.token;
-    token.0[15] ^= 1;
-    let stranger = Session { token, ..bed.source.clone() };
+    let mut stranger = bed.source.clone();
+    differs(&mut stranger);
     try_to_write(fixture, &stranger, &bed.offer);
     assert_eq!(resident(&bed.shadow), 0, "a stranger's write landed");
     // The session itself is not disturbed.
@@ -375,9 +384,9 @@ pub fn a_source_that_goes_away_leaves_the_destination_fenceable(fixture: &dyn Fi
 pub fn nonsense_offers_are_refused(fixture: &dyn Fixture) {
     let token = Token([9; 16]);
     let patience = Duration::from_secs(2);
-    let there = Session { token, ram: ram(), timeout: patience };
+    let there = Session::new(token, ram(), patience);
     let (offer, destination) = fixture.destination().offer(&there).unwrap();
-    let here = Session { token: Token([8; 16]), ram: ram(), timeout: patience };
+    let here = Session::new(Token([8; 16]), ram(), patience);
     let mut nonsense: Vec<Vec<u8>> = (0..offer.len()).map(|end| offer[..end].to_vec()).collect();
     nonsense.push(vec![0xff; 64]);
     nonsense.push(vec![0; 4096]);

@@ -49,6 +49,7 @@ macro_rules! conformance_suite {
             nothing_lands_after_the_fence
             nobody_joins_after_the_fence
             a_wrong_token_is_refused
+            a_wrong_secret_is_refused
             sessions_are_apart
             silence_is_noticed
             an_interrupt_ends_every_wait

@@ -230,7 +230,8 @@ impl<H: DestinationHost> Driver<'_, '_, H> {
         if !machine.memory_is_zero() {
             scan::make_zero(&ram);
         }
-        let session = Session { token: self.link.token(), ram, timeout: self.timeouts.data };
+        let session =
+            Session::new(self.link.token(), ram, self.timeouts.data).with_secret(self.link.secret());
         self.machine = Some(machine);
         let mut offers = Vec::new();
         for transport in

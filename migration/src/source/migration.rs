@@ -161,10 +161,10 @@ impl<'a> Migration<'a> {
         let own = Monitor::default();
         let monitor = monitor.unwrap_or(&own);
         let begun = unwind::catch("memory of the machine", || {
-            let (ram, token) = (machine.ram(), link.token());
-            Ok((ram, token, machine.arbiter().is_some_and(Arbiter::decides)))
+            let (ram, token, secret) = (machine.ram(), link.token(), link.secret());
+            Ok((ram, token, secret, machine.arbiter().is_some_and(Arbiter::decides)))
         });
-        let (ram, token, has_arbiter) = match begun {
+        let (ram, token, secret, has_arbiter) = match begun {
             Ok(begun) => begun,
             Err(why) => {
                 monitor.end(Phase::Stayed);
@@ -174,7 +174,7 @@ impl<'a> Migration<'a> {
         if let Err(why) = monitor.take() {
             return Report::not_begun(why, ram.len());
         }
-        let session = Session { token, ram: Arc::clone(&ram), timeout: options.timeouts.data };
+        let session = Session::new(token, Arc::clone(&ram), options.timeouts.data).with_secret(secret);
         let fence_patience = options.timeouts.answer + options.timeouts.load;
         let path = Path::new(link, transports, session, monitor, fence_patience);
         drive::drive(machine, &ram, has_arbiter, path, &options, monitor)

@@ -37,16 +37,11 @@ impl Line {
 macro_rules! scenarios {
     ($streams:ident) => {
         pub mod $streams {
-            use super::super::$streams::{Stream, Streams};
+            use super::super::$streams::{Shut, Streams};
             use super::*;
             use loom::thread;
-            use std::io;
 
-            impl Stream for Arc<Line> {
-                fn handle(&self) -> io::Result<Self> {
-                    Ok(Arc::clone(self))
-                }
-
+            impl Shut for Arc<Line> {
                 fn shut(&self) {
                     self.state.lock().unwrap().1 = true;
                     self.changed.notify_all();
@@ -72,17 +67,18 @@ macro_rules! scenarios {
                         let line = Arc::new(Line::default());
                         line.state.lock().unwrap().0 = 1;
                         let mut all = streams.lock();
-                        if all.admit(0) {
-                            assert!(!all.admit(0), "a lane is let in twice");
-                            let plane = streams.clone();
-                            let work = move |line: Arc<Line>| serve(&plane, &line, &fenced);
-                            all.start("lane".into(), line, work).unwrap();
+                        if all.admit(0, 2) {
+                            assert!(!all.admit(0, 2), "a lane is let in twice");
+                            assert!(!all.admit(2, 3), "a lane is let in that was not announced");
+                            let (plane, handle) = (streams.clone(), line.clone());
+                            let work = move || serve(&plane, &line, &fenced);
+                            all.start("lane".into(), handle, work).unwrap();
                         }
                     }
                 });
                 streams.fence().unwrap();
                 fenced.store(true, Ordering::Release);
-                assert!(!streams.lock().admit(1), "a lane is let in behind the fence");
+                assert!(!streams.lock().admit(1, 2), "a lane is let in behind the fence");
                 joining.join().unwrap();
             }
 
@@ -91,10 +87,10 @@ macro_rules! scenarios {
                 let streams: Lines = Arc::new(Streams::new());
                 let fenced = Arc::new(AtomicBool::new(false));
                 let line = Arc::new(Line::default());
-                let (plane, seen) = (streams.clone(), fenced.clone());
-                let work = move |line: Arc<Line>| {
-                    if line.read().is_some() && plane.lock().admit(0) {
-                        serve(&plane, &line, &seen);
+                let (plane, seen, own) = (streams.clone(), fenced.clone(), line.clone());
+                let work = move || {
+                    if own.read().is_some() && plane.lock().admit(0, 1) {
+                        serve(&plane, &own, &seen);
                     }
                 };
                 streams.lock().start("lane".into(), line.clone(), work).unwrap();

@@ -52,7 +52,7 @@ taken!(lock);
 // What the files name.
 extern crate self as migration;
 use engine::{Code, Failure, failure, transport};
-use reception::{api, instance};
+use reception::{api, instance, security};
 
 /// Checks every order of what happens in `scenario`, with at most so many preemptions.
 fn explore(preemptions: usize, scenario: impl Fn() + Send + Sync + 'static) {

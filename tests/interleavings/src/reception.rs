@@ -12,6 +12,7 @@ pub mod api {
     pub mod model {
         use crate::Failure;
         use crate::destination::Progress;
+        use crate::security::Secured;
         use std::net::SocketAddr;
 
         #[derive(Debug, PartialEq)]
@@ -34,6 +35,7 @@ pub mod api {
         pub struct Arrival {
             pub number: u64,
             pub from: SocketAddr,
+            pub secured: Option<Secured>,
             pub began: String,
             pub ended: Option<String>,
             pub sender: Option<String>,
@@ -41,6 +43,12 @@ pub mod api {
             pub failure: Option<Failure>,
         }
     }
+}
+
+/// How a connection is protected.
+pub mod security {
+    #[derive(Clone)]
+    pub struct Secured;
 }
 
 /// A guest that has arrived.
@@ -87,7 +95,7 @@ macro_rules! scenarios {
                         thread::yield_now();
                         continue;
                     }
-                    let Some(monitor) = slot.begin(([192, 0, 2, 1], 7).into()) else { continue };
+                    let Some(monitor) = slot.begin(([192, 0, 2, 1], 7).into(), None) else { continue };
                     monitor.enter(Phase::Switchover);
                     let wanted = !slot.told_to_quit() || monitor.cancelled();
                     assert!(wanted, "a guest is taken in that nobody wants any more");

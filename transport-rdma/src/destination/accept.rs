@@ -49,7 +49,7 @@ impl Plane {
         match event.kind {
             RDMA_CM_EVENT_CONNECT_REQUEST => {
                 let Some(id) = event.incoming.map(Arc::new) else { return };
-                let joined = hello::accept(&event.private_data, self.session.token)
+                let joined = hello::accept(&event.private_data, self.session.token, &self.session.secret)
                     .and_then(|purpose| self.join(&id, purpose));
                 if let Err(status) = joined {
                     id.reject(&hello::refusal(status));
@@ -79,7 +79,7 @@ impl Plane {
         }
     }
 
-    /// Takes a connection that has presented this session's token.
+    /// Takes a connection that has proved to belong to this session.
     fn join(self: &Arc<Self>, id: &Arc<CmId>, purpose: Purpose) -> Result<(), Status> {
         let mut connections = lock(&self.connections);
         let known = connections.all.iter().any(|c| c.purpose == purpose);

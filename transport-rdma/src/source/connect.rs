@@ -19,7 +19,7 @@ use crate::queue::QueuePair;
 use crate::receives::ReceiveQueue;
 use crate::unavailable;
 use migration::memory::{PAGE_SIZE, Ram};
-use migration::transport::{MAX_LANES, PlaneError, Session, Token};
+use migration::transport::{MAX_LANES, PlaneError, Secret, Session, Token};
 use rdma_sys::rdma_cm_event_type::{self, *};
 use std::io;
 use std::net::SocketAddr;
@@ -47,7 +47,7 @@ pub(super) fn connect(session: &Session, offer: &[u8], options: &Options) -> Res
     let map = map_chunks(&session.ram, options.chunk, &offer, &domain);
     let (registry, answers) = make_registry(&connector, &session.ram, &domain, map)?;
     let lanes = make_lanes(&connector, &domain, &registry, options)?;
-    connector.connect(session.token)?;
+    connector.connect(session.token, &session.secret)?;
     RdmaPlane::start(lanes, registry, connector.into_ids(), answers)
 }
 
@@ -192,15 +192,15 @@ impl Connector {
         self.all("resolving the route", RDMA_CM_EVENT_ROUTE_RESOLVED, |_, id| id.resolve_route(self.timeout))
     }
 
-    /// Connects all queue pairs. Each says which it is, and presents the session's token.
-    fn connect(&self, token: Token) -> Result<(), PlaneError> {
+    /// Connects all queue pairs. Each says which it is, and proves to belong to the session.
+    fn connect(&self, token: Token, secret: &Secret) -> Result<(), PlaneError> {
         let lanes = self.lanes().len() as u16;
         self.all("connecting", RDMA_CM_EVENT_ESTABLISHED, |number, id| {
             let purpose = match number.checked_sub(1) {
                 None => Purpose::Registrations,
                 Some(lane) => Purpose::Lane(lane as u16),
             };
-            id.connect(&hello::request(token, purpose, lanes))
+            id.connect(&hello::request(token, secret, purpose, lanes))
         })
     }
 

@@ -13,7 +13,7 @@ use crate::zeroed::Zeroed;
 use crate::{Options, RdmaDestination, probe};
 use migration::conformance::bed::{extent, ram, read, scramble};
 use migration::memory::Ram;
-use migration::transport::{DestinationPlane, PlaneError, Session, SourcePlane, Token};
+use migration::transport::{DestinationPlane, PlaneError, Secret, Session, SourcePlane, Token};
 use rdma_sys::*;
 use std::net::IpAddr;
 use std::process::Command;
@@ -37,9 +37,10 @@ impl Honest {
     fn new(to: IpAddr) -> Honest {
         let options = Options { lanes: 1, ..Options::default() };
         let shadow = ram();
-        let there = Session::new(Token::random().unwrap(), Arc::clone(&shadow), PATIENCE);
+        let (token, secret) = (Token::random().unwrap(), Secret::random().unwrap());
+        let there = Session::new(token, Arc::clone(&shadow), PATIENCE).with_secret(secret);
         let (offer, destination) = RdmaDestination::new(to, options.clone()).serve(&there).unwrap();
-        let session = Session::new(there.token, ram(), PATIENCE);
+        let session = Session::new(token, ram(), PATIENCE).with_secret(secret);
         scramble(&session.ram, &extent(0, 0, 64), &mut fastrand::Rng::with_seed(1));
         let mut plane = connect::connect(&session, &offer, &options).unwrap();
         let lane = &mut plane.lanes()[0];
@@ -71,7 +72,7 @@ impl Intruder {
         let domain = ProtectionDomain::open(&channel, id.local_ip().unwrap(), false).unwrap();
         let queue = QueuePair::new(Arc::clone(&id), &domain, 4, 4, Default::default()).unwrap();
         let memory = domain.register_ram(&session.ram, &extent(0, 0, 64), false).unwrap();
-        id.connect(&hello::request(session.token, Purpose::Lane(lane), lane + 1)).unwrap();
+        id.connect(&hello::request(session.token, &session.secret, Purpose::Lane(lane), lane + 1)).unwrap();
         match wait() {
             rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED => Ok(Intruder { halt, queue, memory }),
             other => Err(other),

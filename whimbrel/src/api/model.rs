@@ -1,5 +1,6 @@
 //! What the HTTP API takes and gives, as JSON. `docs/api.md` tells the same for people.
 
+use crate::security::{Encryption, Secured, TlsFiles};
 use migration::Failure;
 use migration::destination;
 use migration::monitor::Progress;
@@ -86,6 +87,15 @@ pub struct MigrationRequest {
     /// Compare all memory on both sides before handing over.
     #[serde(default)]
     pub compare_memory: bool,
+    /// Whether memory may travel unencrypted over RDMA.
+    #[serde(default)]
+    pub encryption: Encryption,
+    /// Certificates to use instead of those that the process was given.
+    #[serde(default)]
+    pub tls: Option<TlsFiles>,
+    /// Migrate to another host without certificates, if the process was given none.
+    #[serde(default)]
+    pub insecure: bool,
     /// Seconds without any sign from the destination after which it counts as lost.
     #[serde(default = "default_silence")]
     pub silence_s: u64,
@@ -134,6 +144,10 @@ pub struct Migration {
     pub number: u64,
     /// Where to.
     pub to: String,
+    /// Who that is, and how what travels is encrypted; `None` as long as it is not known, and without
+    /// certificates.
+    #[serde(default)]
+    pub secured: Option<Secured>,
     /// This moment.
     pub progress: Progress,
     /// The whole story, once it is over.
@@ -147,6 +161,9 @@ pub struct Arrival {
     pub number: u64,
     /// Where from.
     pub from: SocketAddr,
+    /// Who that is, and how what travels is encrypted; `None` without certificates.
+    #[serde(default)]
+    pub secured: Option<Secured>,
     /// When it began, in UTC, by this host's clock.
     pub began: String,
     /// When it was over; `None` until then.

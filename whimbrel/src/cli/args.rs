@@ -1,11 +1,14 @@
 //! The command line.
 
-use super::choice::{AIO, CONTENTS, ON_REBOOT, ON_STALL, OnReboot, SECCOMP, THP, TRANSPORTS, one_of};
+use super::choice::{
+    AIO, CONTENTS, ENCRYPTION, ON_REBOOT, ON_STALL, OnReboot, SECCOMP, THP, TRANSPORTS, one_of,
+};
 use clap::{Args, Parser, Subcommand};
 use migration::policy::OnStall;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
+use transport_tcp::tls::Pattern;
 use vmm::guest::Content;
 use vmm::host::MAX_VCPUS;
 use vmm::memory::{PageSize, Thp};
@@ -13,6 +16,7 @@ use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES, OnError};
 use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
 use whimbrel::api::model::TransportChoice;
+use whimbrel::security::{Encryption, Security, TlsFiles};
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]
@@ -51,6 +55,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Move an embedded guest between two processes on this machine and show what it felt
     Demo(DemoArgs),
+    /// Make the certificates by which hosts know each other
+    Pki(PkiArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -182,6 +188,8 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "OPTION,...", default_value = "rounds=5,initial=50ms,step=100ms,max=550ms")]
     #[arg(value_parser = announcing)]
     pub announce: Announcing,
+    #[command(flatten)]
+    pub security: SecurityArgs,
     /// Whether this process limits itself to the system calls, files and privileges that it needs
     #[arg(long, default_value = "on", value_parser = one_of(SECCOMP))]
     pub seccomp: Mode,
@@ -228,10 +236,18 @@ impl std::str::FromStr for OutputTarget {
 
 #[derive(Args, Debug)]
 pub struct ReceiveArgs {
-    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. The port is not
-    /// authenticated: use an address of a trusted network
+    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. Without
+    /// certificates (--tls) it has to be this host's own, such as 127.0.0.1
     #[arg(long, short = 'l')]
     pub listen: SocketAddr,
+    /// Host that may send a guest, by a name or an address that its certificate is for, or *.DOMAIN for any
+    /// host of a domain; repeatable. Without it, all hosts may that the CA vouches for
+    #[arg(long, value_name = "PEER", requires = "certificates")]
+    pub allow: Vec<Pattern>,
+    /// Whether memory may arrive unencrypted over RDMA if there are certificates (preferred), or nothing may
+    /// (required)
+    #[arg(long, default_value = "preferred", value_parser = one_of(ENCRYPTION))]
+    pub encryption: Encryption,
     /// Make guest memory exist before the source may write to it. This takes time at first, and saves time
     /// later
     #[arg(long)]
@@ -256,6 +272,99 @@ pub struct ReceiveArgs {
     pub once: bool,
     #[command(flatten)]
     pub process: ProcessArgs,
+}
+
+/// Certificates.
+#[derive(Args, Clone, Debug, Default)]
+#[group(id = "certificates", multiple = true)]
+pub struct TlsArgs {
+    /// Folder with this host's certificate for migrations: ca.pem, cert.pem, key.pem and perhaps crl.pem, as
+    /// `whimbrel pki` makes them. They are read again for every migration
+    #[arg(long, value_name = "FOLDER")]
+    pub tls: Option<PathBuf>,
+    /// Certificates of the CAs that vouch for other hosts, in PEM format
+    #[arg(long, value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// This host's certificate, and those between it and its CA
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// The key of this host's certificate
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// What the CAs have revoked
+    #[arg(long, value_name = "FILE")]
+    pub tls_crl: Option<PathBuf>,
+}
+
+/// How connections are protected.
+#[derive(Args, Clone, Debug, Default)]
+pub struct SecurityArgs {
+    #[command(flatten)]
+    pub tls: TlsArgs,
+    /// Migrate without certificates to and from other hosts: whoever is on the network can read and change
+    /// the guest, and send one
+    #[arg(long, conflicts_with = "certificates")]
+    pub insecure: bool,
+}
+
+impl SecurityArgs {
+    /// The files that are named.
+    pub fn files(&self) -> Option<TlsFiles> {
+        // Another process may read them, from another folder.
+        let path =
+            |path: &Option<PathBuf>| path.as_ref().map(|p| std::path::absolute(p).unwrap_or(p.clone()));
+        let files = TlsFiles {
+            folder: path(&self.tls.tls),
+            ca: path(&self.tls.tls_ca),
+            cert: path(&self.tls.tls_cert),
+            key: path(&self.tls.tls_key),
+            crl: path(&self.tls.tls_crl),
+        };
+        (!files.is_empty()).then_some(files)
+    }
+
+    /// What a process does that is told no more.
+    pub fn security(&self) -> Security {
+        match self.files() {
+            Some(files) => Security::Tls(files),
+            None if self.insecure => Security::Insecure,
+            None => Security::Near,
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+pub struct PkiArgs {
+    #[command(subcommand)]
+    pub command: PkiCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Make an authority (CA)
+    Init {
+        /// Its folder, which is made
+        folder: PathBuf,
+    },
+    /// Make or renew the certificate and the key of a host
+    Host {
+        /// The authority's folder
+        folder: PathBuf,
+        /// The host's name, as sources write it in --to
+        name: String,
+        /// Further names and addresses by which the host is reached
+        others: Vec<String>,
+        /// How long the certificate is good
+        #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+        days: u32,
+    },
+    /// Revoke all certificates of a host
+    Revoke {
+        /// The authority's folder
+        folder: PathBuf,
+        /// The host's name
+        name: String,
+    },
 }
 
 #[derive(Args, Debug)]
@@ -288,6 +397,8 @@ pub struct MigrateArgs {
     #[arg(long)]
     pub detach: bool,
     #[command(flatten)]
+    pub security: SecurityArgs,
+    #[command(flatten)]
     pub policy: PolicyArgs,
 }
 
@@ -297,6 +408,10 @@ pub struct PolicyArgs {
     /// How memory travels
     #[arg(long, default_value = "auto", value_parser = one_of(TRANSPORTS))]
     pub transport: TransportChoice,
+    /// Whether memory may travel unencrypted over RDMA if there are certificates (preferred), or nothing may
+    /// (required)
+    #[arg(long, default_value = "preferred", value_parser = one_of(ENCRYPTION))]
+    pub encryption: Encryption,
     /// TCP streams; 0 for the default
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     pub streams: u16,

@@ -7,6 +7,7 @@ use vmm::memory::Thp;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::Aio;
 use whimbrel::api::model::TransportChoice;
+use whimbrel::security::Encryption;
 
 /// The words of an option: each with what it stands for and what the help says of it.
 pub type Choices<T> = &'static [(&'static str, T, &'static str)];
@@ -60,6 +61,12 @@ pub const TRANSPORTS: Choices<TransportChoice> = &[
     ),
     ("rdma", TransportChoice::Rdma, "RDMA only; fails if it is not available"),
     ("tcp", TransportChoice::Tcp, "TCP"),
+];
+
+/// `--encryption`
+pub const ENCRYPTION: Choices<Encryption> = &[
+    ("preferred", Encryption::Preferred, "Memory that travels over RDMA is not encrypted, all else is"),
+    ("required", Encryption::Required, "Everything is encrypted, so RDMA is not used"),
 ];
 
 /// `--on-stall`

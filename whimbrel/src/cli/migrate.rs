@@ -1,7 +1,7 @@
 //! `whimbrel migrate`: starts a migration and watches it.
 
 use super::Exit;
-use super::args::{MigrateArgs, PolicyArgs};
+use super::args::{MigrateArgs, PolicyArgs, SecurityArgs};
 use super::{render, say};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -28,9 +28,12 @@ const LOOK: Duration = Duration::from_secs(1);
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The request that the command line asks for.
-pub fn request(to: &str, policy: &PolicyArgs) -> MigrationRequest {
+pub fn request(to: &str, policy: &PolicyArgs, security: &SecurityArgs) -> MigrationRequest {
     MigrationRequest {
         to: to.into(),
+        encryption: policy.encryption,
+        tls: security.files(),
+        insecure: security.insecure,
         transport: policy.transport,
         streams: policy.streams,
         queue_pairs: policy.queue_pairs,
@@ -46,7 +49,7 @@ pub fn request(to: &str, policy: &PolicyArgs) -> MigrationRequest {
 
 /// `whimbrel migrate`.
 pub fn migrate(args: MigrateArgs) -> anyhow::Result<Exit> {
-    let request = request(&args.to, &args.policy);
+    let request = request(&args.to, &args.policy, &args.security);
     if args.detach {
         let client = Client::new(&args.target.api)?;
         let started: Migration = client.call(Method::POST, "/v1/migration", &request)?;

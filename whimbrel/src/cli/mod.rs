@@ -6,6 +6,7 @@ pub mod config;
 mod demo;
 mod doctor;
 mod migrate;
+mod pki;
 mod process;
 mod receive;
 mod render;
@@ -74,6 +75,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Quit(target) => send(&target, Method::PUT, "/v1/vm/quit"),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Pki(args) => pki::pki(args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "whimbrel", &mut std::io::stdout());
             Ok(Exit::Done)

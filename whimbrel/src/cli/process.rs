@@ -23,6 +23,7 @@ use vmm::{Machine, Outcome};
 use whimbrel::api::model::{Arrival, Migration};
 use whimbrel::instance::{End, Instance};
 use whimbrel::record::Records;
+use whimbrel::security::TlsFiles;
 use whimbrel::slot::{self, Slot};
 
 /// How long the process of a guest that has moved away stays at most for those who wait for its report, and
@@ -99,6 +100,7 @@ impl ProcessArgs {
             needs.sockets.push(folder.unwrap_or(Path::new(".")).into());
         }
         needs.make.extend(std::env::var_os(SAVE_TO).map(PathBuf::from));
+        needs.read.extend(self.security.files().iter().flat_map(TlsFiles::folders));
         needs
     }
 

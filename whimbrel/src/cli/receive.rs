@@ -18,6 +18,7 @@ use vmm::virtio::block::Images;
 use vmm::virtio::net;
 use whimbrel::api::server;
 use whimbrel::instance::{Instance, SOFTWARE};
+use whimbrel::security::{Encryption, Secured, Security};
 use whimbrel::slot::Slot;
 use whimbrel::transports;
 
@@ -35,6 +36,18 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     for tap in &args.net {
         net::find_tap(&tap.name)?;
     }
+    let security = args.process.security.security();
+    anyhow::ensure!(
+        security.may_listen(args.listen),
+        "whoever reaches {} could send a guest: use --tls FOLDER (`whimbrel pki` makes certificates), or --insecure if \
+         nobody can reach it whom you do not trust",
+        args.listen
+    );
+    anyhow::ensure!(
+        args.encryption != Encryption::Required || matches!(security, Security::Tls(_)),
+        "encryption is required, and there are no certificates: use --tls FOLDER"
+    );
+    let protecting = security.protecting(args.allow.clone())?;
     let mut host = IncomingHost::open(IncomingOptions {
         serial: args.process.serial(),
         local: LocalConfig {
@@ -57,7 +70,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
     // While nobody waits for it.
     transport_rdma::warm_up();
-    let listener = Listener::bind(args.listen)?;
+    let listener = Listener::bind_protected(1, args.listen, protecting)?;
     let address = listener.local_addr();
     listener.on_refused(|refused| {
         let more = match refused.untold {
@@ -81,8 +94,9 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         }
         let Some(mut call) = call else { continue };
         let peer = call.peer();
-        let Some(monitor) = slot.begin(peer) else { continue };
-        let transports = transports::destination(&call, &listener, args.busy_poll);
+        let secured = call.identity().map(Secured::from);
+        let Some(monitor) = slot.begin(peer, secured.clone()) else { continue };
+        let transports = transports::destination(&call, &listener, args.busy_poll, args.encryption);
         let arrived = Migration::new(&mut host, &mut call)
             .transports(transports)
             .software(SOFTWARE)
@@ -102,8 +116,11 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
                 let arrival = slot.end(Err(why.clone()));
                 args.process.tell(
                     "refused",
-                    &format!("the guest from {peer} was not taken in: {why}"),
-                    json!({ "from": peer, "why": why, "arrival": arrival }),
+                    &format!(
+                        "the guest from {} was not taken in: {why}",
+                        render::from(peer, secured.as_ref())
+                    ),
+                    json!({ "from": peer, "secured": secured, "why": why, "arrival": arrival }),
                 );
                 if let Some(arrival) = arrival {
                     keeper.arrival(args.process.name.as_deref().unwrap_or_default(), &arrival);
@@ -135,14 +152,17 @@ fn welcome(
     let what = if machine.stays_paused() { "is paused, as it was there" } else { "runs" };
     let name = process.name.as_ref().unwrap_or(&machine.config().name).clone();
     let (told, keep) = (name.clone(), keeper.clone());
-    let instance = Instance::new(name.clone(), machine, move |over| keep.migration(&told, over));
+    let instance = Instance::new(name.clone(), machine, process.security.security(), move |over| {
+        keep.migration(&told, over)
+    });
     slot.put(Arc::clone(&instance));
     let story = slot.end(Ok(arrival.sender()));
+    let secured = story.as_ref().and_then(|story| story.secured.as_ref());
     let figures = story.as_ref().map(render::arrival).unwrap_or_default();
     process.tell(
         "arrived",
-        &format!("a guest has arrived from {peer} and {what}, {name}; {figures}"),
-        json!({ "from": peer, "sender": arrival.sender(), "name": name, "arrival": story }),
+        &format!("a guest has arrived from {} and {what}, {name}; {figures}", render::from(peer, secured)),
+        json!({ "from": peer, "secured": secured, "sender": arrival.sender(), "name": name, "arrival": story }),
     );
     arrival.conclude();
     if let Some(story) = story {

@@ -5,8 +5,10 @@ use migration::monitor::Progress;
 use migration::report::{Report, Verdict};
 use serde_json::Value;
 use std::fmt::Write;
+use std::net::SocketAddr;
 use vmm::guest::Testimony;
 use whimbrel::api::model::{Arrival, Migration, Vm, VmState};
+use whimbrel::security::Secured;
 
 /// A number of bytes in the largest binary unit that it fills.
 pub fn size(bytes: u64) -> String {
@@ -59,22 +61,35 @@ pub fn vm(vm: &Vm) -> String {
 /// A guest that comes, has come or was not taken in.
 pub fn arrival(arrival: &Arrival) -> String {
     let p = &arrival.progress;
+    let from = from(arrival.from, arrival.secured.as_ref());
     let so_far = format!("{} of memory, {} placed in {}", size(p.memory), size(p.placed), ms(p.elapsed_us));
     match (&arrival.ended, &arrival.failure) {
         (None, _) => {
             let phase = serde_json::to_value(p.phase).ok();
             let phase = phase.as_ref().and_then(Value::as_str).unwrap_or_default();
-            format!("a guest comes from {}: {phase}, {so_far}", arrival.from)
+            format!("a guest comes from {from}: {phase}, {so_far}")
         }
-        (Some(at), Some(why)) => format!("the guest from {} was not taken in at {at}: {why}", arrival.from),
-        (Some(at), None) => format!("the guest arrived from {} at {at}: {so_far}", arrival.from),
+        (Some(at), Some(why)) => format!("the guest from {from} was not taken in at {at}: {why}"),
+        (Some(at), None) => format!("the guest arrived from {from} at {at}: {so_far}"),
+    }
+}
+
+/// Where a guest comes from, and from whom.
+pub fn from(address: SocketAddr, secured: Option<&Secured>) -> String {
+    match secured {
+        Some(secured) => format!("{} ({address})", secured.peer),
+        None => address.to_string(),
     }
 }
 
 /// A migration's status or report.
 pub fn migration(migration: &Migration) -> String {
     match &migration.report {
-        Some(report) => self::report(report, &migration.to),
+        Some(report) => {
+            let who = migration.secured.as_ref().map(|secured| secured.told(&report.transport));
+            let to = who.map(|who| format!("{} ({who})", migration.to));
+            self::report(report, to.as_deref().unwrap_or(&migration.to))
+        }
         None => {
             let p = &migration.progress;
             format!(

@@ -23,6 +23,8 @@ use whimbrel::slot::Slot;
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     // Whatever takes privileges, or a process of its own, comes before this one gives up both.
     let boot = boot(&args)?;
+    // What is wrong with certificates is said now, not when the guest is to move.
+    args.process.security.security().connector()?;
     let images = Images::Opened(Opened::new(&args.disk)?);
     let keeper = Keeper::new(&args.process)?;
     let host = Host::open()?;
@@ -61,7 +63,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     machine.resume()?;
     let name = machine.config().name.clone();
     let told = name.clone();
-    let instance = Instance::new(name, Arc::new(machine), move |over| keeper.migration(&told, over));
+    let security = args.process.security.security();
+    let instance =
+        Instance::new(name, Arc::new(machine), security, move |over| keeper.migration(&told, over));
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))

@@ -1,0 +1,192 @@
+//! What a connection's bytes go through: a socket as it is, or one whose bytes are protected.
+
+use crate::Error;
+use crate::stream::Stream;
+use migration::preamble::Kind;
+use socket2::Socket;
+use std::io::{self, BufRead, Read, Write};
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A socket that several have: who reads and writes, and who may shut it down meanwhile.
+#[derive(Clone)]
+pub(crate) struct SharedSocket(Arc<Socket>);
+
+impl From<Socket> for SharedSocket {
+    fn from(socket: Socket) -> Self {
+        SharedSocket(Arc::new(socket))
+    }
+}
+
+impl Deref for SharedSocket {
+    type Target = Socket;
+
+    fn deref(&self) -> &Socket {
+        &self.0
+    }
+}
+
+impl Read for SharedSocket {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        (&*self.0).read(bytes)
+    }
+}
+
+impl Write for SharedSocket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (&*self.0).write(bytes)
+    }
+
+    fn write_vectored(&mut self, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        (&*self.0).write_vectored(slices)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Stream for SharedSocket {
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_read_timeout(timeout)
+    }
+
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_write_timeout(timeout)
+    }
+}
+
+/// Who is at the other end of a protected connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// What its certificate calls it.
+    pub name: String,
+    /// Its certificate, in DER.
+    pub certificate: Vec<u8>,
+    /// How the connection is encrypted.
+    pub cipher: String,
+}
+
+impl Peer {
+    /// Whether both are the same, whatever their connections are encrypted with.
+    pub(crate) fn is(&self, other: &Peer) -> bool {
+        self.certificate == other.certificate
+    }
+}
+
+/// A connection whose bytes are protected. It reads and writes what is protected; its waits are those that
+/// the socket is told. The other end's going away is the end of what can be read, announced or not: whatever
+/// travels here says by itself where it ends.
+pub(crate) trait Protected: BufRead + Write + Send {
+    fn socket(&self) -> &SharedSocket;
+
+    fn peer(&self) -> &Peer;
+}
+
+/// Protects connections.
+pub(crate) trait Protect: Send + Sync {
+    /// As the end that connects, to a program that is to prove that it is `host`'s. Within the deadline.
+    fn connect(
+        &self,
+        socket: SharedSocket,
+        to: &str,
+        host: &str,
+        deadline: Instant,
+    ) -> Result<Box<dyn Protected>, Error>;
+
+    /// As the end that accepts.
+    fn accept(
+        &self,
+        socket: SharedSocket,
+        kind: Kind,
+        deadline: Instant,
+    ) -> Result<Box<dyn Protected>, Error>;
+
+    /// Whether the peer of a connection that was accepted may begin a session.
+    fn admits(&self, peer: &Peer) -> bool;
+}
+
+/// How the connections of a session are protected. By default they are not: whoever is on the network can
+/// read and change what travels, and pretend to be either side.
+#[derive(Clone, Default)]
+pub struct Protection(Option<Arc<dyn Protect>>);
+
+impl Protection {
+    /// None.
+    pub fn none() -> Self {
+        Protection(None)
+    }
+
+    #[cfg(feature = "tls")]
+    pub(crate) fn by(protect: Arc<dyn Protect>) -> Self {
+        Protection(Some(protect))
+    }
+
+    /// Whether there is any.
+    pub fn is_some(&self) -> bool {
+        self.0.is_some()
+    }
+
+    pub(crate) fn get(&self) -> Option<&dyn Protect> {
+        self.0.as_deref()
+    }
+}
+
+/// See the module.
+pub(crate) enum Channel {
+    Clear(SharedSocket),
+    Protected(Box<dyn Protected>),
+}
+
+impl Channel {
+    pub(crate) fn socket(&self) -> &SharedSocket {
+        match self {
+            Channel::Clear(socket) => socket,
+            Channel::Protected(protected) => protected.socket(),
+        }
+    }
+
+    /// Who is at the other end, if that is known.
+    pub(crate) fn peer(&self) -> Option<&Peer> {
+        match self {
+            Channel::Clear(_) => None,
+            Channel::Protected(protected) => Some(protected.peer()),
+        }
+    }
+}
+
+impl Read for Channel {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Channel::Clear(socket) => socket.read(bytes),
+            Channel::Protected(protected) => protected.read(bytes),
+        }
+    }
+}
+
+impl Write for Channel {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Channel::Clear(socket) => socket.write(bytes),
+            Channel::Protected(protected) => protected.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Channel::Clear(_) => Ok(()),
+            Channel::Protected(protected) => protected.flush(),
+        }
+    }
+}
+
+impl Stream for Channel {
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket().set_read_timeout(timeout)
+    }
+
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket().set_write_timeout(timeout)
+    }
+}

@@ -1,0 +1,31 @@
+//! Connections by TLS 1.3 with certificates on both sides.
+//!
+//! A host has a certificate, its key, and the certificates of the authorities (CAs) that it trusts: PEM files
+//! of any origin. Both ends of a connection show theirs. The end that connects has been told which host it is
+//! to reach, and accepts a certificate for that host only. The end that accepts takes whoever the authorities
+//! vouch for, or of these only the names that it has been given ([`Pattern`]).
+//!
+//! Sessions of TLS are not resumed, since that would ask nobody for a certificate.
+//!
+//! ```no_run
+//! use whimbrel_transport_tcp::tls::{Files, Renewed};
+//! use whimbrel_transport_tcp::{Connector, Listener};
+//! # fn example() -> Result<(), whimbrel_transport_tcp::Error> {
+//! let files = Files::in_folder("/etc/whimbrel/tls".as_ref());
+//! // A destination, which notices when the files are renewed.
+//! let renewed = Renewed::new(files.clone(), Vec::new());
+//! let listener = Listener::bind_protected(1, ([0, 0, 0, 0], 4444).into(), move || renewed.protection())?;
+//! // A source.
+//! let connector = Connector::new(Renewed::new(files, Vec::new()).protection()?);
+//! # Ok(())
+//! # }
+//! ```
+
+mod credentials;
+mod explain;
+mod files;
+mod names;
+mod stream;
+
+pub use files::{Files, FilesError, Renewed};
+pub use names::{Pattern, PatternError};

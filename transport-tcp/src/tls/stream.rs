@@ -1,0 +1,180 @@
+//! A connection through TLS, by rustls in user space.
+//!
+//! What is written is encrypted at once, from where it lies into records of 16 KiB, of which several are sent
+//! by one system call.
+
+use super::explain;
+use crate::Untrusted;
+use crate::channel::{Peer, Protected, SharedSocket};
+use rustls::pki_types::CertificateDer;
+use rustls::{Connection, SupportedCipherSuite};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::time::Instant;
+
+/// Most encrypted bytes that wait to be sent together.
+const BATCH_BYTES: usize = 256 << 10;
+
+/// Bytes that are read at a time.
+const READ_BYTES: usize = 64 << 10;
+
+/// Tells who the other end is, of its certificates and the cipher.
+type PeerOf = fn(Option<&[CertificateDer<'static>]>, Option<SupportedCipherSuite>) -> Option<Peer>;
+
+/// An open connection.
+pub(super) struct TlsStream {
+    connection: Connection,
+    socket: SharedSocket,
+    /// The same socket.
+    incoming: BufReader<SharedSocket>,
+    /// Bytes that are decrypted and not yet taken.
+    plain: usize,
+    ended: bool,
+    /// Nothing is decrypted any more.
+    failed: Option<rustls::Error>,
+    peer: Peer,
+}
+
+/// What rustls found, as an error of the stream.
+fn trouble(error: &rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, Untrusted(explain::fault(error)))
+}
+
+impl TlsStream {
+    /// Makes the handshake before the deadline. Afterwards reads wait as long as the socket is told.
+    pub(super) fn open(
+        mut connection: Connection,
+        socket: SharedSocket,
+        deadline: Instant,
+        peer_of: PeerOf,
+    ) -> io::Result<Self> {
+        connection.set_buffer_limit(Some(BATCH_BYTES));
+        let mut incoming = BufReader::with_capacity(READ_BYTES, socket.clone());
+        let mut outgoing = socket.clone();
+        while connection.is_handshaking() || connection.wants_write() {
+            if connection.wants_write() {
+                send(&mut connection, &mut outgoing)?;
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            socket.set_read_timeout(Some(left))?;
+            if receive(&mut connection, &mut incoming)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if let Err(error) = connection.process_new_packets() {
+                // The other side is told what is wrong, if it still listens.
+                let _ = send(&mut connection, &mut outgoing);
+                return Err(trouble(&error));
+            }
+        }
+        let peer = peer_of(connection.peer_certificates(), connection.negotiated_cipher_suite());
+        let peer = peer.ok_or_else(|| trouble(&rustls::Error::NoCertificatesPresented))?;
+        let mut stream =
+            TlsStream { connection, socket, incoming, plain: 0, ended: false, failed: None, peer };
+        // The handshake's last flight may have brought more with it.
+        stream.process();
+        Ok(stream)
+    }
+
+    /// Decrypts what has arrived. What came before an error is read before the error is met.
+    fn process(&mut self) {
+        match self.connection.process_new_packets() {
+            Ok(state) => {
+                self.plain = state.plaintext_bytes_to_read();
+                self.ended |= state.peer_has_closed();
+            }
+            Err(error) => {
+                let _ = send(&mut self.connection, &mut self.socket);
+                self.failed = Some(error);
+            }
+        }
+    }
+}
+
+/// Sends all that is encrypted.
+fn send(connection: &mut Connection, socket: &mut SharedSocket) -> io::Result<()> {
+    while connection.wants_write() {
+        match connection.write_tls(socket) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Takes encrypted bytes; none are the end.
+fn receive(connection: &mut Connection, incoming: &mut BufReader<SharedSocket>) -> io::Result<usize> {
+    loop {
+        match connection.read_tls(incoming) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+impl BufRead for TlsStream {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        while self.plain == 0 && !self.ended {
+            if let Some(error) = &self.failed {
+                let left = self.connection.reader().into_first_chunk().map_or(0, <[u8]>::len);
+                if left == 0 {
+                    return Err(trouble(error));
+                }
+                self.plain = left;
+                break;
+            }
+            match receive(&mut self.connection, &mut self.incoming)? {
+                0 => self.ended = true,
+                _ => self.process(),
+            }
+        }
+        if self.plain == 0 { Ok(&[]) } else { self.connection.reader().into_first_chunk() }
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.connection.reader().consume(count);
+        self.plain -= count.min(self.plain);
+    }
+}
+
+impl Read for TlsStream {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let chunk = self.fill_buf()?;
+        let count = chunk.len().min(bytes.len());
+        bytes[..count].copy_from_slice(&chunk[..count]);
+        self.consume(count);
+        Ok(count)
+    }
+}
+
+impl Write for TlsStream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            let taken = self.connection.writer().write(bytes)?;
+            if taken < bytes.len() {
+                send(&mut self.connection, &mut self.socket)?;
+            }
+            if taken > 0 || bytes.is_empty() {
+                return Ok(taken);
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        send(&mut self.connection, &mut self.socket)
+    }
+}
+
+impl Protected for TlsStream {
+    fn socket(&self) -> &SharedSocket {
+        &self.socket
+    }
+
+    fn peer(&self) -> &Peer {
+        &self.peer
+    }
+}

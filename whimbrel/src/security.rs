@@ -1,0 +1,163 @@
+//! How a process protects the connections that it makes and takes.
+
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use transport_tcp::tls::{Files, FilesError, Pattern, Renewed};
+use transport_tcp::{Connector, Error, Peer, Protection};
+
+/// Where certificates are: in a folder, by the names that `whimbrel pki` gives them, or one by one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    /// Folder with `ca.pem`, `cert.pem`, `key.pem`, and perhaps `crl.pem`.
+    #[serde(default)]
+    pub folder: Option<PathBuf>,
+    /// Instead of the folder's `ca.pem`.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
+    /// Instead of its `cert.pem`.
+    #[serde(default)]
+    pub cert: Option<PathBuf>,
+    /// Instead of its `key.pem`.
+    #[serde(default)]
+    pub key: Option<PathBuf>,
+    /// Instead of its `crl.pem`.
+    #[serde(default)]
+    pub crl: Option<PathBuf>,
+}
+
+impl TlsFiles {
+    /// Whether none is named.
+    pub fn is_empty(&self) -> bool {
+        *self == TlsFiles::default()
+    }
+
+    /// Whether without a folder something is missing.
+    pub fn is_whole(&self) -> bool {
+        self.folder.is_some() || (self.ca.is_some() && self.cert.is_some() && self.key.is_some())
+    }
+
+    /// The folders that hold them. A file that is renewed is another one of the same name.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        let files = [&self.ca, &self.cert, &self.key, &self.crl];
+        let parents = files.into_iter().flatten().filter_map(|file| Some(file.parent()?.to_path_buf()));
+        self.folder.iter().cloned().chain(parents).collect()
+    }
+
+    /// The files as they are there now.
+    fn files(&self) -> Files {
+        let in_folder = Files::in_folder(self.folder.as_deref().unwrap_or("".as_ref()));
+        let or = |named: &Option<PathBuf>, other| named.clone().unwrap_or(other);
+        let crl = match &self.folder {
+            Some(_) => self.crl.clone().or(in_folder.crl),
+            None => self.crl.clone(),
+        };
+        Files {
+            ca: or(&self.ca, in_folder.ca),
+            certificate: or(&self.cert, in_folder.certificate),
+            key: or(&self.key, in_folder.key),
+            crl,
+        }
+    }
+}
+
+/// How a process protects its connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Security {
+    /// Not at all, and therefore only within this host.
+    #[default]
+    Near,
+    /// Not at all, with any host: the operator has said so.
+    Insecure,
+    /// By certificates.
+    Tls(TlsFiles),
+}
+
+impl Security {
+    /// What makes connections. Certificates are read now.
+    ///
+    /// # Errors
+    /// [`Error::Untrusted`] when the certificates are of no use.
+    pub fn connector(&self) -> Result<Connector, Error> {
+        match self {
+            Security::Near => Ok(Connector::near_only()),
+            Security::Insecure => Ok(Connector::new(Protection::none())),
+            Security::Tls(files) => Ok(Connector::new(renewed(files, Vec::new())?.protection()?)),
+        }
+    }
+
+    /// What protects the connections that a receiver takes, of which these are admitted. It is asked for
+    /// each, and reads certificates again if they have been renewed.
+    ///
+    /// # Errors
+    /// [`Error::Untrusted`] when the certificates are of no use now.
+    pub fn protecting(
+        &self,
+        admitted: Vec<Pattern>,
+    ) -> Result<impl Fn() -> Result<Protection, Error> + Send + Sync + use<>, Error> {
+        let renewed = match self {
+            Security::Tls(files) => Some(renewed(files, admitted)?),
+            _ => None,
+        };
+        let protecting =
+            move || renewed.as_ref().map_or(Ok(Protection::none()), |renewed| renewed.protection());
+        protecting()?;
+        Ok(protecting)
+    }
+
+    /// Whether a receiver may listen on this address.
+    pub fn may_listen(&self, address: SocketAddr) -> bool {
+        *self != Security::Near || is_near(address.ip())
+    }
+}
+
+fn renewed(files: &TlsFiles, admitted: Vec<Pattern>) -> Result<Arc<Renewed>, Error> {
+    if !files.is_whole() {
+        let why = "name a folder of certificates, or each of CA, certificate and key".into();
+        return Err(FilesError::Setup { ca: files.files().ca, why }.into());
+    }
+    let files = files.clone();
+    Ok(Arc::new(Renewed::by(move || files.files(), admitted)))
+}
+
+/// Whether an address is this host's own, which no network reaches.
+pub fn is_near(address: IpAddr) -> bool {
+    address.to_canonical().is_loopback()
+}
+
+/// Whether bytes that are not encrypted may be accepted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Encryption {
+    /// What can be encrypted is: with certificates all but memory that travels over RDMA.
+    #[default]
+    Preferred,
+    /// Nothing travels that is not.
+    Required,
+}
+
+/// Who is at the other end, and what of a migration is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secured {
+    /// What its certificate calls it.
+    pub peer: String,
+    /// How the control link is encrypted, and memory that travels over TCP. Over RDMA memory is not
+    /// encrypted.
+    pub cipher: String,
+}
+
+impl From<&Peer> for Secured {
+    fn from(peer: &Peer) -> Self {
+        Secured { peer: peer.name.clone(), cipher: peer.cipher.clone() }
+    }
+}
+
+impl Secured {
+    /// For people, of a migration over `transport`.
+    pub fn told(&self, transport: &str) -> String {
+        let memory = if transport == transport_rdma::NAME { ", but memory is not" } else { "" };
+        format!("{} by its certificate; {}{memory}", self.peer, self.cipher)
+    }
+}
