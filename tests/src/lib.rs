@@ -14,6 +14,7 @@
 //! | `costs` | what a peer can make a side allocate |
 //! | `differing` | a page that differs between the sides is found, named and kept |
 //! | `security` | certificates of all kinds, and what somebody on the network can do |
+//! | `versions` | guests move between this program and the one of the last release, both ways |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
