@@ -7,7 +7,7 @@ use migration::destination::{self, Timeouts};
 use migration::link::ControlLink;
 use migration::memory::PAGE_SIZE;
 use migration::message::{ChunkDigests, FEATURES, Hello, Message, Prepare, StatePart};
-use migration::preamble::{self, Preamble};
+use migration::preamble::{self, Preamble, Status};
 use migration::transport::{COVERAGE_UNIT, Token};
 use migration::{Code, Failure};
 use std::io::{Read, Write};
@@ -73,8 +73,13 @@ fn session(
             while next() != answer {}
         }
         let mut data = TcpStream::connect(address).unwrap();
-        data.write_all(&Preamble::data(token, 0, 1).encode()).unwrap();
-        data.read_exact(&mut [0; preamble::LEN]).unwrap();
+        let preamble = Preamble::data(token, 0, 1).encode();
+        let mut answer = [0; preamble::LEN];
+        for bytes in [&preamble[..], &link.secret().proof(&preamble)] {
+            data.write_all(bytes).unwrap();
+            data.read_exact(&mut answer).unwrap();
+            assert_eq!(Preamble::decode(&answer).unwrap().status, Status::Ok);
+        }
         let mut source = Source { link, data, turn: 0 };
         let began = Instant::now();
         while !arriving.is_finished() && began.elapsed() < until && deed(&mut source) {
