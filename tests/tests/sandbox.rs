@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -307,6 +307,14 @@ fn a_file_system_that_claims_impossible_sizes_is_refused() {
     assert!(Command::new("debugfs").args(change).arg(&image).output().unwrap().status.success());
     let (code, said) = run();
     assert!(code == Some(1) && said.contains("a link of 27000000000 bytes"), "{code:?}: {said}");
+    // The upper half of the number of blocks, though the file system does not count in 64 bits.
+    let file = fs::File::options().read(true).write(true).open(&image).unwrap();
+    let mut features = [0];
+    file.read_exact_at(&mut features, 1024 + 96).unwrap();
+    file.write_all_at(&[features[0] & !0x80], 1024 + 96).unwrap();
+    file.write_all_at(&[0xfb, 0x17, 0, 0], 1024 + 0x150).unwrap();
+    let (code, said) = run();
+    assert!(code == Some(1) && said.contains("larger than the disk or partition"), "{code:?}: {said}");
 }
 
 #[test]

@@ -142,8 +142,8 @@ fn plausible(source: &mut Source) -> Result<bool, String> {
         return Ok(false);
     }
     let (exponent, group) = (u32_at(24), u64::from(u32_at(32)));
-    let has_64_bits = u32_at(96) & 0x80 != 0;
-    let blocks = u64::from(u32_at(4)) | if has_64_bits { u64::from(u32_at(0x150)) << 32 } else { 0 };
+    // The reader heeds the upper half of the number even where the file system says that it has none.
+    let blocks = u64::from(u32_at(4)) | u64::from(u32_at(0x150)) << 32;
     if exponent > MAX_BLOCK_EXPONENT {
         return Err(format!("blocks of 2^{} bytes", u64::from(exponent) + 10));
     }
