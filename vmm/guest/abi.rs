@@ -7,7 +7,7 @@ pub const REPORT_ADDRESS: u64 = 0x10_0000;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"WHIMBREL");
 
 /// Version of everything in this file. A VMM reads reports of its own version only.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Most vCPUs that the guest can use; their APIC IDs are 0, 1, 2 and so on.
 pub const MAX_VCPUS: usize = 64;
@@ -164,8 +164,9 @@ pub struct Cpu {
     pub ticks: u64,
     /// Timer interrupts of the PIT (first vCPU only).
     pub pit_ticks: u64,
-    /// Times that the local APIC's timer, and the PIT, fell silent for a second.
-    pub timer_lost: [u64; 2],
+    /// Longest time, in TSC ticks, that this vCPU ran without an interrupt of the local APIC's timer, and
+    /// without one of the PIT (first vCPU only).
+    pub silence: [u64; 2],
     /// Last look at the clock.
     pub last_tsc: u64,
     /// Longest time between two looks at the clock, in TSC ticks, for each phase.

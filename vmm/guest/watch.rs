@@ -133,7 +133,6 @@ impl Watch {
         self.in_interval += units;
     }
 
-    /// A timer that has been silent for a second of running was lost.
     fn check_timers(&mut self) {
         let ran = core::mem::take(&mut self.ran);
         self.check_timer(0, apic::ticks(self.number), ran);
@@ -151,14 +150,16 @@ impl Watch {
             counter.set(ticks);
             return;
         }
+        let before = self.silent[which];
         self.silent[which] += ran;
-        let second = self.tsc_khz * 1000;
-        if second != 0 && self.silent[which] > second {
-            self.silent[which] = 0;
-            field!(self.report, timer_lost[which]).add(1);
-            if which == 0 {
-                apic::arm();
-            }
+        let longest = field!(self.report, silence[which]);
+        if self.silent[which] > longest.get() {
+            longest.set(self.silent[which]);
+        }
+        // A deadline that was lost is not set again by its handler.
+        let second = (self.tsc_khz * 1000).max(1);
+        if which == 0 && before / second != self.silent[which] / second {
+            apic::arm();
         }
     }
 }

@@ -13,6 +13,15 @@ const AFTER: usize = abi::PHASE_AFTER as usize;
 /// good. It sleeps, and cannot notice by itself.
 const SILENCE: u64 = 2;
 
+/// For how many seconds a vCPU may run without an interrupt of the local APIC's timer, and of the PIT, until
+/// that timer counts as lost.
+///
+/// An interrupt of the local timer comes with the vCPU: KVM makes it before the guest goes on. Those of the
+/// PIT are made by a thread of the host's kernel (`kvm-pit`), which waits for a processor like any other. On
+/// a host that has more to do than it has processors, it has waited for over a second while the vCPU ran.
+/// Such a PIT is late, and nothing is lost.
+const PATIENCE: [(u64, &str); 2] = [(1, "local timer"), (10, "PIT")];
+
 /// The guest's own account of itself. All times in microseconds of guest time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Testimony {
@@ -36,6 +45,9 @@ pub struct Testimony {
     pub samples: u64,
     /// Timer interrupts.
     pub ticks: u64,
+    /// Those of them that the PIT made.
+    #[serde(default)]
+    pub pit_ticks: u64,
     /// Entries of the journal on its disk that the disk has confirmed.
     #[serde(default)]
     pub journal: u64,
@@ -69,6 +81,7 @@ impl Testimony {
             verified: sum(|c| c.verified),
             samples: sum(|c| c.samples),
             ticks: sum(|c| c.ticks.saturating_add(c.pit_ticks)),
+            pit_ticks: sum(|c| c.pit_ticks),
             journal: header.journal,
             longest_gap_us: gaps::longest(cpus).map(us),
             usual_gaps: gaps::distribution(cpus, &[BEFORE, AFTER], us),
@@ -121,12 +134,17 @@ fn problems(header: &Header, cpus: &[Cpu]) -> Vec<String> {
             (cpu.torn, "pages torn"),
             (cpu.backwards, "times the clock went backwards"),
             (cpu.behind, "times the clock was behind another vCPU's"),
-            (cpu.timer_lost[0], "times the local timer fell silent"),
-            (cpu.timer_lost[1], "times the PIT fell silent"),
         ];
         problems.extend(
             counts.iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("vCPU {number}: {n} {what}")),
         );
+        let second = u64::from(header.tsc_khz) * 1000;
+        for (silence, (most, timer)) in cpu.silence.iter().zip(PATIENCE) {
+            if second != 0 && *silence > most * second {
+                let seconds = *silence as f64 / second as f64;
+                problems.push(format!("vCPU {number}: the {timer} was silent for {seconds:.1} s"));
+            }
+        }
         if patience != 0 && cpu.samples != 0 && latest.saturating_sub(cpu.last_tsc) > patience {
             problems.push(format!("vCPU {number}: silent for over {SILENCE} s while others ran"));
         }
@@ -225,15 +243,27 @@ pub(super) mod tests {
         assert!(Testimony::of(&header, &[cpu]).clean);
         cpu.stale = 1;
         cpu.bad[0] = abi::BadPage { page: 9, expected: 4, word: 2, found: abi::stamp(9, 3, 2) };
-        cpu.timer_lost[1] = 2;
+        cpu.silence = [0, 10_100_000_000];
         cpu.longest_gap = [1000, 9_000_000, 2000];
         cpu.gaps[0][abi::gap_bucket(1000)] = 100;
         let testimony = Testimony::of(&header, &[cpu]);
         assert!(!testimony.clean);
         assert_eq!(testimony.problems.len(), 3, "{:?}", testimony.problems);
+        assert_eq!(testimony.problems[1], "vCPU 0: the PIT was silent for 10.1 s");
         assert!(testimony.problems[2].ends_with("word 2 holds generation 3"), "{:?}", testimony.problems);
         assert_eq!(testimony.longest_gap_us[1], 9000.0);
         assert!(testimony.felt_blackout_us() > 8990.0);
+    }
+
+    /// The host's kernel makes the PIT's interrupts when its thread gets a processor.
+    #[test]
+    fn a_pit_may_be_late_and_a_local_timer_may_not() {
+        let mut cpu = empty();
+        cpu.silence = [900_000_000, 2_000_000_000];
+        assert!(Testimony::of(&running(), &[cpu]).clean);
+        cpu.silence[0] = 1_100_000_000;
+        let problems = Testimony::of(&running(), &[cpu]).problems;
+        assert_eq!(problems, ["vCPU 0: the local timer was silent for 1.1 s"]);
     }
 
     #[test]

@@ -6,10 +6,15 @@
 //! must never run.
 //!
 //! Order matters. Saving: every vCPU with `mp_state` first, since reading it lets pending INIT and SIPI take
-//! effect, and `vcpu_events` last, since reading other state may queue events. Loading: vCPUs, then one shift
-//! of the TSC for all of them, then the interrupt controllers, the timer and devices (whose queues are
-//! checked against RAM, which must be in place), the TSC deadlines (which need LAPIC and TSC in place), and
-//! the clock last, so that as little as possible passes between setting it and running.
+//! effect, and `vcpu_events` last, since reading other state may queue events. The TSC deadline comes before
+//! the LAPIC: where hardware counts down to it and delivers interrupts (APICv), KVM clears a deadline that
+//! has passed and sets the interrupt's bit in the LAPIC as soon as any call brings the vCPU to another
+//! processor. In this order both may be saved, and one interrupt comes of it; in the other order, neither.
+//!
+//! Loading: vCPUs, then one shift of the TSC for all of them, then the interrupt controllers, the timer and
+//! devices (whose queues are checked against RAM, which must be in place), the TSC deadlines (which need
+//! LAPIC and TSC in place), and the clock last, so that as little as possible passes between setting it and
+//! running.
 //!
 //! Two saves of one paused machine are equal but for what time itself changes: the clock component (kvmclock,
 //! real time and the TSC at that moment), each LAPIC's current count and its processor priority (which KVM

@@ -41,14 +41,14 @@ impl VcpuState {
         ioctl::get_xsave(fd, &mut xsave, vcpu.xsave_len).context("KVM_GET_XSAVE2")?;
         let xcrs = ioctl::retried!("KVM_GET_XCRS", fd.get_xcrs())?;
         let debugregs = ioctl::retried!("KVM_GET_DEBUGREGS", fd.get_debug_regs())?;
-        let lapic = ioctl::retried!("KVM_GET_LAPIC", fd.get_lapic())?;
-        let msrs = vcpu.msrs.save(fd)?;
         let tsc_deadline = match msr::read(fd, IA32_TSC_DEADLINE) {
             Ok(deadline) => Some(deadline),
             // There is no such register. Any other failure would cost the guest its timer.
             Err(error) if error.source.raw_os_error() == Some(libc::EINVAL) => None,
             Err(error) => return Err(error),
         };
+        let lapic = ioctl::retried!("KVM_GET_LAPIC", fd.get_lapic())?;
+        let msrs = vcpu.msrs.save(fd)?;
         let tsc_offset = if vcpu.tsc_offset {
             Some(ioctl::get_tsc_offset(fd).context("KVM_VCPU_TSC_OFFSET")?)
         } else {
