@@ -73,8 +73,11 @@ fn session(
             while next() != answer {}
         }
         let mut data = TcpStream::connect(address).unwrap();
-        data.write_all(&Preamble::data(token, 0, 1).encode()).unwrap();
-        data.read_exact(&mut [0; preamble::LEN]).unwrap();
+        let preamble = Preamble::data(token, 0, 1).encode();
+        for said in [&preamble[..], &link.secret().proof(&preamble)] {
+            data.write_all(said).unwrap();
+            data.read_exact(&mut [0; preamble::LEN]).unwrap();
+        }
         let mut source = Source { link, data, turn: 0 };
         let began = Instant::now();
         while !arriving.is_finished() && began.elapsed() < until && deed(&mut source) {
