@@ -10,7 +10,7 @@ use migration::cpu::thread_cpu;
 use migration::memory::Extent;
 use migration::preamble::{self, Preamble, Status};
 use migration::scan;
-use migration::transport::{Coverage, PlaneError, Session, Token};
+use migration::transport::{Coverage, LaneEncryption, PlaneError, Session, Token};
 use socket2::Socket;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -120,8 +120,8 @@ impl Plane {
     }
 
     fn serve(&self, channel: Channel) {
-        let mut receiver =
-            Receiver { plane: self, channel, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
+        let placer = Placer::new(channel.encryption() == LaneEncryption::TlsInKernel);
+        let mut receiver = Receiver { plane: self, channel, table: Vec::new(), extents: Vec::new(), placer };
         let result = receiver.run();
         self.cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
         if let Err(error) = result
@@ -185,13 +185,16 @@ impl Receiver<'_> {
             match header.kind {
                 Kind::Write => {
                     let Plane { session, turns, .. } = self.plane;
+                    let (placer, ram, extents) = (&mut self.placer, &session.ram, &self.extents);
                     let placed = match &mut self.channel {
-                        Channel::Clear(socket) => {
-                            self.placer.place(socket, &session.ram, turns, &self.extents)
-                        }
-                        Channel::Protected(protected) => {
-                            copy::place(protected.as_mut(), &session.ram, &self.extents)
-                        }
+                        Channel::Clear(socket) => placer.place(socket, ram, turns, extents),
+                        Channel::Protected(protected) => match protected.decrypted() {
+                            Some(decrypted) => copy::place(decrypted, ram, extents),
+                            None => {
+                                let placed = placer.place(protected.socket(), ram, turns, extents);
+                                placed.map_err(|error| protected.explain(error))
+                            }
+                        },
                     };
                     placed.map_err(broken)?;
                     let bytes = self.extents.iter().map(|e| e.len).sum();

@@ -3,8 +3,8 @@
 //! Large extents are sent with `sendfile` from the guest's memfd: the kernel puts references to the guest's
 //! own pages into the socket, and nothing is copied on this side. A page may change before it leaves; the
 //! contract allows that. Small extents, and memory whose file cannot be sent (hugetlbfs), are sent with
-//! `sendmsg` from the mapping, many at a time. Through a protected channel everything is encrypted from the
-//! mapping.
+//! `sendmsg` from the mapping, many at a time. This is the same for a socket to which the kernel encrypts. If
+//! this process has to encrypt, it does so from the mapping.
 
 use crate::channel::{Channel, Peer, Protected, Protection, SharedSocket};
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
@@ -149,11 +149,11 @@ impl SourceTransport for TcpSource {
             handles.push(channel.socket().clone());
             channel.set_read_timeout(Some(session.timeout)).map_err(broken)?;
             lanes.push(Box::new(TcpLane {
+                stats: LaneStats::encrypted(channel.encryption()),
                 channel,
                 ram: Arc::clone(&session.ram),
                 timeout: session.timeout,
                 head: Vec::with_capacity(UNIT * (MAX_FRAME_EXTENTS + 1)),
-                stats: LaneStats::default(),
                 interrupted: Arc::clone(&interrupted),
             }));
         }
@@ -270,7 +270,10 @@ impl TcpLane {
     /// Sends the head and then the extents' content.
     fn send_payload(&mut self, extents: &[Extent]) -> io::Result<()> {
         match &mut self.channel {
-            Channel::Clear(socket) => send_clear(socket, &self.head, &self.ram, extents),
+            Channel::Clear(socket) => send_through(socket, &self.head, &self.ram, extents),
+            Channel::Protected(protected) if protected.in_kernel() => {
+                send_through(protected.socket(), &self.head, &self.ram, extents)
+            }
             Channel::Protected(protected) => {
                 send_protected(protected.as_mut(), &self.head, &self.ram, extents)
             }
@@ -278,8 +281,8 @@ impl TcpLane {
     }
 }
 
-/// Copies nothing of large extents.
-fn send_clear(stream: &Socket, head: &[u8], ram: &Ram, extents: &[Extent]) -> io::Result<()> {
+/// Through a socket, to which the content goes as it is. Copies nothing of large extents.
+fn send_through(stream: &Socket, head: &[u8], ram: &Ram, extents: &[Extent]) -> io::Result<()> {
     let mut batch = Batch::new(stream);
     batch.add(head.as_ptr(), head.len(), true)?;
     for (index, extent) in extents.iter().enumerate() {

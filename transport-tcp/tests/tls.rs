@@ -2,16 +2,16 @@
 
 #![cfg(feature = "tls")]
 
-use migration::conformance::Fixture;
-use migration::transport::{DestinationTransport, SourceTransport};
+use migration::conformance::{Bed, Fixture, cases};
+use migration::transport::{DestinationTransport, LaneEncryption, SourceTransport};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use whimbrel_transport_tcp::tls::{Files, Renewed};
-use whimbrel_transport_tcp::{Connector, Listener, TcpDestination};
+use whimbrel_transport_tcp::tls::{Files, Renewed, in_kernel};
+use whimbrel_transport_tcp::{Connector, Listener, Protection, TcpDestination};
 
 struct Tls {
     listener: Listener,
@@ -43,16 +43,80 @@ fn make_files(folder: &Path) {
     file.unwrap().write_all(key.serialize_pem().as_bytes()).unwrap();
 }
 
-fn tls() -> impl Fixture {
+type Change = fn(Protection) -> Protection;
+
+/// The source's end and the destination's, each protected in a way of its own.
+fn tls(source: Change, destination: Change) -> Tls {
     let folder = tempfile::tempdir().unwrap();
     make_files(folder.path());
     let files = Files::in_folder(folder.path());
     // Both ends have read them when the folder goes.
     let protection = Renewed::new(files, Vec::new()).protection().unwrap();
-    let connector = Connector::new(protection.clone());
-    let protecting = move || Ok(protection.clone());
+    let connector = Connector::new(source(protection.clone()));
+    let protecting = move || Ok(destination(protection.clone()));
     let listener = Listener::bind_protected(1, (Ipv4Addr::LOCALHOST, 0).into(), protecting).unwrap();
     Tls { listener, connector }
 }
 
-migration::conformance_suite!(tls());
+const IN_KERNEL: Change = |protection| {
+    in_kernel().unwrap();
+    protection
+};
+const IN_USER_SPACE: Change = Protection::in_user_space;
+
+mod in_user_space {
+    use super::*;
+    migration::conformance_suite!(tls(IN_USER_SPACE, IN_USER_SPACE));
+}
+
+mod in_the_kernel {
+    use super::*;
+    migration::conformance_suite!(
+        tls(IN_KERNEL, IN_KERNEL);
+        #[ignore = "needs TLS in the kernel: ci/rdma runs it in the lab"]
+    );
+}
+
+#[test]
+#[ignore = "needs TLS in the kernel: ci/rdma runs it in the lab"]
+fn a_kernel_at_one_end_understands_a_program_at_the_other() {
+    for (source, destination) in [(IN_KERNEL, IN_USER_SPACE), (IN_USER_SPACE, IN_KERNEL)] {
+        let fixture = tls(source, destination);
+        cases::content_arrives_and_nothing_else_changes(&fixture);
+        cases::rounds_of_random_extents_end_in_equal_memory(&fixture);
+    }
+}
+
+/// How a lane says that it is encrypted.
+fn said(fixture: &Tls) -> LaneEncryption {
+    let mut bed = Bed::new(fixture, 1);
+    bed.plane.lanes()[0].stats().encryption
+}
+
+#[test]
+fn a_lane_says_how_it_is_encrypted() {
+    assert_eq!(said(&tls(IN_USER_SPACE, IN_USER_SPACE)), LaneEncryption::TlsInUserSpace);
+    let if_it_can =
+        if in_kernel().is_ok() { LaneEncryption::TlsInKernel } else { LaneEncryption::TlsInUserSpace };
+    assert_eq!(said(&tls(|protection| protection, IN_USER_SPACE)), if_it_can);
+}
+
+/// Connections of this network that the kernel has encrypted and decrypted so far, by its own count.
+fn sealed() -> [u64; 2] {
+    let counts = fs::read_to_string("/proc/net/tls_stat").unwrap();
+    ["TlsTxSw", "TlsRxSw"].map(|name| {
+        let line = counts.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().parse().unwrap()
+    })
+}
+
+#[test]
+#[ignore = "needs TLS in the kernel: ci/rdma runs it in the lab"]
+fn the_kernel_says_so_too() {
+    in_kernel().unwrap();
+    let before = sealed();
+    assert_eq!(said(&tls(IN_KERNEL, IN_USER_SPACE)), LaneEncryption::TlsInKernel);
+    assert_eq!(sealed(), before.map(|count| count + 1));
+    assert_eq!(said(&tls(IN_USER_SPACE, IN_USER_SPACE)), LaneEncryption::TlsInUserSpace);
+    assert_eq!(sealed(), before.map(|count| count + 1));
+}
