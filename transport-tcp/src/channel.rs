@@ -132,7 +132,14 @@ pub(crate) trait Protect: Send + Sync {
 pub struct Protection {
     protect: Option<Arc<dyn Protect>>,
     in_user_space: bool,
+    /// If it is not [`RECORDS_PER_KEY`].
+    records_per_key: Option<u64>,
 }
+
+/// Records that one key encrypts at most. AES-GCM is good for some 2^24.5 of them, says RFC 8446. Rustls
+/// changes keys after 2^24, and the kernel cannot change them before Linux 6.14. So no lane gets as far: this
+/// is 128 GiB of large records.
+const RECORDS_PER_KEY: u64 = 1 << 23;
 
 impl Protection {
     /// None.
@@ -148,6 +155,16 @@ impl Protection {
     /// The same by this process alone, also where the kernel could encrypt what lanes carry.
     pub fn in_user_space(self) -> Self {
         Protection { in_user_space: true, ..self }
+    }
+
+    /// The same with lanes of which each begins anew, with a connection and keys of its own, when it has sent
+    /// so many records. By default this is so often as the cipher asks for.
+    pub fn with_records_per_key(self, records: u64) -> Self {
+        Protection { records_per_key: Some(records), ..self }
+    }
+
+    pub(crate) fn records_per_key(&self) -> u64 {
+        self.records_per_key.unwrap_or(RECORDS_PER_KEY)
     }
 
     /// Whether there is any.

@@ -2,14 +2,18 @@
 
 #![cfg(feature = "tls")]
 
+use migration::conformance::bed::extent;
 use migration::conformance::{Bed, Fixture, cases};
-use migration::transport::{DestinationTransport, LaneEncryption, SourceTransport};
+use migration::transport::{DestinationTransport, LaneEncryption, PlaneError, SourceTransport};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
 use whimbrel_transport_tcp::tls::{Files, Renewed, in_kernel};
 use whimbrel_transport_tcp::{Connector, Listener, Protection, TcpDestination};
 
@@ -85,6 +89,80 @@ fn a_kernel_at_one_end_understands_a_program_at_the_other() {
         cases::content_arrives_and_nothing_else_changes(&fixture);
         cases::rounds_of_random_extents_end_in_equal_memory(&fixture);
     }
+}
+
+mod with_ever_new_keys {
+    use super::*;
+    migration::conformance_suite!(tls(renewing, IN_USER_SPACE));
+}
+
+/// Each frame finds that the keys have done their part.
+fn renewing(protection: Protection) -> Protection {
+    protection.with_records_per_key(1)
+}
+
+#[test]
+#[ignore = "needs TLS in the kernel: ci/rdma runs it in the lab"]
+fn new_keys_are_for_the_kernel_too() {
+    for destination in [IN_KERNEL, IN_USER_SPACE] {
+        let fixture = tls(|protection| renewing(IN_KERNEL(protection)), destination);
+        cases::the_last_write_to_a_page_wins(&fixture);
+        cases::an_interrupt_ends_every_wait(&fixture);
+    }
+}
+
+/// Writes a page by the first lane so many times.
+fn write(bed: &mut Bed, times: usize) {
+    (0..times).for_each(|_| bed.plane.lanes()[0].write(&[extent(0, 0, 1)]).unwrap());
+}
+
+#[test]
+fn a_connection_ends_with_its_keys() {
+    static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
+    let counted: Change = |protection| {
+        CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+        protection
+    };
+    let count = |source: Change| {
+        let before = CONNECTIONS.load(Ordering::Relaxed);
+        let fixture = tls(source, counted);
+        let mut bed = Bed::new(&fixture, 1);
+        write(&mut bed, 9);
+        bed.barrier(0);
+        CONNECTIONS.load(Ordering::Relaxed) - before
+    };
+    assert_eq!(count(|protection| protection), 1);
+    assert_eq!(count(renewing), 9);
+    // A frame of one page is its head, and at most two records more.
+    assert_eq!(count(|protection| protection.with_records_per_key(7)), 3);
+}
+
+#[test]
+fn an_interrupt_ends_a_change_of_keys() {
+    static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
+    static OVER: AtomicBool = AtomicBool::new(false);
+    // The second connection is accepted, and then nothing more is heard.
+    let silent: Change = |protection| {
+        if CONNECTIONS.fetch_add(1, Ordering::AcqRel) > 0 {
+            while !OVER.load(Ordering::Acquire) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        protection
+    };
+    let fixture = tls(renewing, silent);
+    let mut bed = Bed::new(&fixture, 1);
+    let interrupter = bed.plane.interrupter();
+    write(&mut bed, 1);
+    thread::scope(|scope| {
+        let writing = scope.spawn(|| bed.plane.lanes()[0].write(&[extent(0, 0, 1)]));
+        while CONNECTIONS.load(Ordering::Acquire) < 2 && !writing.is_finished() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        interrupter.interrupt();
+        assert!(matches!(writing.join().unwrap(), Err(PlaneError::Interrupted)));
+    });
+    OVER.store(true, Ordering::Release);
 }
 
 /// How a lane says that it is encrypted.
