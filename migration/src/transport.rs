@@ -306,10 +306,37 @@ pub trait Lane: Send {
     fn stats(&self) -> LaneStats;
 }
 
-/// Counters of one lane.
+/// How what a lane carries is hidden from the network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum LaneEncryption {
+    /// Not at all, as far as the transport knows.
+    #[default]
+    None,
+    /// By TLS 1.3, in the program.
+    TlsInUserSpace,
+    /// By TLS 1.3, in the kernel.
+    TlsInKernel,
+}
+
+impl std::fmt::Display for LaneEncryption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            LaneEncryption::None => "not encrypted",
+            LaneEncryption::TlsInUserSpace => "TLS 1.3 in user space",
+            LaneEncryption::TlsInKernel => "TLS 1.3 in the kernel",
+        })
+    }
+}
+
+/// Counters of one lane, and how it is encrypted.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LaneStats {
+    /// How what it carries is encrypted.
+    #[serde(default)]
+    pub encryption: LaneEncryption,
     /// Bytes of guest RAM written.
     pub bytes: u64,
     /// Bytes named as zero.
@@ -322,6 +349,13 @@ pub struct LaneStats {
     pub registration_us: u64,
     /// Of these, microseconds in which data was already moving.
     pub registration_overlap_us: u64,
+}
+
+impl LaneStats {
+    /// Those of a new lane.
+    pub fn encrypted(encryption: LaneEncryption) -> Self {
+        LaneStats { encryption, ..LaneStats::default() }
+    }
 }
 
 /// The destination's data plane. It places what arrives without being called.

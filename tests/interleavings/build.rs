@@ -92,13 +92,13 @@ const BROKEN: [[&str; 4]; 23] = [
     [
         "streams",
         "streams_are_not_waited_for",
-        "threads.into_iter().map(JoinHandle::join).collect();",
+        "threads.into_iter().map(|(_, thread)| thread.join()).collect();",
         "Vec::<Result<(), ()>>::new(); drop(threads);",
     ],
     [
         "streams",
         "streams_are_not_shut",
-        "inner.handles.drain(..).for_each(|stream| stream.shut());",
+        "inner.handles.drain(..).for_each(|(_, stream)| stream.shut());",
         "inner.handles.clear();",
     ],
     [

@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::stream::Stream;
 use migration::preamble::Kind;
+use migration::transport::LaneEncryption;
 use socket2::Socket;
 use std::io::{self, BufRead, Read, Write};
 use std::ops::Deref;
@@ -78,10 +79,31 @@ impl Peer {
 /// A connection whose bytes are protected. It reads and writes what is protected; its waits are those that
 /// the socket is told. The other end's going away is the end of what can be read, announced or not: whatever
 /// travels here says by itself where it ends.
-pub(crate) trait Protected: BufRead + Write + Send {
+pub(crate) trait Protected: Read + Write + Send {
     fn socket(&self) -> &SharedSocket;
 
     fn peer(&self) -> &Peer;
+
+    /// Whether the kernel encrypts and decrypts, so that memory goes through the socket as it does without
+    /// protection.
+    fn in_kernel(&self) -> bool;
+
+    /// What has been decrypted in this process; `None` if the kernel does it.
+    fn decrypted(&mut self) -> Option<&mut dyn BufRead>;
+
+    /// What an error of the socket means.
+    fn explain(&mut self, error: io::Error) -> io::Error {
+        error
+    }
+}
+
+/// Where bytes are encrypted and decrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum At {
+    /// In the kernel, if it can.
+    Kernel,
+    /// In this process.
+    UserSpace,
 }
 
 /// Protects connections.
@@ -92,16 +114,13 @@ pub(crate) trait Protect: Send + Sync {
         socket: SharedSocket,
         to: &str,
         host: &str,
+        place: At,
         deadline: Instant,
     ) -> Result<Box<dyn Protected>, Error>;
 
     /// As the end that accepts.
-    fn accept(
-        &self,
-        socket: SharedSocket,
-        kind: Kind,
-        deadline: Instant,
-    ) -> Result<Box<dyn Protected>, Error>;
+    fn accept(&self, socket: SharedSocket, place: At, deadline: Instant)
+    -> Result<Box<dyn Protected>, Error>;
 
     /// Whether the peer of a connection that was accepted may begin a session.
     fn admits(&self, peer: &Peer) -> bool;
@@ -110,26 +129,57 @@ pub(crate) trait Protect: Send + Sync {
 /// How the connections of a session are protected. By default they are not: whoever is on the network can
 /// read and change what travels, and pretend to be either side.
 #[derive(Clone, Default)]
-pub struct Protection(Option<Arc<dyn Protect>>);
+pub struct Protection {
+    protect: Option<Arc<dyn Protect>>,
+    in_user_space: bool,
+    /// If it is not [`RECORDS_PER_KEY`].
+    records_per_key: Option<u64>,
+}
+
+/// Records that one key encrypts at most. AES-GCM is good for some 2^24.5 of them, says RFC 8446. Rustls
+/// changes keys after 2^24, and the kernel cannot change them before Linux 6.14. So no lane gets as far: this
+/// is 128 GiB of large records.
+const RECORDS_PER_KEY: u64 = 1 << 23;
 
 impl Protection {
     /// None.
     pub fn none() -> Self {
-        Protection(None)
+        Protection::default()
     }
 
     #[cfg(feature = "tls")]
     pub(crate) fn by(protect: Arc<dyn Protect>) -> Self {
-        Protection(Some(protect))
+        Protection { protect: Some(protect), ..Protection::none() }
+    }
+
+    /// The same by this process alone, also where the kernel could encrypt what lanes carry.
+    pub fn in_user_space(self) -> Self {
+        Protection { in_user_space: true, ..self }
+    }
+
+    /// The same with lanes of which each begins anew, with a connection and keys of its own, when it has sent
+    /// so many records. By default this is so often as the cipher asks for.
+    pub fn with_records_per_key(self, records: u64) -> Self {
+        Protection { records_per_key: Some(records), ..self }
+    }
+
+    pub(crate) fn records_per_key(&self) -> u64 {
+        self.records_per_key.unwrap_or(RECORDS_PER_KEY)
     }
 
     /// Whether there is any.
     pub fn is_some(&self) -> bool {
-        self.0.is_some()
+        self.protect.is_some()
     }
 
     pub(crate) fn get(&self) -> Option<&dyn Protect> {
-        self.0.as_deref()
+        self.protect.as_deref()
+    }
+
+    /// Where a connection for `kind` is protected. A control link carries little, and what a peer has to say
+    /// beside it is understood in user space only.
+    pub(crate) fn place(&self, kind: Kind) -> At {
+        if kind == Kind::Data && !self.in_user_space { At::Kernel } else { At::UserSpace }
     }
 }
 
@@ -140,6 +190,15 @@ pub(crate) enum Channel {
 }
 
 impl Channel {
+    /// How what goes through it is encrypted.
+    pub(crate) fn encryption(&self) -> LaneEncryption {
+        match self {
+            Channel::Clear(_) => LaneEncryption::None,
+            Channel::Protected(protected) if protected.in_kernel() => LaneEncryption::TlsInKernel,
+            Channel::Protected(_) => LaneEncryption::TlsInUserSpace,
+        }
+    }
+
     pub(crate) fn socket(&self) -> &SharedSocket {
         match self {
             Channel::Clear(socket) => socket,

@@ -231,8 +231,8 @@ impl Connector {
         let preamble = Preamble::control(token).encrypted(self.protection.is_some());
         let to = address.to_string();
         let caller = Caller { to: &to, host, protection: &self.protection, patience };
-        let socket = stream::connect(address, patience)?;
-        let mut channel = caller.call(Channel::Clear(socket.into()), preamble)?;
+        let socket = stream::connect(address, patience, |_| {})?;
+        let mut channel = caller.call(Channel::Clear(socket), preamble)?;
         let secret = opening::take_secret(&mut channel, &to, &preamble, patience)?;
         let link = StreamLink::opened(channel, token, secret);
         Ok(Connection { link, peer: address, protection: self.protection.clone(), host: host.into() })

@@ -315,7 +315,9 @@ impl Shared {
         let protection = (self.protecting)()?;
         opening::agree(&mut socket, &preamble, protection.is_some())?;
         let channel = match protection.get() {
-            Some(protect) => Channel::Protected(protect.accept(socket, preamble.kind, deadline)?),
+            Some(protect) => {
+                Channel::Protected(protect.accept(socket, protection.place(preamble.kind), deadline)?)
+            }
             None => Channel::Clear(socket),
         };
         match preamble.kind {

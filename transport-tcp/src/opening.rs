@@ -61,7 +61,8 @@ impl Caller<'_> {
         match (channel, self.protection.get()) {
             (Channel::Clear(socket), Some(protect)) => {
                 let deadline = Instant::now() + self.patience;
-                protect.connect(socket, self.to, self.host, deadline).map(Channel::Protected)
+                let place = self.protection.place(preamble.kind);
+                protect.connect(socket, self.to, self.host, place, deadline).map(Channel::Protected)
             }
             (channel, _) => Ok(channel),
         }

@@ -18,6 +18,11 @@
 //! in the middle of a large frame it asks to be woken for [`BATCH_BYTES`] bytes or more. It may do so only
 //! while at least that many bytes of the frame are still to come; otherwise it would sleep for ever over the
 //! frame's end.
+//!
+//! **From a socket whose bytes the kernel decrypts**, all is received through the mapping: the kernel
+//! decrypts to where it is wanted, and has nothing that could go through a pipe without another copy. Such a
+//! socket has no low-water mark: TLS takes parts of records off it, so that what is left there is less than
+//! what is still to come.
 
 use crate::iovec::{self, MAX_IOVECS};
 use migration::memory::{Extent, PAGE_SIZE, Piece, Ram, RamRegion};
@@ -58,14 +63,17 @@ pub(crate) struct Placer {
     /// Made when it is first needed; `None` also where there can be none.
     pipe: Option<Pipe>,
     no_pipe: bool,
+    /// Whether the kernel decrypts.
+    decrypted: bool,
     low_water: u64,
     /// Bytes of the frame that are still to come.
     left: u64,
 }
 
 impl Placer {
-    pub(crate) fn new() -> Self {
-        Placer { pipe: None, no_pipe: false, low_water: 1, left: 0 }
+    /// From a socket that carries them as they are, or whose bytes the kernel decrypts.
+    pub(crate) fn new(decrypted: bool) -> Self {
+        Placer { pipe: None, no_pipe: decrypted, decrypted, low_water: 1, left: 0 }
     }
 
     /// Receives the content of checked extents.
@@ -84,8 +92,10 @@ impl Placer {
             let mut at = extent.offset;
             for piece in region.pieces(extent.offset, extent.len) {
                 let address = region.address().wrapping_add(at as usize);
-                if piece.len >= MIN_SPLICE_BYTES && self.is_new(region, at) {
-                    if let Some(turn) = turns.try_take(extent.region, piece.part) {
+                if piece.len >= MIN_SPLICE_BYTES && is_new(region, at) {
+                    if self.has_pipe()
+                        && let Some(turn) = turns.try_take(extent.region, piece.part)
+                    {
                         self.receive(stream, &mut iovecs[..filled])?;
                         filled = 0;
                         self.splice(stream, &piece)?;
@@ -109,19 +119,13 @@ impl Placer {
         self.wake_at(stream, 1)
     }
 
-    /// Whether the page at `offset` does not exist, and what begins there can be written as a file. Either
-    /// way of placing is right for any memory; this only chooses the cheaper one.
-    fn is_new(&mut self, region: &RamRegion, offset: u64) -> bool {
-        if region.backing_page() > PAGE_SIZE || self.no_pipe {
-            return false;
-        }
-        let mut new = true;
-        scan::existing(region, offset / PAGE_SIZE, 1, |_, _| new = false);
-        if new && self.pipe.is_none() {
+    /// Whether there is a pipe, or can be one.
+    fn has_pipe(&mut self) -> bool {
+        if self.pipe.is_none() && !self.no_pipe {
             self.pipe = Pipe::new().ok();
             self.no_pipe = self.pipe.is_none();
         }
-        new && self.pipe.is_some()
+        self.pipe.is_some()
     }
 
     fn wake_at(&mut self, stream: &Socket, bytes: u64) -> io::Result<()> {
@@ -135,7 +139,9 @@ impl Placer {
     /// Before something is waited for: how many bytes may be received under the low-water mark that is
     /// now set.
     fn allowance(&mut self, stream: &Socket) -> io::Result<u64> {
-        if self.left > BATCH_BYTES {
+        if self.decrypted {
+            Ok(self.left)
+        } else if self.left > BATCH_BYTES {
             // Whenever the receiver sleeps before these have come, at least BATCH_BYTES more are to come.
             self.wake_at(stream, BATCH_BYTES)?;
             Ok(self.left - BATCH_BYTES)
@@ -191,6 +197,17 @@ impl Placer {
         }
         Ok(())
     }
+}
+
+/// Whether the page at `offset` does not exist, and what begins there can be written as a file. Any way of
+/// placing is right for any memory; this only chooses the cheapest one.
+fn is_new(region: &RamRegion, offset: u64) -> bool {
+    if region.backing_page() > PAGE_SIZE {
+        return false;
+    }
+    let mut new = true;
+    scan::existing(region, offset / PAGE_SIZE, 1, |_, _| new = false);
+    new
 }
 
 /// Linux 5.14; libc has it only for some targets.
@@ -318,7 +335,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let receiver = Socket::from(listener.accept().unwrap().0);
-        let mut placer = Placer::new();
+        let mut placer = Placer::new(false);
         let mut random = fastrand::Rng::with_seed(7);
         for extents in frames {
             let bytes: u64 = extents.iter().map(|e| e.len).sum();
@@ -378,7 +395,7 @@ mod tests {
             sender.write_all(&vec![1; sent]).unwrap();
             drop(sender);
             let error =
-                Placer::new().place(&receiver, &ram, &Turns::new(&ram), &[extent(0, 512)]).unwrap_err();
+                Placer::new(false).place(&receiver, &ram, &Turns::new(&ram), &[extent(0, 512)]).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         }
     }

@@ -10,7 +10,7 @@ use migration::cpu::thread_cpu;
 use migration::memory::Extent;
 use migration::preamble::{self, Preamble, Status};
 use migration::scan;
-use migration::transport::{Coverage, PlaneError, Session, Token};
+use migration::transport::{Coverage, LaneEncryption, PlaneError, Session, Token};
 use socket2::Socket;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -82,7 +82,8 @@ impl Plane {
                 return Ok(());
             }
             let (plane, handle) = (Arc::clone(self), channel.socket().clone());
-            streams.start(format!("receive-{}", preamble.lane), handle, move || plane.serve(channel))
+            let (name, lane) = (format!("receive-{}", preamble.lane), preamble.lane);
+            streams.start(name, Some(lane), handle, move || plane.serve(channel, lane))
         });
         answered.map_err(Error::NoPreamble)
     }
@@ -91,22 +92,21 @@ impl Plane {
     pub(crate) fn expect(self: &Arc<Self>, stream: Socket) -> io::Result<()> {
         let mut channel = Channel::Clear(stream.into());
         let (plane, handle) = (Arc::clone(self), channel.socket().clone());
-        self.streams.lock().start("receive".into(), handle, move || {
+        self.streams.lock().start("receive".into(), None, handle, move || {
             // A peer that goes away before it has begun is no failure of this side.
-            if matches!(plane.let_in(&mut channel), Ok(true)) {
-                plane.serve(channel);
-            } else {
-                channel.socket().shut();
+            match plane.let_in(&mut channel) {
+                Ok(Some(lane)) => plane.serve(channel, lane),
+                _ => channel.socket().shut(),
             }
         })
     }
 
-    /// Opens a stream, and tells whether it is a lane of this session.
-    fn let_in(&self, channel: &mut Channel) -> Result<bool, Error> {
+    /// Opens a stream, and tells which lane of this session it is.
+    fn let_in(&self, channel: &mut Channel) -> Result<Option<u16>, Error> {
         let preamble = stream::hear(channel, None)?;
         if preamble.token != self.session.token {
             opening::answer(channel, &preamble, Status::Session).map_err(Error::NoPreamble)?;
-            return Ok(false);
+            return Ok(None);
         }
         opening::agree(channel, &preamble, false)?;
         let proved = opening::is_proved(channel, &preamble, &self.session.secret, None)?;
@@ -116,20 +116,29 @@ impl Plane {
             let status = if admitted { Status::Ok } else { Status::Session };
             opening::answer(channel, &preamble, status).map_err(Error::NoPreamble)?;
         }
-        Ok(admitted)
+        Ok(admitted.then_some(preamble.lane))
     }
 
-    fn serve(&self, channel: Channel) {
-        let mut receiver =
-            Receiver { plane: self, channel, table: Vec::new(), extents: Vec::new(), placer: Placer::new() };
+    fn serve(&self, channel: Channel, lane: u16) {
+        let placer = Placer::new(channel.encryption() == LaneEncryption::TlsInKernel);
+        let mut receiver = Receiver { plane: self, channel, table: Vec::new(), extents: Vec::new(), placer };
         let result = receiver.run();
         self.cpu_us.fetch_add(thread_cpu().all.as_micros() as u64, Ordering::Relaxed);
-        if let Err(error) = result
-            && !self.streams.over()
-        {
-            // The source must not go on writing to a lane that nobody reads.
-            receiver.channel.socket().shut();
-            lock(&self.error).get_or_insert(error.to_string());
+        if self.streams.over() {
+            return;
+        }
+        match result {
+            Err(error) => {
+                // The source must not go on writing to a lane that nobody reads.
+                receiver.channel.socket().shut();
+                lock(&self.error).get_or_insert(error.to_string());
+            }
+            // Only of a protected one it is certain that the source has ended it, and begins the next.
+            Ok(()) if receiver.channel.peer().is_some() => {
+                self.streams.lock().leave(lane);
+                receiver.channel.socket().shut();
+            }
+            Ok(()) => {}
         }
     }
 
@@ -185,13 +194,16 @@ impl Receiver<'_> {
             match header.kind {
                 Kind::Write => {
                     let Plane { session, turns, .. } = self.plane;
+                    let (placer, ram, extents) = (&mut self.placer, &session.ram, &self.extents);
                     let placed = match &mut self.channel {
-                        Channel::Clear(socket) => {
-                            self.placer.place(socket, &session.ram, turns, &self.extents)
-                        }
-                        Channel::Protected(protected) => {
-                            copy::place(protected.as_mut(), &session.ram, &self.extents)
-                        }
+                        Channel::Clear(socket) => placer.place(socket, ram, turns, extents),
+                        Channel::Protected(protected) => match protected.decrypted() {
+                            Some(decrypted) => copy::place(decrypted, ram, extents),
+                            None => {
+                                let placed = placer.place(protected.socket(), ram, turns, extents);
+                                placed.map_err(|error| protected.explain(error))
+                            }
+                        },
                     };
                     placed.map_err(broken)?;
                     let bytes = self.extents.iter().map(|e| e.len).sum();

@@ -3,13 +3,19 @@
 //! Large extents are sent with `sendfile` from the guest's memfd: the kernel puts references to the guest's
 //! own pages into the socket, and nothing is copied on this side. A page may change before it leaves; the
 //! contract allows that. Small extents, and memory whose file cannot be sent (hugetlbfs), are sent with
-//! `sendmsg` from the mapping, many at a time. Through a protected channel everything is encrypted from the
-//! mapping.
+//! `sendmsg` from the mapping, many at a time. This is the same for a socket to which the kernel encrypts. If
+//! this process has to encrypt, it does so from the mapping.
+//!
+//! **Keys** are good for a number of records. A lane that has sent as many waits until all of it is in place,
+//! ends its connection, and opens another one, whose handshake makes new keys. The destination lets it in
+//! once it has seen the end of the first. So both ends may encrypt wherever they like; not every kernel can
+//! change keys.
 
 use crate::channel::{Channel, Peer, Protected, Protection, SharedSocket};
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::iovec::{self, MAX_IOVECS};
 use crate::opening::{self, Caller};
+use crate::plane::lock;
 use crate::stream::{self, PEER, Stream};
 use crate::{Error, cause, pacing};
 use migration::memory::{Extent, PAGE_SIZE, Ram};
@@ -19,8 +25,8 @@ use socket2::Socket;
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Streams that a source opens by default. Over loopback on two cores, four streams carry 1.06 times (1.01 to
@@ -37,7 +43,7 @@ pub struct TcpSource(Streams);
 /// Where a source's streams come from.
 enum Streams {
     /// Connections to an address.
-    Connect(Way),
+    Connect(Arc<Way>),
     /// Connected elsewhere.
     Given(Vec<Socket>),
 }
@@ -54,13 +60,19 @@ struct Way {
 }
 
 impl Way {
-    fn open(&self, lane: u16, session: &Session) -> Result<Channel, Error> {
+    /// A lane's channel. Who is to shut it down is told of it `before` anything is waited for.
+    fn open(
+        &self,
+        lane: u16,
+        session: &Session,
+        before: impl FnOnce(&SharedSocket),
+    ) -> Result<Channel, Error> {
         let Session { token, secret, timeout: patience, .. } = session;
         let to = self.to.to_string();
         let caller = Caller { to: &to, host: &self.host, protection: &self.protection, patience: *patience };
         let preamble = Preamble::data(*token, lane, self.streams).encrypted(self.protection.is_some());
-        let socket = stream::connect(self.to, *patience)?;
-        let mut channel = caller.call(Channel::Clear(socket.into()), preamble)?;
+        let socket = stream::connect(self.to, *patience, before)?;
+        let mut channel = caller.call(Channel::Clear(socket), preamble)?;
         if let (Some(owner), Some(peer)) = (&self.peer, channel.peer())
             && !owner.is(peer)
         {
@@ -88,7 +100,7 @@ impl TcpSource {
         peer: Option<Peer>,
     ) -> Self {
         let streams = if streams == 0 { DEFAULT_STREAMS } else { streams };
-        TcpSource(Streams::Connect(Way { to, streams, host: host.into(), protection, peer }))
+        TcpSource(Streams::Connect(Arc::new(Way { to, streams, host: host.into(), protection, peer })))
     }
 
     /// Streams that are connected already: stream sockets of any family, one for each lane. What is at their
@@ -108,7 +120,7 @@ impl Streams {
         let Session { token, secret, timeout, .. } = *session;
         match self {
             Streams::Connect(way) => {
-                (0..way.streams).map(|lane| opening::insist(|| way.open(lane, session))).collect()
+                (0..way.streams).map(|lane| opening::insist(|| way.open(lane, session, |_| {}))).collect()
             }
             Streams::Given(sockets) => {
                 let sockets = std::mem::take(sockets);
@@ -134,44 +146,79 @@ impl SourceTransport for TcpSource {
 
     fn connect(&mut self, session: &Session, _offer: &[u8]) -> Result<Box<dyn SourcePlane>, PlaneError> {
         let broken = |source| PlaneError::Io { what: "preparing a data connection", source };
-        let streams = self.0.open(session).map_err(|error| match error {
-            Error::Silent { waited, .. } => PlaneError::Timeout(waited),
-            error => PlaneError::Unavailable(error.to_string()),
-        })?;
+        let streams = self.0.open(session).map_err(not_opened)?;
         if streams.is_empty() {
             return Err(PlaneError::Unavailable("no streams are left: they serve one session".into()));
         }
-        let interrupted = Arc::new(AtomicBool::new(false));
+        let handles = streams.iter().map(|channel| channel.socket().clone()).collect();
+        let interrupter = Arc::new(Interrupter { streams: Mutex::new(handles), ..Interrupter::default() });
         let mut lanes: Vec<Box<dyn Lane>> = Vec::new();
-        let mut handles = Vec::new();
-        for channel in streams {
-            pacing::stop_if_near(channel.socket());
-            handles.push(channel.socket().clone());
-            channel.set_read_timeout(Some(session.timeout)).map_err(broken)?;
+        for (lane, channel) in (0..).zip(streams) {
+            prepare(&channel, session.timeout).map_err(broken)?;
+            let renewal = match &self.0 {
+                Streams::Connect(way) if channel.peer().is_some() => {
+                    Some(Renewal { way: Arc::clone(way), session: session.clone(), lane })
+                }
+                _ => None,
+            };
             lanes.push(Box::new(TcpLane {
+                renewal,
+                records: 0,
+                stats: LaneStats::encrypted(channel.encryption()),
                 channel,
                 ram: Arc::clone(&session.ram),
                 timeout: session.timeout,
                 head: Vec::with_capacity(UNIT * (MAX_FRAME_EXTENTS + 1)),
-                stats: LaneStats::default(),
-                interrupted: Arc::clone(&interrupted),
+                interrupter: Arc::clone(&interrupter),
             }));
         }
-        let interrupter = Arc::new(Interrupter { interrupted, streams: handles });
         Ok(Box::new(TcpPlane { lanes, interrupter }))
     }
 }
 
+/// Prepares a lane's channel that is open.
+fn prepare(channel: &Channel, timeout: Duration) -> io::Result<()> {
+    pacing::stop_if_near(channel.socket());
+    channel.set_read_timeout(Some(timeout))
+}
+
+/// Why there is no lane.
+fn not_opened(error: Error) -> PlaneError {
+    match error {
+        Error::Silent { waited, .. } => PlaneError::Timeout(waited),
+        error => PlaneError::Unavailable(error.to_string()),
+    }
+}
+
 /// Stops all lanes of a plane.
+#[derive(Default)]
 struct Interrupter {
-    interrupted: Arc<AtomicBool>,
-    streams: Vec<SharedSocket>,
+    interrupted: AtomicBool,
+    /// Of each lane the one that it has now.
+    streams: Mutex<Vec<SharedSocket>>,
+}
+
+impl Interrupter {
+    fn interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Acquire)
+    }
+
+    /// A lane's next stream.
+    fn replace(&self, lane: u16, stream: &SharedSocket) {
+        if let Some(place) = lock(&self.streams).get_mut(usize::from(lane)) {
+            *place = stream.clone();
+        }
+        // Either this is seen here, or the stream there.
+        if self.interrupted() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
 }
 
 impl Interrupt for Interrupter {
     fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Release);
-        for stream in &self.streams {
+        for stream in lock(&self.streams).iter() {
             // Fails only for a connection that is down already.
             let _ = stream.shutdown(Shutdown::Both);
         }
@@ -209,13 +256,60 @@ struct TcpLane {
     /// Header and table of the frame that is being sent.
     head: Vec<u8>,
     stats: LaneStats,
-    /// Set by the plane's [`Interrupter`].
-    interrupted: Arc<AtomicBool>,
+    interrupter: Arc<Interrupter>,
+    /// If its keys are good for a time only.
+    renewal: Option<Renewal>,
+    /// Records that this connection has sent, or more.
+    records: u64,
 }
 
+/// What a lane needs to begin anew.
+struct Renewal {
+    way: Arc<Way>,
+    session: Session,
+    lane: u16,
+}
+
+/// Bytes of the largest record of TLS.
+const RECORD_BYTES: u64 = 16 << 10;
+
+/// The barrier behind which a connection ends. No round has this number, and nobody would mind.
+const LAST_BARRIER: u32 = u32::MAX;
+
 impl TcpLane {
+    /// Begins anew if the keys have encrypted enough.
+    fn renew_in_time(&mut self) -> Result<(), PlaneError> {
+        let due = |renewal: &Renewal| self.records >= renewal.way.protection.records_per_key();
+        if self.renewal.as_ref().is_some_and(due) { self.renew() } else { Ok(()) }
+    }
+
+    fn renew(&mut self) -> Result<(), PlaneError> {
+        self.post_barrier(LAST_BARRIER)?;
+        self.wait_barrier(LAST_BARRIER)?;
+        let ended = self.channel.socket().shutdown(Shutdown::Write).and_then(|()| {
+            // The destination ends it as well, once it would let the lane in again.
+            match self.read_patiently(&mut [0]) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+                Err(error) => Err(error),
+                Ok(()) => Err(io::ErrorKind::InvalidData.into()),
+            }
+        });
+        ended.map_err(|error| self.error("ending a connection whose keys have done their part", error))?;
+        let Some(Renewal { way, session, lane }) = &self.renewal else { return Ok(()) };
+        let known = |stream: &SharedSocket| self.interrupter.replace(*lane, stream);
+        let opened = opening::insist(|| way.open(*lane, session, known));
+        let channel = opened.map_err(|error| {
+            if self.interrupter.interrupted() { PlaneError::Interrupted } else { not_opened(error) }
+        })?;
+        prepare(&channel, self.timeout).map_err(|error| self.error("preparing a data connection", error))?;
+        self.stats.encryption = channel.encryption();
+        self.channel = channel;
+        self.records = 0;
+        Ok(())
+    }
+
     fn error(&self, what: &'static str, source: io::Error) -> PlaneError {
-        if self.interrupted.load(Ordering::Acquire) {
+        if self.interrupter.interrupted() {
             return PlaneError::Interrupted;
         }
         cause::of(self.channel.socket(), what, source, self.timeout)
@@ -265,12 +359,18 @@ impl TcpLane {
         self.head.extend_from_slice(&Header { kind, extents: extents.len() as u32, round }.encode());
         extents.iter().for_each(|extent| frame::put_extent(&mut self.head, extent));
         self.stats.requests += 1;
+        // A record ends where an extent does, or a call to the kernel that sends a part of one.
+        let content = if kind == Kind::Write { extents } else { &[] };
+        self.records += 1 + content.iter().map(|extent| 2 + extent.len / RECORD_BYTES).sum::<u64>();
     }
 
     /// Sends the head and then the extents' content.
     fn send_payload(&mut self, extents: &[Extent]) -> io::Result<()> {
         match &mut self.channel {
-            Channel::Clear(socket) => send_clear(socket, &self.head, &self.ram, extents),
+            Channel::Clear(socket) => send_through(socket, &self.head, &self.ram, extents),
+            Channel::Protected(protected) if protected.in_kernel() => {
+                send_through(protected.socket(), &self.head, &self.ram, extents)
+            }
             Channel::Protected(protected) => {
                 send_protected(protected.as_mut(), &self.head, &self.ram, extents)
             }
@@ -278,8 +378,8 @@ impl TcpLane {
     }
 }
 
-/// Copies nothing of large extents.
-fn send_clear(stream: &Socket, head: &[u8], ram: &Ram, extents: &[Extent]) -> io::Result<()> {
+/// Through a socket, to which the content goes as it is. Copies nothing of large extents.
+fn send_through(stream: &Socket, head: &[u8], ram: &Ram, extents: &[Extent]) -> io::Result<()> {
     let mut batch = Batch::new(stream);
     batch.add(head.as_ptr(), head.len(), true)?;
     for (index, extent) in extents.iter().enumerate() {
@@ -319,6 +419,7 @@ impl Lane for TcpLane {
     fn write(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
         self.check(extents)?;
         for some in extents.chunks(MAX_FRAME_EXTENTS) {
+            self.renew_in_time()?;
             self.fill_head(Kind::Write, some, 0);
             self.send_payload(some).map_err(|e| self.error("sending memory", e))?;
             self.stats.bytes += some.iter().map(|e| e.len).sum::<u64>();
@@ -329,6 +430,7 @@ impl Lane for TcpLane {
     fn zero(&mut self, extents: &[Extent]) -> Result<(), PlaneError> {
         self.check(extents)?;
         for some in extents.chunks(MAX_FRAME_EXTENTS) {
+            self.renew_in_time()?;
             self.fill_head(Kind::Zero, some, 0);
             self.send_payload(&[]).map_err(|e| self.error("naming zero pages", e))?;
             self.stats.zero_bytes += some.iter().map(|e| e.len).sum::<u64>();
@@ -467,7 +569,9 @@ mod tests {
             timeout: PATIENCE,
             head: Vec::new(),
             stats: LaneStats::default(),
-            interrupted: Arc::default(),
+            interrupter: Arc::default(),
+            renewal: None,
+            records: 0,
         };
         (lane, peer)
     }
@@ -502,7 +606,9 @@ mod tests {
             timeout: PATIENCE,
             head: Vec::new(),
             stats: LaneStats::default(),
-            interrupted: Arc::default(),
+            interrupter: Arc::default(),
+            renewal: None,
+            records: 0,
         };
         let all = [Extent { region: 0, offset: 0, len: 256 * PAGE_SIZE }];
         lane.write(&all).unwrap();

@@ -1,8 +1,9 @@
 //! Streams as every connection here wants them, and the preambles that are exchanged on them.
 
 use crate::Error;
+use crate::channel::SharedSocket;
 use migration::preamble::{LEN, Preamble, PreambleError, Status};
-use socket2::{Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
@@ -79,10 +80,17 @@ pub fn lane(descriptor: impl Into<OwnedFd>) -> Result<Socket, Error> {
     Ok(socket)
 }
 
-/// Connects within `patience`.
-pub fn connect(to: SocketAddr, patience: Duration) -> Result<Socket, Error> {
+/// Connects within `patience`. Who is to shut the socket down is told of it `before`.
+pub fn connect(
+    to: SocketAddr,
+    patience: Duration,
+    before: impl FnOnce(&SharedSocket),
+) -> Result<SharedSocket, Error> {
     let failed = |source| Error::Connect { to: to.to_string(), source };
-    let socket = Socket::from(TcpStream::connect_timeout(&to, patience).map_err(failed)?);
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP)).map_err(failed)?;
+    let socket = SharedSocket::from(socket);
+    before(&socket);
+    socket.connect_timeout(&to.into(), patience).map_err(failed)?;
     prepare(&socket, patience).map_err(failed)?;
     Ok(socket)
 }

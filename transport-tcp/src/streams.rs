@@ -26,8 +26,10 @@ pub(crate) struct Inner<S> {
     /// How many lanes there are to be, as the first of them has said.
     announced: Option<u16>,
     /// Of all streams, also those that have not said yet which lane they are.
-    handles: Vec<S>,
-    threads: Vec<JoinHandle<()>>,
+    handles: Vec<(Option<u16>, S)>,
+    threads: Vec<(Option<u16>, JoinHandle<()>)>,
+    /// The thread of a stream that was replaced did.
+    panicked: bool,
 }
 
 impl<S: Shut> Inner<S> {
@@ -43,16 +45,29 @@ impl<S: Shut> Inner<S> {
         true
     }
 
-    /// Has a thread of its own do `work` with the stream of this handle.
+    /// A lane's stream has ended in good order: another one may be let in as this lane. What is left for the
+    /// thread to do needs no lock.
+    pub(crate) fn leave(&mut self, lane: u16) {
+        self.lanes.retain(|other| *other != lane);
+        self.handles.retain(|(other, _)| *other != Some(lane));
+    }
+
+    /// Has a thread of its own do `work` with the stream of this handle, which is that of a lane if it is
+    /// known already which one.
     pub(crate) fn start(
         &mut self,
         name: String,
+        lane: Option<u16>,
         handle: S,
         work: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
+        let left = |(other, _): &mut (Option<u16>, _)| lane.is_some() && *other == lane;
+        for (_, thread) in self.threads.extract_if(.., left) {
+            self.panicked |= thread.join().is_err();
+        }
         let thread = thread::Builder::new().name(name).spawn(work)?;
-        self.handles.push(handle);
-        self.threads.push(thread);
+        self.handles.push((lane, handle));
+        self.threads.push((lane, thread));
         Ok(())
     }
 }
@@ -66,6 +81,7 @@ impl<S: Shut> Streams<S> {
             announced: None,
             handles: Vec::new(),
             threads: Vec::new(),
+            panicked: false,
         };
         Streams { inner: Mutex::new(inner), over: AtomicBool::new(false) }
     }
@@ -86,15 +102,15 @@ impl<S: Shut> Streams<S> {
     /// # Errors
     /// If one of them panicked.
     pub(crate) fn fence(&self) -> Result<(), ()> {
-        let threads = {
+        let (threads, panicked) = {
             let mut inner = self.lock();
             inner.fenced = true;
             self.over.store(true, Ordering::Release);
-            inner.handles.drain(..).for_each(|stream| stream.shut());
-            std::mem::take(&mut inner.threads)
+            inner.handles.drain(..).for_each(|(_, stream)| stream.shut());
+            (std::mem::take(&mut inner.threads), inner.panicked)
         };
         // All of them, also if one has panicked.
-        let ended: Vec<_> = threads.into_iter().map(JoinHandle::join).collect();
-        ended.into_iter().try_for_each(|end| end.map_err(drop))
+        let ended: Vec<_> = threads.into_iter().map(|(_, thread)| thread.join()).collect();
+        if panicked || ended.iter().any(Result::is_err) { Err(()) } else { Ok(()) }
     }
 }

@@ -72,7 +72,7 @@ macro_rules! scenarios {
                             assert!(!all.admit(2, 3), "a lane is let in that was not announced");
                             let (plane, handle) = (streams.clone(), line.clone());
                             let work = move || serve(&plane, &line, &fenced);
-                            all.start("lane".into(), handle, work).unwrap();
+                            all.start("lane".into(), Some(0), handle, work).unwrap();
                         }
                     }
                 });
@@ -93,7 +93,7 @@ macro_rules! scenarios {
                         serve(&plane, &own, &seen);
                     }
                 };
-                streams.lock().start("lane".into(), line.clone(), work).unwrap();
+                streams.lock().start("lane".into(), None, line.clone(), work).unwrap();
                 let peer = thread::spawn(move || {
                     line.state.lock().unwrap().0 = 2;
                     line.changed.notify_all();

@@ -2,12 +2,11 @@
 
 use super::files::{Files, FilesError};
 use super::names::Pattern;
-use super::stream::TlsStream;
+use super::stream;
 use super::{explain, names};
-use crate::channel::{Peer, Protect, Protected, SharedSocket};
+use crate::channel::{At, Peer, Protect, Protected, SharedSocket};
 use crate::stream::unanswered;
 use crate::{Error, Untrusted};
-use migration::preamble::Kind;
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::ring::{self, cipher_suite};
@@ -81,6 +80,8 @@ impl Credentials {
             .map_err(unfit)?;
         client.resumption = Resumption::disabled();
         client.alpn_protocols = vec![PROTOCOL.into()];
+        // For the kernel alone.
+        client.enable_secret_extraction = true;
 
         let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
             .with_crls(lists)
@@ -96,6 +97,7 @@ impl Credentials {
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
         server.alpn_protocols = vec![PROTOCOL.into()];
+        server.enable_secret_extraction = true;
         Ok(Credentials { client: Arc::new(client), server: Arc::new(server), admitted: admitted.to_vec() })
     }
 }
@@ -131,6 +133,7 @@ impl Protect for Credentials {
         socket: SharedSocket,
         to: &str,
         host: &str,
+        place: At,
         deadline: Instant,
     ) -> Result<Box<dyn Protected>, Error> {
         let untrusted = |what: String| Error::Untrusted(format!("{to} {what}"));
@@ -139,16 +142,14 @@ impl Protect for Credentials {
         let begun = Instant::now();
         let connection = ClientConnection::new(Arc::clone(&self.client), name);
         let connection = connection.map_err(|error| untrusted(explain::fault(&error)))?;
-        let opened = TlsStream::open(Connection::Client(connection), socket, deadline, peer_of);
-        let stream =
-            opened.map_err(|error| unanswered(to, error, deadline.saturating_duration_since(begun)))?;
-        Ok(Box::new(stream))
+        let opened = stream::open(Connection::Client(connection), socket, place, deadline, peer_of);
+        opened.map_err(|error| unanswered(to, error, deadline.saturating_duration_since(begun)))
     }
 
     fn accept(
         &self,
         socket: SharedSocket,
-        _kind: Kind,
+        place: At,
         deadline: Instant,
     ) -> Result<Box<dyn Protected>, Error> {
         let untrusted = |error: io::Error| match error.get_ref().and_then(|e| e.downcast_ref()) {
@@ -157,8 +158,7 @@ impl Protect for Credentials {
         };
         let connection = ServerConnection::new(Arc::clone(&self.server));
         let connection = connection.map_err(|error| Error::Untrusted(error.to_string()))?;
-        let opened = TlsStream::open(Connection::Server(connection), socket, deadline, peer_of);
-        Ok(Box::new(opened.map_err(untrusted)?))
+        stream::open(Connection::Server(connection), socket, place, deadline, peer_of).map_err(untrusted)
     }
 
     fn admits(&self, peer: &Peer) -> bool {

@@ -5,6 +5,9 @@
 //! to reach, and accepts a certificate for that host only. The end that accepts takes whoever the authorities
 //! vouch for, or of these only the names that it has been given ([`Pattern`]).
 //!
+//! Where the kernel can encrypt ([`in_kernel`]) it is given the keys of lanes, so that memory goes through
+//! them as it does through plain sockets. Control links, and lanes elsewhere, are encrypted by rustls.
+//!
 //! Sessions of TLS are not resumed, since that would ask nobody for a certificate.
 //!
 //! ```no_run
@@ -24,8 +27,10 @@
 mod credentials;
 mod explain;
 mod files;
+mod kernel;
 mod names;
 mod stream;
 
 pub use files::{Files, FilesError, Renewed};
+pub use kernel::{KernelError, in_kernel};
 pub use names::{Pattern, PatternError};

@@ -1,11 +1,12 @@
-//! A connection through TLS, by rustls in user space.
+//! How a connection through TLS begins, and one that is encrypted in user space.
 //!
 //! What is written is encrypted at once, from where it lies into records of 16 KiB, of which several are sent
 //! by one system call.
 
 use super::explain;
+use super::kernel::{self, KernelStream};
 use crate::Untrusted;
-use crate::channel::{Peer, Protected, SharedSocket};
+use crate::channel::{At, Peer, Protected, SharedSocket};
 use rustls::pki_types::CertificateDer;
 use rustls::{Connection, SupportedCipherSuite};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -35,49 +36,83 @@ pub(super) struct TlsStream {
 }
 
 /// What rustls found, as an error of the stream.
-fn trouble(error: &rustls::Error) -> io::Error {
+pub(super) fn trouble(error: &rustls::Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, Untrusted(explain::fault(error)))
 }
 
-impl TlsStream {
-    /// Makes the handshake before the deadline. Afterwards reads wait as long as the socket is told.
-    pub(super) fn open(
-        mut connection: Connection,
-        socket: SharedSocket,
-        deadline: Instant,
-        peer_of: PeerOf,
-    ) -> io::Result<Self> {
-        connection.set_buffer_limit(Some(BATCH_BYTES));
-        let mut incoming = BufReader::with_capacity(READ_BYTES, socket.clone());
-        let mut outgoing = socket.clone();
-        while connection.is_handshaking() || connection.wants_write() {
-            if connection.wants_write() {
-                send(&mut connection, &mut outgoing)?;
-                continue;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            socket.set_read_timeout(Some(left))?;
-            if receive(&mut connection, &mut incoming)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            if let Err(error) = connection.process_new_packets() {
-                // The other side is told what is wrong, if it still listens.
-                let _ = send(&mut connection, &mut outgoing);
-                return Err(trouble(&error));
-            }
-        }
-        let peer = peer_of(connection.peer_certificates(), connection.negotiated_cipher_suite());
-        let peer = peer.ok_or_else(|| trouble(&rustls::Error::NoCertificatesPresented))?;
-        let mut stream =
-            TlsStream { connection, socket, incoming, plain: 0, ended: false, failed: None, peer };
-        // The handshake's last flight may have brought more with it.
-        stream.process();
-        Ok(stream)
-    }
+/// Reads of a socket no further than to the end of a TLS record, so that whoever reads on misses nothing.
+struct Records<'a> {
+    socket: &'a SharedSocket,
+    /// The record's head: its type, a version, and the length of what follows.
+    head: [u8; 5],
+    /// Bytes of the head that have been read.
+    filled: usize,
+    /// Bytes that follow.
+    left: usize,
+}
 
+impl Read for Records<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let in_head = self.left == 0;
+        let most = if in_head { self.head.len() - self.filled } else { self.left };
+        let most = most.min(bytes.len());
+        let count = self.socket.clone().read(&mut bytes[..most])?;
+        if in_head {
+            self.head[self.filled..][..count].copy_from_slice(&bytes[..count]);
+            self.filled += count;
+            if self.filled == self.head.len() {
+                self.left = usize::from(u16::from_be_bytes([self.head[3], self.head[4]]));
+                self.filled = 0;
+            }
+        } else {
+            self.left -= count;
+        }
+        Ok(count)
+    }
+}
+
+/// Makes the handshake before the deadline, and encrypts from then on in that place. Afterwards reads wait as
+/// long as the socket is told.
+pub(super) fn open(
+    mut connection: Connection,
+    socket: SharedSocket,
+    place: At,
+    deadline: Instant,
+    peer_of: PeerOf,
+) -> io::Result<Box<dyn Protected>> {
+    let mut incoming = Records { socket: &socket, head: [0; 5], filled: 0, left: 0 };
+    let mut outgoing = socket.clone();
+    while connection.is_handshaking() || connection.wants_write() {
+        if connection.wants_write() {
+            send(&mut connection, &mut outgoing)?;
+            continue;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        socket.set_read_timeout(Some(left))?;
+        if receive(&mut connection, &mut incoming)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if let Err(error) = connection.process_new_packets() {
+            // The other side is told what is wrong, if it still listens.
+            let _ = send(&mut connection, &mut outgoing);
+            return Err(trouble(&error));
+        }
+    }
+    let peer = peer_of(connection.peer_certificates(), connection.negotiated_cipher_suite());
+    let peer = peer.ok_or_else(|| trouble(&rustls::Error::NoCertificatesPresented))?;
+    if place == At::Kernel && kernel::prepare(&socket) {
+        let secrets = connection.dangerous_extract_secrets().map_err(|error| trouble(&error))?;
+        return Ok(Box::new(KernelStream::new(socket, &secrets, peer)?));
+    }
+    connection.set_buffer_limit(Some(BATCH_BYTES));
+    let incoming = BufReader::with_capacity(READ_BYTES, socket.clone());
+    Ok(Box::new(TlsStream { connection, socket, incoming, plain: 0, ended: false, failed: None, peer }))
+}
+
+impl TlsStream {
     /// Decrypts what has arrived. What came before an error is read before the error is met.
     fn process(&mut self) {
         match self.connection.process_new_packets() {
@@ -107,7 +142,7 @@ fn send(connection: &mut Connection, socket: &mut SharedSocket) -> io::Result<()
 }
 
 /// Takes encrypted bytes; none are the end.
-fn receive(connection: &mut Connection, incoming: &mut BufReader<SharedSocket>) -> io::Result<usize> {
+fn receive(connection: &mut Connection, incoming: &mut impl Read) -> io::Result<usize> {
     loop {
         match connection.read_tls(incoming) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -176,5 +211,13 @@ impl Protected for TlsStream {
 
     fn peer(&self) -> &Peer {
         &self.peer
+    }
+
+    fn in_kernel(&self) -> bool {
+        false
+    }
+
+    fn decrypted(&mut self) -> Option<&mut dyn BufRead> {
+        Some(self)
     }
 }
