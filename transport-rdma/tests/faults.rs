@@ -245,7 +245,7 @@ fn unavailable(to: std::net::IpAddr) -> [String; 2] {
         panic!("an offer was made");
     };
     // What a destination elsewhere might have offered.
-    let mut offer = b"WRDM\x01\x00\x39\x30\0\0\0\0\0\0\0\0\0\0\xff\xff".to_vec();
+    let mut offer = b"WRDM\x02\x00\x39\x30\0\0\0\0\0\0\0\0\0\0\xff\xff".to_vec();
     let std::net::IpAddr::V4(v4) = to else { panic!("not an IPv4 address") };
     offer.extend(v4.octets());
     offer.extend([2, 24, 24]);
