@@ -71,6 +71,8 @@ codes! {
     GUEST_ENDED = 16, "guest-ended";
     /// One side does not trust the other, or only one of them encrypts.
     AUTHENTICATION = 17, "authentication";
+    /// The guest exceeds what the destination's operator allows.
+    LIMITS = 18, "limits";
 }
 
 impl Serialize for Code {

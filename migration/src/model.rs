@@ -17,6 +17,11 @@
 //! when its state is saved, as the kernel may then write to it. What the destination runs must have all of
 //! that.
 //!
+//! A schedule begins with the opening of the control link ([`opening`]), of which each step may fail: the
+//! line is cut, nothing comes, what comes was changed on the way, the destination has no room, or its verdict
+//! arrives although it could not tell it. One side may then have a session that the other knows nothing of.
+//! A lane that is refused is a [`Connect`](src::Command::Connect) that fails.
+//!
 //! Of what an operator orders beside cancelling, the state machines see nothing but how a command ends:
 //! waiting before the switchover and switching at once are [`Precopy`](src::Command::Precopy) that ends later
 //! or sooner, and a guest that was paused is resumed by a machine that leaves it paused. "The guest runs"
@@ -29,11 +34,14 @@
 //! number of states is printed. It grows slowly beyond that, since few faults can be met before somebody
 //! gives up.
 
+mod opening;
+
 use crate::failure::{Code, Failure};
 use crate::message::{
     self, ChunkDigests, Estimate, Hello, Message, PageHashes, Prepare, Prepared, Ready, Running, StatePart,
 };
 use crate::{destination as dst, source as src};
+use opening::{Opening, Said};
 use stateright::{Checker, Expectation, Model, Property};
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -53,6 +61,8 @@ enum Side {
 /// A one-way connection: what is on the wire, and whether more can be put there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Wire {
+    /// What opens the link, before everything else.
+    opening: Said,
     queue: VecDeque<Message>,
     cut: bool,
 }
@@ -62,7 +72,13 @@ struct Wire {
 struct World {
     source: src::State,
     destination: dst::State,
-    /// The command that each side is carrying out; `None` once the process is dead.
+    /// How far each side has opened the control link. A side begins once that is over.
+    source_opening: Opening,
+    destination_opening: Opening,
+    /// Somebody was let in who had not proved the secret.
+    unproved: bool,
+    /// The command that each side is carrying out; `None` before it begins, and once the process is dead or
+    /// has no session.
     source_command: Option<src::Command>,
     destination_command: Option<dst::Command>,
     /// While the source moves memory: it has had the broken transport retired and waits for the answer.
@@ -122,6 +138,10 @@ enum Luck {
     Expired,
     /// Memory differs between the sides.
     Differs,
+    /// What opens the link was changed on the way.
+    Changed,
+    /// The destination lets nobody in: it is busy, or does not admit this source.
+    NoRoom,
 }
 
 /// The bounds of a check, and the rule that is broken on purpose.
@@ -140,6 +160,8 @@ enum Broken {
     Destination(dst::Sabotage),
     /// The source takes the disks back without looking whether they were used.
     Blind,
+    /// The destination lets in whoever calls.
+    Credulous,
 }
 
 fn hello() -> Hello {
@@ -161,11 +183,14 @@ impl World {
         match bounds.broken {
             Some(Broken::Source(rule)) => source.sabotage = Some(rule),
             Some(Broken::Destination(rule)) => destination.sabotage = Some(rule),
-            Some(Broken::Blind) | None => {}
+            Some(Broken::Blind | Broken::Credulous) | None => {}
         }
         World {
-            source_command: Some(source.handle(src::Event::Start)),
-            destination_command: Some(destination.handle(dst::Event::Start)),
+            source_command: None,
+            destination_command: None,
+            source_opening: Opening::Calls,
+            destination_opening: Opening::AwaitsCall,
+            unproved: false,
             source,
             destination,
             retiring: false,
@@ -185,6 +210,41 @@ impl World {
         }
     }
 
+    fn opening(&self, side: Side) -> Opening {
+        match side {
+            Side::Source => self.source_opening,
+            Side::Destination => self.destination_opening,
+        }
+    }
+
+    /// Carries on with the opening of the link; begins, or gives it up, when that is over.
+    fn open(&mut self, side: Side, luck: Luck, credulous: bool) {
+        let (to_source, to_destination) = (&mut self.to_source, &mut self.to_destination);
+        match side {
+            Side::Source => {
+                self.source_opening.step(luck, to_source, to_destination, false);
+                match self.source_opening {
+                    Opening::Open => self.source_command = Some(self.source.handle(src::Event::Start)),
+                    Opening::Closed => {
+                        self.source_command = Some(src::Command::Finish(src::Outcome::Stayed(failed())));
+                        to_destination.cut = true;
+                    }
+                    _ => {}
+                }
+            }
+            Side::Destination => {
+                self.unproved |= self.destination_opening.step(luck, to_destination, to_source, credulous);
+                match self.destination_opening {
+                    Opening::Open => {
+                        self.destination_command = Some(self.destination.handle(dst::Event::Start));
+                    }
+                    Opening::Closed => to_source.cut = true,
+                    _ => {}
+                }
+            }
+        }
+    }
+
     fn incoming(&self, side: Side) -> &Wire {
         match side {
             Side::Source => &self.to_source,
@@ -194,7 +254,10 @@ impl World {
 
     /// Whether the side will do nothing more before it is sent something.
     fn idle(&self, side: Side) -> bool {
-        let nothing_comes = self.incoming(side).queue.is_empty() && !self.incoming(side).cut;
+        let nothing_comes = self.incoming(side).len() == 0 && !self.incoming(side).cut;
+        if self.opening(side).goes_on() {
+            return self.opening(side).waits() && nothing_comes;
+        }
         match side {
             Side::Source => match self.source_command {
                 None | Some(src::Command::Finish(_)) => true,
@@ -213,7 +276,7 @@ impl World {
     fn waits(&self, side: Side, lucks: &mut Vec<Luck>) {
         let wire = self.incoming(side);
         let other = if side == Side::Source { Side::Destination } else { Side::Source };
-        if !wire.queue.is_empty() || wire.cut {
+        if wire.len() > 0 || wire.cut {
             lucks.push(Luck::Well);
         } else if self.idle(other) {
             // Only silence is left.
@@ -221,6 +284,11 @@ impl World {
         }
         if self.faults_left > 0 {
             lucks.push(Luck::Late);
+            if self.opening(side).goes_on() {
+                self.opening(side).lucks(wire.len() > 0, lucks);
+                lucks.dedup();
+                return;
+            }
             if !wire.queue.is_empty() {
                 lucks.push(Luck::Twice);
             }
@@ -250,7 +318,7 @@ impl World {
         };
         match luck {
             Luck::Well => false,
-            Luck::Late => !(wire.queue.is_empty() && !wire.cut && self.idle(other)),
+            Luck::Late => !(wire.len() == 0 && !wire.cut && self.idle(other)),
             Luck::Fails if sending => !outgoing_cut,
             Luck::Fails if taking => self.can_take(side),
             _ => true,
@@ -260,6 +328,8 @@ impl World {
     fn lucks(&self, side: Side, newer: bool) -> Vec<Luck> {
         let mut lucks = Vec::new();
         match side {
+            _ if self.opening(side).waits() => self.waits(side, &mut lucks),
+            _ if self.opening(side).goes_on() => self.opening(side).lucks(false, &mut lucks),
             Side::Source => {
                 use src::Command;
                 match &self.source_command {
@@ -510,12 +580,14 @@ impl World {
         match side {
             Side::Source => {
                 (self.source_command, self.source_runs, self.retiring) = (None, false, false);
-                self.to_source.queue.clear();
+                self.source_opening = Opening::Closed;
+                self.to_source.lose(0);
             }
             Side::Destination => {
                 (self.destination_command, self.destination_runs) = (None, false);
+                self.destination_opening = Opening::Closed;
                 self.loaded = false;
-                self.to_destination.queue.clear();
+                self.to_destination.lose(0);
             }
         }
         (self.to_destination.cut, self.to_source.cut) = (true, true);
@@ -525,6 +597,9 @@ impl World {
     /// happen.
     fn ends_well(&self) -> bool {
         use src::Outcome;
+        if self.source_opening.goes_on() || self.destination_opening.goes_on() {
+            return false;
+        }
         let source = match &self.source_command {
             None => None,
             Some(src::Command::Finish(outcome)) => Some(outcome),
@@ -561,16 +636,16 @@ impl Model for Bounds {
             return;
         }
         if !world.to_destination.cut || !world.to_source.cut {
-            for to_destination in 0..=world.to_destination.queue.len() {
-                for to_source in 0..=world.to_source.queue.len() {
+            for to_destination in 0..=world.to_destination.len() {
+                for to_source in 0..=world.to_source.len() {
                     actions.push(Action::Cut { to_destination, to_source });
                 }
             }
         }
-        if world.source_command.is_some() {
+        if world.source_command.is_some() || world.source_opening.goes_on() {
             actions.push(Action::Kill(Side::Source));
         }
-        if world.destination_command.is_some() {
+        if world.destination_command.is_some() || world.destination_opening.goes_on() {
             actions.push(Action::Kill(Side::Destination));
         }
     }
@@ -581,8 +656,8 @@ impl Model for Bounds {
             Action::Cut { to_destination, to_source } => {
                 world.faults_left -= 1;
                 (world.to_destination.cut, world.to_source.cut) = (true, true);
-                world.to_destination.queue.truncate(to_destination);
-                world.to_source.queue.truncate(to_source);
+                world.to_destination.lose(to_destination);
+                world.to_source.lose(to_source);
             }
             Action::Kill(side) => {
                 world.faults_left -= 1;
@@ -593,6 +668,9 @@ impl Model for Bounds {
                     world.faults_left -= 1;
                 }
                 match side {
+                    _ if last.opening(side).goes_on() => {
+                        world.open(side, luck, matches!(self.broken, Some(Broken::Credulous)));
+                    }
                     Side::Source => {
                         let command = world.source_command.clone()?;
                         if let Some(event) = world.step_source(&command, luck, self) {
@@ -637,6 +715,9 @@ impl Model for Bounds {
             Property::always("a guest is given back only when it is gone", |_, world: &World| {
                 !world.gave_up_too_early
             }),
+            Property::always("a session begins with a proof of its secret", |_, world: &World| {
+                !world.unproved
+            }),
             Property::always("every end has a rightful owner", |model: &Bounds, world: &World| {
                 let mut actions = Vec::new();
                 model.actions(world, &mut actions);
@@ -651,6 +732,23 @@ impl Model for Bounds {
                 matches!(world.source_command, Some(src::Command::Finish(src::Outcome::Stayed(_))))
                     && world.source_runs
             }),
+            Property::sometimes(
+                "a session that only the destination knows comes to nothing",
+                |_, world: &World| {
+                    (world.source_opening, world.destination_opening) == (Opening::Closed, Opening::Open)
+                        && matches!(world.destination_command, Some(dst::Command::Finish(_)))
+                        && world.source_runs
+                },
+            ),
+            Property::sometimes(
+                "a session that only the source knows comes to nothing",
+                |_, world: &World| {
+                    (world.source_opening, world.destination_opening) == (Opening::Open, Opening::Closed)
+                        && world.destination_command.is_none()
+                        && matches!(world.source_command, Some(src::Command::Finish(src::Outcome::Stayed(_))))
+                        && world.source_runs
+                },
+            ),
             Property::sometimes("the guest is held", |_, world: &World| {
                 matches!(world.source_command, Some(src::Command::Finish(src::Outcome::Held(_))))
             }),
@@ -707,7 +805,7 @@ fn violated(arbiter: bool, broken: Broken) -> Vec<&'static str> {
 
 #[test]
 fn every_broken_rule_is_found() {
-    use Broken::{Blind, Destination, Source};
+    use Broken::{Blind, Credulous, Destination, Source};
     for (arbiter, broken, expected) in [
         (true, Source(src::Sabotage::ResumeAfterCommit), "whoever runs the guest has its disks"),
         (false, Source(src::Sabotage::ResumeAfterCommit), "the guest never runs at both sides"),
@@ -718,6 +816,7 @@ fn every_broken_rule_is_found() {
         (true, Destination(dst::Sabotage::RunWithoutDisks), "whoever runs the guest has its disks"),
         (false, Destination(dst::Sabotage::ReadyWithoutState), "what runs at the destination was loaded"),
         (false, Destination(dst::Sabotage::GiveUpFirst), "a guest is given back only when it is gone"),
+        (false, Credulous, "a session begins with a proof of its secret"),
         (true, Blind, "the source never goes on from older memory"),
     ] {
         let found = violated(arbiter, broken);

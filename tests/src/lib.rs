@@ -13,6 +13,8 @@
 //! | `hostile` | peers of either side that are not Whimbrel, or violate the protocol |
 //! | `costs` | what a peer can make a side allocate |
 //! | `differing` | a page that differs between the sides is found, named and kept |
+//! | `limits` | a receiver takes no guest that is larger than its operator allows, or has another name |
+//! | `flood` | guests move while hundreds of hostile callers a second call |
 //! | `security` | certificates of all kinds, and what somebody on the network can do |
 //! | `versions` | guests move between this program and the one of the last release, both ways |
 //! | `hosts` | destinations that could not run the guest |
@@ -37,6 +39,7 @@ pub mod chaos;
 pub mod client;
 pub mod command;
 pub mod counting;
+pub mod flood;
 pub mod inject;
 pub mod inspect;
 pub mod journal;

@@ -1,13 +1,17 @@
 //! Who may speak to whom: certificates that are right and wrong, and what somebody on the network can do.
 
+use migration::link::ControlLink;
+use migration::message::{Hello, Message};
 use migration::preamble::{Preamble, Status};
 use migration::report::{Report, Verdict};
-use migration::transport::{Secret, Token};
+use migration::transport::{Secret, Session, SourceTransport, Token};
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime};
+use transport_tcp::Connector;
+use transport_tcp::tls::{Files, Renewed};
 use whimbrel::api::model::{Migration, MigrationRequest, VmState};
 use whimbrel::node::Node;
 use whimbrel::pki::{Authority, days_from_now};
@@ -284,7 +288,7 @@ fn a_lane_needs_more_than_the_token() {
     let (control, secret) = Rogue::session(address, token);
     let mut control = control.greet();
     let machine = honest_machine();
-    control.send(&migration::message::Message::Prepare(honest_prepare(&machine)));
+    control.send(&Message::Prepare(honest_prepare(&machine)));
     assert_eq!(control.receive().map(|m| m.name()), Some("Prepared"));
     let lane = |lane, lanes, secret: &Secret| {
         let mut rogue = Rogue::call(address);
@@ -300,6 +304,38 @@ fn a_lane_needs_more_than_the_token() {
         assert_eq!(lane(number, lanes, &secret).1, Some(Status::Session), "lane {number} of {lanes}");
     }
     assert_eq!(lane(1, 2, &secret).1, Some(Status::Ok));
+    assert!(is_empty(&node));
+}
+
+#[test]
+fn a_lane_of_another_host_is_refused_whatever_it_knows() {
+    let folder = tempfile::tempdir().unwrap();
+    let fleet = Fleet::new(folder.path(), true);
+    let (node, address) = fleet.receiver("receiver");
+    // Admitted by the receiver as much as the source is.
+    let other = fleet.authority.issue("c.hosts.example", &[], days_from_now(1)).unwrap();
+    let connector =
+        |host: &Path| Connector::new(Renewed::new(Files::in_folder(host), Vec::new()).protection().unwrap());
+    let token = Token([78; 16]);
+    let mut control = connector(&fleet.source).connect(&address.to_string(), token, PATIENCE).unwrap();
+    let machine = honest_machine();
+    for message in [
+        Message::Hello(Hello { software: "rogue".into(), features: 0 }),
+        Message::Prepare(honest_prepare(&machine)),
+    ] {
+        control.send(&message.encode()).unwrap();
+        assert!(control.receive(PATIENCE).unwrap().is_some());
+    }
+    let session = Session::new(token, machine.memory().ram().clone(), PATIENCE).with_secret(control.secret());
+    // It has the session's token and its secret, but not its host's key.
+    let lane = |host: &Path| connector(host).lanes(address, "127.0.0.1", 1).connect(&session, &[]);
+    thread::sleep(TOLD_AGAIN);
+    let refused = lane(&other).err().unwrap().to_string();
+    assert!(refused.contains("does not know this migration"), "{refused}");
+    let told = "it has not proved to belong to a session of this side";
+    wait_until("the receiver says so", || node.stderr().contains(told));
+    // Its own host's is taken.
+    assert!(lane(&fleet.source).is_ok());
     assert!(is_empty(&node));
 }
 

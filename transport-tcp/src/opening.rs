@@ -155,6 +155,127 @@ pub(crate) fn misplaced() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use migration::transport::Token;
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
+
+    /// Longer than anything here takes that does not hang.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[derive(Clone, Copy, Debug)]
+    enum Fault {
+        /// The connection is cut before this byte.
+        Cut(usize),
+        /// This byte is changed on the way.
+        Changed(usize),
+    }
+
+    /// A connection on which something happens to what this end says.
+    struct Faulty {
+        stream: UnixStream,
+        said: usize,
+        fault: Option<Fault>,
+    }
+
+    impl Read for Faulty {
+        fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+            self.stream.read(bytes)
+        }
+    }
+
+    impl Write for Faulty {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut byte = bytes[0];
+            match self.fault {
+                Some(Fault::Cut(at)) if at == self.said => {
+                    self.stream.shutdown(Shutdown::Both)?;
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                Some(Fault::Changed(at)) if at == self.said => byte ^= 1,
+                _ => {}
+            }
+            self.said += 1;
+            self.stream.write(&[byte])
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Stream for Faulty {
+        fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.stream.set_read_timeout(timeout)
+        }
+
+        fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.stream.set_write_timeout(timeout)
+        }
+    }
+
+    /// What an end has when a connection is open.
+    type Opened = Result<Secret, Error>;
+
+    /// Opens a control link, or a lane of the session with this secret. Returns what both ends have then, and
+    /// how many bytes they have said.
+    fn open(lane: Option<Secret>, source: Option<Fault>, destination: Option<Fault>) -> [(Opened, usize); 2] {
+        let (here, there) = UnixStream::pair().unwrap();
+        let mut here = Faulty { stream: here, said: 0, fault: source };
+        let mut there = Faulty { stream: there, said: 0, fault: destination };
+        let token = Token([7; 16]);
+        let preamble = if lane.is_some() { Preamble::data(token, 1, 2) } else { Preamble::control(token) };
+        let accepting = thread::spawn(move || {
+            let mut accept = || {
+                let deadline = Instant::now() + PATIENCE;
+                let preamble = stream::hear(&mut there, Some(deadline))?;
+                agree(&mut there, &preamble, false)?;
+                let secret = match lane {
+                    None => give_secret(&mut there, &preamble, deadline)?,
+                    Some(secret) if is_proved(&mut there, &preamble, &secret, Some(deadline))? => secret,
+                    Some(_) => return Err(Error::Unproved),
+                };
+                answer(&mut there, &preamble, Status::Ok).map_err(Error::NoPreamble)?;
+                Ok(secret)
+            };
+            (accept(), there.said)
+        });
+        let mut connect = || {
+            stream::call(&mut here, "it", preamble, PATIENCE)?;
+            match lane {
+                None => take_secret(&mut here, "it", &preamble, PATIENCE),
+                Some(secret) => prove(&mut here, "it", &preamble, &secret, PATIENCE).map(|()| secret),
+            }
+        };
+        let opened = connect();
+        let said = here.said;
+        drop(here);
+        [(opened, said), accepting.join().unwrap()]
+    }
+
+    #[test]
+    fn an_opening_that_is_cut_or_changed_anywhere_lets_nobody_in() {
+        for lane in [None, Some(Secret([9; Secret::LEN]))] {
+            let [source, destination] = open(lane, None, None);
+            assert_eq!(source.0.unwrap().0, destination.0.unwrap().0);
+            for at in 0..source.1 {
+                for fault in [Fault::Cut(at), Fault::Changed(at)] {
+                    let [(here, _), (there, _)] = open(lane, Some(fault), None);
+                    assert!(here.is_err() && there.is_err(), "the source's {fault:?}");
+                }
+            }
+            for at in 0..destination.1 {
+                let [(here, _), (there, _)] = open(lane, None, Some(Fault::Cut(at)));
+                assert!(here.is_err() && there.is_err(), "the destination's byte {at} is cut off");
+                let [(here, _), (there, _)] = open(lane, None, Some(Fault::Changed(at)));
+                // The source may find fault with a verdict that the destination has told. It is never let in
+                // where it is not, and both have the same secret.
+                if let Ok(here) = here {
+                    assert_eq!(here.0, there.unwrap().0, "the destination's byte {at} is changed");
+                }
+            }
+        }
+    }
 
     #[test]
     fn only_who_hangs_up_is_called_again() {

@@ -97,6 +97,26 @@ impl Description {
         &self.cpuid
     }
 
+    /// Bytes of RAM, or of what the machine keeps to boot from if that is more.
+    pub fn memory(&self) -> u64 {
+        self.memory.max(self.reboot.store())
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
+    /// PCI devices by place.
+    pub fn devices(&self) -> &[DeviceConfig] {
+        &self.devices
+    }
+
+    /// What the machine is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Whether the guest is to stay paused.
     pub fn stays_paused(&self) -> bool {
         self.stays_paused

@@ -72,6 +72,12 @@ pub enum Error {
         /// Most there can be.
         most: usize,
     },
+    /// An arriving guest that exceeds what this host's operator allows.
+    #[error("the guest exceeds what the destination's operator allows: {exceeded}")]
+    Limits {
+        /// What exceeds which limit.
+        exceeded: String,
+    },
     /// What a machine boots from when it is reset.
     #[error(transparent)]
     Keep(#[from] KeepError),
@@ -128,6 +134,7 @@ impl Error {
             | Error::Serial(_)
             | Error::Console { .. }
             | Error::DeviceCount { .. } => Code::DEVICE,
+            Error::Limits { .. } => Code::LIMITS,
             Error::Ended(_) | Error::Stopped => Code::GUEST_ENDED,
         }
     }

@@ -5,6 +5,7 @@ use crate::description::Description;
 use crate::error::Error;
 use crate::guest::{self, When};
 use crate::host::Host;
+use crate::limits::Limits;
 use crate::machine::{Machine, MachineConfig};
 use crate::memory::Thp;
 use crate::outgoing::half_a_handover;
@@ -35,6 +36,8 @@ pub struct IncomingOptions {
     /// source's locks on them. A guest whose disk is another file reads wrong blocks from then on, and writes
     /// over what is there.
     pub trust_storage: bool,
+    /// How large a guest may be, what it may have, and what it may be called.
+    pub limits: Limits,
 }
 
 /// Builds shadow machines on this host.
@@ -54,6 +57,7 @@ impl IncomingHost {
 
     fn shadow(&self, description: &[u8], layout: &[RegionLayout]) -> Result<Machine, Failure> {
         let description = Description::decode(description)?;
+        self.options.limits.check(&description)?;
         let ours = cpuid::baseline(self.host.kvm()).map_err(Error::from)?;
         let missing = cpuid::missing_features(description.cpuid(), &ours);
         if !missing.is_empty() {

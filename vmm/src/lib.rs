@@ -22,6 +22,7 @@ pub mod incoming;
 #[doc(hidden)]
 pub mod internals;
 mod ioctl;
+pub mod limits;
 pub mod loader;
 mod lock;
 pub mod machine;

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use whimbrel_vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
+use whimbrel_vmm::limits::Limits;
 use whimbrel_vmm::virtio::block::{BlockConfig, Images};
 use whimbrel_vmm::virtio::{DeviceConfig, LocalConfig};
 use whimbrel_vmm::{Machine, SerialOutput};
@@ -114,6 +115,57 @@ fn what_a_device_writes_is_dirty() {
         assert_eq!(set.count(), 0, "a paused machine writes nothing");
         SourceMachine::resume(&machine).unwrap();
         wait_above(&machine, LOOPS, peek(&machine, LOOPS) + 2);
+    }
+}
+
+#[test]
+fn what_exceeds_a_limit_is_refused_before_anything_is_built() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices =
+        vec![disk(folder.path(), "a"), disk(folder.path(), "b"), DeviceConfig::Rng, DeviceConfig::Console];
+    let source = machine_with_devices(16, 2, devices);
+    source.boot(&boot(guests::hello())).unwrap();
+    let (description, layout) = (source.describe().unwrap(), source.memory().ram().layout());
+    // Whoever opened a disk would say that it is not there.
+    std::fs::remove_file(folder.path().join("a")).unwrap();
+    let build = |limits: Limits| {
+        let local =
+            LocalConfig { images: Images::Below(vec![folder.path().into()]), ..LocalConfig::default() };
+        let options =
+            IncomingOptions { serial: SerialOutput::Null, local, limits, ..IncomingOptions::default() };
+        IncomingHost::open(options).unwrap().build(&description, &layout).err().unwrap()
+    };
+    let names = |pattern: &str| vec![pattern.parse().unwrap()];
+    let none = Limits::default();
+    for (limits, what) in [
+        (
+            Limits { memory: Some((16 << 20) - 1), ..none.clone() },
+            "16 MiB of memory, of which at most 15 MiB",
+        ),
+        (Limits { vcpus: Some(1), ..none.clone() }, "2 vCPUs, of which at most 1 are allowed"),
+        (Limits { disks: Some(1), ..none.clone() }, "2 disks, of which at most 1 are allowed"),
+        (Limits { rngs: Some(0), ..none.clone() }, "1 entropy devices, of which at most 0 are allowed"),
+        (Limits { consoles: Some(0), ..none.clone() }, "1 consoles, of which at most 0 are allowed"),
+        (Limits { names: names("web*"), ..none.clone() }, "its name is vm, and only web* may come"),
+    ] {
+        let refused = build(limits);
+        assert_eq!(refused.code, Code::LIMITS, "{refused}");
+        assert!(refused.message.contains(what) && refused.message.lines().count() == 1, "{refused}");
+    }
+    let several = build(Limits { vcpus: Some(1), disks: Some(0), ..none.clone() });
+    assert!(several.message.contains("2 vCPUs") && several.message.contains("2 disks"), "{several}");
+    // Whatever is within its limits goes on to its disks.
+    let within = Limits {
+        memory: Some(16 << 20),
+        vcpus: Some(2),
+        disks: Some(2),
+        nics: Some(0),
+        rngs: Some(1),
+        consoles: Some(1),
+        names: names("v*"),
+    };
+    for limits in [within, none] {
+        assert_eq!(build(limits).code, Code::DEVICE);
     }
 }
 

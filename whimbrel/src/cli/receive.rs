@@ -58,6 +58,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         populate: args.populate,
         thp: args.process.thp,
         trust_storage: args.trust_storage,
+        limits: args.limits.limits(),
     })?;
     let mut needs = args.process.needs();
     needs.write.extend(args.disks.iter().cloned());
