@@ -1,7 +1,7 @@
 //! Which session a lane belongs to.
 
 use crate::Error;
-use crate::channel::{Channel, SharedSocket};
+use crate::channel::{Channel, Protection, SharedSocket};
 use crate::opening;
 use crate::plane::{Plane, lock};
 use crate::stream::{self, MAX_OPENING};
@@ -38,7 +38,7 @@ impl LaneAcceptor {
         if !self.knows(preamble.token) {
             return opening::answer(&mut stream, &preamble, Status::Session).map_err(Error::NoPreamble);
         }
-        opening::agree(&mut stream, &preamble, false)?;
+        opening::agree(&mut stream, &preamble, &Protection::none())?;
         self.open(Channel::Clear(stream), &preamble, Some(deadline))
     }
 

@@ -132,6 +132,7 @@ pub(crate) trait Protect: Send + Sync {
 pub struct Protection {
     protect: Option<Arc<dyn Protect>>,
     in_user_space: bool,
+    clear_lanes: bool,
     /// If it is not [`RECORDS_PER_KEY`].
     records_per_key: Option<u64>,
 }
@@ -155,6 +156,21 @@ impl Protection {
     /// The same by this process alone, also where the kernel could encrypt what lanes carry.
     pub fn in_user_space(self) -> Self {
         Protection { in_user_space: true, ..self }
+    }
+
+    /// The same for control links alone. Lanes prove that they belong to their session, and what they carry
+    /// can be read and changed on its way. A destination that is told so takes encrypted lanes as well.
+    pub fn with_clear_lanes(self) -> Self {
+        Protection { clear_lanes: true, ..self }
+    }
+
+    pub(crate) fn has_clear_lanes(&self) -> bool {
+        self.clear_lanes || !self.is_some()
+    }
+
+    /// That of lanes.
+    pub(crate) fn of_lanes(&self) -> Self {
+        if self.clear_lanes { Protection::none() } else { self.clone() }
     }
 
     /// The same with lanes of which each begins anew, with a connection and keys of its own, when it has sent

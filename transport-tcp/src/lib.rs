@@ -122,7 +122,9 @@ pub enum Error {
         to: String,
     },
     /// It takes encrypted connections only.
-    #[error("{to} takes encrypted connections only: give this side a certificate as well")]
+    #[error(
+        "{to} takes encrypted connections only: give this side a certificate, or let both leave memory unencrypted"
+    )]
     WantsEncryption {
         /// Its address, or what it is called.
         to: String,

@@ -52,7 +52,7 @@ impl<S: Stream> StreamLink<S> {
         if preamble.kind != Kind::Control {
             return Err(opening::misplaced());
         }
-        opening::agree(&mut stream, &preamble, false)?;
+        opening::agree(&mut stream, &preamble, &Protection::none())?;
         let secret = opening::give_secret(&mut stream, &preamble, deadline)?;
         opening::answer(&mut stream, &preamble, Status::Ok).map_err(failed)?;
         Ok(StreamLink::opened(stream, preamble.token, secret))
@@ -218,7 +218,7 @@ impl Connector {
     /// [`DEFAULT_STREAMS`](crate::DEFAULT_STREAMS). They are not bound to a control link's peer, as those of
     /// [`Connection::lanes`] are.
     pub fn lanes(&self, to: SocketAddr, host: &str, streams: u16) -> TcpSource {
-        TcpSource::protected(to, streams, host, self.protection.clone(), None)
+        TcpSource::protected(to, streams, host, self.protection.of_lanes(), None)
     }
 
     fn open(
@@ -256,10 +256,11 @@ impl Connection {
     }
 
     /// `streams` connections to the same receiver, 0 for [`DEFAULT_STREAMS`](crate::DEFAULT_STREAMS). They
-    /// are protected as this connection is, and lead to the holder of the same certificate or fail.
+    /// are protected as this connection is, unless its [`Protection`] makes an exception of them, and lead to
+    /// the holder of the same certificate or fail.
     pub fn lanes(&self, streams: u16) -> TcpSource {
         let peer = self.link.stream.peer().cloned();
-        TcpSource::protected(self.peer, streams, &self.host, self.protection.clone(), peer)
+        TcpSource::protected(self.peer, streams, &self.host, self.protection.of_lanes(), peer)
     }
 
     /// Who is at the other end, if the connection is protected.

@@ -313,15 +313,16 @@ impl Shared {
             return Err(Error::Stray);
         }
         let protection = (self.protecting)()?;
-        opening::agree(&mut socket, &preamble, protection.is_some())?;
+        opening::agree(&mut socket, &preamble, &protection)?;
         let channel = match protection.get() {
-            Some(protect) => {
-                Channel::Protected(protect.accept(socket, protection.place(preamble.kind), deadline)?)
+            Some(protect) if preamble.encrypted => {
+                let place = protection.place(preamble.kind);
+                Channel::Protected(protect.accept(socket, place, deadline)?)
             }
-            None => Channel::Clear(socket),
+            _ => Channel::Clear(socket),
         };
         match preamble.kind {
-            Kind::Data => self.lane(channel, &preamble, deadline),
+            Kind::Data => self.lane(channel, &preamble, &protection, deadline),
             Kind::Control => self.session(channel, &preamble, peer, place, &protection, deadline),
         }
     }
@@ -363,14 +364,21 @@ impl Shared {
         Ok(())
     }
 
-    /// Opens a lane, which has to come from whoever has begun its session.
-    fn lane(&self, mut channel: Channel, preamble: &Preamble, deadline: Instant) -> Result<(), Error> {
+    /// Opens a lane, which has to come from whoever has begun its session. One that is not protected shows by
+    /// the session's secret that it does.
+    fn lane(
+        &self,
+        mut channel: Channel,
+        preamble: &Preamble,
+        protection: &Protection,
+        deadline: Instant,
+    ) -> Result<(), Error> {
         let owner = self.lock().sessions.get(&preamble.token).cloned().flatten();
         let same = match (&owner, channel.peer()) {
             (Some(owner), Some(peer)) => owner.is(peer),
             // Sessions that were begun elsewhere have no owner here.
             (None, _) => true,
-            (Some(_), None) => false,
+            (Some(_), None) => protection.has_clear_lanes(),
         };
         if !same {
             opening::answer(&mut channel, preamble, Status::Session).map_err(Error::NoPreamble)?;

@@ -18,7 +18,7 @@
 use crate::Error;
 use crate::channel::{Channel, Protection};
 use crate::stream::{self, Stream, read_by};
-use migration::preamble::{LEN, Preamble, PreambleError, Status};
+use migration::preamble::{Kind, LEN, Preamble, PreambleError, Status};
 use migration::transport::{Proof, Secret};
 use std::io;
 use std::thread;
@@ -135,11 +135,16 @@ pub(crate) fn answer(stream: &mut impl Stream, preamble: &Preamble, status: Stat
     stream.flush()
 }
 
-/// Answers a preamble as far as it says whether the connection goes on encrypted; `protected` says whether it
-/// has to.
-pub(crate) fn agree(stream: &mut impl Stream, preamble: &Preamble, protected: bool) -> Result<(), Error> {
-    let (status, refused) = match (protected, preamble.encrypted) {
-        (true, false) => (Status::Encrypted, Some(Error::NotEncrypted)),
+/// Answers a preamble as far as it says whether the connection goes on encrypted. It has to if this end has
+/// `protection`, which may make an exception of lanes.
+pub(crate) fn agree(
+    stream: &mut impl Stream,
+    preamble: &Preamble,
+    protection: &Protection,
+) -> Result<(), Error> {
+    let excepted = preamble.kind == Kind::Data && protection.has_clear_lanes();
+    let (status, refused) = match (protection.is_some(), preamble.encrypted) {
+        (true, false) if !excepted => (Status::Encrypted, Some(Error::NotEncrypted)),
         (false, true) => (Status::Clear, Some(Error::NoCertificate)),
         _ => (Status::Ok, None),
     };

@@ -1,6 +1,6 @@
 //! A session's receiving end: one thread for each stream, which places what arrives straight into guest RAM.
 
-use crate::channel::{Channel, SharedSocket};
+use crate::channel::{Channel, Protection, SharedSocket};
 use crate::frame::{self, Header, Kind, MAX_FRAME_EXTENTS, UNIT};
 use crate::place::{Placer, Turns};
 use crate::stream::{self, Stream};
@@ -108,7 +108,7 @@ impl Plane {
             opening::answer(channel, &preamble, Status::Session).map_err(Error::NoPreamble)?;
             return Ok(None);
         }
-        opening::agree(channel, &preamble, false)?;
+        opening::agree(channel, &preamble, &Protection::none())?;
         let proved = opening::is_proved(channel, &preamble, &self.session.secret, None)?;
         let admitted =
             proved && is_data(&preamble) && self.streams.lock().admit(preamble.lane, preamble.lanes);

@@ -2,9 +2,11 @@
 
 #![cfg(feature = "tls")]
 
-use migration::conformance::bed::extent;
+use migration::conformance::bed::{extent, ram};
 use migration::conformance::{Bed, Fixture, cases};
-use migration::transport::{DestinationTransport, LaneEncryption, PlaneError, SourceTransport};
+use migration::transport::{
+    DestinationTransport, LaneEncryption, PlaneError, Session, SourceTransport, Token,
+};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -163,6 +165,21 @@ fn an_interrupt_ends_a_change_of_keys() {
         assert!(matches!(writing.join().unwrap(), Err(PlaneError::Interrupted)));
     });
     OVER.store(true, Ordering::Release);
+}
+
+#[test]
+fn lanes_are_clear_if_both_ends_say_so() {
+    const CLEAR: Change = Protection::with_clear_lanes;
+    let both = tls(CLEAR, CLEAR);
+    assert_eq!(said(&both), LaneEncryption::None);
+    cases::content_arrives_and_nothing_else_changes(&both);
+    cases::a_wrong_secret_is_refused(&both);
+    assert_eq!(said(&tls(IN_USER_SPACE, CLEAR)), LaneEncryption::TlsInUserSpace);
+    let refusing = tls(CLEAR, IN_USER_SPACE);
+    let session = Session::new(Token([1; 16]), ram(), Duration::from_secs(10));
+    let _offered = refusing.destination().offer(&session).unwrap();
+    let why = refusing.source(1).connect(&session, &[]).err().unwrap().to_string();
+    assert!(why.contains("takes encrypted connections only"), "{why}");
 }
 
 /// How a lane says that it is encrypted.

@@ -404,12 +404,14 @@ impl Instance {
                 return cannot("encryption is required, and RDMA has none: use another transport");
             }
         }
-        security.connector()?.connect(&request.to, token, silence).map_err(|error| match error {
-            Error::Exposed { .. } => Failure::new(
-                Code::AUTHENTICATION,
-                format_args!("{error}. Use --tls FOLDER, or --insecure if that is so"),
-            ),
-            error => error.into(),
+        security.connector(request.encryption)?.connect(&request.to, token, silence).map_err(|error| {
+            match error {
+                Error::Exposed { .. } => Failure::new(
+                    Code::AUTHENTICATION,
+                    format_args!("{error}. Use --tls FOLDER, or --insecure if that is so"),
+                ),
+                error => error.into(),
+            }
         })
     }
 

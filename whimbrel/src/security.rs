@@ -1,5 +1,6 @@
 //! How a process protects the connections that it makes and takes.
 
+use migration::transport::{LaneEncryption, LaneStats};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -26,12 +27,26 @@ pub struct TlsFiles {
     /// Instead of its `crl.pem`.
     #[serde(default)]
     pub crl: Option<PathBuf>,
+    /// Whether the kernel encrypts what it can.
+    #[serde(default)]
+    pub ktls: Ktls,
+}
+
+/// Whether TLS in the kernel (kTLS) is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ktls {
+    /// Where the kernel has it.
+    #[default]
+    Auto,
+    /// Nowhere.
+    Off,
 }
 
 impl TlsFiles {
     /// Whether none is named.
     pub fn is_empty(&self) -> bool {
-        *self == TlsFiles::default()
+        TlsFiles { ktls: Ktls::default(), ..self.clone() } == TlsFiles::default()
     }
 
     /// Whether without a folder something is missing.
@@ -80,11 +95,13 @@ impl Security {
     ///
     /// # Errors
     /// [`Error::Untrusted`] when the certificates are of no use.
-    pub fn connector(&self) -> Result<Connector, Error> {
+    pub fn connector(&self, encryption: Encryption) -> Result<Connector, Error> {
         match self {
             Security::Near => Ok(Connector::near_only()),
             Security::Insecure => Ok(Connector::new(Protection::none())),
-            Security::Tls(files) => Ok(Connector::new(renewed(files, Vec::new())?.protection()?)),
+            Security::Tls(files) => {
+                Ok(Connector::new(adapted(renewed(files, Vec::new())?.protection()?, files, encryption)))
+            }
         }
     }
 
@@ -96,13 +113,16 @@ impl Security {
     pub fn protecting(
         &self,
         admitted: Vec<Pattern>,
+        encryption: Encryption,
     ) -> Result<impl Fn() -> Result<Protection, Error> + Send + Sync + use<>, Error> {
         let renewed = match self {
-            Security::Tls(files) => Some(renewed(files, admitted)?),
+            Security::Tls(files) => Some((renewed(files, admitted)?, files.clone())),
             _ => None,
         };
-        let protecting =
-            move || renewed.as_ref().map_or(Ok(Protection::none()), |renewed| renewed.protection());
+        let protecting = move || match &renewed {
+            Some((renewed, files)) => Ok(adapted(renewed.protection()?, files, encryption)),
+            None => Ok(Protection::none()),
+        };
         protecting()?;
         Ok(protecting)
     }
@@ -111,6 +131,12 @@ impl Security {
     pub fn may_listen(&self, address: SocketAddr) -> bool {
         *self != Security::Near || is_near(address.ip())
     }
+}
+
+/// Protection by files as it is wanted.
+fn adapted(protection: Protection, files: &TlsFiles, encryption: Encryption) -> Protection {
+    let protection = if files.ktls == Ktls::Off { protection.in_user_space() } else { protection };
+    if encryption == Encryption::Off { protection.with_clear_lanes() } else { protection }
 }
 
 fn renewed(files: &TlsFiles, admitted: Vec<Pattern>) -> Result<Arc<Renewed>, Error> {
@@ -136,6 +162,9 @@ pub enum Encryption {
     Preferred,
     /// Nothing travels that is not.
     Required,
+    /// Memory need not be, if both sides say so; who is at the other end is shown by certificates all the
+    /// same.
+    Off,
 }
 
 /// Who is at the other end, and what of a migration is encrypted.
@@ -143,8 +172,7 @@ pub enum Encryption {
 pub struct Secured {
     /// What its certificate calls it.
     pub peer: String,
-    /// How the control link is encrypted, and memory that travels over TCP. Over RDMA memory is not
-    /// encrypted.
+    /// How the control link is encrypted, and memory unless the report says of its lanes that they are not.
     pub cipher: String,
 }
 
@@ -155,9 +183,10 @@ impl From<&Peer> for Secured {
 }
 
 impl Secured {
-    /// For people, of a migration over `transport`.
-    pub fn told(&self, transport: &str) -> String {
-        let memory = if transport == transport_rdma::NAME { ", but memory is not" } else { "" };
+    /// For people, of a migration through these lanes.
+    pub fn told(&self, lanes: &[LaneStats]) -> String {
+        let clear = lanes.iter().any(|lane| lane.encryption == LaneEncryption::None);
+        let memory = if clear { ", but memory is not encrypted" } else { "" };
         format!("{} by its certificate; {}{memory}", self.peer, self.cipher)
     }
 }

@@ -1,7 +1,7 @@
 //! The command line.
 
 use super::choice::{
-    AIO, CONTENTS, ENCRYPTION, ON_REBOOT, ON_STALL, OnReboot, SECCOMP, THP, TRANSPORTS, one_of,
+    AIO, CONTENTS, ENCRYPTION, KTLS, ON_REBOOT, ON_STALL, OnReboot, SECCOMP, THP, TRANSPORTS, one_of,
 };
 use clap::{Args, Parser, Subcommand};
 use migration::policy::OnStall;
@@ -17,7 +17,7 @@ use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES, OnError};
 use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
 use whimbrel::api::model::TransportChoice;
-use whimbrel::security::{Encryption, Security, TlsFiles};
+use whimbrel::security::{Encryption, Ktls, Security, TlsFiles};
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]
@@ -245,8 +245,8 @@ pub struct ReceiveArgs {
     /// host of a domain; repeatable. Without it, all hosts may that the CA vouches for
     #[arg(long, value_name = "PEER", requires = "certificates")]
     pub allow: Vec<Pattern>,
-    /// Whether memory may arrive unencrypted over RDMA if there are certificates (preferred), or nothing may
-    /// (required)
+    /// What may arrive unencrypted if there are certificates: memory over RDMA (preferred), nothing
+    /// (required), or memory over TCP as well (off)
     #[arg(long, default_value = "preferred", value_parser = one_of(ENCRYPTION))]
     pub encryption: Encryption,
     /// Make guest memory exist before the source may write to it. This takes time at first, and saves time
@@ -339,11 +339,21 @@ pub struct TlsArgs {
     pub tls_crl: Option<PathBuf>,
 }
 
+/// Where to encrypt.
+#[derive(Args, Clone, Debug, Default)]
+pub struct KtlsArgs {
+    /// Whether the kernel encrypts memory that travels by TLS
+    #[arg(long, default_value = "auto", requires = "certificates", value_parser = one_of(KTLS))]
+    pub ktls: Ktls,
+}
+
 /// How connections are protected.
 #[derive(Args, Clone, Debug, Default)]
 pub struct SecurityArgs {
     #[command(flatten)]
     pub tls: TlsArgs,
+    #[command(flatten)]
+    pub ktls: KtlsArgs,
     /// Migrate without certificates to and from other hosts: whoever is on the network can read and change
     /// the guest, and send one
     #[arg(long, conflicts_with = "certificates")]
@@ -362,6 +372,7 @@ impl SecurityArgs {
             cert: path(&self.tls.tls_cert),
             key: path(&self.tls.tls_key),
             crl: path(&self.tls.tls_crl),
+            ktls: self.ktls.ktls,
         };
         (!files.is_empty()).then_some(files)
     }
@@ -451,8 +462,8 @@ pub struct PolicyArgs {
     /// How memory travels
     #[arg(long, default_value = "auto", value_parser = one_of(TRANSPORTS))]
     pub transport: TransportChoice,
-    /// Whether memory may travel unencrypted over RDMA if there are certificates (preferred), or nothing may
-    /// (required)
+    /// What is encrypted if there are certificates: all but memory over RDMA (preferred), all, so that RDMA
+    /// is not used (required), or not even memory over TCP, if the receiver permits that (off)
     #[arg(long, default_value = "preferred", value_parser = one_of(ENCRYPTION))]
     pub encryption: Encryption,
     /// TCP streams; 0 for the default

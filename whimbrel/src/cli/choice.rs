@@ -7,7 +7,7 @@ use vmm::memory::Thp;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::Aio;
 use whimbrel::api::model::TransportChoice;
-use whimbrel::security::Encryption;
+use whimbrel::security::{Encryption, Ktls};
 
 /// The words of an option: each with what it stands for and what the help says of it.
 pub type Choices<T> = &'static [(&'static str, T, &'static str)];
@@ -67,7 +67,12 @@ pub const TRANSPORTS: Choices<TransportChoice> = &[
 pub const ENCRYPTION: Choices<Encryption> = &[
     ("preferred", Encryption::Preferred, "Memory that travels over RDMA is not encrypted, all else is"),
     ("required", Encryption::Required, "Everything is encrypted, so RDMA is not used"),
+    ("off", Encryption::Off, "Memory is not encrypted over TCP either; both sides have to say so"),
 ];
+
+/// `--ktls`
+pub const KTLS: Choices<Ktls> =
+    &[("auto", Ktls::Auto, "The kernel encrypts memory, if it can"), ("off", Ktls::Off, "The program does")];
 
 /// `--on-stall`
 pub const ON_STALL: Choices<OnStall> = &[

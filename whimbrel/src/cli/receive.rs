@@ -47,7 +47,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         args.encryption != Encryption::Required || matches!(security, Security::Tls(_)),
         "encryption is required, and there are no certificates: use --tls FOLDER"
     );
-    let protecting = security.protecting(args.allow.clone())?;
+    let protecting = security.protecting(args.allow.clone(), args.encryption)?;
     let mut host = IncomingHost::open(IncomingOptions {
         serial: args.process.serial(),
         local: LocalConfig {

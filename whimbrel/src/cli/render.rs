@@ -86,7 +86,7 @@ pub fn from(address: SocketAddr, secured: Option<&Secured>) -> String {
 pub fn migration(migration: &Migration) -> String {
     match &migration.report {
         Some(report) => {
-            let who = migration.secured.as_ref().map(|secured| secured.told(&report.transport));
+            let who = migration.secured.as_ref().map(|secured| secured.told(&report.lanes));
             let to = who.map(|who| format!("{} ({who})", migration.to));
             self::report(report, to.as_deref().unwrap_or(&migration.to))
         }
@@ -215,14 +215,19 @@ fn rounds(report: &Report) -> Table {
 fn lanes(report: &Report) -> Table {
     let deep = report.lanes.iter().any(|l| l.max_in_flight > 0);
     let mut table = table();
-    let mut header = vec!["lane", "bytes", "zero", "requests"];
+    let mut header = vec!["lane", "bytes", "zero", "requests", "encryption"];
     if deep {
         header.extend(["in flight", "registering", "of that while sending"]);
     }
     table.set_header(header);
     for (number, lane) in report.lanes.iter().enumerate() {
-        let mut row =
-            vec![number.to_string(), size(lane.bytes), size(lane.zero_bytes), lane.requests.to_string()];
+        let mut row = vec![
+            number.to_string(),
+            size(lane.bytes),
+            size(lane.zero_bytes),
+            lane.requests.to_string(),
+            lane.encryption.to_string(),
+        ];
         if deep {
             row.extend([
                 lane.max_in_flight.to_string(),

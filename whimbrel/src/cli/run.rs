@@ -18,13 +18,14 @@ use vmm::virtio::net::{Mac, NetConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
 use whimbrel::api::server;
 use whimbrel::instance::Instance;
+use whimbrel::security::Encryption;
 use whimbrel::slot::Slot;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     // Whatever takes privileges, or a process of its own, comes before this one gives up both.
     let boot = boot(&args)?;
     // What is wrong with certificates is said now, not when the guest is to move.
-    args.process.security.security().connector()?;
+    args.process.security.security().connector(Encryption::default())?;
     let images = Images::Opened(Opened::new(&args.disk)?);
     let keeper = Keeper::new(&args.process)?;
     let host = Host::open()?;

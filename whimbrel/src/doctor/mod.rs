@@ -6,6 +6,7 @@ mod rdma;
 use migration::memory::making_huge_pages_hides_memory;
 use serde::Serialize;
 use std::fs;
+use transport_tcp::tls::{self, KernelError};
 use vmm::host::Host;
 use vmm::memory::host::available;
 use vmm::memory::thp;
@@ -41,7 +42,15 @@ pub struct Finding {
 pub fn examine(memory: u64) -> Vec<Finding> {
     let mut findings = vec![kvm(), ram(memory)];
     findings.extend(cgroup::examine(memory));
-    findings.extend([seccomp(), landlock(), io_uring(), socket_buffers(), shmem_huge_pages(), cpus()]);
+    findings.extend([
+        seccomp(),
+        landlock(),
+        io_uring(),
+        socket_buffers(),
+        ktls(tls::in_kernel()),
+        shmem_huge_pages(),
+        cpus(),
+    ]);
     findings.extend(rdma::examine(memory));
     findings
 }
@@ -156,6 +165,19 @@ fn socket_buffers() -> Finding {
     }
 }
 
+/// Tried, as each machine's process tries it.
+fn ktls(tried: Result<(), KernelError>) -> Finding {
+    let what = "TLS in the kernel";
+    match tried {
+        Ok(()) => good(what, "memory over TCP is encrypted without a copy by the source".into()),
+        Err(why) => {
+            let missing = matches!(why, KernelError::Missing);
+            let mend = missing.then(|| "modprobe tls; echo tls > /etc/modules-load.d/tls.conf".into());
+            limited(what, format!("{why}: memory over TCP is encrypted in user space"), mend)
+        }
+    }
+}
+
 /// What the host's setting gives to guest memory, which is always advised; and, where that is nothing at
 /// first, whether huge pages can be made of it later, which is tried.
 fn shmem_huge_pages() -> Finding {
@@ -203,6 +225,15 @@ fn cpus() -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_without_tls_can_be_given_it() {
+        let finding = ktls(Err(KernelError::Missing));
+        assert!(finding.level == Level::Limited && finding.found.contains("user space"), "{finding:?}");
+        assert!(finding.mend.unwrap().starts_with("modprobe tls"));
+        assert!(ktls(Err(KernelError::Unfit("x".into()))).mend.is_none());
+        assert_eq!(ktls(Ok(())).level, Level::Good);
+    }
 
     #[test]
     fn each_setting_for_huge_pages_is_told_by_what_it_gives() {
