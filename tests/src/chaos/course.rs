@@ -40,6 +40,8 @@ pub struct Course<'a> {
     pub struck: Vec<Fault>,
     /// Entries of the journal that the guest is known to have written.
     pub known: u64,
+    /// Whether the guest was seen to wait until its disk has room.
+    pub waited: bool,
     /// The devices that are away as long as the processes live.
     pub gone: Vec<DeviceGone>,
 }
@@ -58,6 +60,8 @@ impl<'a> Course<'a> {
         let pair = Pair {
             source: &Target::of(&source),
             destination: &Target::of(&destination),
+            disk: &scene.disk,
+            waited: AtomicBool::default(),
             known: AtomicU64::default(),
             gone: Mutex::default(),
         };
@@ -83,9 +87,9 @@ impl<'a> Course<'a> {
                 strikes.into_iter().filter_map(|strike| strike.join().expect("a fault that can strike"));
             (ran, struck.collect())
         });
-        let known = pair.known.into_inner();
+        let (known, waited) = (pair.known.into_inner(), pair.waited.into_inner());
         let gone = pair.gone.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Course { scene, cable, source, destination, address, proxy, ran, struck, known, gone }
+        Course { scene, cable, source, destination, address, proxy, ran, struck, known, waited, gone }
     }
 
     /// Whether one of the sides was killed.

@@ -2,11 +2,12 @@
 
 use super::cable::{Cable, NOTHING, Place};
 use super::target::Target;
+use crate::journal::Disk;
 use crate::kills::Side;
 use crate::lab::DeviceGone;
 use crate::proxy::Way;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// One thing that goes wrong.
@@ -30,6 +31,8 @@ pub enum Fault {
     Descriptors(u64),
     /// The receiver's address space may not grow by more than so many KiB.
     Memory(u64),
+    /// There is no room left for what the guest's disk has not held before.
+    FullDisk,
     /// Both hosts' clocks jump by so many seconds.
     Clock(i64),
     /// The RDMA device of the destination goes away.
@@ -72,9 +75,10 @@ impl Fault {
                 0 => Fault::Stop(side),
                 _ => Fault::Kill(side),
             },
-            Class::Resource => match random.u32(0..if lab { 3 } else { 2 }) {
+            Class::Resource => match random.u32(0..if lab { 4 } else { 3 }) {
                 0 => Fault::Descriptors(32),
                 1 => Fault::Memory(random.u64(0..64 << 10)),
+                2 => Fault::FullDisk,
                 _ => Fault::Clock(random.i64(1..86400) * if random.bool() { 1 } else { -1 }),
             },
             Class::Operator => Fault::Cancel,
@@ -97,6 +101,7 @@ impl Fault {
             Fault::Kill(Side::Destination) => "destination killed",
             Fault::Descriptors(_) => "few descriptors",
             Fault::Memory(_) => "little memory",
+            Fault::FullDisk => "full disk",
             Fault::Clock(_) => "clock jumped",
             Fault::Device => "RDMA device gone",
             Fault::Cancel => "cancelled",
@@ -134,6 +139,15 @@ impl Fault {
                 pair.look();
                 pair.destination.limit(libc::RLIMIT_AS, most)
             }
+            Fault::FullDisk => {
+                let end = pair.disk.fill();
+                Box::new(move || {
+                    if [pair.source, pair.destination].iter().any(|side| side.waits_for_disk()) {
+                        pair.waited.store(true, Ordering::Release);
+                    }
+                    end();
+                })
+            }
             Fault::Clock(seconds) => {
                 jump(seconds);
                 Box::new(move || jump(-seconds))
@@ -156,6 +170,10 @@ pub struct Pair<'a> {
     pub source: &'a Target,
     /// The destination.
     pub destination: &'a Target,
+    /// The guest's disk.
+    pub disk: &'a Disk,
+    /// Whether the guest was seen to wait for it.
+    pub waited: AtomicBool,
     /// Entries of the journal that the guest is known to have written.
     pub known: AtomicU64,
     /// The devices that are away. They cannot come back while the processes live.

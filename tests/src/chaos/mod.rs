@@ -59,6 +59,8 @@ impl Run {
         let plan = Plan::of(self.seed, number, self.place, self.longest);
         let cable = Cable::lay(self.place)?;
         let mut scene = match self.place {
+            // The kernel tells who touches a disk only of file systems that do not forget.
+            _ if plan.fills_disk() => Scene::unobserved(Disk::sparse(&self.disks)),
             Place::Machine => Scene::local(&self.disks),
             // Its kernel cannot tell who touches a disk.
             Place::Lab => Scene::unobserved(Disk::new(&self.disks)),

@@ -73,6 +73,13 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether the disk is to be without room.
+    pub fn fills_disk(&self) -> bool {
+        self.strikes.iter().any(|strike| strike.fault == Fault::FullDisk)
+    }
+}
+
 impl Strike {
     fn random(random: &mut fastrand::Rng, class: Class, place: Place, longest: Duration) -> Self {
         let before = matches!(class, Class::Network | Class::Resource) && random.u32(0..3) == 0;
@@ -105,7 +112,7 @@ mod tests {
             let strikes = (0..1000).flat_map(|number| Plan::of(3, number, place, LONGEST).strikes);
             strikes.map(|strike| strike.fault.kind()).collect::<std::collections::BTreeSet<_>>()
         };
-        assert_eq!(kinds(Place::Machine).len(), 11);
-        assert_eq!(kinds(Place::Lab).len(), 16);
+        assert_eq!(kinds(Place::Machine).len(), 12);
+        assert_eq!(kinds(Place::Lab).len(), 17);
     }
 }

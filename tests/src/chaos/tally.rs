@@ -35,6 +35,7 @@ pub struct Tally {
     moves: usize,
     late: usize,
     owners: usize,
+    waited: usize,
     transports: BTreeMap<String, usize>,
     outcomes: BTreeMap<&'static str, usize>,
     /// By the kinds of faults that struck together: how often what came of it.
@@ -52,6 +53,7 @@ impl Tally {
             Ok(done) => {
                 self.late += done.late;
                 self.owners += done.judgement.owners;
+                self.waited += usize::from(done.judgement.waited);
                 if !done.judgement.transport.is_empty() {
                     *self.transports.entry(done.judgement.transport).or_default() += 1;
                 }
@@ -94,6 +96,7 @@ impl Tally {
             "together": self.faults,
             "transports": self.transports,
             "owners": self.owners,
+            "waited_for_disk": self.waited,
             "violations": self.violations.iter().map(violation).collect::<Vec<_>>(),
         })
     }

@@ -42,6 +42,12 @@ impl Target {
         answer.and_then(|vm| vm.guest).map_or(0, |guest| guest.journal)
     }
 
+    /// Whether its guest waits until its disk has room.
+    pub fn waits_for_disk(&self) -> bool {
+        let answer: Option<Vm> = self.ask(|api| api.call_within(PATIENCE, Method::GET, "/v1/vm", &()));
+        answer.is_some_and(|vm| vm.trouble.is_some())
+    }
+
     /// Calls the migration off, unless it is too early or too late.
     pub fn cancel(&self) {
         let _: Option<Migration> =
