@@ -234,7 +234,7 @@ mod tests {
             let mut accept = || {
                 let deadline = Instant::now() + PATIENCE;
                 let preamble = stream::hear(&mut there, Some(deadline))?;
-                agree(&mut there, &preamble, false)?;
+                agree(&mut there, &preamble, &Protection::none())?;
                 let secret = match lane {
                     None => give_secret(&mut there, &preamble, deadline)?,
                     Some(secret) if is_proved(&mut there, &preamble, &secret, Some(deadline))? => secret,
