@@ -359,8 +359,8 @@ impl TcpLane {
         self.head.extend_from_slice(&Header { kind, extents: extents.len() as u32, round }.encode());
         extents.iter().for_each(|extent| frame::put_extent(&mut self.head, extent));
         self.stats.requests += 1;
-        // A record ends where an extent does. Some kernels also end one after each 64 KiB of a file; the
-        // limit has room for that.
+        // A record ends where an extent does. Some kernels also end one after each 64 KiB of a file; there is
+        // room for that below the limit.
         let content = if kind == Kind::Write { extents } else { &[] };
         self.records += 1 + content.iter().map(|extent| 2 + extent.len / RECORD_BYTES).sum::<u64>();
     }
