@@ -6,7 +6,7 @@ use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Runs a command to its end as the first process of its namespace. At SIGINT and SIGTERM it is sent SIGTERM,
 /// and killed at the second signal. This process survives that. To be called before there are further
@@ -78,11 +78,31 @@ pub fn asked() -> io::Result<Arc<AtomicBool>> {
     Ok(asked)
 }
 
-/// Processes of this namespace besides this one.
+/// How long orphans have to end.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// To be called by the first process, when it waits for no child of its own: lets go of orphans that have
+/// ended. Whether others are left.
+pub fn reap() -> bool {
+    loop {
+        // SAFETY: takes numbers, and nothing is written.
+        match unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } {
+            0 => return true,
+            -1 if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted => return false,
+            _ => {}
+        }
+    }
+}
+
+/// Processes of this namespace besides this one, once those that end with their parents have ended.
 ///
 /// # Errors
 /// When `/proc` cannot be read.
 pub fn others() -> io::Result<Vec<String>> {
+    let begun = Instant::now();
+    while reap() && begun.elapsed() < PATIENCE {
+        thread::sleep(Duration::from_millis(20));
+    }
     let mut others = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let path = entry?.path();

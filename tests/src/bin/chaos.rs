@@ -17,6 +17,9 @@ use whimbrel_tests::seclusion;
 /// Kills whose outcomes are told together.
 const BATCH: usize = 50;
 
+/// The file, in the folder of the first process of the namespace, that says what has been done so far.
+const SUMMARY: &str = "summary";
+
 /// Bytes of the file system for disks in the lab.
 const STORAGE: u64 = 64 << 20;
 
@@ -105,16 +108,20 @@ fn enclosed() -> anyhow::Result<ExitCode> {
     command.args(std::env::args_os().skip(1)).arg("--inside").arg(disks.path());
     let status = seclusion::run(command.env("TMPDIR", sockets.path()))
         .context("no namespace of processes can be made; this needs root")?;
+    // However it has ended.
+    if let Ok(summary) = std::fs::read_to_string(disks.path().join(SUMMARY)) {
+        println!("{summary}");
+    }
     Ok(status.code().map_or(ExitCode::from(130), |code| ExitCode::from(code as u8)))
 }
 
-fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
+fn moves(options: &Moves, folder: &Path) -> anyhow::Result<bool> {
     let place = if options.place == Where::Lab { Place::Lab } else { Place::Machine };
     ensure!(
         place == Place::Machine || std::env::var_os("LAB").is_some(),
         "this is not the lab; `ci/chaos --where lab` starts it"
     );
-    let mut disks = disks.to_path_buf();
+    let mut disks = folder.to_path_buf();
     if place == Place::Lab {
         let storage = disks.join("storage");
         disks = disks.join("disks");
@@ -133,6 +140,18 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
     let mut terminal = std::io::stderr();
     let shown = terminal.is_terminal();
     let asked = seclusion::asked()?;
+    let keep = |tally: &Tally| {
+        let took = began.elapsed();
+        let text = if options.json {
+            tally.json(seed, took).to_string()
+        } else {
+            format!("seed {seed}\n{tally}{:.0} s", took.as_secs_f64())
+        };
+        // Whoever reads it while it is exchanged reads a whole one.
+        let next = folder.join("next");
+        std::fs::write(&next, text).and_then(|()| std::fs::rename(next, folder.join(SUMMARY)))
+    };
+    keep(&tally)?;
     for number in options.first..options.first + options.moves {
         if asked.load(Ordering::Acquire) {
             break;
@@ -143,6 +162,8 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
         }
         let wrong = tally.violations().len();
         run.step(number, &mut tally)?;
+        seclusion::reap();
+        keep(&tally)?;
         if let Some(violation) = tally.violations().get(wrong) {
             eprintln!(
                 "VIOLATION in move {number}: {}\n  repeat it with: ci/chaos --where {} --longest {} --seed {seed} --first {number} \
@@ -157,12 +178,6 @@ fn moves(options: &Moves, disks: &Path) -> anyhow::Result<bool> {
     if shown {
         writeln!(terminal, "\r\x1b[K")?;
     }
-    if options.json {
-        println!("{}", tally.json(seed, began.elapsed()));
-    } else {
-        print!("seed {seed}\n{tally}");
-        println!("{:.0} s", began.elapsed().as_secs_f64());
-    }
     Ok(tally.violations().is_empty())
 }
 
@@ -176,6 +191,7 @@ fn kills(count: usize, disks: &Path) -> anyhow::Result<bool> {
         }
         let size = count * batch / batches - done;
         touched += scene::kills("kill -9 with a disk", size, || Scene::local(disks));
+        seclusion::reap();
         done += size;
         let minutes = began.elapsed().as_secs_f64() / 60.0;
         println!(

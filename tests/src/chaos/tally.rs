@@ -113,18 +113,55 @@ impl fmt::Display for Tally {
             }
             writeln!(f, "    {faults}: {line}")?;
         }
+        if !self.kinds.is_empty() {
+            let kinds: Vec<_> = self.kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+            writeln!(f, "faults by kind: {}", kinds.join(", "))?;
+        }
         let transports: Vec<_> =
             self.transports.iter().map(|(name, count)| format!("{count} {name}")).collect();
         writeln!(
             f,
-            "{} moves ({}), {} faults and {} that came too late; {} processes had a disk, by the kernel's word; {} \
-             violations",
+            "{} moves ({}), {} faults and {} that came too late; {} processes had a disk, by the kernel's word; {} guests \
+             were seen to wait for one that was full; {} violations",
             self.moves,
             transports.join(", "),
             self.kinds.values().sum::<usize>(),
             self.late,
             self.owners,
+            self.waited,
             self.violations.len()
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_names_moves_faults_by_kind_and_violations() {
+        let mut tally = Tally::default();
+        let judgement = |outcome| Judgement { outcome, transport: "tcp".into(), owners: 2, waited: true };
+        let done = |struck: &[&'static str], outcome| {
+            Ok(Done { judgement: judgement(outcome), struck: struck.to_vec(), late: 1 })
+        };
+        tally.add(done(&["full disk", "cancelled"], "moved"));
+        tally.add(done(&["full disk"], "stayed"));
+        let (what, logs) = ("two owners".into(), PathBuf::from("logs"));
+        tally.add(Err(Violation { number: 7, what, struck: vec!["cancelled"], logs }));
+        let text = tally.to_string();
+        for part in [
+            "faults by kind: 2 cancelled, 2 full disk\n",
+            "    cancelled + full disk: 1 moved\n",
+            "    cancelled: 1 VIOLATION\n",
+            "3 moves (2 tcp), 4 faults and 2 that came too late; 4 processes had a disk",
+            "2 guests were seen to wait for one that was full; 1 violations",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let told = tally.json(5, Duration::from_secs(3));
+        assert_eq!((&told["seed"], &told["moves"]), (&json!(5), &json!(3)));
+        assert_eq!(told["faults"], json!({ "cancelled": 2, "full disk": 2 }));
+        assert_eq!(told["violations"][0]["move"], 7);
     }
 }

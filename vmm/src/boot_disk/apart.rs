@@ -6,7 +6,7 @@
 //! either.
 
 use super::filesystem::PIECE;
-use super::{Boot, Error, Gathered, MAX_TEXT, Part, find, open};
+use super::{Boot, Error, Gathered, MAX_TEXT, Part, Sink, find, open};
 use crate::sandbox::{Mode, reader};
 use crate::virtio::block::{BlockConfig, DiskImage};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -34,9 +34,7 @@ pub fn read_apart(disk: &BlockConfig, index: usize, cmdline: &str, mode: Mode) -
     let failed = |what: String| Error::Reader { path: disk.path.clone(), what };
     let system = |error: io::Error| failed(format!("no process can be started for it ({error})"));
     let image = open(disk)?;
-    if std::fs::read_dir("/proc/self/task").map_err(system)?.count() != 1 {
-        return Err(failed("this process has other threads by now".into()));
-    }
+    assert_single().map_err(system)?;
     let (answer, question) = io::pipe().map_err(system)?;
     // SAFETY: this process has one thread, as was just seen, so that nothing is half done that the copy
     // could meet, and the copy may do whatever this process may. It never returns from here.
@@ -66,6 +64,19 @@ pub fn read_apart(disk: &BlockConfig, index: usize, cmdline: &str, mode: Mode) -
     }
 }
 
+/// Nothing if this process has one thread.
+pub(super) fn assert_single() -> io::Result<()> {
+    match std::fs::read_dir("/proc/self/task")?.count() {
+        1 => Ok(()),
+        _ => Err(io::Error::other("this process has other threads by now")),
+    }
+}
+
+/// What a panic says is for this process's own error output, which it no longer has.
+pub(super) fn forget_panics() {
+    panic::set_hook(Box::new(|_| {}));
+}
+
 /// Answers in the new process, and ends it.
 fn serve(
     image: &Rc<DiskImage>,
@@ -73,29 +84,34 @@ fn serve(
     index: usize,
     cmdline: &str,
     mode: Mode,
-    mut answer: PipeWriter,
+    question: PipeWriter,
 ) -> ! {
-    // What a panic says is for this process's own error output, which it no longer has.
-    panic::set_hook(Box::new(|_| {}));
+    forget_panics();
+    let confined = reader::confine(mode, image.fd(), question.as_raw_fd());
+    answer(question, |sink| {
+        confined.map_err(|error| error.to_string())?;
+        find(image, &disk.path, index, cmdline, sink).map_err(|error| error.to_string())
+    })
+}
+
+/// Answers with what `read` gives its sink, or with what it says is wrong, and ends this process.
+pub(super) fn answer(mut answer: PipeWriter, read: impl FnOnce(&mut Sink<'_>) -> Result<(), String>) -> ! {
     let read = panic::catch_unwind(AssertUnwindSafe(|| {
-        reader::confine(mode, image.fd(), answer.as_raw_fd()).map_err(|error| error.to_string())?;
-        let mut sink = |part, piece: &[u8]| put(&mut answer, kind(part), piece);
-        find(image, &disk.path, index, cmdline, &mut sink).map_err(|error| error.to_string())
+        read(&mut |part, piece: &[u8]| put(&mut answer, kind(part), piece))
     }));
     // Whoever asked may have gone.
     let _ = match read {
         Ok(Ok(())) => put(&mut answer, DONE, &[]),
         Ok(Err(what)) => put(&mut answer, FAILED, what.as_bytes()),
-        Err(_) => put(&mut answer, FAILED, panicked(disk).as_bytes()),
+        Err(_) => put(&mut answer, FAILED, PANICKED.as_bytes()),
     };
     // SAFETY: the call takes an integer. Nothing that this process has is to be put in order.
     unsafe { libc::_exit(0) }
 }
 
-fn panicked(disk: &BlockConfig) -> String {
-    let what = "its file systems are such that their reader fails".into();
-    Error::Reader { path: disk.path.clone(), what }.to_string()
-}
+/// What is said if reading panics.
+const PANICKED: &str = "the file systems of the disk image are such that their reader fails; check them, or pass \
+                        --kernel and --initramfs";
 
 fn kind(part: Part) -> u8 {
     match part {
@@ -114,7 +130,7 @@ fn put(answer: &mut PipeWriter, kind: u8, piece: &[u8]) -> io::Result<()> {
 }
 
 /// Reads an answer: what there is to boot, or what is wrong.
-fn take(mut answer: PipeReader) -> io::Result<Result<Gathered, String>> {
+pub(super) fn take(mut answer: PipeReader) -> io::Result<Result<Gathered, String>> {
     let mut gathered = Gathered::default();
     let mut piece = Vec::new();
     loop {
@@ -159,7 +175,7 @@ fn wait(child: libc::pid_t) -> Option<ExitStatus> {
 }
 
 /// What became of a reader that ended before it had answered.
-fn fate(ended: Option<ExitStatus>) -> String {
+pub(super) fn fate(ended: Option<ExitStatus>) -> String {
     let Some(status) = ended else { return "its reader has ended".into() };
     let Some(signal) = status.signal() else { return format!("its reader has ended ({status})") };
     let why = match signal {

@@ -9,12 +9,13 @@
 //!
 //! The image is under its lock while it is read, and is not written to. Its content is the guest's, and the
 //! guest is not trusted: what it says of sizes is checked before anything is allocated, and [`read_apart`]
-//! reads it in a process that can do nothing else.
+//! reads it in a process that can do nothing else, as a [`BootReader`] does when the guest reboots.
 
 mod apart;
 
 mod filesystem;
 mod partitions;
+mod standby;
 mod system;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ use std::rc::Rc;
 use system::System;
 
 pub use apart::read_apart;
+pub use standby::BootReader;
 
 /// Where distributions link to the kernel to boot, and to the initramfs that belongs to it.
 const PLACES: [(&str, &str); 2] = [("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz", "/boot/initrd.img")];
@@ -166,7 +168,8 @@ impl Gathered {
 /// Reads the kernel and initramfs of the first system on `disk` that has a kernel. Its command line names
 /// that system's root, followed by `cmdline`. `index` is the disk's place among the guest's disks, from 0.
 ///
-/// This looks into file systems that a guest wrote, in this process. [`read_apart`] does it in another one.
+/// This looks into file systems that a guest wrote, in this process. [`read_apart`] and [`BootReader`] do it
+/// in another one.
 ///
 /// # Errors
 /// [`Error`], also if a machine holds the image's lock.

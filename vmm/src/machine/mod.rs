@@ -18,6 +18,7 @@ pub use reboot::{KeepError, Reboot};
 pub use supervisor::Notice;
 
 use self::announce::Round;
+use crate::boot_disk::BootReader;
 use crate::component::{Error as ComponentError, Kind};
 use crate::cpuid;
 use crate::devices::Devices;
@@ -63,6 +64,8 @@ pub(crate) struct Shared {
     /// Serialises pause, resume, save, load, resets, and this process's own writes to guest memory.
     standing: Mutex<Standing>,
     reboot: Reboot,
+    /// What reads the disk then.
+    boot_reader: Option<BootReader>,
     /// What a reset makes of vCPUs and interrupt controllers, if it is to.
     power_on: Option<PowerOn>,
     notices: Mutex<Notices>,
@@ -213,6 +216,7 @@ impl Machine {
             control: Control::new(reboots),
             standing: Mutex::default(),
             reboot,
+            boot_reader: config.local.boot_reader.clone(),
             announcements: AtomicU64::new(0),
             notices: Mutex::default(),
             waits_for_disk: AtomicBool::new(false),

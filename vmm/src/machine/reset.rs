@@ -72,7 +72,11 @@ fn boot_again(shared: &Shared) -> Result<Boot, Error> {
     match &shared.reboot {
         reboot::Reboot::Disk { cmdline } => {
             let disk = shared.devices.virtio().iter().find_map(|function| function.device().boot_image());
-            Ok(boot_disk::read_open(disk.ok_or(Error::NoBootDisk)??, 0, cmdline)?)
+            let disk = disk.ok_or(Error::NoBootDisk)??;
+            Ok(match &shared.boot_reader {
+                Some(reader) => reader.read(&disk, 0, cmdline)?,
+                None => boot_disk::read_open(disk, 0, cmdline)?,
+            })
         }
         _ => Ok(reboot::kept(&shared.ram)?),
     }

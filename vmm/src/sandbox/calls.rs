@@ -5,7 +5,8 @@ use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition
 use std::collections::BTreeMap;
 
 /// Calls, and for each the conditions on its arguments: one of the rules must hold, if there are any.
-type Calls = BTreeMap<i64, Vec<SeccompRule>>;
+/// What is allowed, and under which conditions.
+pub type Calls = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// A list of calls with their names.
 macro_rules! named {
@@ -367,6 +368,60 @@ pub fn reader(input: c_int, output: c_int) -> Result<Calls, BackendError> {
     calls.insert(SYS_mmap, vec![SeccompRule::new(anonymous)?]);
     calls.insert(SYS_mprotect, vec![rule(2, SeccompCmpOp::MaskedEq(PROT_EXEC as u64), 0)?]);
     calls.insert(SYS_tgkill, vec![own_process()?]);
+    Ok(calls)
+}
+
+/// The list for a process that waits until there is a disk to be read, and starts another one then, which
+/// narrows the list further.
+///
+/// # Errors
+/// None; the library cannot know.
+pub fn standby() -> Result<Calls, BackendError> {
+    let mut calls = plain(&[
+        // requests and answers
+        SYS_recvmsg,
+        SYS_sendto,
+        SYS_write,
+        SYS_close,
+        SYS_wait4,
+        SYS_alarm,
+        SYS_setitimer,
+        // what the other process does before it has a list of its own, and what that has
+        SYS_close_range,
+        SYS_getrlimit,
+        SYS_setrlimit,
+        SYS_prlimit64,
+        SYS_seccomp,
+        SYS_set_robust_list,
+        SYS_pread64,
+        SYS_brk,
+        SYS_munmap,
+        SYS_mremap,
+        SYS_madvise,
+        SYS_futex,
+        SYS_clock_gettime,
+        SYS_getrandom,
+        SYS_gettid,
+        SYS_getpid,
+        SYS_rt_sigprocmask,
+        SYS_rt_sigreturn,
+        SYS_tgkill,
+        SYS_exit,
+        SYS_exit_group,
+        SYS_fork,
+    ]);
+    // A process, but neither a thread nor a namespace.
+    let process = CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD;
+    calls.insert(SYS_clone, vec![rule(0, SeccompCmpOp::Eq, process as u64)?]);
+    calls.insert(SYS_kill, vec![rule(1, SeccompCmpOp::Eq, SIGKILL as u64)?]);
+    // The standard library looks at what it closes, where it is built to.
+    calls.insert(SYS_fcntl, vec![rule(1, SeccompCmpOp::Eq, F_GETFD as u64)?]);
+    let prctl = [PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_VMA];
+    let prctl = prctl.iter().map(|what| rule(0, SeccompCmpOp::Eq, *what as u64));
+    calls.insert(SYS_prctl, prctl.collect::<Result<_, _>>()?);
+    let no_code = rule(2, SeccompCmpOp::MaskedEq(PROT_EXEC as u64), 0)?;
+    calls.insert(SYS_mmap, vec![no_code.clone()]);
+    calls.insert(SYS_mprotect, vec![no_code]);
     Ok(calls)
 }
 

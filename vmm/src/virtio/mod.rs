@@ -36,6 +36,7 @@ pub mod transport;
 
 pub use transport::VirtioFunction;
 
+use crate::boot_disk::BootReader;
 use crate::component::{self, Component};
 use crate::error::Error;
 use crate::serial::Output;
@@ -66,6 +67,8 @@ pub struct LocalConfig {
     pub images: block::Images,
     /// How requests of disks are carried out.
     pub aio: block::Aio,
+    /// What reads a disk when a guest reboots from it. Without one, this process does.
+    pub boot_reader: Option<BootReader>,
     /// The taps of its network interfaces, in their order.
     pub taps: Vec<net::TapConfig>,
     /// How the network is told where the guest is.

@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use transport_tcp::Listener;
+use vmm::boot_disk::BootReader;
 use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
 use vmm::sandbox;
 use vmm::virtio::LocalConfig;
@@ -27,7 +28,8 @@ const PATIENCE: Duration = Duration::from_millis(100);
 
 pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     // Whatever is missing on this host is said now, not when a guest arrives. Whatever takes privileges comes
-    // before this process gives them up.
+    // before this process gives them up, as does a process of its own.
+    let boot_reader = Some(BootReader::start(args.process.seccomp)?);
     let keeper = Keeper::new(&args.process)?;
     for folder in &args.disks {
         let found = std::fs::read_dir(folder);
@@ -53,6 +55,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         local: LocalConfig {
             images: Images::Below(args.disks.clone()),
             taps: args.net.clone(),
+            boot_reader,
             ..args.process.local()
         },
         populate: args.populate,

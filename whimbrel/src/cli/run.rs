@@ -7,7 +7,7 @@ use super::process::{Keeper, quit_on_signals, stay};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
-use vmm::boot_disk;
+use vmm::boot_disk::{self, BootReader};
 use vmm::guest::{self, Workload};
 use vmm::host::Host;
 use vmm::loader::{Boot, Image};
@@ -24,6 +24,8 @@ use whimbrel::slot::Slot;
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     // Whatever takes privileges, or a process of its own, comes before this one gives up both.
     let boot = boot(&args)?;
+    let boot_reader =
+        reboots_from_disk(&args).then(|| BootReader::start(args.process.seccomp)).transpose()?;
     // What is wrong with certificates is said now, not when the guest is to move.
     args.process.security.security().connector(Encryption::default())?;
     let images = Images::Opened(Opened::new(&args.disk)?);
@@ -53,7 +55,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     config.serial = args.process.serial();
     config.devices = devices(&args)?;
     let taps = args.net.iter().map(|net| net.tap.clone()).collect();
-    config.local = LocalConfig { images, taps, ..args.process.local() };
+    config.local = LocalConfig { images, taps, boot_reader, ..args.process.local() };
     let machine = Machine::build(&host, config)?;
     match boot {
         Some(boot) => machine.boot(&boot)?,
@@ -96,13 +98,18 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
 
 /// What follows when the guest resets its machine, which boots this at first.
 fn reboot(args: &RunArgs, boot: &Boot) -> anyhow::Result<Reboot> {
-    let from_disk = args.kernel.is_none() && !args.disk.is_empty() && args.workload.journal == 0;
     Ok(match args.on_reboot {
         OnReboot::Exit => Reboot::Never,
         // It may have another kernel by then.
-        OnReboot::Reset if from_disk => Reboot::Disk { cmdline: args.cmdline.clone() },
+        OnReboot::Reset if reboots_from_disk(args) => Reboot::Disk { cmdline: args.cmdline.clone() },
         OnReboot::Reset => Reboot::keeping(boot)?,
     })
+}
+
+/// Whether it boots from its first disk, and does so again when it is reset.
+fn reboots_from_disk(args: &RunArgs) -> bool {
+    let from_disk = args.kernel.is_none() && !args.disk.is_empty() && args.workload.journal == 0;
+    from_disk && args.on_reboot == OnReboot::Reset
 }
 
 /// The PCI devices that the command line asks for.

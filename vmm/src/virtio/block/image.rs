@@ -100,9 +100,29 @@ impl DiskImage {
         })
     }
 
+    /// An image that another process has open, and under its lock, to be read.
+    pub(crate) fn to_be_read(path: PathBuf, file: File, geometry: Geometry, alignment: usize) -> DiskImage {
+        DiskImage {
+            path,
+            file,
+            readonly: true,
+            geometry,
+            on_nfs: false,
+            unused: AtomicBool::new(false),
+            alignment,
+            held: AtomicBool::new(true),
+            released_at: Mutex::default(),
+        }
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Alignment that buffers must have, in memory; 1 without direct I/O.
+    pub(crate) fn alignment(&self) -> usize {
+        self.alignment
     }
 
     /// Its size and unit.
