@@ -111,14 +111,14 @@ impl Flood {
     /// Ends it; returns how many connections a second there were.
     pub fn end(mut self) -> f64 {
         let rate = self.made() as f64 / self.begun.elapsed().as_secs_f64();
-        self.stop();
+        assert!(self.stop(), "a caller has found something wrong");
         rate
     }
 
-    fn stop(&mut self) {
+    /// Whether nothing was wrong.
+    fn stop(&mut self) -> bool {
         self.plan.ended.store(true, Ordering::Relaxed);
-        // One that has failed has said so.
-        self.threads.drain(..).for_each(|thread| drop(thread.join()));
+        self.threads.drain(..).fold(true, |good, thread| thread.join().is_ok() && good)
     }
 }
 
