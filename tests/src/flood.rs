@@ -118,7 +118,8 @@ impl Flood {
     /// Whether nothing was wrong.
     fn stop(&mut self) -> bool {
         self.plan.ended.store(true, Ordering::Relaxed);
-        self.threads.drain(..).fold(true, |good, thread| thread.join().is_ok() && good)
+        let failed = self.threads.drain(..).filter_map(|thread| thread.join().err()).count();
+        failed == 0
     }
 }
 
