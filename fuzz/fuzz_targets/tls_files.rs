@@ -1,5 +1,5 @@
-//! The files of a host: certificates, key and list of what is revoked. The first byte says which one is not as
-//! it should be; if its highest bit is set it is replaced, and changed otherwise.
+//! The files of a host: certificates, key and list of what is revoked. The first byte says which one is not
+//! as it should be; if its highest bit is set it is replaced, and changed otherwise.
 
 #![no_main]
 
