@@ -9,15 +9,21 @@ use migration::message::{
 };
 use migration::preamble::{Preamble, Status};
 use migration::report::Span;
-use migration::transport::Token;
+use migration::transport::{Secret, Token};
 use migration::{Code, Failure};
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::path::Path;
+use std::time::Duration;
 use transport_rdma::internals;
+use transport_tcp::Connector;
 use transport_tcp::frame::{self, Header, Kind};
+use transport_tcp::tls::{Files, Renewed};
 use vmm::virtio::console::ConsoleConfig;
 use vmm::virtio::{DeviceConfig, LocalConfig};
 use vmm::{Host, Machine, MachineConfig, SerialOutput};
+use whimbrel_fuzz::tls;
 
 const TOKEN: Token = Token([7; 16]);
 
@@ -90,6 +96,62 @@ fn control_links() -> Vec<Vec<u8>> {
         Preamble::data(TOKEN, 1, 4).encode().into(),
         Preamble::version_mismatch().encode().into(),
     ]
+}
+
+/// What callers say, to a listener without certificates (0) and to one with (1).
+fn openings() -> Vec<Vec<u8>> {
+    let (control, lane) = (Preamble::control(TOKEN), Preamble::data(TOKEN, 1, 4));
+    let proof = Secret::NONE.proof(&control.encode());
+    let from = |protected: u8, parts: &[&[u8]]| [&[protected][..], &parts.concat()].concat();
+    vec![
+        from(0, &[&control.encode(), &proof]),
+        from(0, &[&control.encode()[..16]]),
+        from(0, &[&lane.encode(), &proof]),
+        from(0, &[&control.encrypted(true).encode()]),
+        from(1, &[&control.encode(), &proof]),
+        from(1, &[&greeting()]),
+        // An alert, and a record of another kind.
+        from(1, &[&control.encrypted(true).encode(), &[21, 3, 3, 0, 2, 2, 40]]),
+        from(1, &[&control.encrypted(true).encode(), &[23, 3, 3, 0, 1, 0]]),
+    ]
+}
+
+/// How a source begins that has a certificate: its preamble, and the first record of TLS.
+fn greeting() -> Vec<u8> {
+    let folder = tls::folder();
+    let protection = Renewed::new(Files::in_folder(folder.path()), Vec::new()).protection();
+    let connector = Connector::new(protection.expect("certificates"));
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let to = listener.local_addr().expect("an address").to_string();
+    let caller = std::thread::spawn(move || connector.connect(&to, TOKEN, Duration::from_secs(5)).is_ok());
+    let (mut stream, _) = listener.accept().expect("a caller");
+    let mut said = vec![0; migration::preamble::LEN];
+    stream.read_exact(&mut said).expect("a preamble");
+    let answer = Preamble::decode(said.first_chunk().expect("a preamble")).expect("a preamble");
+    stream.write_all(&answer.encode()).expect("an answer");
+    let mut record = [0; 5];
+    stream.read_exact(&mut record).expect("a record");
+    let mut hello = vec![0; u16::from_be_bytes([record[3], record[4]]).into()];
+    stream.read_exact(&mut hello).expect("a record");
+    drop((stream, listener));
+    assert!(!caller.join().expect("a caller"));
+    [said, record.into(), hello].concat()
+}
+
+/// Files that are changed or replaced.
+fn tls_files() -> Vec<Vec<u8>> {
+    let mut all: Vec<Vec<u8>> = (0..4).map(|file| [&[file][..], &change(300, b"A")].concat()).collect();
+    all.push([&[0x80][..], tls::FILES[1].1, tls::FILES[0].1].concat());
+    all.push([&[0x81][..], tls::FILES[0].1].concat());
+    all.push([&[0x83][..], tls::FILES[3].1].concat());
+    all.push(b"\x82-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n".to_vec());
+    all
+}
+
+fn patterns() -> Vec<Vec<u8>> {
+    ["a.hosts.example", "*.hosts.example", "10.0.0.7", "fd00::7", "web*\nweb12", "a*b*c\nabbc", "*\n", "\n"]
+        .map(|text| text.as_bytes().to_vec())
+        .into()
 }
 
 fn frames() -> Vec<Vec<u8>> {
@@ -361,6 +423,9 @@ fn main() {
             heard(1, &[1, 3, 11, 6]),
         ],
     );
+    write("opening", openings());
+    write("tls_files", tls_files());
+    write("patterns", patterns());
     write("tcp_frames", frames());
     write("rdma", rdma());
     write("description", [description()]);

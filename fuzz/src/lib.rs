@@ -1,6 +1,7 @@
 //! What fuzz targets share.
 
 pub mod guest;
+pub mod tls;
 
 /// Makes a write to a connection whose other end has gone an error, as in every Rust program. Here
 /// `main` is the fuzzer's.
