@@ -84,8 +84,10 @@ fn waits_moves_and_goes_on(aio: &str) {
     source.migrate(&request(address)).unwrap();
     let report = source.wait_migration(PATIENCE).unwrap().report.unwrap();
     assert!(report.failure.is_none(), "{:?}", report.failure);
-    target.expect("arrived").unwrap_or_else(|error| panic!("{error}"));
-    target.expect("disk-trouble").unwrap();
+    // The guest may find no room before the end of the migration has been told.
+    let mut told = [(); 2].map(|()| target.next_event().unwrap()["event"].to_string());
+    told.sort_unstable();
+    assert_eq!(told, ["\"arrived\"", "\"disk-trouble\""], "{}", target.stderr());
     assert_waits(&target);
     let before = confirmed(&target);
 
