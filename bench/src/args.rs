@@ -95,6 +95,9 @@ pub struct BlackoutArgs {
     /// Memory that the guest keeps rewriting while it moves; 0 for an idle guest
     #[arg(long, default_value = "0", value_parser = size)]
     pub working_set: u64,
+    /// Measure moves through TLS as well, with certificates that are made for each run
+    #[arg(long)]
+    pub tls: bool,
     /// Moves, each of a fresh guest
     #[arg(long, visible_alias = "runs", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
@@ -153,6 +156,10 @@ pub struct ThroughputArgs {
     /// Populate the destination's memory before the clock starts
     #[arg(long)]
     pub populate: bool,
+    /// Measure moves through TLS as well, with certificates that are made for each run, and how fast they can
+    /// be at most
+    #[arg(long)]
+    pub tls: bool,
     #[command(flatten)]
     pub comparison: ComparisonArgs,
 }

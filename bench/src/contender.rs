@@ -1,5 +1,6 @@
 //! What is compared: Whimbrel and its peers, each with the guest that it moves.
 
+use crate::cipher;
 use crate::figures::Figures;
 use crate::guest::{Content, Guest};
 use crate::moves::Move;
@@ -28,6 +29,8 @@ pub enum Contender {
     Perftest { to: String, test: Perftest },
     /// A copy of memory without any transport.
     Copy { memory: u64, time: Duration },
+    /// One processor that seals and opens what TLS sends, for this long.
+    Cipher { time: Duration },
 }
 
 impl Contender {
@@ -56,6 +59,7 @@ impl Contender {
             Contender::Transport(probe) => (probe.run()?, record::value(probe)),
             Contender::Perftest { to, test } => (client::perftest(to, test)?, record::value(test)),
             Contender::Copy { memory, time } => (client::copy(*memory, *time)?, Value::Null),
+            Contender::Cipher { time } => (cipher::run(*time)?, Value::Null),
         })
     }
 
@@ -74,6 +78,7 @@ impl Contender {
             Contender::Transport(Probe { terms, .. }) => terms.memory,
             Contender::Perftest { test, .. } => test.size * u64::from(test.queue_pairs),
             Contender::Copy { memory, .. } => *memory,
+            Contender::Cipher { .. } => 0,
         };
         2 * both + (512 << 20)
     }
@@ -93,7 +98,7 @@ impl Contender {
 /// The setup of a contender of this name that moves a guest.
 pub fn setup(guest: &Guest, populate: bool, who: impl Into<String>) -> Setup {
     let group = format!("{guest}{}", if populate { ", destination populated" } else { "" });
-    Setup { group, who: who.into(), guest: Some(guest.clone()), populate }
+    Setup { group, who: who.into(), guest: Some(guest.clone()), populate, plain: None }
 }
 
 /// The peers that are measured in the same run.

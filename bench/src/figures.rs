@@ -43,6 +43,8 @@ const CATALOGUE: &[(&str, &str, &str, usize, Option<Better>)] = &[
     ("migration_mib_s", "migration, MiB/s", "MiB/s", 0, HIGHER),
     ("source_cpu_s_per_gib", "source CPU, s/GiB", "source CPU s/GiB", 2, LOWER),
     ("target_cpu_s_per_gib", "target CPU, s/GiB", "target CPU s/GiB", 2, LOWER),
+    ("sealed_mib_s", "sealed by one processor, MiB/s", "sealed MiB/s", 0, HIGHER),
+    ("opened_mib_s", "opened by one processor, MiB/s", "opened MiB/s", 0, HIGHER),
     ("messages_s", "messages a second", "messages/s", 0, HIGHER),
     ("latency_us", "until confirmed, median, µs", "median µs", 1, LOWER),
     ("latency_p99_us", "until confirmed, 99 % of messages, µs", "p99 µs", 1, LOWER),

@@ -1,6 +1,8 @@
 //! `whimbrel-bench` measures migrations between real processes, and other programs in the same run.
 
 mod args;
+mod bound;
+mod cipher;
 mod compare;
 mod contender;
 mod facts;

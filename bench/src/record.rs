@@ -49,6 +49,9 @@ pub struct Setup {
     pub guest: Option<Guest>,
     /// Whether the destination is populated first.
     pub populate: bool,
+    /// Of one that encrypts: the name of the one, in the same group, that does the same without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plain: Option<String>,
 }
 
 /// One run.
@@ -160,6 +163,7 @@ pub(crate) mod tests {
             who: who.to_string(),
             guest: None,
             populate: false,
+            plain: None,
         };
         let head = Head {
             format: FORMAT,

@@ -1,5 +1,6 @@
 //! A measurement as text with tables.
 
+use crate::bound::{self, Beside, Comparison};
 use crate::figures::{Figure, SPAN, Spread};
 use crate::growth::{Growth, growths};
 use crate::output::{brief, cells, table};
@@ -47,6 +48,7 @@ fn write_text(out: &mut String, of: &Measurement) -> std::fmt::Result {
         [only] => write_one(out, &of.head, only)?,
         all => write_many(out, of, all)?,
     }
+    write_encryption(out, of)?;
     let growths = growths(of);
     if !growths.is_empty() {
         let mut grows = table(["grows by", "median (min to max), of the slopes of all rounds"]);
@@ -107,6 +109,19 @@ fn write_many(out: &mut String, of: &Measurement, spreads: &[Spread]) -> std::fm
     Ok(())
 }
 
+/// A row for each contender that encrypts, beside the one that does not.
+fn write_encryption(out: &mut String, of: &Measurement) -> std::fmt::Result {
+    let Some(Comparison { titles, all }) = bound::beside(of) else { return Ok(()) };
+    let names = names(&of.head);
+    let mut beside = table(std::iter::once("beside plain in the same round").chain(titles));
+    for Beside { which, how, shares } in all {
+        let how = how.map(|how| format!(" ({how})")).unwrap_or_default();
+        let cells = shares.iter().map(|share| brief(share.as_ref(), 2));
+        beside.add_row(std::iter::once(format!("{}{how}", names[which])).chain(cells));
+    }
+    writeln!(out, "{beside}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +134,18 @@ mod tests {
         let text = text(&measurement("migration_mib_s", &[columns[0], peer, columns[1]]));
         assert!(text.contains("6 of 6 runs completed") && text.contains("us : g: peer"), "{text}");
         assert!(text.contains("2.50 (2.00 to 3.00)"), "{text}");
+    }
+
+    #[test]
+    fn what_encrypts_is_told_beside_what_does_not() {
+        let columns: [(&str, &str, &[f64]); 2] =
+            [("g", "us", &[200.0, 300.0]), ("g", "us, TLS", &[100.0, 75.0])];
+        let mut m = measurement("migration_mib_s", &columns);
+        m.head.contenders[1].plain = Some("us".into());
+        m.runs[3].said = serde_json::json!({ "lanes": [{ "encryption": "tls-in-user-space" }] });
+        let text = text(&m);
+        let row = text.lines().find(|line| line.contains("us, TLS (TLS 1.3 in user space)")).expect("a row");
+        assert!(row.contains("0.38 (0.25 to 0.50)") && row.contains('–'), "no bound is known: {text}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! The program as users run it, on transports alone, which need no KVM: a measurement that is killed or
-//! interrupted loses no runs, and saved measurements can be shown, compared and drawn.
+//! The program as users run it. On transports alone, which need no KVM: a measurement that is killed or
+//! interrupted loses no runs, and saved measurements can be shown, compared and drawn. With guests: moves
+//! through TLS are measured beside plain ones.
 
 use std::fs;
 use std::path::Path;
@@ -107,6 +108,42 @@ fn what_was_saved_is_compared_and_drawn() {
     assert!(page.starts_with("<!DOCTYPE html>") && page.contains("<svg"));
     let absent = run(&["show", &file("absent")]);
     assert!(!absent.status.success());
+}
+
+/// Moves of guests that are too small for their figures to mean anything.
+#[test]
+fn tls_is_measured_beside_plain() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("runs.jsonl");
+    let measure = |line: &str| {
+        let mut args: Vec<&str> = line.split_whitespace().collect();
+        args.extend(["--save", path.to_str().unwrap()]);
+        let measured = run(&args);
+        assert!(measured.status.success(), "{measured:?}");
+        text(&measured)
+    };
+    let rates = measure("throughput --tls -m 192M --rounds 1 --no-warm-up");
+    let delays = measure("blackout --tls -m 96M --rounds 1");
+    assert!(rates.contains("share of the bound") && delays.contains("set-up, ms more"), "{rates}{delays}");
+    for said in [&rates, &delays] {
+        let row = said.lines().find(|line| line.contains("TLS 1.3 in")).expect("how it was encrypted");
+        assert!(!row.contains('–'), "everything was measured: {said}");
+    }
+    let saved = fs::read_to_string(&path).unwrap();
+    let runs: Vec<serde_json::Value> = saved
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .filter(|line: &serde_json::Value| line["line"] == "run")
+        .collect();
+    let encrypted = |run: &serde_json::Value| {
+        let lanes = run["said"]["lanes"].as_array()?;
+        Some(lanes.iter().all(|lane| lane["encryption"] != "none"))
+    };
+    // Plain, TLS, and the processor alone; then plain and TLS.
+    let all: Vec<Option<bool>> = runs.iter().map(encrypted).collect();
+    assert_eq!(all, [Some(false), Some(true), None, Some(false), Some(true)], "{saved}");
+    let shown = run(&["show", path.to_str().unwrap()]);
+    assert_eq!(text(&shown).matches("beside plain in the same round").count(), 2, "{shown:?}");
 }
 
 /// Every test of the transport and both references, over the lab's devices, with runs too short to mean

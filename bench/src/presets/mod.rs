@@ -24,6 +24,7 @@ fn default_move(program: PathBuf, guest: Guest, settle: Duration) -> Move {
         transport: TransportChoice::Auto,
         via: IpAddr::V4(Ipv4Addr::LOCALHOST),
         streams: 0,
+        tls: false,
         settle,
         sample_pace: false,
     }
@@ -32,6 +33,13 @@ fn default_move(program: PathBuf, guest: Guest, settle: Duration) -> Move {
 /// A migration by Whimbrel, and its name.
 fn whimbrel(who: impl Into<String>, plan: Move) -> (Setup, Contender) {
     (contender::setup(&plan.guest, plan.populate, who), Contender::Whimbrel(plan))
+}
+
+/// The same migration through TLS, which is measured beside the plain one.
+fn through_tls((plain, contender): &(Setup, Contender)) -> Option<(Setup, Contender)> {
+    let Contender::Whimbrel(plan) = contender else { return None };
+    let setup = Setup { who: format!("{}, TLS", plain.who), plain: Some(plain.who.clone()), ..plain.clone() };
+    Some((setup, Contender::Whimbrel(Move { tls: true, ..plan.clone() })))
 }
 
 /// Timer interrupts a second of a guest whose throughput is measured. The peers' guests are paused all the
@@ -55,6 +63,11 @@ pub fn blackout(args: &BlackoutArgs) -> anyhow::Result<Plan> {
     let guest = Guest { vcpus, working_set, ..Guest::idle(args.memory, Content::Untouched) };
     // The guest's usual gaps are those of the second before it moves.
     let plan = default_move(args.common.program()?, guest, Duration::from_secs(1));
+    // The migration of an idle guest is too short to slow it down.
+    let mut contenders = vec![whimbrel("whimbrel", Move { sample_pace: working_set > 0, ..plan })];
+    if args.tls {
+        contenders.extend(through_tls(&contenders[0]));
+    }
     Ok(Plan {
         bench: "blackout",
         show: &[
@@ -62,6 +75,7 @@ pub fn blackout(args: &BlackoutArgs) -> anyhow::Result<Plan> {
             "switchover_gap_ms",
             "usual_gap_ms",
             "earlier_gap_ms",
+            "setup_ms",
             "blackout_ms",
             "last_write_ms",
             "last_write_felt_ms",
@@ -71,8 +85,7 @@ pub fn blackout(args: &BlackoutArgs) -> anyhow::Result<Plan> {
         ],
         rounds: args.rounds,
         warm_up: false,
-        // The migration of an idle guest is too short to slow it down.
-        contenders: vec![whimbrel("whimbrel", Move { sample_pace: working_set > 0, ..plan })],
+        contenders,
     })
 }
 
@@ -92,6 +105,9 @@ pub fn untouched(args: &UntouchedArgs) -> anyhow::Result<Plan> {
     })
 }
 
+/// Processor time for which sealing and opening are measured in each round.
+const CIPHER_TIME: Duration = Duration::from_millis(500);
+
 /// How fast a guest full of random content moves, compared with peers in the same run.
 ///
 /// # Errors
@@ -105,13 +121,26 @@ pub fn throughput(args: &ThroughputArgs) -> anyhow::Result<Plan> {
         for streams in &args.comparison.streams {
             let plan = default_move(program.clone(), guest.clone(), Duration::from_millis(200));
             let plan = Move { populate: args.populate, streams: *streams, ..plan };
-            contenders.push(whimbrel(format!("{name}, {}", stream_count(*streams)), plan));
+            let plain = whimbrel(format!("{name}, {}", stream_count(*streams)), plan);
+            let tls = args.tls.then(|| through_tls(&plain)).flatten();
+            contenders.extend(std::iter::once(plain).chain(tls));
         }
     }
     contenders.extend(Peers::from(args.comparison.peers.clone()).beside(&guest, args.populate));
+    if args.tls {
+        let setup = contender::setup(&guest, args.populate, "AES-128-GCM, one processor");
+        contenders.push((setup, Contender::Cipher { time: CIPHER_TIME }));
+    }
     Ok(Plan {
         bench: "throughput",
-        show: &["stream_mib_s", "migration_mib_s", "source_cpu_s_per_gib", "target_cpu_s_per_gib"],
+        show: &[
+            "stream_mib_s",
+            "migration_mib_s",
+            "source_cpu_s_per_gib",
+            "target_cpu_s_per_gib",
+            "sealed_mib_s",
+            "opened_mib_s",
+        ],
         rounds: args.comparison.rounds,
         warm_up: !args.comparison.no_warm_up,
         contenders,
@@ -202,6 +231,28 @@ mod tests {
     use super::*;
     use crate::args::{Cli, Command};
     use clap::Parser;
+
+    #[test]
+    fn tls_is_measured_beside_plain() {
+        let parse = |line: &str| Cli::parse_from(line.split_whitespace()).command;
+        let whos = |plan: Plan| -> Vec<(String, Option<String>)> {
+            plan.contenders.into_iter().map(|(setup, _)| (setup.who, setup.plain)).collect()
+        };
+        let line = "bench throughput --tls --streams 0,4 --iperf3 --whimbrel /proc/self/exe";
+        let Command::Throughput(args) = parse(line) else { panic!("another command") };
+        let plan = throughput(&args).unwrap();
+        let through_tls = |contender: &Contender| matches!(contender, Contender::Whimbrel(plan) if plan.tls);
+        assert!(plan.contenders.iter().all(|(setup, c)| through_tls(c) == setup.plain.is_some()));
+        let beside = |plain: &str| (format!("{plain}, TLS"), Some(plain.to_string()));
+        let alone = |who: &str| (who.to_string(), None);
+        let (one, other) = ("whimbrel, default streams", "whimbrel, 4 streams");
+        let peers = ["iperf3 -Z", "AES-128-GCM, one processor"].map(alone);
+        let ours = [alone(one), beside(one), alone(other), beside(other)];
+        assert_eq!(whos(plan), [&ours[..], &peers].concat());
+        let line = "bench blackout --tls --whimbrel /proc/self/exe";
+        let Command::Blackout(args) = parse(line) else { panic!("another command") };
+        assert_eq!(whos(blackout(&args).unwrap()), [alone("whimbrel"), beside("whimbrel")]);
+    }
 
     #[test]
     fn a_matrix_has_every_guest_once() {

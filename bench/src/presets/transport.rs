@@ -179,7 +179,7 @@ fn base_probe(args: &TransportArgs, to: &str, test: Test) -> Probe {
 }
 
 fn without_guest(group: &str, who: String) -> Setup {
-    Setup { group: group.into(), who, guest: None, populate: false }
+    Setup { group: group.into(), who, guest: None, populate: false, plain: None }
 }
 
 fn perftest(

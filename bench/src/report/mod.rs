@@ -3,6 +3,7 @@
 mod details;
 mod plots;
 
+use crate::bound::{self, Beside, Comparison};
 use crate::facts::Facts;
 use crate::figures::{Figure, Spread};
 use crate::growth::{self, Growth};
@@ -106,6 +107,7 @@ fn section(of: &Measurement) -> anyhow::Result<Markup> {
         }
         (common(&head.contenders))
         (figures(of, &spreads, &names))
+        (encryption(of, &names))
         (plots)
         @if !growths.is_empty() { (growth_table(&growths)) (growing) }
         (details)
@@ -154,6 +156,22 @@ fn figures(of: &Measurement, spreads: &[Spread], names: &[String]) -> Markup {
             table {
                 tr { th { "ratio in the same round, ours to" } @for id in &shown { th { (Figure::of(id).short) } } }
                 @for which in ratios { (row(&names[which], &|id| summary::ratio(of, which, id), Some(2))) }
+            }
+        }
+    }
+}
+
+/// Those that encrypt beside those that do not.
+fn encryption(of: &Measurement, names: &[String]) -> Markup {
+    let Some(Comparison { titles, all }) = bound::beside(of) else { return html! {} };
+    html! {
+        table {
+            tr { th { "beside plain in the same round" } @for title in &titles { th { (title) } } }
+            @for Beside { which, how, shares } in all {
+                tr {
+                    td { (names[which]) @if let Some(how) = how { " (" (how) ")" } }
+                    @for share in &shares { td { (brief(share.as_ref(), 2)) } }
+                }
             }
         }
     }
@@ -231,12 +249,19 @@ mod tests {
             &[("g", "us <script>", &[200.0, 300.0]), ("g", "peer", &[100.0, 100.0])],
         );
         m.end = None;
+        m.head.contenders[1].plain = Some("us <script>".into());
         m.runs[1].failure = Some("lost & gone".into());
         m.runs[1].figures.clear();
         let page = page("Sample", &[m]).unwrap();
-        for expected in
-            ["3 of 4 runs completed", "Cut off", "lost &amp; gone", "us &lt;script&gt;", "<svg", "3.00"]
-        {
+        for expected in [
+            "3 of 4 runs completed",
+            "Cut off",
+            "lost &amp; gone",
+            "us &lt;script&gt;",
+            "<svg",
+            "3.00",
+            "0.33",
+        ] {
             assert!(page.contains(expected), "{expected}");
         }
         for forbidden in ["<script", "src=", "href=", "@import", "url("] {
