@@ -1,7 +1,7 @@
 //! How fast one processor seals and opens what TLS sends.
 //!
-//! It is done as rustls does it: by ring, with the cipher that two of our processes agree on, in full records.
-//! They stay in the processor's cache, so this is the most that a processor can do.
+//! It is done as rustls does it: by ring, with the cipher that two of our processes agree on, in full
+//! records. They stay in the processor's cache, so this is the most that a processor can do.
 
 use crate::figures::{self, Figures};
 use anyhow::anyhow;
