@@ -14,6 +14,7 @@ use vmm::guest::Workload;
 use vmm::{Host, Machine, MachineConfig, SerialOutput};
 use whimbrel::api::server::{self, Server};
 use whimbrel::instance::Instance;
+use whimbrel::security::Security;
 use whimbrel::slot::Slot;
 
 struct Served {
@@ -31,7 +32,7 @@ fn serve() -> Served {
         Machine::build(&host, MachineConfig { serial: SerialOutput::Null, ..config }).expect("a machine");
     Workload::idle(1).boot(&machine).expect("a guest");
     machine.resume().expect("a guest that runs");
-    let instance = Instance::new("fuzzed".into(), Arc::new(machine), |_| {});
+    let instance = Instance::new("fuzzed".into(), Arc::new(machine), Security::Near, |_| {});
     let slot = Arc::new(Slot::default());
     slot.put(Arc::clone(&instance));
     let folder = tempfile::tempdir().expect("a folder");
