@@ -336,26 +336,29 @@ pub fn serving() -> Result<Calls, BackendError> {
     Ok(calls)
 }
 
+/// What reading a disk takes, whatever the arguments.
+const READING: &[i64] = &[
+    SYS_brk,
+    SYS_munmap,
+    SYS_mremap,
+    SYS_madvise,
+    SYS_futex,
+    SYS_clock_gettime,
+    SYS_getrandom,
+    SYS_gettid,
+    SYS_getpid,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_exit,
+    SYS_exit_group,
+];
+
 /// The list for a process that reads a disk, and writes what it has found.
 ///
 /// # Errors
 /// None; the library cannot know.
 pub fn reader(input: c_int, output: c_int) -> Result<Calls, BackendError> {
-    let mut calls = plain(&[
-        SYS_brk,
-        SYS_munmap,
-        SYS_mremap,
-        SYS_madvise,
-        SYS_futex,
-        SYS_clock_gettime,
-        SYS_getrandom,
-        SYS_gettid,
-        SYS_getpid,
-        SYS_rt_sigprocmask,
-        SYS_rt_sigreturn,
-        SYS_exit,
-        SYS_exit_group,
-    ]);
+    let mut calls = plain(READING);
     let file = |fd: c_int| rule(0, SeccompCmpOp::Eq, fd as u64);
     calls.insert(SYS_pread64, vec![file(input)?]);
     // The runtime's own messages go to standard error, which is closed.
@@ -394,22 +397,10 @@ pub fn standby() -> Result<Calls, BackendError> {
         SYS_seccomp,
         SYS_set_robust_list,
         SYS_pread64,
-        SYS_brk,
-        SYS_munmap,
-        SYS_mremap,
-        SYS_madvise,
-        SYS_futex,
-        SYS_clock_gettime,
-        SYS_getrandom,
-        SYS_gettid,
-        SYS_getpid,
-        SYS_rt_sigprocmask,
-        SYS_rt_sigreturn,
         SYS_tgkill,
-        SYS_exit,
-        SYS_exit_group,
         SYS_fork,
     ]);
+    calls.append(&mut plain(READING));
     // A process, but neither a thread nor a namespace.
     let process = CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD;
     calls.insert(SYS_clone, vec![rule(0, SeccompCmpOp::Eq, process as u64)?]);
