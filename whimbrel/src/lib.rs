@@ -5,10 +5,12 @@
 //! process, which a receiver has before its guest. [`record`] keeps what became of each move. [`api`] is the
 //! HTTP API, its server and its client. [`transports`] says which data planes a migration may use.
 //! [`security`] says how connections are protected, and [`pki`] makes certificates. [`node`] runs the program
-//! as a child process, for benchmarks and tests. [`doctor`] examines the host.
+//! as a child process, for benchmarks and tests. [`doctor`] examines the host. [`host`] is what a host
+//! knows of its machines.
 
 pub mod api;
 pub mod doctor;
+pub mod host;
 pub mod instance;
 pub mod node;
 pub mod pki;

@@ -1,0 +1,216 @@
+//! What the operator of a host has decided, from a file.
+//!
+//! ```toml
+//! listen = "10.1.0.2:4444"
+//! tls = "/etc/whimbrel/tls"
+//! allow = ["*.hosts.example"]
+//!
+//! [admission]
+//! max-memory = "64G"      # of one guest
+//! total-memory = "200G"   # of all of them
+//! max-guests = 100
+//! max-arrivals = 4        # at once
+//! names = ["web*"]
+//!
+//! [networks.blue]
+//! bridge = "br0"
+//!
+//! [storage.fast]
+//! path = "/shared/fast"
+//! ```
+
+use crate::security::{Encryption, TlsFiles};
+use serde::{Deserialize, Deserializer};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use transport_tcp::tls::Pattern;
+use vmm::limits::NamePattern;
+
+/// Where guests are taken in unless the file says otherwise.
+pub const PORT: u16 = 4444;
+
+/// Why a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be read.
+    #[error("cannot read the host's configuration {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It says something that cannot be.
+    #[error("{}:{line}: {what}", path.display())]
+    Entry {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+/// A host's configuration.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct HostConfig {
+    /// Where guests are taken in; the loopback address if nothing is said.
+    pub listen: Option<SocketAddr>,
+    /// The folder of the certificates by which hosts know each other.
+    pub tls: Option<PathBuf>,
+    /// Whether guests are taken in without certificates, also from other hosts.
+    pub insecure: bool,
+    /// Which peers may send guests; all that have a certificate if there is no pattern.
+    #[serde(deserialize_with = "texts")]
+    pub allow: Vec<Pattern>,
+    /// What has to be encrypted.
+    pub encryption: Encryption,
+    /// Which guests are taken in.
+    pub admission: Admission,
+    /// The networks that guests' interfaces name.
+    pub networks: BTreeMap<String, Network>,
+    /// The storages that guests' disks name.
+    pub storage: BTreeMap<String, Storage>,
+    /// The folder of the machines that `whimbrel start` knows.
+    pub machines: Option<PathBuf>,
+    /// The folder of what outlives a reboot of the host: its history.
+    pub state: Option<PathBuf>,
+}
+
+/// Which guests are taken in.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Admission {
+    /// Bytes of memory of one guest at most.
+    #[serde(deserialize_with = "size")]
+    pub max_memory: Option<u64>,
+    /// Bytes of memory of all guests together at most.
+    #[serde(deserialize_with = "size")]
+    pub total_memory: Option<u64>,
+    /// vCPUs of one guest at most.
+    pub max_vcpus: Option<u32>,
+    /// How many guests the host has at most.
+    pub max_guests: Option<usize>,
+    /// How many are taken in at once at most.
+    pub max_arrivals: Option<usize>,
+    /// What they may be called; anything if there is no pattern.
+    #[serde(deserialize_with = "texts")]
+    pub names: Vec<NamePattern>,
+}
+
+/// What a network is on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Network {
+    /// The bridge to which the taps of its interfaces belong.
+    pub bridge: String,
+}
+
+/// What a storage is on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Storage {
+    /// The folder of its images.
+    pub path: PathBuf,
+}
+
+impl HostConfig {
+    /// Reads the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let read = std::fs::read_to_string(path);
+        let text = read.map_err(|source| Error::Read { path: path.into(), source })?;
+        toml::from_str(&text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start);
+            let line = text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
+            Error::Entry { path: path.into(), line, what: error.message().into() }
+        })
+    }
+
+    /// The certificates, if there are any.
+    pub fn certificates(&self) -> Option<TlsFiles> {
+        self.tls.clone().map(|folder| TlsFiles { folder: Some(folder), ..TlsFiles::default() })
+    }
+}
+
+/// Values that are written as text.
+fn texts<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+    D: Deserializer<'de>,
+{
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    texts.iter().map(|text| text.parse().map_err(serde::de::Error::custom)).collect()
+}
+
+/// A number of bytes, or a text such as `64G`.
+fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Size {
+        Bytes(u64),
+        Text(String),
+    }
+    match Size::deserialize(deserializer)? {
+        Size::Bytes(bytes) => Ok(Some(bytes)),
+        Size::Text(text) => {
+            let config = parse_size::Config::new().with_binary();
+            let size = config.parse_size(&text).map_err(|error| {
+                serde::de::Error::custom(format_args!("{text:?}: {error}; write a size such as 512M or 4G"))
+            })?;
+            Ok(Some(size))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(content: &str) -> Result<HostConfig, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("host.toml");
+        std::fs::write(&path, content).unwrap();
+        HostConfig::read(&path)
+    }
+
+    #[test]
+    fn a_file_says_what_a_host_is() {
+        let config = read(
+            "listen = '10.1.0.2:4444'\ntls = '/etc/whimbrel/tls'\nallow = ['*.hosts.example']\nencryption = 'required'\n\
+             [admission]\nmax-memory = '4G'\nmax-arrivals = 2\nnames = ['web*']\n\
+             [networks.blue]\nbridge = 'br0'\n[storage.fast]\npath = '/shared/fast'\n",
+        )
+        .unwrap();
+        assert_eq!(config.listen, Some("10.1.0.2:4444".parse().unwrap()));
+        assert_eq!(config.admission.max_memory, Some(4 << 30));
+        assert_eq!((config.admission.max_arrivals, config.admission.max_guests), (Some(2), None));
+        assert_eq!((config.allow.len(), config.admission.names.len()), (1, 1));
+        assert_eq!(config.networks["blue"].bridge, "br0");
+        assert_eq!(config.storage["fast"].path, Path::new("/shared/fast"));
+        assert_eq!(config.encryption, Encryption::Required);
+        assert!(config.certificates().is_some());
+        assert!(read("").unwrap().certificates().is_none());
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_by_file_and_line() {
+        for (content, expected) in [
+            ("insecure = false\ncolour = 1\n", "host.toml:2: unknown field `colour`"),
+            ("\nlisten = 'here'\n", "host.toml:2: "),
+            ("[admission]\nmax-memory = 'much'\n", "host.toml:2: \"much\": "),
+            ("[networks.blue]\nswitch = 'br0'\n", "host.toml:2: unknown field `switch`"),
+            ("allow = ['a*b*']\n", "host.toml:1: "),
+        ] {
+            let told = read(content).unwrap_err().to_string();
+            assert!(told.contains(expected), "{content:?}: {told}");
+        }
+        let missing = HostConfig::read(Path::new("/nonexistent/host.toml")).unwrap_err().to_string();
+        assert!(missing.contains("/nonexistent/host.toml"), "{missing}");
+    }
+}

@@ -1,0 +1,4 @@
+//! What makes a host of single machines: where their sockets are, and what the host's operator has decided.
+
+pub mod config;
+pub mod run_dir;

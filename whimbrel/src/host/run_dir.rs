@@ -1,0 +1,121 @@
+//! The folder by which a host's machines are found.
+//!
+//! Each machine serves its API on a socket in it that is called as the machine is. That is all there is to
+//! know about a host at present: whoever starts anew asks these sockets, and has forgotten nothing.
+//!
+//! ```text
+//!   host.sock            the host service's API
+//!   gate.sock            where processes that take guests in wait for connections
+//!   machines/NAME.sock   the API of the machine NAME
+//!   machines/.PID.sock   the API of a process that has no guest yet
+//! ```
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+/// Names the folder if no option does.
+pub const VARIABLE: &str = "WHIMBREL_RUN_DIR";
+
+/// Where it is if nothing else is said.
+const DEFAULT: &str = "/run/whimbrel";
+
+/// How the socket of a machine ends.
+const SOCKET: &str = ".sock";
+
+/// The folder of a host's sockets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunDir(PathBuf);
+
+impl RunDir {
+    /// The folder that is named, or else the usual one.
+    pub fn new(named: Option<&Path>) -> Self {
+        let usual = || std::env::var_os(VARIABLE).map_or_else(|| DEFAULT.into(), PathBuf::from);
+        RunDir(named.map_or_else(usual, Path::to_path_buf))
+    }
+
+    /// Makes it, with what is in it, for this user alone, unless it is there.
+    ///
+    /// # Errors
+    /// Those of making folders.
+    pub fn make(&self) -> io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(self.machines_folder())
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The socket of the host service's API.
+    pub fn host_socket(&self) -> PathBuf {
+        self.0.join("host.sock")
+    }
+
+    /// The socket where processes that take guests in wait for connections.
+    pub fn gate_socket(&self) -> PathBuf {
+        self.0.join("gate.sock")
+    }
+
+    /// The folder of the machines' sockets.
+    pub fn machines_folder(&self) -> PathBuf {
+        self.0.join("machines")
+    }
+
+    /// The socket of the machine of this name, which has to be a name that a machine may have.
+    pub fn machine_socket(&self, name: &str) -> PathBuf {
+        self.machines_folder().join(format!("{name}{SOCKET}"))
+    }
+
+    /// The socket of a process that has no guest yet.
+    pub fn nameless_socket(&self, pid: u32) -> PathBuf {
+        self.machines_folder().join(format!(".{pid}{SOCKET}"))
+    }
+
+    /// The names of the machines that have a socket, in order. Whether a process still serves it is another
+    /// question. None if there is no such folder.
+    ///
+    /// # Errors
+    /// Those of reading a folder.
+    pub fn machines(&self) -> io::Result<Vec<String>> {
+        let entries = match std::fs::read_dir(self.machines_folder()) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            // One that is gone meanwhile is none.
+            if !entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+                continue;
+            }
+            let Ok(file) = entry.file_name().into_string() else { continue };
+            match file.strip_suffix(SOCKET) {
+                Some(name) if !name.starts_with('.') && !name.is_empty() => names.push(name.into()),
+                _ => {}
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn machines_are_found_by_their_sockets() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(Some(&folder.path().join("run")));
+        assert_eq!(run.machines().unwrap(), [""; 0]);
+        run.make().unwrap();
+        run.make().unwrap();
+        let _sockets = ["web2", "web1"].map(|name| UnixListener::bind(run.machine_socket(name)).unwrap());
+        let _nameless = UnixListener::bind(run.nameless_socket(7)).unwrap();
+        std::fs::write(run.machine_socket("file"), "").unwrap();
+        assert_eq!(run.machines().unwrap(), ["web1", "web2"]);
+    }
+}
