@@ -22,7 +22,6 @@ pub trait Admission: fmt::Debug + Send + Sync {
 
 /// What a host must know of a guest to decide about it. A peer has said it, and it is within the limits.
 #[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
 pub struct Guest<'a> {
     /// What it is called; a name that a machine may have ([`check_name`](crate::machine::check_name)).
     pub name: &'a str,

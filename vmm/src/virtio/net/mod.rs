@@ -160,7 +160,7 @@ pub enum Error {
     },
     /// It takes only packets that are shorter than the guest's.
     #[error(
-        "the tap {name} has an MTU of {found}, the guest sends packets of up to {wanted} bytes; use `ip link set {name} mtu {wanted}`"
+        "the tap {name} has an MTU of {found}, the guest sends packets of up to {wanted} bytes; use `ip link set {name} mtu {wanted}`, or do so with its bridge if the tap is made for the guest"
     )]
     Mtu {
         /// The tap.
