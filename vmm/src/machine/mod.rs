@@ -11,7 +11,7 @@ mod reboot;
 mod reset;
 mod supervisor;
 
-pub use config::{BadName, MAX_NAME, MachineConfig, check_name};
+pub use config::{BadName, DEFAULT_NAME, MAX_NAME, MachineConfig, check_name};
 pub use ram::{RamView, RamWriter};
 pub(crate) use reboot::MAX_KEPT;
 pub use reboot::{KeepError, Reboot};

@@ -32,8 +32,8 @@ impl OpenTap {
 
     /// Makes a tap that is there for as long as one of its files is open: the kernel removes it with the last
     /// of them, however the processes end that have them. `pattern` is its name, in which `%d` stands for the
-    /// lowest number that is free. Returns the files, which other processes may have, and the name. The tap is
-    /// down, and is connected to nothing.
+    /// lowest number that is free. Returns the files, which other processes may have, and the name. The tap
+    /// is down, and is connected to nothing.
     ///
     /// # Errors
     /// The system's answer. It takes `CAP_NET_ADMIN`.
