@@ -1,5 +1,5 @@
-//! Guests that name their networks and storages: each host has its own bridges and folders for them, makes the
-//! taps, and leaves none behind. Needs root, for network namespaces.
+//! Guests that name their networks and storages: each host has its own bridges and folders for them, makes
+//! the taps, and leaves none behind. Needs root, for network namespaces.
 
 use migration::Code;
 use migration::report::{Report, Verdict};
@@ -21,7 +21,9 @@ const MAC: &str = "52:54:00:00:00:07";
 const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0, 0, 0, 7];
 const MTU: u32 = 1400;
 const RARP: u16 = 0x8035;
+/// Capabilities: to make taps, and to lock memory, which all of these processes may.
 const NET_ADMIN: u64 = 1 << 12;
+const IPC_LOCK: u64 = 1 << 14;
 
 /// A host: a network namespace with a bridge, and what says which network that is.
 struct Host {
@@ -103,15 +105,25 @@ impl Host {
         // The bridge does not change its address for it, and the machine's process could not have made it.
         let shown = self.namespace.within(|| must("ip link show whim0"));
         assert!(shown.contains("link/ether fe:"), "{shown}");
-        let status = fs::read_to_string(format!("/proc/{}/status", node.pid())).unwrap();
-        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
-        assert_eq!(u64::from_str_radix(effective, 16).unwrap() & NET_ADMIN, 0, "{effective}");
+        assert_eq!(capabilities(node.pid()) & NET_ADMIN, 0);
     }
 
     /// There is no tap any more, or will be none.
     fn wait_no_tap(&self) {
         wait_until("the end of the tap", || self.tap().is_none());
     }
+}
+
+/// What a process's status says.
+fn status(pid: u32, field: &str) -> String {
+    // It may be gone.
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let mut fields = status.lines().filter_map(|line| line.split_once(":\t"));
+    fields.find(|(name, _)| *name == field).map(|(_, value)| value.into()).unwrap_or_default()
+}
+
+fn capabilities(pid: u32) -> u64 {
+    u64::from_str_radix(&status(pid, "CapEff"), 16).unwrap()
 }
 
 /// A migration that fails before anything has moved.
@@ -226,6 +238,27 @@ fn taps_go_with_processes_that_are_killed_and_with_guests_that_do_not_come() {
     let mut guest = hosts.guest("network=blue");
     guest.kill().unwrap();
     hosts.a.wait_no_tap();
+}
+
+#[test]
+fn whoever_makes_taps_for_a_receiver_does_nothing_else_and_ends_with_it() {
+    let hosts = Hosts::new(["blue", "blue"]);
+    let (mut next, address) = hosts.receiver(&hosts.b, "next", &[]);
+    let children = format!("/proc/{0}/task/{0}/children", next.pid());
+    let children = fs::read_to_string(children).unwrap();
+    let mut children = children.split_whitespace().map(|pid| pid.parse().unwrap());
+    let maker = children.find(|pid| capabilities(*pid) & NET_ADMIN != 0).expect("a process that makes taps");
+    assert_eq!(capabilities(maker), NET_ADMIN | IPC_LOCK);
+    for (field, value) in [("Seccomp", "2"), ("NoNewPrivs", "1"), ("Threads", "1")] {
+        assert_eq!(status(maker, field), value, "{field}");
+    }
+    let files = || fs::read_dir(format!("/proc/{maker}/fd")).unwrap().count();
+    assert_eq!(files(), 2, "its socket, and where its end would be told");
+    hop(&hosts.guest("network=blue,queues=2"), &mut next, address);
+    wait_until("the tap to be the machine's alone", || files() == 2);
+    next.kill().unwrap();
+    // Whoever inherits it may take a while to notice its end.
+    wait_until("its end", || ["", "Z (zombie)"].contains(&status(maker, "State").as_str()));
 }
 
 #[test]

@@ -51,8 +51,8 @@ pub fn find(name: &str) -> io::Result<Option<Link>> {
     }
 }
 
-/// Makes an interface, which is down, a port of a bridge, and puts it up. It gets an address of its own that is
-/// higher than those of hardware: a bridge takes the lowest of its ports' for its own.
+/// Makes an interface, which is down, a port of a bridge, and puts it up. It gets an address of its own that
+/// is higher than those of hardware: a bridge takes the lowest of its ports' for its own.
 ///
 /// # Errors
 /// The system's answer.

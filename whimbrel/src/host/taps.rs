@@ -1,12 +1,12 @@
 //! Taps for guests' interfaces, on the bridges that the host's configuration names.
 //!
 //! A tap is made for one machine, and is there for as long as that machine's process has it open: the kernel
-//! removes it with the last of its files, also if the process is killed, and whether or not the one who made it
-//! is still there. So there is no list of taps to be kept and none to be swept: what `ip link` shows is all
-//! that there is. Its alias says whose it is. Bridges are used as they are, and never made.
+//! removes it with the last of its files, also if the process is killed, and whether or not the one who made
+//! it is still there. So there is no list of taps to be kept and none to be swept: what `ip link` shows is
+//! all that there is. Its alias says whose it is. Bridges are used as they are, and never made.
 //!
-//! Making one takes `CAP_NET_ADMIN`, which a machine's process gives up. Whoever has it makes the tap and hands
-//! over the files ([`TapMaker`]).
+//! Making one takes `CAP_NET_ADMIN`, which a machine's process gives up. Whoever has it makes the tap and
+//! hands over the files ([`TapMaker`]).
 
 use super::config::Network;
 use super::links;
@@ -195,8 +195,8 @@ pub struct Beside(Helper);
 type Answer = Result<(String, u16), String>;
 
 impl Beside {
-    /// Starts that process, confined by `mode`. To be called before this process is confined, and while it has a
-    /// single thread.
+    /// Starts that process, confined by `mode`. To be called before this process is confined, and while it
+    /// has a single thread.
     ///
     /// # Errors
     /// The system's answer.
