@@ -25,6 +25,7 @@
 //! | `copies` | over RDMA no system call carries pages (in the lab) |
 //! | `huge` | a guest in huge pages moves over RDMA (in the lab) |
 //! | `crosscheck` | another implementation of verbs sees the same devices (in the lab) |
+//! | `networks_by_name` | each host has its own bridges and folders for what guests name, and leaves no tap behind |
 //! | `network` | a Linux guest's network connections while it moves (in the lab) |
 //! | `pair` | moves between two hosts (two VMs of the lab) |
 //! | `sandbox` | what a machine's process can no longer do |

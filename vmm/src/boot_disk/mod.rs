@@ -15,7 +15,7 @@ mod apart;
 
 mod filesystem;
 mod partitions;
-mod standby;
+pub(crate) mod standby;
 mod system;
 #[cfg(test)]
 mod tests;
@@ -30,6 +30,7 @@ use std::rc::Rc;
 use system::System;
 
 pub use apart::read_apart;
+pub(crate) use apart::{assert_single, forget_panics};
 pub use standby::BootReader;
 
 /// Where distributions link to the kernel to boot, and to the initramfs that belongs to it.
@@ -175,7 +176,9 @@ impl Gathered {
 /// [`Error`], also if a machine holds the image's lock.
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
     let mut gathered = Gathered::default();
-    find(&open(disk)?, &disk.path, index, cmdline, &mut |part, piece| gathered.add(part, piece))?;
+    find(&open(disk, &Images::Any)?, &disk.path, index, cmdline, &mut |part, piece| {
+        gathered.add(part, piece)
+    })?;
     gathered.into_boot().map_err(|error| Error::Reader { path: disk.path.clone(), what: error.to_string() })
 }
 
@@ -191,8 +194,8 @@ pub(crate) fn read_open(image: DiskImage, index: usize, cmdline: &str) -> Result
 }
 
 /// The image under its lock, to be read.
-fn open(disk: &BlockConfig) -> Result<Rc<DiskImage>, Error> {
-    let image = DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, &Images::Any)?;
+fn open(disk: &BlockConfig, images: &Images) -> Result<Rc<DiskImage>, Error> {
+    let image = DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, images)?;
     image.take_lock()?;
     Ok(Rc::new(image))
 }

@@ -12,6 +12,9 @@ use kvm_bindings::kvm_cpuid_entry2;
 /// Most bytes of a machine's name.
 pub const MAX_NAME: usize = 128;
 
+/// What a machine is called that nobody gave a name.
+pub const DEFAULT_NAME: &str = "vm";
+
 /// A name that no machine can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a machine's name has 1 to {MAX_NAME} bytes, and no control characters")]
@@ -61,7 +64,7 @@ impl MachineConfig {
     /// [`Error::Kvm`] if KVM cannot say what it supports.
     pub fn new(host: &Host, memory: u64, vcpus: u32) -> Result<Self, Error> {
         Ok(MachineConfig {
-            name: "vm".into(),
+            name: DEFAULT_NAME.into(),
             memory,
             pages: PageSize::Small,
             thp: Thp::default(),

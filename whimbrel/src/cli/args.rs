@@ -13,6 +13,7 @@ use vmm::guest::Content;
 use vmm::host::MAX_VCPUS;
 use vmm::limits::{Limits, NamePattern};
 use vmm::memory::{PageSize, Thp};
+use vmm::names;
 use vmm::sandbox::Mode;
 use vmm::virtio::block::{Aio, BlockConfig, MAX_QUEUES, OnError};
 use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
@@ -127,14 +128,18 @@ pub struct RunArgs {
     #[arg(long, default_value = "reset", value_parser = one_of(ON_REBOOT))]
     pub on_reboot: OnReboot,
     /// Give the machine a disk (virtio-blk): a raw image or a block device, as
-    /// PATH[,readonly][,cached][,queues=N][,werror=POLICY][,rerror=POLICY]. The policies say what follows
+    /// PATH[,readonly][,cached][,queues=N][,werror=POLICY][,rerror=POLICY]. In the place of PATH,
+    /// storage=NAME,file=PATH names a file of a storage that each host's configuration (--host-config)
+    /// knows. The policies say what follows
     /// when this host cannot write or read: report tells the guest, stop pauses it until that is over, enospc
     /// does so if there is no room. Default: werror=enospc,rerror=report. Repeat it for further disks
     #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk)]
     pub disk: Vec<BlockConfig>,
-    /// Give the machine a network interface (virtio-net) on a tap of this host, as
-    /// tap=NAME[,mac=ADDRESS][,queues=PAIRS][,offloads=off]. Repeat it for further interfaces
-    #[arg(long, value_name = "tap=NAME[,OPTION]...", value_parser = net)]
+    /// Give the machine a network interface (virtio-net), as
+    /// network=NAME[,tap=NAME][,mac=ADDRESS][,queues=PAIRS][,offloads=off]. Each host's configuration
+    /// (--host-config) knows the bridge of the network, to which a tap is made; a tap that is named is used
+    /// as it is. With a tap, the network can be left out. Repeat it for further interfaces
+    #[arg(long, value_name = "network=NAME[,OPTION]...", value_parser = net)]
     pub net: Vec<NetArg>,
     /// Give the machine a source of entropy (virtio-rng)
     #[arg(long)]
@@ -152,6 +157,9 @@ pub struct ProcessArgs {
     /// file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// TOML file that says what networks and storages are on this host
+    #[arg(long, value_name = "FILE")]
+    pub host_config: Option<PathBuf>,
     /// Unix socket for the API; the other commands reach the machine through it
     #[arg(long)]
     pub api: Option<PathBuf>,
@@ -265,7 +273,8 @@ pub struct ReceiveArgs {
     #[arg(long)]
     pub trust_storage: bool,
     /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Give it once for each of the guest's
-    /// interfaces, in their order; a guest with more interfaces is refused
+    /// interfaces, in their order; a guest with more interfaces is refused. With --host-config, interfaces
+    /// that name a network need none
     #[arg(long, value_name = "tap=NAME[,OPTION]", value_parser = tap)]
     pub net: Vec<TapConfig>,
     #[command(flatten)]
@@ -557,12 +566,22 @@ fn on_error(option: &str, text: &str) -> Result<OnError, String> {
     }
 }
 
-/// A disk, with the options after its path.
+/// A disk, with the options after its path, or after the name of its storage.
 fn disk(text: &str) -> Result<BlockConfig, String> {
     let mut parts = text.split(',');
     let mut config = match parts.next() {
-        Some(path) if !path.is_empty() => BlockConfig::new(path.into()),
-        _ => return Err("begin with the path of an image".into()),
+        Some(first) => match first.strip_prefix("storage=") {
+            Some(storage) => {
+                names::check(storage).map_err(|error| error.to_string())?;
+                let file = parts.next().and_then(|part| part.strip_prefix("file="));
+                let file = PathBuf::from(file.ok_or("after the storage, name the image by file=PATH")?);
+                names::check_file(&file).map_err(|error| error.to_string())?;
+                BlockConfig::in_storage(storage.into(), file)
+            }
+            None if !first.is_empty() => BlockConfig::new(first.into()),
+            None => return Err("begin with the path of an image, or with storage=NAME,file=PATH".into()),
+        },
+        None => return Err("begin with the path of an image".into()),
     };
     for option in parts {
         match option.split_once('=') {
@@ -588,8 +607,10 @@ fn disk(text: &str) -> Result<BlockConfig, String> {
 /// A network interface of a machine that is started here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetArg {
-    /// Its tap.
+    /// Its tap; without a name, one that is made for it.
     pub tap: TapConfig,
+    /// Its network.
+    pub network: Option<String>,
     /// Its address; without one, a random one.
     pub mac: Option<Mac>,
     /// Pairs of queues.
@@ -598,11 +619,15 @@ pub struct NetArg {
 
 /// A network interface, by its options.
 fn net(text: &str) -> Result<NetArg, String> {
-    let mut tap = TapConfig { name: String::new(), offloads: true };
-    let (mut mac, mut pairs) = (None, 1);
+    let mut tap = TapConfig::named("");
+    let (mut network, mut mac, mut pairs) = (None, None, 1);
     for option in text.split(',') {
         match option.split_once('=') {
             Some(("tap", name)) if !name.is_empty() => tap.name = name.into(),
+            Some(("network", name)) => {
+                names::check(name).map_err(|error| error.to_string())?;
+                network = Some(name.into());
+            }
             Some(("mac", address)) => mac = Some(address.parse()?),
             Some(("queues", number)) => {
                 let number = number.parse().ok().filter(|pairs| (1..=MAX_PAIRS).contains(pairs));
@@ -611,20 +636,23 @@ fn net(text: &str) -> Result<NetArg, String> {
             Some(("offloads", "off")) => tap.offloads = false,
             _ => {
                 return Err(format!(
-                    "\"{option}\" is not an option of a network interface; use tap=NAME, mac=ADDRESS, queues=PAIRS or \
-                     offloads=off"
+                    "\"{option}\" is not an option of a network interface; use network=NAME, tap=NAME, mac=ADDRESS, \
+                     queues=PAIRS or offloads=off"
                 ));
             }
         }
     }
-    if tap.name.is_empty() { Err("name its tap by tap=NAME".into()) } else { Ok(NetArg { tap, mac, pairs }) }
+    if tap.name.is_empty() && network.is_none() {
+        return Err("name its network by network=NAME, or its tap by tap=NAME".into());
+    }
+    Ok(NetArg { tap, network, mac, pairs })
 }
 
 /// A tap for an interface that will arrive, and that brings everything else with it.
 fn tap(text: &str) -> Result<TapConfig, String> {
     match net(text)? {
-        NetArg { tap, mac: None, pairs: 1 } => Ok(tap),
-        _ => Err("a guest brings the address and the queues of its interfaces with it".into()),
+        NetArg { tap, network: None, mac: None, pairs: 1 } => Ok(tap),
+        _ => Err("a guest brings the network, the address and the queues of its interfaces with it".into()),
     }
 }
 
@@ -666,7 +694,17 @@ mod tests {
         let careful = disk("a,werror=stop,rerror=enospc").unwrap().errors;
         assert_eq!(careful, ErrorPolicy { read: OnError::Enospc, write: OnError::Stop });
         assert_eq!(disk("a").unwrap().errors, ErrorPolicy { read: OnError::Report, write: OnError::Enospc });
+        let named = BlockConfig::in_storage("fast".into(), "web/1.raw".into());
+        assert_eq!(disk("storage=fast,file=web/1.raw"), Ok(named.clone()));
+        let readonly = BlockConfig { readonly: true, ..named };
+        assert_eq!(disk("storage=fast,file=web/1.raw,readonly"), Ok(readonly));
         for wrong in [
+            "storage=fast",
+            "storage=,file=a",
+            "storage=fast,file=",
+            "storage=fast,file=/a",
+            "storage=fast,file=../a",
+            "storage=fast,readonly,file=a",
             "a,werror",
             "a,werror=ignore",
             "",
@@ -683,17 +721,22 @@ mod tests {
 
     #[test]
     fn a_network_interface_is_a_tap_with_options() {
-        let tap_config = |offloads| TapConfig { name: "tap0".into(), offloads };
-        let plain = NetArg { tap: tap_config(true), mac: None, pairs: 1 };
-        assert_eq!(net("tap=tap0"), Ok(plain));
+        let tap_config = |offloads| TapConfig { offloads, ..TapConfig::named("tap0") };
+        let plain = NetArg { tap: tap_config(true), network: None, mac: None, pairs: 1 };
+        assert_eq!(net("tap=tap0"), Ok(plain.clone()));
+        let blue = Some("blue".to_string());
+        assert_eq!(net("tap=tap0,network=blue"), Ok(NetArg { network: blue.clone(), ..plain.clone() }));
+        assert_eq!(net("network=blue"), Ok(NetArg { network: blue, tap: TapConfig::named(""), ..plain }));
         let mac = Some(Mac([0x52, 0x54, 0, 0, 0, 1]));
-        let all = NetArg { tap: tap_config(false), mac, pairs: 4 };
+        let all = NetArg { tap: tap_config(false), network: None, mac, pairs: 4 };
         assert_eq!(net("mac=52:54:00:00:00:01,queues=4,offloads=off,tap=tap0"), Ok(all));
         let wrong = [
             "",
             "tap0",
             "tap=",
             "queues=2",
+            "tap=a,network=",
+            "network=a b",
             "tap=a,queues=0",
             "tap=a,queues=9",
             "tap=a,mac=1",
@@ -705,6 +748,7 @@ mod tests {
             assert!(net(wrong).is_err(), "{wrong}");
         }
         assert_eq!(tap("tap=tap0,offloads=off"), Ok(tap_config(false)));
+        assert!(tap("network=blue").is_err() && tap("network=blue,tap=tap0").is_err());
         assert!(tap("tap=tap0,queues=2").is_err() && tap("tap=tap0,mac=52:54:00:00:00:01").is_err());
     }
 

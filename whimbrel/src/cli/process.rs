@@ -21,6 +21,7 @@ use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
 use vmm::{Machine, Outcome};
 use whimbrel::api::model::{Arrival, Migration};
+use whimbrel::host::config::HostConfig;
 use whimbrel::instance::{End, Instance};
 use whimbrel::record::Records;
 use whimbrel::security::TlsFiles;
@@ -31,6 +32,11 @@ use whimbrel::slot::{self, Slot};
 const LINGER: Duration = Duration::from_secs(15);
 
 impl ProcessArgs {
+    /// What this host is, if a file says so.
+    pub fn host_config(&self) -> anyhow::Result<Option<HostConfig>> {
+        Ok(self.host_config.as_deref().map(HostConfig::read).transpose()?)
+    }
+
     /// Where the serial port goes.
     pub fn serial(&self) -> SerialOutput {
         match &self.serial {

@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use transport_tcp::Listener;
+use vmm::admission::Admission;
 use vmm::boot_disk::BootReader;
 use vmm::incoming::{IncomingHost, IncomingMachine, IncomingOptions};
 use vmm::sandbox;
@@ -18,6 +19,9 @@ use vmm::virtio::LocalConfig;
 use vmm::virtio::block::Images;
 use vmm::virtio::net;
 use whimbrel::api::server;
+use whimbrel::host::config::HostConfig;
+use whimbrel::host::resolve::Resolver;
+use whimbrel::host::taps::Beside;
 use whimbrel::instance::{Instance, SOFTWARE};
 use whimbrel::security::{Encryption, Secured, Security};
 use whimbrel::slot::Slot;
@@ -30,8 +34,11 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
     // Whatever is missing on this host is said now, not when a guest arrives. Whatever takes privileges comes
     // before this process gives them up, as does a process of its own.
     let boot_reader = Some(BootReader::start(args.process.seccomp)?);
+    let host_config = args.process.host_config()?;
+    let admission = host_config.as_ref().map(|host| admission(&args, host)).transpose()?;
     let keeper = Keeper::new(&args.process)?;
-    for folder in &args.disks {
+    let storages = host_config.iter().flat_map(|host| host.storage.values().map(|storage| &storage.path));
+    for folder in args.disks.iter().chain(storages.clone()) {
         let found = std::fs::read_dir(folder);
         found.with_context(|| format!("cannot use {} as a folder of disks", folder.display()))?;
     }
@@ -62,9 +69,10 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         thp: args.process.thp,
         trust_storage: args.trust_storage,
         limits: args.limits.limits(),
+        admission,
     })?;
     let mut needs = args.process.needs();
-    needs.write.extend(args.disks.iter().cloned());
+    needs.write.extend(args.disks.iter().chain(storages).cloned());
     needs.taps = !args.net.is_empty();
     needs.low_port = (1..1024).contains(&args.listen.port());
     sandbox::enter(args.process.seccomp, &needs)?;
@@ -135,6 +143,15 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             }
         }
     }
+}
+
+/// What the names that guests bring are on this host. Taps are made by a process of its own, which starts
+/// now.
+fn admission(args: &ReceiveArgs, host: &HostConfig) -> anyhow::Result<Arc<dyn Admission>> {
+    let maker = Beside::start(host.networks.clone(), args.process.seccomp);
+    let maker = Box::new(maker.context("cannot start the process that makes taps")?);
+    let images = Images::Below(args.disks.clone());
+    Ok(Arc::new(Resolver::new(host, args.net.clone(), images, maker)))
 }
 
 /// Makes an instance of a machine that has arrived, and tells the source how its guest fares. The terminal is

@@ -1,7 +1,7 @@
 //! `whimbrel run`: a virtual machine in this process.
 
 use super::Exit;
-use super::args::RunArgs;
+use super::args::{NetArg, RunArgs};
 use super::choice::OnReboot;
 use super::process::{Keeper, quit_on_signals, stay};
 use serde_json::json;
@@ -11,27 +11,32 @@ use vmm::boot_disk::{self, BootReader};
 use vmm::guest::{self, Workload};
 use vmm::host::Host;
 use vmm::loader::{Boot, Image};
-use vmm::machine::{Machine, MachineConfig, Reboot};
+use vmm::machine::{DEFAULT_NAME, Machine, MachineConfig, Reboot};
 use vmm::sandbox::{self, Needs};
 use vmm::virtio::block::{Images, Opened};
-use vmm::virtio::net::{Mac, NetConfig};
+use vmm::virtio::net::{Mac, NetConfig, TapConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
 use whimbrel::api::server;
+use whimbrel::host::config::HostConfig;
+use whimbrel::host::taps::{Here, TapMaker, Wanted};
 use whimbrel::instance::Instance;
 use whimbrel::security::Encryption;
 use whimbrel::slot::Slot;
 
 pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     // Whatever takes privileges, or a process of its own, comes before this one gives up both.
-    let boot = boot(&args)?;
+    let host_config = args.process.host_config()?.unwrap_or_default();
+    let boot = boot(&args, &host_config)?;
     let boot_reader =
         reboots_from_disk(&args).then(|| BootReader::start(args.process.seccomp)).transpose()?;
     // What is wrong with certificates is said now, not when the guest is to move.
     args.process.security.security().connector(Encryption::default())?;
-    let images = Images::Opened(Opened::new(&args.disk)?);
+    let images = Images::Opened(Opened::new(&args.disk, &host_config.images(Images::Any))?);
+    let taps = taps(&args, &host_config)?;
     let keeper = Keeper::new(&args.process)?;
     let host = Host::open()?;
-    sandbox::enter(args.process.seccomp, &Needs { taps: !args.net.is_empty(), ..args.process.needs() })?;
+    let opens_taps = taps.iter().any(|tap| tap.opened.is_none());
+    sandbox::enter(args.process.seccomp, &Needs { taps: opens_taps, ..args.process.needs() })?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
     let _server =
@@ -54,7 +59,6 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     config.reboot = reboot(&args, boot.as_ref().unwrap_or(&workload.guest()))?;
     config.serial = args.process.serial();
     config.devices = devices(&args)?;
-    let taps = args.net.iter().map(|net| net.tap.clone()).collect();
     config.local = LocalConfig { images, taps, boot_reader, ..args.process.local() };
     let machine = Machine::build(&host, config)?;
     match boot {
@@ -75,16 +79,20 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
 }
 
 /// What the command line says to boot; `None` for the embedded guest, which alone keeps journals.
-fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
+fn boot(args: &RunArgs, host: &HostConfig) -> anyhow::Result<Option<Boot>> {
     let file = |path: &PathBuf| Image::File(path.clone());
     Ok(match (&args.kernel, args.disk.first()) {
         (Some(kernel), _) => {
             let initramfs = args.initramfs.as_ref().map(file);
             Some(Boot { kernel: file(kernel), initramfs, cmdline: args.cmdline.clone() }.into_memory()?)
         }
-        (None, Some(disk)) if args.workload.journal == 0 => {
-            Some(boot_disk::read_apart(disk, 0, &args.cmdline, args.process.seccomp)?)
-        }
+        (None, Some(disk)) if args.workload.journal == 0 => Some(boot_disk::read_apart(
+            disk,
+            &host.images(Images::Any),
+            0,
+            &args.cmdline,
+            args.process.seccomp,
+        )?),
         (None, _) => {
             let (vcpus, most) = (args.machine.vcpus, guest::MAX_VCPUS);
             anyhow::ensure!(
@@ -112,6 +120,21 @@ fn reboots_from_disk(args: &RunArgs) -> bool {
     from_disk && args.on_reboot == OnReboot::Reset
 }
 
+/// The taps of the interfaces. Those that are not named are made.
+fn taps(args: &RunArgs, host: &HostConfig) -> anyhow::Result<Vec<TapConfig>> {
+    let maker = Here { networks: host.networks.clone() };
+    let machine = args.process.name.as_deref().unwrap_or(DEFAULT_NAME);
+    let tap = |(net, number): (&NetArg, u8)| match &net.network {
+        Some(network) if net.tap.name.is_empty() => {
+            let (network, machine) = (network.clone(), machine.into());
+            let tap = maker.make(&Wanted { network, machine, number, pairs: net.pairs });
+            Ok(TapConfig { offloads: net.tap.offloads, ..tap.map_err(anyhow::Error::msg)? })
+        }
+        _ => Ok(net.tap.clone()),
+    };
+    args.net.iter().zip(0..).map(tap).collect()
+}
+
 /// The PCI devices that the command line asks for.
 fn devices(args: &RunArgs) -> anyhow::Result<Vec<DeviceConfig>> {
     let rng = args.rng.then_some(DeviceConfig::Rng);
@@ -119,7 +142,14 @@ fn devices(args: &RunArgs) -> anyhow::Result<Vec<DeviceConfig>> {
     let mut devices: Vec<_> = args.disk.iter().cloned().map(DeviceConfig::Block).collect();
     for (net, number) in args.net.iter().zip(0..) {
         let mac = net.mac.map_or_else(Mac::random, Ok)?;
-        devices.push(DeviceConfig::Net(NetConfig { number, mac, pairs: net.pairs, negotiated: None }));
+        let network = net.network.clone();
+        devices.push(DeviceConfig::Net(NetConfig {
+            number,
+            mac,
+            pairs: net.pairs,
+            negotiated: None,
+            network,
+        }));
     }
     devices.extend(rng.into_iter().chain(console));
     Ok(devices)

@@ -26,6 +26,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use transport_tcp::tls::Pattern;
 use vmm::limits::NamePattern;
+use vmm::names;
 
 /// Where guests are taken in unless the file says otherwise.
 pub const PORT: u16 = 4444;
@@ -71,8 +72,10 @@ pub struct HostConfig {
     /// Which guests are taken in.
     pub admission: Admission,
     /// The networks that guests' interfaces name.
+    #[serde(deserialize_with = "named")]
     pub networks: BTreeMap<String, Network>,
     /// The storages that guests' disks name.
+    #[serde(deserialize_with = "named")]
     pub storage: BTreeMap<String, Storage>,
     /// The folder of the machines that `whimbrel start` knows.
     pub machines: Option<PathBuf>,
@@ -148,6 +151,17 @@ where
     texts.iter().map(|text| text.parse().map_err(serde::de::Error::custom)).collect()
 }
 
+/// Values by names that guests can name.
+fn named<'de, T, D>(deserializer: D) -> Result<BTreeMap<String, T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    let all = BTreeMap::<String, T>::deserialize(deserializer)?;
+    all.keys().try_for_each(|name| names::check(name)).map_err(serde::de::Error::custom)?;
+    Ok(all)
+}
+
 /// A number of bytes, or a text such as `64G`.
 fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     #[derive(Deserialize)]
@@ -206,6 +220,7 @@ mod tests {
             ("[admission]\nmax-memory = 'much'\n", "host.toml:2: \"much\": "),
             ("[networks.blue]\nswitch = 'br0'\n", "host.toml:2: unknown field `switch`"),
             ("allow = ['a*b*']\n", "host.toml:1: "),
+            ("[networks.'a b']\nbridge = 'br0'\n", "\"a b\" is not a name of a network"),
         ] {
             let told = read(content).unwrap_err().to_string();
             assert!(told.contains(expected), "{content:?}: {told}");

@@ -1,4 +1,7 @@
 //! What makes a host of single machines: where their sockets are, and what the host's operator has decided.
 
 pub mod config;
+pub mod links;
+pub mod resolve;
 pub mod run_dir;
+pub mod taps;

@@ -5,7 +5,7 @@ mod frames;
 mod moves;
 
 use super::wire::{HEADER as WIRE_HEADER, Wire, add_tap, ip, wait_up, with_taps};
-use super::{Error, HEADER, Mac, Negotiated, Net, NetConfig, TapConfig};
+use super::{Error, HEADER, Mac, Negotiated, Net, NetConfig, OpenTap, TapConfig, find_tap};
 use crate::virtio::testing::{BUFFERS, Bench, Buffer, WITHOUT_EVENT_INDEX};
 use crate::virtio::transport::COMMON_FEATURES;
 use crate::virtio::{DeviceConfig, VirtioDevice};
@@ -31,11 +31,11 @@ const UNSEGMENTED: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_
 const OFFLOADS: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
 
 fn config(pairs: u16) -> NetConfig {
-    NetConfig { number: 0, mac: MAC, pairs, negotiated: None }
+    NetConfig { number: 0, mac: MAC, pairs, negotiated: None, network: None }
 }
 
 fn tap(name: &str) -> [TapConfig; 1] {
-    [TapConfig { name: name.into(), offloads: true }]
+    [TapConfig::named(name)]
 }
 
 fn net(name: &str, pairs: u16) -> Arc<Net> {
