@@ -3,6 +3,7 @@
 use super::super::choice::{ENCRYPTION, ON_STALL, TRANSPORTS, one_of};
 use super::security::SecurityArgs;
 use super::target::Target;
+use super::values::bandwidth;
 use clap::Args;
 use migration::policy::OnStall;
 use std::time::Duration;
@@ -48,6 +49,10 @@ pub struct PolicyArgs {
     /// Longest acceptable blackout
     #[arg(long, default_value = "300ms", value_parser = humantime::parse_duration)]
     pub downtime_limit: Duration,
+    /// The most that memory may take of the network while the guest runs, in bits a second: 10G is 10 Gb/s.
+    /// What travels in the blackout is not held back
+    #[arg(long, value_name = "BITS", value_parser = bandwidth)]
+    pub bandwidth: Option<u64>,
     /// The most pre-copy rounds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: u32,

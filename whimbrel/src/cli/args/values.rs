@@ -47,6 +47,16 @@ pub fn size(text: &str) -> Result<u64, String> {
     config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
 }
 
+/// Bits a second; K, M, G and T are powers of 1000, as it is usual for networks.
+pub fn bandwidth(text: &str) -> Result<u64, String> {
+    let config = parse_size::Config::new().with_decimal();
+    match config.parse_size(text) {
+        Ok(0) => Err("nothing would ever arrive; leave the option out for no cap".into()),
+        Ok(bits) => Ok(bits),
+        Err(error) => Err(format!("{error}; write bits a second such as 500M or 10G")),
+    }
+}
+
 /// A size that guest memory can have.
 pub fn memory(text: &str) -> Result<u64, String> {
     let bytes = size(text)?;
@@ -229,6 +239,15 @@ mod tests {
         assert_eq!(announcing("max=1s"), Ok(Announcing { most, ..Announcing::default() }));
         for wrong in ["", "5", "rounds", "rounds=-1", "rounds=1001", "initial=50", "step=2h", "often=1"] {
             assert!(announcing(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn bandwidths_are_bits_and_powers_of_1000() {
+        assert_eq!(bandwidth("10G"), Ok(10_000_000_000));
+        assert_eq!(bandwidth("1.5M"), Ok(1_500_000));
+        for wrong in ["0", "-1", "much", "10 Gb/s"] {
+            assert!(bandwidth(wrong).is_err(), "{wrong}");
         }
     }
 
