@@ -131,6 +131,20 @@ impl Judge {
         self.policy.downtime_limit
     }
 
+    /// So many bytes may travel in a second at most.
+    pub fn set_bandwidth(&mut self, bandwidth: Option<u64>) {
+        self.policy.bandwidth = bandwidth;
+    }
+
+    /// Another blackout is acceptable from now on.
+    pub fn set_downtime_limit(&mut self, limit: Duration) {
+        if limit != self.policy.downtime_limit {
+            self.policy.downtime_limit = limit;
+            // What was promised under the old limit says nothing of this one.
+            (self.met, self.stalled) = (None, 0);
+        }
+    }
+
     /// Forgets the measured rate and the record of progress: the transport has changed.
     pub fn start_over(&mut self) {
         *self = Judge { rounds: self.rounds, ..Judge::new(self.policy.clone(), self.handover) };
@@ -239,9 +253,13 @@ impl Judge {
         } else {
             "too much memory is still dirty for a switchover within the downtime limit"
         };
+        let capped = match self.policy.bandwidth {
+            Some(cap) => format!(" (capped at {:.1})", cap as f64 / f64::from(1 << 20)),
+            None => String::new(),
+        };
         let mut story = format!(
             "{fault}: {why}, a blackout of {} is expected (limit {}): {} to send the {} MiB that are still dirty \
-             at {:.0} MiB/s, {} for the barrier, and {} for the handover itself",
+             at {:.0} MiB/s{capped}, {} for the barrier, and {} for the handover itself",
             milliseconds(parts.total()),
             milliseconds(limit),
             milliseconds(parts.transfer),

@@ -28,6 +28,7 @@ mod message;
 #[cfg(feature = "internals")]
 pub mod message;
 pub mod monitor;
+mod pacer;
 pub mod policy;
 #[cfg(any(test, feature = "internals"))]
 pub mod preamble;

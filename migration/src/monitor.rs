@@ -1,6 +1,7 @@
 //! Watching a migration, and directing it, from other threads.
 
 use crate::failure::{Code, Failure};
+use crate::pacer::Pacer;
 use crate::transport::Interrupt;
 use serde::{Deserialize, Serialize};
 use std::panic::{self, AssertUnwindSafe};
@@ -78,6 +79,7 @@ pub struct Monitor {
     /// Apart from the other orders, as lanes look at these two once a chunk.
     cancelled: AtomicBool,
     expired: AtomicBool,
+    pacer: Pacer,
     orders: Mutex<Orders>,
     ordered: Condvar,
     interrupter: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -95,6 +97,9 @@ struct Current {
 struct Orders {
     switch_now: bool,
     proceed: bool,
+    downtime_limit: Option<Duration>,
+    /// Counts the changes of the cap on the bandwidth.
+    caps: u64,
     deadline: Deadline,
 }
 
@@ -121,6 +126,7 @@ impl Default for Monitor {
             taken: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
             expired: AtomicBool::new(false),
+            pacer: Pacer::default(),
             orders: Mutex::default(),
             ordered: Condvar::new(),
             interrupter: Mutex::new(None),
@@ -186,6 +192,30 @@ impl Monitor {
         self.order(|orders| orders.proceed = true);
     }
 
+    /// Caps the bytes of memory that travel in a second, as [`Policy::bandwidth`] does, from now on; `None`
+    /// for no cap. What is asked for before the migration begins stands above its policy.
+    ///
+    /// [`Policy::bandwidth`]: crate::policy::Policy::bandwidth
+    pub fn set_bandwidth(&self, bytes_per_second: Option<u64>) {
+        self.order(|orders| {
+            self.pacer.set_rate(bytes_per_second);
+            orders.caps += 1;
+        });
+    }
+
+    /// The cap on the bytes that travel in a second.
+    pub fn bandwidth(&self) -> Option<u64> {
+        self.pacer.rate()
+    }
+
+    /// Changes the longest blackout that is acceptable, as [`Policy::downtime_limit`] says it, from the next
+    /// round on.
+    ///
+    /// [`Policy::downtime_limit`]: crate::policy::Policy::downtime_limit
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        self.order(|orders| orders.downtime_limit = Some(limit));
+    }
+
     /// Notes how it ended, for a migration that ended before the engine began.
     pub fn end(&self, phase: Phase) {
         self.taken.store(true, Ordering::Release);
@@ -215,6 +245,39 @@ impl Monitor {
 
     pub(crate) fn may_proceed(&self) -> bool {
         lock(&self.orders).proceed
+    }
+
+    /// The blackout that is acceptable by what was last asked for, if anything was.
+    pub(crate) fn downtime_limit(&self) -> Option<Duration> {
+        lock(&self.orders).downtime_limit
+    }
+
+    /// The cap of the migration's policy, unless another was asked for already.
+    pub(crate) fn default_bandwidth(&self, bytes_per_second: Option<u64>) {
+        self.order(|orders| {
+            if orders.caps == 0 {
+                self.pacer.set_rate(bytes_per_second);
+            }
+        });
+    }
+
+    /// How many bytes a lane sends at a time; `None` for as many as there are.
+    pub(crate) fn slice(&self) -> Option<u64> {
+        self.pacer.slice()
+    }
+
+    /// Keeps a lane that has just sent so many bytes within the bandwidth. Returns at once if the migration
+    /// has to stop, and also if the cap has changed.
+    pub(crate) fn pace(&self, bytes: u64) {
+        let wait = self.pacer.charge(bytes);
+        if wait.is_zero() {
+            return;
+        }
+        let orders = lock(&self.orders);
+        let caps = orders.caps;
+        let held = |orders: &mut Orders| orders.caps == caps && self.stopped().is_none();
+        let woken = self.ordered.wait_timeout_while(orders, wait, held);
+        drop(woken.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Waits until the migration may proceed or is cancelled, but no longer than `limit`.
@@ -386,6 +449,24 @@ mod tests {
             let monitor = Monitor::default();
             std::thread::scope(|scope| {
                 scope.spawn(|| monitor.await_orders(long));
+                order(&monitor);
+            });
+        }
+    }
+
+    #[test]
+    fn a_lane_that_is_held_back_hears_of_a_stop_and_of_another_cap() {
+        type Order = fn(&Monitor);
+        let orders: [Order; 2] = [Monitor::cancel, |monitor| monitor.set_bandwidth(None)];
+        for order in orders {
+            let monitor = Monitor::default();
+            monitor.set_bandwidth(Some(1));
+            monitor.default_bandwidth(None);
+            assert_eq!(monitor.bandwidth(), Some(1), "what was asked for stands above the policy");
+            std::thread::scope(|scope| {
+                // For years, if nothing happens.
+                scope.spawn(|| monitor.pace(1 << 40));
+                std::thread::sleep(Duration::from_millis(10));
                 order(&monitor);
             });
         }

@@ -38,6 +38,11 @@ pub struct Policy {
     pub stall_rounds: u32,
     /// What to do when it stalls, or runs out of rounds or time, over the limit.
     pub on_stall: OnStall,
+    /// Bytes of memory that travel in a second at most, all lanes together, while the guest runs; `None` for
+    /// no cap. What travels in the blackout is not held back, since the guest stands still. Predictions
+    /// reckon with the cap, so a blackout is shorter than they say.
+    #[serde(default)]
+    pub bandwidth: Option<u64>,
 }
 
 impl Default for Policy {
@@ -48,6 +53,7 @@ impl Default for Policy {
             timeout: None,
             stall_rounds: 3,
             on_stall: OnStall::Abort,
+            bandwidth: None,
         }
     }
 }
@@ -76,5 +82,10 @@ impl Policy {
     /// The same with another [`on_stall`](Self::on_stall).
     pub fn with_on_stall(self, on_stall: OnStall) -> Self {
         Policy { on_stall, ..self }
+    }
+
+    /// The same with another [`bandwidth`](Self::bandwidth).
+    pub fn with_bandwidth(self, bandwidth: Option<u64>) -> Self {
+        Policy { bandwidth, ..self }
     }
 }

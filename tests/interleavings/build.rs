@@ -8,7 +8,7 @@ use std::path::Path;
 use std::{env, fs};
 
 /// A file of this repository, and the module that it becomes.
-const FILES: [(&str, &str); 10] = [
+const FILES: [(&str, &str); 11] = [
     ("vmm/src/lock.rs", "lock"),
     ("vmm/src/awake.rs", "awake"),
     ("vmm/src/ended.rs", "ended"),
@@ -16,6 +16,7 @@ const FILES: [(&str, &str); 10] = [
     ("vmm/src/virtio/service.rs", "service"),
     ("vmm/src/memory/write_log.rs", "write_log"),
     ("migration/src/monitor.rs", "monitor"),
+    ("migration/src/pacer.rs", "pacer"),
     ("migration/src/destination/monitor.rs", "destination"),
     ("transport-tcp/src/streams.rs", "streams"),
     ("whimbrel/src/slot.rs", "slot"),

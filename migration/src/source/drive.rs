@@ -68,6 +68,7 @@ pub(super) fn drive<'a>(
     monitor: &'a Monitor,
 ) -> Report {
     let began = Instant::now();
+    monitor.default_bandwidth(options.policy.bandwidth);
     let run = || run(machine, ram, has_arbiter, path, options, monitor, began);
     // One that is to switch over when its time has passed stops at nothing else.
     let Some(limit) = options.policy.timeout.filter(|_| options.policy.on_stall == OnStall::Abort) else {

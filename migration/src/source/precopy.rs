@@ -95,6 +95,10 @@ impl<'a> Precopy<'a> {
         self.dirty.fill();
         loop {
             let facts = self.round(path)?;
+            self.judge.set_bandwidth(self.monitor.bandwidth());
+            if let Some(limit) = self.monitor.downtime_limit() {
+                self.judge.set_downtime_limit(limit);
+            }
             let (predicted, mut decision) = self.judge.round(&facts);
             self.predicted(predicted);
             if self.monitor.wants_switch() {

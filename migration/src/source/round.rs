@@ -249,8 +249,11 @@ impl Round<'_> {
         }
         scratch.clear();
         self.look(chunk, words, scratch);
-        if !scratch.data.is_empty() {
-            lane.write(&scratch.data)?;
+        let mut told = 0;
+        match self.rounds.monitor.slice().filter(|_| self.options.clear) {
+            None if scratch.data.is_empty() => {}
+            None => lane.write(&scratch.data)?,
+            Some(slice) => told = self.paced(lane, &scratch.data, slice)?,
         }
         if self.options.name_zeros && !scratch.zeros.is_empty() {
             lane.zero(&scratch.zeros)?;
@@ -260,8 +263,42 @@ impl Round<'_> {
         sent.sent += data;
         sent.zero += zeros;
         sent.untouched += pages * PAGE_SIZE - data - zeros;
-        self.rounds.monitor.chunk(pages * PAGE_SIZE, data, zeros);
+        self.rounds.monitor.chunk(pages * PAGE_SIZE - told, data - told, zeros);
         Ok(())
+    }
+
+    /// Writes extents so many bytes at a time, and waits in between as the cap on the bandwidth says. Tells
+    /// the monitor of them, and returns how many they were.
+    fn paced(&self, lane: &mut dyn Lane, extents: &[Extent], slice: u64) -> Result<u64, Failure> {
+        let monitor = self.rounds.monitor;
+        let whole_pages = slice / PAGE_SIZE * PAGE_SIZE;
+        // Of extents that may be a page each, as many as make a slice are handed over together.
+        let mut batch = Vec::new();
+        let (mut batched, mut told) = (0, 0);
+        let mut send = |batch: &mut Vec<Extent>, bytes: &mut u64| {
+            lane.write(batch)?;
+            batch.clear();
+            monitor.chunk(*bytes, *bytes, 0);
+            monitor.pace(*bytes);
+            told += std::mem::take(bytes);
+            monitor.stopped().map_or(Ok(()), Err)
+        };
+        for extent in extents {
+            let mut rest = *extent;
+            while rest.len > 0 {
+                let len = rest.len.min(whole_pages - batched);
+                batch.push(Extent { len, ..rest });
+                batched += len;
+                rest = Extent { offset: rest.offset + len, len: rest.len - len, ..rest };
+                if batched == whole_pages {
+                    send(&mut batch, &mut batched)?;
+                }
+            }
+        }
+        if batched > 0 {
+            send(&mut batch, &mut batched)?;
+        }
+        Ok(told)
     }
 
     /// Finds out which pages of `words` exist, if that is to be asked, and which of them hold only zeros.

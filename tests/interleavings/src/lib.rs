@@ -48,6 +48,7 @@ mod virtio;
 
 taken!(destination);
 taken!(lock);
+taken!(pacer);
 
 // What the files name.
 extern crate self as migration;

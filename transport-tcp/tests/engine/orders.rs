@@ -130,6 +130,59 @@ fn a_wait_may_be_called_off() {
     assert!(guest.runs() && guest.pauses() == 0);
 }
 
+#[test]
+fn a_cap_on_the_bandwidth_holds_until_it_is_taken_off() {
+    /// Bytes a second: the guest's 300 pages would take three seconds.
+    const CAP: u64 = 400 << 10;
+    /// What each lane may have sent before it pays for it.
+    const AHEAD: u64 = 64 << 10;
+    let (guest, monitor) = (Guest::start(), Monitor::default());
+    let moved = thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_until("half of it", || monitor.progress().sent >= 512 << 10);
+            let Progress { sent, elapsed_us, .. } = monitor.progress();
+            let most =
+                CAP * elapsed_us / 1_000_000 + AHEAD * u64::from(whimbrel_transport_tcp::DEFAULT_STREAMS);
+            assert!(sent <= most + CAP / 100, "{sent} bytes in {elapsed_us} us, {most} at most");
+            monitor.set_bandwidth(None);
+        });
+        migrate_watched(&guest, Host::default(), &monitor, |migration| {
+            migration.policy(Policy::default().with_bandwidth(Some(CAP)))
+        })
+    });
+    assert_eq!(moved.report.verdict, Verdict::Moved, "{:?}", moved.report.failure);
+}
+
+#[test]
+fn a_guest_that_is_held_back_by_a_cap_can_be_called_off() {
+    let (guest, monitor) = (Guest::start(), Monitor::default());
+    let moved = thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_until("memory travels", || monitor.progress().sent > 0);
+            monitor.cancel();
+        });
+        migrate_watched(&guest, Host::default(), &monitor, |migration| {
+            migration.policy(Policy::default().with_bandwidth(Some(1)))
+        })
+    });
+    assert_eq!(moved.report.failure.unwrap().code, Code::CANCELLED);
+    assert!(guest.runs() && guest.pauses() == 0);
+}
+
+#[test]
+fn the_downtime_limit_may_be_raised_in_mid_move() {
+    let (guest, monitor) = (Guest::start(), Arc::new(Monitor::default()));
+    let generous = Arc::downgrade(&monitor);
+    monitor.on_progress(move |progress| {
+        if progress.phase == Phase::Precopy && progress.round == 3 {
+            generous.upgrade().unwrap().set_downtime_limit(PATIENCE);
+        }
+    });
+    let moved = migrate_watched(&guest, Host::default(), &monitor, |migration| migration.policy(never()));
+    assert_eq!(moved.report.verdict, Verdict::Moved, "{:?}", moved.report.failure);
+    assert!(moved.report.rounds.len() >= 4 && moved.report.over_limit.is_none());
+}
+
 fn within(limit: Duration) -> Policy {
     Policy::default().with_timeout(Some(limit))
 }

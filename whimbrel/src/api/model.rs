@@ -75,6 +75,9 @@ pub struct MigrationRequest {
     /// Longest acceptable blackout in milliseconds.
     #[serde(default = "default_downtime")]
     pub downtime_limit_ms: u64,
+    /// Bits of memory that travel in a second at most while the guest runs; none for no cap.
+    #[serde(default)]
+    pub bandwidth_bps: Option<u64>,
     /// Most pre-copy rounds.
     #[serde(default = "default_rounds")]
     pub max_rounds: u32,
@@ -121,6 +124,7 @@ impl MigrationRequest {
             .with_max_rounds(self.max_rounds)
             .with_timeout(self.timeout_s.map(Duration::from_secs))
             .with_on_stall(self.on_stall)
+            .with_bandwidth(self.bandwidth_bps.map(|bits| bits.div_ceil(8)))
     }
 }
 

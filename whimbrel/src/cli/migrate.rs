@@ -39,6 +39,7 @@ pub fn request(to: &str, policy: &PolicyArgs, security: &SecurityArgs) -> Migrat
         queue_pairs: policy.queue_pairs,
         busy_poll: policy.busy_poll,
         downtime_limit_ms: policy.downtime_limit.as_millis() as u64,
+        bandwidth_bps: policy.bandwidth,
         max_rounds: policy.max_rounds,
         timeout_s: policy.timeout.map(|t| t.as_secs().max(1)),
         on_stall: policy.on_stall,
