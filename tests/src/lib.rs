@@ -20,6 +20,7 @@
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
+//! | `names` | machines of a host are found, listed, stopped and moved by their names |
 //! | `guests` | foreign guests |
 //! | `rdma`, `memlock` | moves over RDMA, and without it (in the lab) |
 //! | `copies` | over RDMA no system call carries pages (in the lab) |

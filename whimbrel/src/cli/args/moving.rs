@@ -13,8 +13,8 @@ use whimbrel::security::Encryption;
 pub struct MigrateArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Where the receiver listens, as host:port
-    #[arg(long)]
+    /// Where to: the host, or the address where a receiver listens. The port is 4444 unless one is given
+    #[arg(long, value_name = "HOST[:PORT]")]
     pub to: String,
     /// Return at once instead of watching
     #[arg(long)]
