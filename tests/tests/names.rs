@@ -1,39 +1,12 @@
 //! Machines of a host are known by their names.
 
 use serde_json::Value;
-use std::path::Path;
-use std::process::Command;
 use whimbrel::host::run_dir::RunDir;
-use whimbrel::node::Node;
-use whimbrel_tests::command::{Ran, run, run_command};
+use whimbrel_tests::command::run;
 use whimbrel_tests::inspect::settle;
-use whimbrel_tests::program::whimbrel;
+use whimbrel_tests::named::{arrived, at, listed, machine, receiver, state};
 use whimbrel_tests::say;
 use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, wait_until};
-
-/// A machine of the host in `folder`, at work.
-fn machine(folder: &Path, run: &RunDir, name: &str) -> Node {
-    let arguments = ["run", "--memory", "32M", "--working-set", "2M", "--serial", "none"];
-    let mut node = Node::of_host(whimbrel(), folder, run, Some(name), arguments).unwrap();
-    node.expect("running").unwrap();
-    node.wait_guest("the guest's start", PATIENCE, |guest| guest.state == "running").unwrap();
-    node
-}
-
-/// Runs a command of this host.
-fn at(host: &RunDir, arguments: &[&str]) -> Ran {
-    run_command(Command::new(whimbrel()).args(arguments).env("WHIMBREL_RUN_DIR", host.path()))
-}
-
-/// What `whimbrel list` says of a machine.
-fn listed(host: &RunDir, name: &str) -> Option<Value> {
-    let all = at(host, &["list", "--json"]).json();
-    all.as_array().unwrap().iter().find(|machine| machine["name"] == name).cloned()
-}
-
-fn state(host: &RunDir, name: &str) -> Option<String> {
-    listed(host, name).map(|machine| machine["state"].as_str().unwrap().into())
-}
 
 #[test]
 fn a_machine_is_found_by_its_name() {
@@ -42,8 +15,8 @@ fn a_machine_is_found_by_its_name() {
     let ran = at(&host, &["list"]);
     assert_eq!((ran.code, ran.stdout.contains("no machine is in")), (Some(0), true), "{ran:?}");
     at(&host, &["status", "web1"]).refused(8, "no machine called web1");
-    let mut web = machine(folder.path(), &host, "web1");
-    let mut db = machine(folder.path(), &host, "db 1");
+    let mut web = machine(folder.path(), &host, "web1", &Guest::SMALL);
+    let mut db = machine(folder.path(), &host, "db 1", &Guest::SMALL);
     let path = host.path().to_str().unwrap();
     let ran = run(["status", "--run-dir", path, "web1"]);
     assert_eq!((ran.code, ran.stdout.starts_with("web1: running")), (Some(0), true), "{ran:?}");
@@ -64,7 +37,7 @@ fn a_machine_is_found_by_its_name() {
     web.kill().unwrap();
     assert!(host.find("web1").is_ok(), "killed, it leaves its socket behind");
     at(&host, &["status", "web1"]).refused(8, "no virtual machine answers");
-    let _again = machine(folder.path(), &host, "web1");
+    let _again = machine(folder.path(), &host, "web1", &Guest::SMALL);
     db.kill().unwrap();
     assert_eq!(state(&host, "db 1"), None);
     assert_eq!(host.machines().unwrap(), ["web1"], "nobody serves the other socket any more");
@@ -79,7 +52,7 @@ fn a_machine_is_found_by_its_name() {
 fn a_machine_that_hangs_is_listed_as_silent() {
     let folder = tempfile::tempdir().unwrap();
     let host = RunDir::new(Some(folder.path()));
-    let machines = ["a", "b", "c"].map(|name| machine(folder.path(), &host, name));
+    let machines = ["a", "b", "c"].map(|name| machine(folder.path(), &host, name, &Guest::SMALL));
     let signal = |signal| {
         // SAFETY: the process is a child that has not been waited for.
         assert_eq!(unsafe { libc::kill(machines[1].pid() as libc::pid_t, signal) }, 0);
@@ -98,7 +71,7 @@ fn a_machine_that_hangs_is_listed_as_silent() {
 fn a_machine_is_stopped() {
     let folder = tempfile::tempdir().unwrap();
     let host = RunDir::new(Some(folder.path()));
-    let mut guest = machine(folder.path(), &host, "web1");
+    let mut guest = machine(folder.path(), &host, "web1", &Guest::SMALL);
     // This guest has no ear for its power button.
     at(&host, &["stop", "web1"]).refused(1, "does not listen to its power button");
     assert_runs(&guest);
@@ -113,25 +86,22 @@ fn a_machine_is_stopped() {
 fn a_guest_keeps_its_name_when_it_moves() {
     let folder = tempfile::tempdir().unwrap();
     let hosts = ["a", "b"].map(|host| RunDir::new(Some(&folder.path().join(host))));
-    let _first = machine(folder.path(), &hosts[0], "web1");
+    let _first = machine(folder.path(), &hosts[0], "web1", &Guest::SMALL);
     let mut nodes = Vec::new();
     for hop in 0..4 {
         let (from, to) = (&hosts[hop % 2], &hosts[(hop + 1) % 2]);
-        let receive = ["receive", "--listen", "127.0.0.1:0", "--serial", "none"];
-        let mut receiver = Node::of_host(whimbrel(), folder.path(), to, None, receive).unwrap();
-        let listening = receiver.expect("listening").unwrap();
-        let address = listening["address"].as_str().unwrap();
+        let (mut next, address) = receiver(folder.path(), to, &[]);
+        let address = address.to_string();
         assert_eq!(state(to, "web1"), None);
-        let ran = at(from, &["migrate", "web1", "--on-stall", "switch", "--to", address]);
+        let ran = at(from, &["migrate", "web1", "--on-stall", "switch", "--to", &address]);
         assert_eq!(ran.code, Some(0), "{ran:?}");
-        receiver.expect("arrived").unwrap();
-        receiver.is_at(to.find("web1").unwrap()).unwrap();
+        assert_eq!(arrived(&mut next, to), "web1");
         let there = listed(to, "web1").unwrap();
         assert_eq!(there["state"], "running");
         assert!(there["arrival"]["from"].as_str().unwrap().starts_with("127.0.0.1:"), "{there}");
         assert!(at(to, &["list"]).stdout.contains("127.0.0.1:"));
         wait_until("the name's return", || from.machines().unwrap().is_empty());
-        nodes.push(receiver);
+        nodes.push(next);
     }
     settle(nodes.last().unwrap(), &Guest::SMALL);
     say::figures("a guest of a host", "moved 4 times by its name");

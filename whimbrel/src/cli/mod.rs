@@ -5,6 +5,7 @@ mod choice;
 pub mod config;
 mod demo;
 mod doctor;
+mod evacuate;
 mod list;
 mod migrate;
 mod pki;
@@ -71,6 +72,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Receive(args) => receive::receive(args),
         Command::Migrate(args) => migrate::migrate(args),
+        Command::Evacuate(args) => evacuate::evacuate(&args),
         Command::List(args) => list::list(&args),
         Command::Status(target) => status(&target),
         Command::Cancel(target) => send(&target, Method::DELETE, "/v1/migration"),

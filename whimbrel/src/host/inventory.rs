@@ -14,6 +14,9 @@ use std::time::Duration;
 /// How long a machine may take to answer before it counts as silent.
 pub const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long after a machine has hung up it is asked again.
+const AGAIN: Duration = Duration::from_millis(10);
+
 /// A machine of the host.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Listed {
@@ -98,7 +101,17 @@ fn found(name: &str, socket: &Path, told: Result<Told, Error>) -> Found {
     Found::Machine(Box::new(Listed { name: name.into(), socket: socket.into(), vm, migration, arrival }))
 }
 
+/// Asks again if it hangs up: it ends then, and its socket is gone soon.
 async fn ask(socket: &Path) -> Result<Told, Error> {
+    loop {
+        match ask_once(socket).await {
+            Err(Error::Http(_)) => tokio::time::sleep(AGAIN).await,
+            answer => return answer,
+        }
+    }
+}
+
+async fn ask_once(socket: &Path) -> Result<Told, Error> {
     let mut caller = Caller::connect(socket).await?;
     let vm: Vm = caller.get("/v1/vm").await?;
     let migration: Option<Migration> = match vm.state {

@@ -2,5 +2,6 @@
 
 pub mod claim;
 pub mod config;
+pub mod evacuation;
 pub mod inventory;
 pub mod run_dir;

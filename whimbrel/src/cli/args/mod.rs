@@ -9,7 +9,7 @@ mod values;
 
 pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
-pub use moving::{MigrateArgs, PolicyArgs};
+pub use moving::{EvacuateArgs, MigrateArgs, PolicyArgs};
 pub use security::SecurityArgs;
 pub use target::{ListArgs, ResumeArgs, StopArgs, Target};
 pub use values::{NetArg, OutputTarget, SerialTarget};
@@ -47,6 +47,8 @@ pub enum Command {
     Receive(ReceiveArgs),
     /// Move a running virtual machine to another host, or to a waiting receiver
     Migrate(MigrateArgs),
+    /// Move all virtual machines of this host to other hosts
+    Evacuate(EvacuateArgs),
     /// Show all virtual machines of this host
     List(ListArgs),
     /// Show what a virtual machine is doing, and its migration
