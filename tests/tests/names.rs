@@ -103,6 +103,16 @@ fn a_guest_keeps_its_name_when_it_moves() {
         wait_until("the name's return", || from.machines().unwrap().is_empty());
         nodes.push(next);
     }
+    let history = at(&hosts[0], &["history", "--json", "web1"]).json();
+    let entries: Vec<_> = history.as_array().unwrap().iter().collect();
+    let verdicts: Vec<_> =
+        entries.iter().map(|entry| entry["migration"]["report"]["verdict"].as_str()).collect();
+    assert_eq!(verdicts, [Some("moved"), None, Some("moved"), None], "{history}");
+    assert!(entries.iter().all(|entry| entry["name"] == "web1"), "{history}");
+    assert!(entries[1]["arrival"]["failure"].is_null() && !entries[1]["arrival"].is_null(), "{history}");
+    let ran = at(&hosts[0], &["history", "--last", "1"]);
+    assert!(ran.stdout.contains("arrived") && ran.stdout.lines().count() == 3, "{ran:?}");
+    assert!(at(&hosts[0], &["history", "db"]).stdout.contains("no move is in the history"));
     settle(nodes.last().unwrap(), &Guest::SMALL);
     say::figures("a guest of a host", "moved 4 times by its name");
 }

@@ -6,6 +6,7 @@ pub mod config;
 mod demo;
 mod doctor;
 mod evacuate;
+mod history;
 mod list;
 mod migrate;
 mod pki;
@@ -75,6 +76,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Evacuate(args) => evacuate::evacuate(&args),
         Command::List(args) => list::list(&args),
         Command::Status(target) => status(&target),
+        Command::History(args) => history::history(&args),
         Command::Cancel(target) => send(&target, Method::DELETE, "/v1/migration"),
         Command::Pause(target) => send(&target, Method::PUT, "/v1/vm/pause"),
         Command::Resume(args) if args.force => send(&args.target, Method::PUT, "/v1/vm/resume?force=true"),

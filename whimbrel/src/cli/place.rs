@@ -10,6 +10,15 @@ use whimbrel::host::run_dir::{self, RunDir};
 use whimbrel::slot::Slot;
 
 impl ProcessArgs {
+    /// The folder in which the history of this process's moves is kept, if it belongs to a host.
+    pub fn state_folder(&self) -> Option<PathBuf> {
+        let run = self.run_dir()?;
+        Some(self.state_dir.as_ref().map_or_else(
+            || run.state_folder(),
+            |named| std::path::absolute(named).unwrap_or_else(|_| named.clone()),
+        ))
+    }
+
     /// The run directory that this process belongs to, if it belongs to one.
     fn run_dir(&self) -> Option<RunDir> {
         let by_variable = || std::env::var_os(run_dir::VARIABLE).filter(|_| self.api.is_none());

@@ -22,6 +22,7 @@ use vmm::virtio::LocalConfig;
 use vmm::virtio::console::ConsoleConfig;
 use vmm::{Machine, Outcome};
 use whimbrel::api::model::{Arrival, Migration};
+use whimbrel::host::history;
 use whimbrel::instance::{End, Instance};
 use whimbrel::record::Records;
 use whimbrel::security::TlsFiles;
@@ -97,6 +98,8 @@ impl ProcessArgs {
         // A pipe is opened for both.
         needs.write.extend(self.console_input.clone());
         needs.sockets.extend(place.folder());
+        // Another file may be in the history's place by then.
+        needs.write.extend(self.state_folder());
         needs.make.extend(std::env::var_os(SAVE_TO).map(PathBuf::from));
         needs.read.extend(self.security.files().iter().flat_map(TlsFiles::folders));
         needs
@@ -121,14 +124,17 @@ impl ProcessArgs {
 #[derive(Clone)]
 pub struct Keeper {
     process: ProcessArgs,
-    file: Option<Arc<Records>>,
+    /// The file that is named, and the host's history.
+    files: Vec<Arc<Records>>,
 }
 
 impl Keeper {
-    /// Opens the file, if one is named.
+    /// Opens the files that there are to be.
     pub fn new(process: &ProcessArgs) -> anyhow::Result<Self> {
-        let file = process.record.as_deref().map(Records::open).transpose()?.map(Arc::new);
-        Ok(Keeper { process: process.clone(), file })
+        let named = process.record.as_deref().map(Records::open).transpose()?;
+        let history = process.state_folder().as_deref().map(history::open).transpose()?;
+        let files = named.into_iter().chain(history).map(Arc::new).collect();
+        Ok(Keeper { process: process.clone(), files })
     }
 
     /// A migration from here is over.
@@ -152,7 +158,7 @@ impl Keeper {
 
     fn keep(&self, record: &Value) {
         // The guest is where it is, whether or not that can be written down.
-        if let Some(Err(error)) = self.file.as_ref().map(|file| file.add(record)) {
+        for error in self.files.iter().filter_map(|file| file.add(record).err()) {
             eprintln!("whimbrel: {error}");
         }
     }

@@ -3,5 +3,6 @@
 pub mod claim;
 pub mod config;
 pub mod evacuation;
+pub mod history;
 pub mod inventory;
 pub mod run_dir;

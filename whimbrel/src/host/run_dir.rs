@@ -20,6 +20,9 @@ pub const VARIABLE: &str = "WHIMBREL_RUN_DIR";
 /// Where it is if nothing else is said.
 const DEFAULT: &str = "/run/whimbrel";
 
+/// Where what outlives a reboot of the host is kept if that folder is used.
+const DEFAULT_STATE: &str = "/var/lib/whimbrel";
+
 /// How the socket of a machine ends.
 const SOCKET: &str = ".sock";
 
@@ -72,6 +75,12 @@ impl RunDir {
     /// Its path.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// The folder of what is kept beyond the machines' lives, and in the usual place beyond the host's: the
+    /// history.
+    pub fn state_folder(&self) -> PathBuf {
+        if self.0 == Path::new(DEFAULT) { DEFAULT_STATE.into() } else { self.0.join("state") }
     }
 
     /// The socket of the host service's API.
@@ -167,6 +176,11 @@ mod tests {
         let _nameless = UnixListener::bind(run.nameless_socket(7)).unwrap();
         std::fs::write(run.machine_socket("file"), "").unwrap();
         assert_eq!(run.machines().unwrap(), ["web1", "web2"]);
+        assert_eq!(run.state_folder(), run.path().join("state"));
+        assert_eq!(
+            RunDir::new(Some(Path::new("/run/whimbrel"))).state_folder(),
+            Path::new("/var/lib/whimbrel")
+        );
         assert_eq!(run.find("web1"), Ok(run.machine_socket("web1")));
         let unknown = run.find("db1").unwrap_err().to_string();
         assert!(unknown.contains("no machine called db1") && unknown.contains("web1, web2"), "{unknown}");

@@ -11,7 +11,7 @@ pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
 pub use moving::{EvacuateArgs, MigrateArgs, PolicyArgs};
 pub use security::SecurityArgs;
-pub use target::{ListArgs, ResumeArgs, StopArgs, Target};
+pub use target::{HistoryArgs, ListArgs, ResumeArgs, StopArgs, Target};
 pub use values::{NetArg, OutputTarget, SerialTarget};
 
 use super::choice::{AIO, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
@@ -53,6 +53,8 @@ pub enum Command {
     List(ListArgs),
     /// Show what a virtual machine is doing, and its migration
     Status(Target),
+    /// Show what became of the moves from and to this host
+    History(HistoryArgs),
     /// Cancel a migration; the guest continues to run where it is
     Cancel(Target),
     /// Pause a virtual machine
@@ -133,6 +135,10 @@ pub struct ProcessArgs {
     /// WHIMBREL_RUN_DIR names it as well if there is no --api
     #[arg(long, value_name = "FOLDER")]
     pub run_dir: Option<PathBuf>,
+    /// Folder in which a machine of a run directory keeps the history of its moves. Default:
+    /// /var/lib/whimbrel for /run/whimbrel, and `state` in any other
+    #[arg(long, value_name = "FOLDER")]
+    pub state_dir: Option<PathBuf>,
     /// The machine's name, as `status` shows it. Default: `vm`, or for a guest that arrives the name that it
     /// has
     #[arg(long, value_parser = name)]

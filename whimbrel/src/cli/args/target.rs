@@ -79,6 +79,24 @@ pub struct ListArgs {
 }
 
 #[derive(Args, Debug)]
+pub struct HistoryArgs {
+    /// Only what this machine did
+    pub name: Option<String>,
+    #[command(flatten)]
+    pub host: HostArgs,
+    /// Folder in which the history is. Default: /var/lib/whimbrel for /run/whimbrel, and `state` in any other
+    /// run directory
+    #[arg(long, value_name = "FOLDER")]
+    pub state_dir: Option<PathBuf>,
+    /// How many entries at most: the last ones
+    #[arg(long, value_name = "N")]
+    pub last: Option<usize>,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
 pub struct StopArgs {
     #[command(flatten)]
     pub target: Target,
