@@ -95,6 +95,7 @@ struct Current {
 struct Orders {
     switch_now: bool,
     proceed: bool,
+    downtime_limit: Option<Duration>,
     deadline: Deadline,
 }
 
@@ -186,6 +187,12 @@ impl Monitor {
         self.order(|orders| orders.proceed = true);
     }
 
+    /// Changes the longest blackout that is acceptable, from the end of the round under way on. The last one
+    /// counts.
+    pub fn limit_downtime(&self, limit: Duration) {
+        self.order(|orders| orders.downtime_limit = Some(limit));
+    }
+
     /// Notes how it ended, for a migration that ended before the engine began.
     pub fn end(&self, phase: Phase) {
         self.taken.store(true, Ordering::Release);
@@ -215,6 +222,11 @@ impl Monitor {
 
     pub(crate) fn may_proceed(&self) -> bool {
         lock(&self.orders).proceed
+    }
+
+    /// The limit that was set since this was last asked.
+    pub(crate) fn take_downtime_limit(&self) -> Option<Duration> {
+        lock(&self.orders).downtime_limit.take()
     }
 
     /// Waits until the migration may proceed or is cancelled, but no longer than `limit`.

@@ -28,7 +28,7 @@
 //! - A process that is told to quit calls a migration off, if that is still possible, and stops its machine
 //!   whatever the state is.
 
-use crate::api::model::{Migration, MigrationRequest, TransportChoice, Vm, VmState};
+use crate::api::model::{Migration, MigrationChange, MigrationRequest, TransportChoice, Vm, VmState};
 use crate::security::{Encryption, Secured, Security};
 use crate::transports;
 use migration::monitor::{Monitor, Phase};
@@ -350,6 +350,28 @@ impl Instance {
         }
     }
 
+    /// Changes the migration that is under way.
+    ///
+    /// # Errors
+    /// When none is, or the guest has been handed over.
+    pub fn change(&self, change: &MigrationChange) -> Result<Migration, Failure> {
+        let inner = self.lock();
+        let under_way = inner.attempt.as_ref().filter(|attempt| attempt.report.is_none());
+        let attempt = under_way.ok_or_else(|| busy("no migration is under way"))?;
+        if attempt.monitor.progress().phase == Phase::Committed {
+            return Err(busy("too late: the guest has been handed over"));
+        }
+        if let Some(limit) = change.downtime_limit_ms {
+            attempt.monitor.limit_downtime(Duration::from_millis(limit));
+        }
+        if change.switch_now {
+            attempt.monitor.switch_now();
+        } else if change.proceed {
+            attempt.monitor.proceed();
+        }
+        Ok(attempt.view())
+    }
+
     fn move_away(&self, request: &MigrationRequest, token: Token, monitor: &Monitor) {
         let report = match self.attempt(request, token, monitor) {
             Ok(report) => report,
@@ -428,7 +450,11 @@ impl Instance {
             attempt.secured = connection.identity().map(Secured::from);
         }
         let transports = transports::source(request, &connection);
-        Ok(source::Migration::new(self.machine.as_ref(), &mut connection)
+        let mut migration = source::Migration::new(self.machine.as_ref(), &mut connection);
+        if let Some(patience) = request.pause_before_switchover_s {
+            migration = migration.pause_before_switchover(Duration::from_secs(patience));
+        }
+        Ok(migration
             .transports(transports)
             .software(SOFTWARE)
             .policy(request.policy())

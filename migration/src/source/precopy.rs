@@ -95,6 +95,9 @@ impl<'a> Precopy<'a> {
         self.dirty.fill();
         loop {
             let facts = self.round(path)?;
+            if let Some(limit) = self.monitor.take_downtime_limit() {
+                self.judge.limit_downtime(limit);
+            }
             let (predicted, mut decision) = self.judge.round(&facts);
             self.predicted(predicted);
             if self.monitor.wants_switch() {

@@ -99,6 +99,9 @@ pub struct MigrationRequest {
     /// Seconds without any sign from the destination after which it counts as lost.
     #[serde(default = "default_silence")]
     pub silence_s: u64,
+    /// Wait for an operator's word before the switchover, at most for so many seconds.
+    #[serde(default)]
+    pub pause_before_switchover_s: Option<u64>,
 }
 
 fn default_downtime() -> u64 {
@@ -122,6 +125,19 @@ impl MigrationRequest {
             .with_timeout(self.timeout_s.map(Duration::from_secs))
             .with_on_stall(self.on_stall)
     }
+}
+
+/// `PATCH /v1/migration`: what is to change in the migration that is under way. What is left out stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MigrationChange {
+    /// Longest acceptable blackout in milliseconds, from the end of the round under way on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_limit_ms: Option<u64>,
+    /// Switch over after the round under way, however long the blackout will be.
+    pub switch_now: bool,
+    /// Switch over as soon as the policy allows it, and wait for an operator no more.
+    pub proceed: bool,
 }
 
 /// Which transports may be used.

@@ -1,7 +1,7 @@
 //! The API's server: one thread, one socket, one [`Slot`], whose instance may arrive later.
 
 use super::Error;
-use super::model::{Arrival, ErrorBody, Migration, MigrationRequest, Vm};
+use super::model::{Arrival, ErrorBody, Migration, MigrationChange, MigrationRequest, Vm};
 use crate::instance::{Instance, Waiting};
 use crate::slot::Slot;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
@@ -137,7 +137,7 @@ fn router(slot: Arc<Slot>) -> Router {
         .route("/v1/vm/resume", put(resume))
         .route("/v1/vm/shutdown", put(shutdown))
         .route("/v1/vm/quit", put(quit))
-        .route("/v1/migration", get(migration).post(migrate).delete(cancel))
+        .route("/v1/migration", get(migration).post(migrate).patch(change).delete(cancel))
         .route("/v1/arrival", get(arrival))
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "no such path; see docs/api.md"))
         .method_not_allowed_fallback(async || {
@@ -290,6 +290,14 @@ async fn report(waiting: Option<Waiting>) -> Result<Json<Migration>, Refusal> {
 
 fn unmoved() -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, "no guest has been moved away from here")
+}
+
+async fn change(
+    Present(instance): Present,
+    change: Result<Json<MigrationChange>, JsonRejection>,
+) -> Result<Json<Migration>, Refusal> {
+    let Json(change) = change?;
+    blocking(move || instance.change(&change)).await
 }
 
 async fn cancel(Present(instance): Present) -> Result<Json<Migration>, Refusal> {

@@ -34,12 +34,15 @@ pub fn request(to: &str, policy: &PolicyArgs, security: &SecurityArgs) -> Migrat
         on_stall: policy.on_stall,
         compare_memory: policy.compare_memory,
         silence_s: policy.silence.as_secs().max(1),
+        pause_before_switchover_s: None,
     }
 }
 
 /// `whimbrel migrate`.
 pub fn migrate(args: MigrateArgs) -> anyhow::Result<Exit> {
-    let request = request(&args.to, &args.policy, &args.security);
+    let mut request = request(&args.to, &args.policy, &args.security);
+    request.pause_before_switchover_s =
+        args.pause_before_switchover.map(|patience| patience.as_secs().max(1));
     if args.detach {
         let client = Client::new(&args.target.socket()?)?;
         let started: Migration = client.call(Method::POST, "/v1/migration", &request)?;

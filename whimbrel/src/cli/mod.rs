@@ -24,13 +24,14 @@ use args::{Cli, Command, Target};
 use clap::CommandFactory;
 use hyper::Method;
 use migration::monitor::Phase;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::io::Write;
 use std::process::ExitCode;
 use whimbrel::api;
 use whimbrel::api::client::Client;
-use whimbrel::api::model::{Arrival, Migration, Vm, VmState};
+use whimbrel::api::model::{Arrival, Migration, MigrationChange, Vm, VmState};
 use whimbrel::host::run_dir::NotHere;
 
 /// How a command ends, if it does not fail.
@@ -76,6 +77,13 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Evacuate(args) => evacuate::evacuate(&args),
         Command::List(args) => list::list(&args),
         Command::Status(target) => status(&target),
+        Command::Change(args) => {
+            let downtime_limit_ms = Some(args.downtime_limit.as_millis() as u64);
+            change(&args.target, &MigrationChange { downtime_limit_ms, ..MigrationChange::default() })
+        }
+        Command::SwitchNow(target) => {
+            change(&target, &MigrationChange { switch_now: true, ..MigrationChange::default() })
+        }
         Command::History(args) => history::history(&args),
         Command::Cancel(target) => send(&target, Method::DELETE, "/v1/migration"),
         Command::Pause(target) => send(&target, Method::PUT, "/v1/vm/pause"),
@@ -173,9 +181,18 @@ fn whose(vm: &Vm, migration: Option<&Migration>) -> Exit {
     }
 }
 
-/// A request whose answer matters only to programs.
+fn change(target: &Target, change: &MigrationChange) -> anyhow::Result<Exit> {
+    ask(target, Method::PATCH, "/v1/migration", change)
+}
+
+/// A request that needs no words.
 fn send(target: &Target, method: Method, path: &str) -> anyhow::Result<Exit> {
-    let answer: Value = Client::new(&target.socket()?)?.call(method, path, &())?;
+    ask(target, method, path, &())
+}
+
+/// A request whose answer matters only to programs.
+fn ask(target: &Target, method: Method, path: &str, body: &impl Serialize) -> anyhow::Result<Exit> {
+    let answer: Value = Client::new(&target.socket()?)?.call(method, path, body)?;
     if target.json {
         say(answer)?;
     }

@@ -9,7 +9,7 @@ mod values;
 
 pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
-pub use moving::{EvacuateArgs, MigrateArgs, PolicyArgs};
+pub use moving::{ChangeArgs, EvacuateArgs, MigrateArgs, PolicyArgs};
 pub use security::SecurityArgs;
 pub use target::{HistoryArgs, ListArgs, ResumeArgs, StopArgs, Target};
 pub use values::{NetArg, OutputTarget, SerialTarget};
@@ -53,6 +53,10 @@ pub enum Command {
     List(ListArgs),
     /// Show what a virtual machine is doing, and its migration
     Status(Target),
+    /// Change a migration that is under way
+    Change(ChangeArgs),
+    /// Let a migration switch over after the round under way, however long the blackout will be
+    SwitchNow(Target),
     /// Show what became of the moves from and to this host
     History(HistoryArgs),
     /// Cancel a migration; the guest continues to run where it is

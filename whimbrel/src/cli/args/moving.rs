@@ -21,10 +21,23 @@ pub struct MigrateArgs {
     /// Return at once instead of watching
     #[arg(long)]
     pub detach: bool,
+    /// Wait before the switchover until `whimbrel switch-now` is given, at most for so long. The guest runs
+    /// on meanwhile
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub pause_before_switchover: Option<Duration>,
     #[command(flatten)]
     pub security: SecurityArgs,
     #[command(flatten)]
     pub policy: PolicyArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct ChangeArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Longest acceptable blackout
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub downtime_limit: Duration,
 }
 
 #[derive(Args, Debug)]
