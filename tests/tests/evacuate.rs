@@ -5,13 +5,15 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use whimbrel::api::model::VmState;
 use whimbrel::host::run_dir::RunDir;
 use whimbrel::node::Node;
+use whimbrel_tests::command::run_command;
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::named::{arrived, at, command, machine, receiver};
+use whimbrel_tests::program::whimbrel;
 use whimbrel_tests::proxy::{Proxy, Rules};
 use whimbrel_tests::say;
 use whimbrel_tests::sides::{Guest, PATIENCE, assert_runs, request, wait_until};
@@ -170,4 +172,66 @@ fn an_evacuation_is_called_off_and_taken_up_again() {
     }
     assert_eq!(arrivals.len(), names.len());
     say::figures("an evacuation that was called off", "all stayed, and were moved by the next one");
+}
+
+#[test]
+fn a_dry_run_asks_and_moves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let [here, there] = hosts(folder.path());
+    let source = machine(folder.path(), &here, "web1", &Guest::SMALL);
+    let (mut takes, taking) = receiver(folder.path(), &there, &[]);
+    let (_refuses, refusing) = receiver(folder.path(), &there, &["--max-memory", "15M"]);
+    let ran = at(&here, &["migrate", "web1", "--dry-run", "--to", &taking.to_string()]);
+    assert!(ran.code == Some(0) && ran.stdout.starts_with("nothing speaks against moving to"), "{ran:?}");
+    let event = takes.expect("refused").unwrap();
+    assert_eq!(
+        (&event["why"]["code"], event["arrival"]["progress"]["placed"].as_u64()),
+        (&"cancelled".into(), Some(0))
+    );
+    let ran = at(&here, &["migrate", "web1", "--dry-run", "--to", &refusing.to_string()]);
+    assert!(ran.code == Some(3) && ran.stdout.starts_with("it could not move to"), "{ran:?}");
+    assert!(ran.stdout.contains("at most 15 MiB are allowed"), "{ran:?}");
+    let ran = at(&here, &["evacuate", "--dry-run", "--json", "--to", &list(&[refusing, taking])]);
+    assert_eq!((ran.code, &ran.json()["empty"]), (Some(0), &Value::Bool(false)), "{ran:?}");
+    let told = ("web1".to_string(), "movable".to_string(), vec![Some("limits".to_string()), None]);
+    assert_eq!(outcomes(&ran.json()), [told]);
+    let ran = at(&here, &["evacuate", "--dry-run", "--to", &refusing.to_string()]);
+    assert!(ran.code == Some(3) && ran.stdout.contains("0 of 1 could move"), "{ran:?}");
+    assert_runs(&source);
+    takes.expect("refused").unwrap();
+    assert_eq!(takes.status().unwrap().state, VmState::Waiting);
+    let ran = at(&here, &["migrate", "web1", "--on-stall", "switch", "--to", &taking.to_string()]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(arrived(&mut takes, &there), "web1");
+    settle(&takes, &Guest::SMALL);
+    let history = at(&here, &["history", "--json"]).json();
+    assert_eq!(history.as_array().unwrap().len(), 1, "only what has moved: {history}");
+    say::figures("a dry run", "asked 4 times, moved nothing, and then the guest has moved");
+}
+
+#[test]
+fn each_move_has_a_bar_on_a_terminal() {
+    if run_command(Command::new("script").arg("--version")).code != Some(0) {
+        say::skipped("progress on a terminal", "there is no `script`; install bsdutils");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let [here, there] = hosts(folder.path());
+    let names = ["web1", "web2"];
+    let _sources = names.map(|name| machine(folder.path(), &here, name, &Guest::SMALL));
+    let receivers = names.map(|_| receiver(folder.path(), &there, &[]));
+    let rules = Rules { data_delay: Duration::from_millis(5), ..Rules::default() };
+    let proxies = receivers.each_ref().map(|(_, address)| Proxy::start(*address, rules));
+    let to = list(&proxies.each_ref().map(Proxy::address));
+    let program = whimbrel().to_str().unwrap();
+    let line = format!("'{program}' evacuate --on-stall switch --to {to}");
+    let mut script = Command::new("script");
+    script.args(["-qec", &line, "/dev/null"]).env("TERM", "xterm").env("WHIMBREL_RUN_DIR", here.path());
+    let ran = run_command(&mut script);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    for name in names {
+        assert!(ran.stdout.contains(&format!("{name}     round 0")), "no bar of {name}: {ran:?}");
+        assert!(ran.stdout.contains(&format!("{name} has moved to")), "{ran:?}");
+    }
+    assert!(ran.stdout.contains("2 of 2 moved"), "{ran:?}");
 }

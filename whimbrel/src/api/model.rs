@@ -102,6 +102,9 @@ pub struct MigrationRequest {
     /// Wait for an operator's word before the switchover, at most for so many seconds.
     #[serde(default)]
     pub pause_before_switchover_s: Option<u64>,
+    /// End before any memory travels, and tell whether anything speaks against the move.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 fn default_downtime() -> u64 {
@@ -160,6 +163,10 @@ pub struct Migration {
     pub number: u64,
     /// Where to.
     pub to: String,
+    /// Whether it is to end before any memory travels. If nothing speaks against the move, its report has no
+    /// failure then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dry_run: bool,
     /// Who that is, and how what travels is encrypted; `None` as long as it is not known, and without
     /// certificates.
     #[serde(default)]

@@ -35,12 +35,14 @@ pub fn request(to: &str, policy: &PolicyArgs, security: &SecurityArgs) -> Migrat
         compare_memory: policy.compare_memory,
         silence_s: policy.silence.as_secs().max(1),
         pause_before_switchover_s: None,
+        dry_run: false,
     }
 }
 
 /// `whimbrel migrate`.
 pub fn migrate(args: MigrateArgs) -> anyhow::Result<Exit> {
     let mut request = request(&args.to, &args.policy, &args.security);
+    request.dry_run = args.dry_run;
     request.pause_before_switchover_s =
         args.pause_before_switchover.map(|patience| patience.as_secs().max(1));
     if args.detach {
@@ -70,7 +72,7 @@ pub fn migrate(args: MigrateArgs) -> anyhow::Result<Exit> {
     } else {
         say(render::migration(&ended))?;
     }
-    Ok(exit(report))
+    Ok(if ended.dry_run && report.failure.is_none() { Exit::Done } else { exit(report) })
 }
 
 /// What a report means for the exit code.

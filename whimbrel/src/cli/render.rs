@@ -89,6 +89,10 @@ pub fn from(address: SocketAddr, secured: Option<&Secured>) -> String {
 /// A migration's status or report.
 pub fn migration(migration: &Migration) -> String {
     match &migration.report {
+        Some(report) if migration.dry_run && report.verdict == Verdict::Stayed => match &report.failure {
+            None => format!("nothing speaks against moving to {}", migration.to),
+            Some(why) => format!("it could not move to {}: {why}", migration.to),
+        },
         Some(report) => {
             let who = migration.secured.as_ref().map(|secured| secured.told(&report.lanes));
             let to = who.map(|who| format!("{} ({who})", migration.to));

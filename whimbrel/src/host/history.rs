@@ -1,8 +1,8 @@
 //! What became of the moves from and to a host, for as long as there is room.
 //!
 //! All processes of the host append to one file. One that begins, and finds the file full, makes it the
-//! older one, and begins another: there are two at most. A process that can no longer make files goes on in the
-//! new one, which is there by then.
+//! older one, and begins another: there are two at most. A process that can no longer make files goes on in
+//! the new one, which is there by then.
 
 use crate::record::{self, Records};
 use serde_json::Value;
@@ -34,8 +34,8 @@ fn open_within(folder: &Path, full: u64) -> Result<Records, record::Error> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file?,
         };
-        // Of two processes that begin now, one makes it the older file. The other finds that it is no more the
-        // newer one.
+        // Of two processes that begin now, one makes it the older file. The other finds that it is no longer
+        // the newer one.
         file.lock()?;
         let found = file.metadata()?;
         let same =
@@ -46,8 +46,8 @@ fn open_within(folder: &Path, full: u64) -> Result<Records, record::Error> {
     Records::open(&newer)
 }
 
-/// All entries, from the oldest on; of the machine of this name, if one is given. A line that nobody can read is
-/// left out: a host that went down may have cut it off.
+/// All entries, from the oldest on; of the machine of this name, if one is given. A line that nobody can
+/// read is left out: a host that went down may have cut it off.
 ///
 /// # Errors
 /// Those of reading a file. No file is no error.

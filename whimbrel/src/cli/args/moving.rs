@@ -21,6 +21,9 @@ pub struct MigrateArgs {
     /// Return at once instead of watching
     #[arg(long)]
     pub detach: bool,
+    /// Only ask: the destination builds the machine, and drops it before any memory travels
+    #[arg(long, conflicts_with_all = ["detach", "pause_before_switchover"])]
+    pub dry_run: bool,
     /// Wait before the switchover until `whimbrel switch-now` is given, at most for so long. The guest runs
     /// on meanwhile
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
@@ -51,6 +54,9 @@ pub struct EvacuateArgs {
     /// How many machines are moved at once
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = number(1..=64))]
     pub parallel: usize,
+    /// Only ask, for each machine by itself: a host builds it, and drops it before any memory travels
+    #[arg(long)]
+    pub dry_run: bool,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,

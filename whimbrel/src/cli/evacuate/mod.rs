@@ -72,8 +72,11 @@ pub fn evacuate(args: &EvacuateArgs) -> anyhow::Result<Exit> {
             break present.into_iter().filter(is_here).map(|machine| machine.name).collect();
         }
         stories.extend(evacuation.pass(new, args));
+        if args.dry_run {
+            break present.into_iter().filter(is_here).map(|machine| machine.name).collect();
+        }
     };
-    let summary = Summary { stories, left, elapsed: began.elapsed() };
+    let summary = Summary { stories, left, dry_run: args.dry_run, elapsed: began.elapsed() };
     if args.json {
         say(summary.json()?)?
     } else {
@@ -186,7 +189,8 @@ impl Evacuation {
                 let why = Failure::new(Code::CANCELLED, "the evacuation was called off");
                 return Err(api::Error::Refused(why));
             }
-            let request = request(host, &args.policy, &args.security);
+            let mut request = request(host, &args.policy, &args.security);
+            request.dry_run = args.dry_run;
             watch(&socket, Ask::Begin(Box::new(request)), &bar, &name)
         })();
         lock(&self.under_way).remove(&name);
@@ -218,6 +222,11 @@ impl Evacuation {
         let answer = report.map_or(Answer::Settled, Answer::of);
         story.outcome = match report.map(|report| report.verdict) {
             Some(Verdict::Moved) => Outcome::Moved,
+            Some(Verdict::Stayed)
+                if migration.dry_run && report.is_some_and(|report| report.failure.is_none()) =>
+            {
+                Outcome::Movable
+            }
             Some(Verdict::Stayed) => Outcome::Stayed,
             _ => Outcome::Held,
         };

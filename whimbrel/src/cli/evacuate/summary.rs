@@ -14,6 +14,8 @@ use whimbrel::host::inventory::Listed;
 pub enum Outcome {
     /// It runs elsewhere.
     Moved,
+    /// It is here, and nothing speaks against its move.
+    Movable,
     /// It is here.
     Stayed,
     /// It is paused here, and may run elsewhere: an operator decides.
@@ -32,6 +34,7 @@ impl Outcome {
     fn word(self) -> &'static str {
         match self {
             Outcome::Moved => "moved",
+            Outcome::Movable => "movable",
             Outcome::Stayed => "stayed",
             Outcome::Held => "held",
             Outcome::Unknown => "unknown",
@@ -131,6 +134,7 @@ impl fmt::Display for Story {
         let (name, to) = (&self.name, self.to());
         match self.outcome {
             Outcome::Moved => write!(f, "{name} has moved to {to}"),
+            Outcome::Movable => write!(f, "nothing speaks against moving {name} to {to}"),
             Outcome::Stayed => write!(f, "{name} stays here"),
             Outcome::Held if to.is_empty() => write!(f, "{name} is held: see `whimbrel status {name}`"),
             Outcome::Held => write!(f, "{name} is HELD: it is paused here and may run at {to}"),
@@ -154,6 +158,8 @@ pub struct Summary {
     pub stories: Vec<Story>,
     /// The machines that are here at the end.
     pub left: Vec<String>,
+    /// Whether hosts were only asked.
+    pub dry_run: bool,
     pub elapsed: Duration,
 }
 
@@ -162,12 +168,15 @@ impl Summary {
         self.stories.iter().filter(|story| story.outcome == outcome).count()
     }
 
-    /// 0 only if nobody is here any more.
+    /// 0 only if nobody is here any more, or each could move that is.
     pub fn exit(&self) -> Exit {
+        let movable = self.count(Outcome::Movable) + self.count(Outcome::Ended);
         if self.count(Outcome::Unknown) > 0 {
             Exit::Unknown
         } else if self.count(Outcome::Held) > 0 {
             Exit::Held
+        } else if self.dry_run && movable == self.stories.len() {
+            Exit::Done
         } else if !self.left.is_empty() {
             Exit::Stayed
         } else {
@@ -179,6 +188,7 @@ impl Summary {
         let machines = self.stories.iter().map(Story::json).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(json!({
             "empty": self.left.is_empty(),
+            "dry_run": self.dry_run,
             "left": self.left,
             "elapsed_ms": self.elapsed.as_millis() as u64,
             "machines": machines,
@@ -192,6 +202,10 @@ impl Summary {
         let mut table = render::table();
         table.set_header(["name", "memory", "outcome", "to", "time", "blackout"]);
         table.add_rows(self.stories.iter().map(Story::row));
+        if self.dry_run {
+            let movable = self.count(Outcome::Movable);
+            return format!("{}\n{movable} of {} could move", render::trimmed(&table), self.stories.len());
+        }
         let moved = format!("{} of {} moved", self.count(Outcome::Moved), self.stories.len());
         let end = match &self.left[..] {
             [] => "the host is empty".into(),
