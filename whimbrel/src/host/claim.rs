@@ -163,19 +163,22 @@ mod tests {
 
     #[test]
     fn of_many_that_want_a_name_one_gets_it() {
-        for _ in 0..20 {
+        for _ in 0..200 {
             let folder = tempfile::tempdir().unwrap();
             let run = names(&folder).run;
             // Nobody serves the socket that is there.
             drop(UnixListener::bind(run.machine_socket("web1")).unwrap());
             let sockets: Vec<_> =
                 (0..8).map(|pid| UnixListener::bind(run.nameless_socket(pid)).unwrap()).collect();
+            let together = std::sync::Barrier::new(8);
             let got = thread::scope(|scope| {
                 let claim = |pid| {
-                    let run = &run;
-                    // Each has the folder open by itself, as processes have.
+                    let (run, together) = (&run, &together);
                     scope.spawn(move || {
-                        Names::open(run).unwrap().claim(&run.nameless_socket(pid), "web1").is_ok()
+                        // Each has the folder open by itself, as processes have.
+                        let names = Names::open(run).unwrap();
+                        together.wait();
+                        names.claim(&run.nameless_socket(pid), "web1").is_ok()
                     })
                 };
                 let claims: Vec<_> = (0..8).map(claim).collect();
