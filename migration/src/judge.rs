@@ -136,13 +136,11 @@ impl Judge {
         self.policy.bandwidth = bandwidth;
     }
 
-    /// Another blackout is acceptable from now on.
-    pub fn set_downtime_limit(&mut self, limit: Duration) {
-        if limit != self.policy.downtime_limit {
-            self.policy.downtime_limit = limit;
-            // What was promised under the old limit says nothing of this one.
-            (self.met, self.stalled) = (None, 0);
-        }
+    /// Changes that limit. What was no progress under the old one is none under the new one, but what kept to
+    /// the old one need not keep to the new one.
+    pub fn limit_downtime(&mut self, limit: Duration) {
+        self.policy.downtime_limit = limit;
+        self.met = self.met.filter(|met| *met <= limit);
     }
 
     /// Forgets the measured rate and the record of progress: the transport has changed.
@@ -366,6 +364,29 @@ mod tests {
             total_elapsed: Duration::from_secs(second),
         });
         facts.map(|facts| judge.round(&facts)).collect()
+    }
+
+    #[test]
+    fn the_limit_may_change_meanwhile() {
+        let mut judge = Judge::new(Policy::default(), QUICK);
+        let mut second = 0;
+        let mut round = |judge: &mut Judge, remaining: u64| {
+            second += 1;
+            judge.round(&RoundFacts {
+                sent: 1000 * MIB,
+                elapsed: Duration::from_secs(1),
+                barrier: ms(1),
+                remaining: remaining * MIB,
+                total_elapsed: Duration::from_secs(second),
+            })
+        };
+        // Under the limit of 300 ms, and worth another round; then under the limit no more.
+        assert_eq!(round(&mut judge, 250).1, Decision::Again);
+        judge.limit_downtime(ms(100));
+        assert_eq!(round(&mut judge, 240).1, Decision::Again);
+        judge.limit_downtime(ms(400));
+        assert_eq!(round(&mut judge, 240).1, Decision::Switch(None));
+        assert_eq!(judge.downtime_limit(), ms(400));
     }
 
     #[test]

@@ -208,11 +208,9 @@ impl Monitor {
         self.pacer.rate()
     }
 
-    /// Changes the longest blackout that is acceptable, as [`Policy::downtime_limit`] says it, from the next
-    /// round on.
-    ///
-    /// [`Policy::downtime_limit`]: crate::policy::Policy::downtime_limit
-    pub fn set_downtime_limit(&self, limit: Duration) {
+    /// Changes the longest blackout that is acceptable, from the end of the round under way on. The last one
+    /// counts.
+    pub fn limit_downtime(&self, limit: Duration) {
         self.order(|orders| orders.downtime_limit = Some(limit));
     }
 
@@ -247,11 +245,6 @@ impl Monitor {
         lock(&self.orders).proceed
     }
 
-    /// The blackout that is acceptable by what was last asked for, if anything was.
-    pub(crate) fn downtime_limit(&self) -> Option<Duration> {
-        lock(&self.orders).downtime_limit
-    }
-
     /// The cap of the migration's policy, unless another was asked for already.
     pub(crate) fn default_bandwidth(&self, bytes_per_second: Option<u64>) {
         self.order(|orders| {
@@ -278,6 +271,11 @@ impl Monitor {
         let held = |orders: &mut Orders| orders.caps == caps && self.stopped().is_none();
         let woken = self.ordered.wait_timeout_while(orders, wait, held);
         drop(woken.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The limit that was set since this was last asked.
+    pub(crate) fn take_downtime_limit(&self) -> Option<Duration> {
+        lock(&self.orders).downtime_limit.take()
     }
 
     /// Waits until the migration may proceed or is cancelled, but no longer than `limit`.

@@ -130,6 +130,40 @@ fn called_off_and_moved_again_at_once() {
     say::figures("called off", "4 times in pre-copy, then moved");
 }
 
+/// It waits before the switchover. What was asked for at first no longer counts when it ends.
+#[test]
+fn a_migration_is_changed_while_it_is_under_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Guest::SMALL.start(folder.path(), "source");
+    run(["switch-now", "--api", api(&source)]).refused(1, "no migration is under way");
+    let (mut destination, address) = receiver(folder.path(), "destination");
+    // No switchover is that short.
+    let asked =
+        ["--downtime-limit", "1ms", "--on-stall", "switch", "--pause-before-switchover", "1h", "--detach"];
+    let ready = |node: &Node| node.migration().unwrap().progress.phase == Phase::ReadyToSwitch;
+    assert_eq!(migrate(&source, address, &asked).code, Some(0));
+    wait_until("the wait before the switchover", || ready(&source));
+    assert!(source.status().unwrap().guest.unwrap().clean);
+    assert_eq!(source.status().unwrap().state, VmState::Migrating);
+    assert_eq!(run(["change", "--api", api(&source), "--downtime-limit", "1h"]).code, Some(0));
+    let proceed = serde_json::json!({ "proceed": true });
+    let _: Value = source.api().call(hyper::Method::PATCH, "/v1/migration", &proceed).unwrap();
+    let report = source.wait_migration(PATIENCE).unwrap().report.unwrap();
+    assert_eq!((report.verdict, report.over_limit), (Verdict::Moved, None), "the new limit was kept to");
+    destination.expect("arrived").unwrap();
+
+    let (mut last, address) = receiver(folder.path(), "last");
+    assert_eq!(migrate(&destination, address, &asked).code, Some(0));
+    wait_until("the wait before the switchover", || ready(&destination));
+    assert_eq!(run(["switch-now", "--api", api(&destination)]).code, Some(0));
+    let report = destination.wait_migration(PATIENCE).unwrap().report.unwrap();
+    assert_eq!(report.verdict, Verdict::Moved, "{:?}", report.failure);
+    assert!(report.over_limit.unwrap().contains("an operator asked for the switchover"));
+    last.expect("arrived").unwrap();
+    settle(&last, &Guest::SMALL);
+    say::figures("a migration that waits", "its limit was changed, and an operator switched it over");
+}
+
 #[test]
 fn a_guest_that_does_not_converge() {
     let folder = tempfile::tempdir().unwrap();

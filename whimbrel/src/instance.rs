@@ -28,7 +28,7 @@
 //! - A process that is told to quit calls a migration off, if that is still possible, and stops its machine
 //!   whatever the state is.
 
-use crate::api::model::{Migration, MigrationRequest, TransportChoice, Vm, VmState};
+use crate::api::model::{Migration, MigrationChange, MigrationRequest, TransportChoice, Vm, VmState};
 use crate::security::{Encryption, Secured, Security};
 use crate::transports;
 use migration::monitor::{Monitor, Phase};
@@ -36,7 +36,7 @@ use migration::report::{Report, Verdict};
 use migration::source::{self, Timeouts};
 use migration::transport::Token;
 use migration::{Code, Failure};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -75,6 +75,7 @@ enum State {
 struct Attempt {
     number: u64,
     to: String,
+    dry_run: bool,
     secured: Option<Secured>,
     monitor: Arc<Monitor>,
     report: Option<Report>,
@@ -297,7 +298,7 @@ impl Instance {
         }
         let number = inner.attempt.as_ref().map_or(1, |a| a.number + 1);
         let monitor = Arc::new(Monitor::default());
-        let to = request.to.clone();
+        let (to, dry_run) = (request.to.clone(), request.dry_run);
         let mover = Arc::clone(&self);
         let watched = Arc::clone(&monitor);
         let thread = thread::Builder::new()
@@ -305,8 +306,16 @@ impl Instance {
             .spawn(move || mover.move_away(&request, token, &watched))
             .map_err(|e| Failure::new(Code::HOST, format_args!("cannot start a thread: {e}")))?;
         let ended = watch::Sender::new(None);
-        let attempt =
-            Attempt { number, to, secured: None, monitor, report: None, ended, thread: Some(thread) };
+        let attempt = Attempt {
+            number,
+            to,
+            dry_run,
+            secured: None,
+            monitor,
+            report: None,
+            ended,
+            thread: Some(thread),
+        };
         let started = attempt.view();
         inner.attempt = Some(attempt);
         Ok(started)
@@ -350,14 +359,43 @@ impl Instance {
         }
     }
 
-    fn move_away(&self, request: &MigrationRequest, token: Token, monitor: &Monitor) {
-        let report = match self.attempt(request, token, monitor) {
+    /// Changes the migration that is under way.
+    ///
+    /// # Errors
+    /// When none is, or the guest has been handed over.
+    pub fn change(&self, change: &MigrationChange) -> Result<Migration, Failure> {
+        let inner = self.lock();
+        let under_way = inner.attempt.as_ref().filter(|attempt| attempt.report.is_none());
+        let attempt = under_way.ok_or_else(|| busy("no migration is under way"))?;
+        if attempt.monitor.progress().phase == Phase::Committed {
+            return Err(busy("too late: the guest has been handed over"));
+        }
+        if let Some(limit) = change.downtime_limit_ms {
+            attempt.monitor.limit_downtime(Duration::from_millis(limit));
+        }
+        if change.switch_now {
+            attempt.monitor.switch_now();
+        } else if change.proceed {
+            attempt.monitor.proceed();
+        }
+        Ok(attempt.view())
+    }
+
+    fn move_away(&self, request: &MigrationRequest, token: Token, monitor: &Arc<Monitor>) {
+        let came_to_memory = Arc::new(AtomicBool::new(false));
+        if request.dry_run {
+            end_before_memory(monitor, Arc::clone(&came_to_memory));
+        }
+        let mut report = match self.attempt(request, token, monitor) {
             Ok(report) => report,
             Err(failure) => {
                 monitor.end(Phase::Stayed);
                 Report::not_begun(failure, self.machine.config().memory)
             }
         };
+        if came_to_memory.load(Ordering::Acquire) && report.verdict == Verdict::Stayed {
+            report.failure = report.failure.filter(|why| why.code != Code::CANCELLED);
+        }
         let moved = report.verdict == Verdict::Moved;
         let mut inner = self.lock();
         inner.state = match report.verdict {
@@ -373,7 +411,7 @@ impl Instance {
         });
         drop(inner);
         // The process of a guest that has moved lives until this is done.
-        if let Some(migration) = over {
+        if let Some(migration) = over.filter(|migration| !migration.dry_run) {
             (self.keep)(&migration);
         }
         if moved {
@@ -428,7 +466,11 @@ impl Instance {
             attempt.secured = connection.identity().map(Secured::from);
         }
         let transports = transports::source(request, &connection);
-        Ok(source::Migration::new(self.machine.as_ref(), &mut connection)
+        let mut migration = source::Migration::new(self.machine.as_ref(), &mut connection);
+        if let Some(patience) = request.pause_before_switchover_s {
+            migration = migration.pause_before_switchover(Duration::from_secs(patience));
+        }
+        Ok(migration
             .transports(transports)
             .software(SOFTWARE)
             .policy(request.policy())
@@ -437,6 +479,21 @@ impl Instance {
             .monitor(monitor)
             .run())
     }
+}
+
+/// Has a migration called off once the destination is ready for memory: whatever could be refused has been
+/// asked by then.
+fn end_before_memory(monitor: &Arc<Monitor>, came_to_memory: Arc<AtomicBool>) {
+    let itself = Arc::downgrade(monitor);
+    monitor.on_progress(move |progress| {
+        if progress.phase == Phase::Precopy
+            && let Some(monitor) = itself.upgrade()
+            && !monitor.cancelled()
+        {
+            came_to_memory.store(true, Ordering::Release);
+            monitor.cancel();
+        }
+    });
 }
 
 impl Inner {
@@ -456,6 +513,7 @@ impl Attempt {
         Migration {
             number: self.number,
             to: self.to.clone(),
+            dry_run: self.dry_run,
             secured: self.secured.clone(),
             progress: self.monitor.progress(),
             report: self.report.clone(),

@@ -96,8 +96,8 @@ impl<'a> Precopy<'a> {
         loop {
             let facts = self.round(path)?;
             self.judge.set_bandwidth(self.monitor.bandwidth());
-            if let Some(limit) = self.monitor.downtime_limit() {
-                self.judge.set_downtime_limit(limit);
+            if let Some(limit) = self.monitor.take_downtime_limit() {
+                self.judge.limit_downtime(limit);
             }
             let (predicted, mut decision) = self.judge.round(&facts);
             self.predicted(predicted);

@@ -175,7 +175,7 @@ fn the_downtime_limit_may_be_raised_in_mid_move() {
     let generous = Arc::downgrade(&monitor);
     monitor.on_progress(move |progress| {
         if progress.phase == Phase::Precopy && progress.round == 3 {
-            generous.upgrade().unwrap().set_downtime_limit(PATIENCE);
+            generous.upgrade().unwrap().limit_downtime(PATIENCE);
         }
     });
     let moved = migrate_watched(&guest, Host::default(), &monitor, |migration| migration.policy(never()));

@@ -102,6 +102,12 @@ pub struct MigrationRequest {
     /// Seconds without any sign from the destination after which it counts as lost.
     #[serde(default = "default_silence")]
     pub silence_s: u64,
+    /// Wait for an operator's word before the switchover, at most for so many seconds.
+    #[serde(default)]
+    pub pause_before_switchover_s: Option<u64>,
+    /// End before any memory travels, and tell whether anything speaks against the move.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 fn default_downtime() -> u64 {
@@ -128,6 +134,19 @@ impl MigrationRequest {
     }
 }
 
+/// `PATCH /v1/migration`: what is to change in the migration that is under way. What is left out stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MigrationChange {
+    /// Longest acceptable blackout in milliseconds, from the end of the round under way on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_limit_ms: Option<u64>,
+    /// Switch over after the round under way, however long the blackout will be.
+    pub switch_now: bool,
+    /// Switch over as soon as the policy allows it, and wait for an operator no more.
+    pub proceed: bool,
+}
+
 /// Which transports may be used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -148,6 +167,10 @@ pub struct Migration {
     pub number: u64,
     /// Where to.
     pub to: String,
+    /// Whether it is to end before any memory travels. If nothing speaks against the move, its report has no
+    /// failure then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dry_run: bool,
     /// Who that is, and how what travels is encrypted; `None` as long as it is not known, and without
     /// certificates.
     #[serde(default)]

@@ -1,7 +1,7 @@
 //! The API's server: one thread, one socket, one [`Slot`], whose instance may arrive later.
 
 use super::Error;
-use super::model::{Arrival, ErrorBody, Migration, MigrationRequest, Vm};
+use super::model::{Arrival, ErrorBody, Migration, MigrationChange, MigrationRequest, Vm};
 use crate::instance::{Instance, Waiting};
 use crate::slot::Slot;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
@@ -31,21 +31,29 @@ const MAX_BODY: usize = 64 << 10;
 /// How long requests under way may take to be answered when the process ends.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// A served API. Dropping it answers the requests under way (one of them may be what ends the process)
-/// and removes the socket.
+/// A served API. Dropping it removes the socket and answers the requests under way (one of them may be what
+/// ends the process).
 pub struct Server {
     path: PathBuf,
     close: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
+impl Server {
+    /// The socket has another path now.
+    pub fn has_moved(&mut self, path: PathBuf) {
+        self.path = path;
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
+        // As long as it is served, nobody puts another socket in its place. Nobody is left to tell of an
+        // error; a stale socket is replaced at the next start.
+        let _ = std::fs::remove_file(&self.path);
         // Either fails only if the serving thread has ended already.
         let _ = self.close.take().map(|close| close.send(()));
         let _ = self.thread.take().map(JoinHandle::join);
-        // Nobody is left to tell; a stale socket is replaced at the next start.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -129,7 +137,7 @@ fn router(slot: Arc<Slot>) -> Router {
         .route("/v1/vm/resume", put(resume))
         .route("/v1/vm/shutdown", put(shutdown))
         .route("/v1/vm/quit", put(quit))
-        .route("/v1/migration", get(migration).post(migrate).delete(cancel))
+        .route("/v1/migration", get(migration).post(migrate).patch(change).delete(cancel))
         .route("/v1/arrival", get(arrival))
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "no such path; see docs/api.md"))
         .method_not_allowed_fallback(async || {
@@ -282,6 +290,14 @@ async fn report(waiting: Option<Waiting>) -> Result<Json<Migration>, Refusal> {
 
 fn unmoved() -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, "no guest has been moved away from here")
+}
+
+async fn change(
+    Present(instance): Present,
+    change: Result<Json<MigrationChange>, JsonRejection>,
+) -> Result<Json<Migration>, Refusal> {
+    let Json(change) = change?;
+    blocking(move || instance.change(&change)).await
 }
 
 async fn cancel(Present(instance): Present) -> Result<Json<Migration>, Refusal> {

@@ -1,6 +1,7 @@
 //! What `run` and `receive` share: a process that holds one virtual machine until it ends.
 
 use super::args::{OutputTarget, ProcessArgs, SerialTarget};
+use super::place::Place;
 use super::terminal::{self, Terminal};
 use super::{Exit, render};
 use migration::SAVE_TO;
@@ -10,7 +11,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use vmm::virtio::console::ConsoleConfig;
 use vmm::{Machine, Outcome};
 use whimbrel::api::model::{Arrival, Migration};
 use whimbrel::host::config::HostConfig;
+use whimbrel::host::history;
 use whimbrel::instance::{End, Instance};
 use whimbrel::record::Records;
 use whimbrel::security::TlsFiles;
@@ -85,7 +87,7 @@ impl ProcessArgs {
 
     /// What of this is opened after the process has confined itself. Only what is there can be allowed, so
     /// files for output are made if they are not.
-    pub fn needs(&self) -> Needs {
+    pub fn needs(&self, place: &Place) -> Needs {
         let mut needs = Needs::default();
         let serial = match &self.serial {
             SerialTarget::Output(target) => Some(target),
@@ -101,10 +103,9 @@ impl ProcessArgs {
         }
         // A pipe is opened for both.
         needs.write.extend(self.console_input.clone());
-        if let Some(api) = &self.api {
-            let folder = api.parent().filter(|folder| !folder.as_os_str().is_empty());
-            needs.sockets.push(folder.unwrap_or(Path::new(".")).into());
-        }
+        needs.sockets.extend(place.folder());
+        // Another file may be in the history's place by then.
+        needs.write.extend(self.state_folder());
         needs.make.extend(std::env::var_os(SAVE_TO).map(PathBuf::from));
         needs.read.extend(self.security.files().iter().flat_map(TlsFiles::folders));
         needs
@@ -129,14 +130,17 @@ impl ProcessArgs {
 #[derive(Clone)]
 pub struct Keeper {
     process: ProcessArgs,
-    file: Option<Arc<Records>>,
+    /// The file that is named, and the host's history.
+    files: Vec<Arc<Records>>,
 }
 
 impl Keeper {
-    /// Opens the file, if one is named.
+    /// Opens the files that there are to be.
     pub fn new(process: &ProcessArgs) -> anyhow::Result<Self> {
-        let file = process.record.as_deref().map(Records::open).transpose()?.map(Arc::new);
-        Ok(Keeper { process: process.clone(), file })
+        let named = process.record.as_deref().map(Records::open).transpose()?;
+        let history = process.state_folder().as_deref().map(history::open).transpose()?;
+        let files = named.into_iter().chain(history).map(Arc::new).collect();
+        Ok(Keeper { process: process.clone(), files })
     }
 
     /// A migration from here is over.
@@ -160,7 +164,7 @@ impl Keeper {
 
     fn keep(&self, record: &Value) {
         // The guest is where it is, whether or not that can be written down.
-        if let Some(Err(error)) = self.file.as_ref().map(|file| file.add(record)) {
+        for error in self.files.iter().filter_map(|file| file.add(record).err()) {
             eprintln!("whimbrel: {error}");
         }
     }

@@ -3,6 +3,7 @@
 use super::Exit;
 use super::args::{NetArg, RunArgs};
 use super::choice::OnReboot;
+use super::place::Place;
 use super::process::{Keeper, quit_on_signals, stay};
 use serde_json::json;
 use std::path::PathBuf;
@@ -16,7 +17,6 @@ use vmm::sandbox::{self, Needs};
 use vmm::virtio::block::{Images, Opened};
 use vmm::virtio::net::{Mac, NetConfig, TapConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
-use whimbrel::api::server;
 use whimbrel::host::config::HostConfig;
 use whimbrel::host::taps::{Here, TapMaker, Wanted};
 use whimbrel::instance::Instance;
@@ -36,11 +36,16 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let keeper = Keeper::new(&args.process)?;
     let host = Host::open()?;
     let opens_taps = taps.iter().any(|tap| tap.opened.is_none());
-    sandbox::enter(args.process.seccomp, &Needs { taps: opens_taps, ..args.process.needs() })?;
+    let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
+    if let Some(name) = &args.process.name {
+        config.name.clone_from(name);
+    }
+    let mut place = Place::new(&args.process)?;
+    let needs = args.process.needs(&place);
+    sandbox::enter(args.process.seccomp, &Needs { taps: opens_taps, ..needs })?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
-    let _server =
-        args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
+    place.serve(&slot, Some(&config.name))?;
     let workload = Workload {
         vcpus: args.machine.vcpus,
         working_set: args.workload.working_set,
@@ -50,12 +55,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
         content: args.workload.fill_with,
         journal: args.workload.journal,
     };
-    let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
     config.thp = args.process.thp;
-    if let Some(name) = &args.process.name {
-        config.name.clone_from(name);
-    }
     config.reboot = reboot(&args, boot.as_ref().unwrap_or(&workload.guest()))?;
     config.serial = args.process.serial();
     config.devices = devices(&args)?;

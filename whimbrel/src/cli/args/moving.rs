@@ -2,10 +2,12 @@
 
 use super::super::choice::{ENCRYPTION, ON_STALL, TRANSPORTS, one_of};
 use super::security::SecurityArgs;
-use super::target::Target;
+use super::target::{HostArgs, Target};
 use super::values::bandwidth;
 use clap::Args;
+use clap::builder::TypedValueParser;
 use migration::policy::OnStall;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 use whimbrel::api::model::TransportChoice;
 use whimbrel::security::Encryption;
@@ -14,16 +16,60 @@ use whimbrel::security::Encryption;
 pub struct MigrateArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Where the receiver listens, as host:port
-    #[arg(long)]
+    /// Where to: the host, or the address where a receiver listens. The port is 4444 unless one is given
+    #[arg(long, value_name = "HOST[:PORT]")]
     pub to: String,
     /// Return at once instead of watching
     #[arg(long)]
     pub detach: bool,
+    /// Only ask: the destination builds the machine, and drops it before any memory travels
+    #[arg(long, conflicts_with_all = ["detach", "pause_before_switchover"])]
+    pub dry_run: bool,
+    /// Wait before the switchover until `whimbrel switch-now` is given, at most for so long. The guest runs
+    /// on meanwhile
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub pause_before_switchover: Option<Duration>,
     #[command(flatten)]
     pub security: SecurityArgs,
     #[command(flatten)]
     pub policy: PolicyArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct ChangeArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Longest acceptable blackout
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub downtime_limit: Duration,
+}
+
+#[derive(Args, Debug)]
+pub struct EvacuateArgs {
+    #[command(flatten)]
+    pub host: HostArgs,
+    /// Hosts to move the machines to, which take turns; a machine that one refuses is tried at the next. The
+    /// port is 4444 unless one is given
+    #[arg(long, value_name = "HOST[:PORT],...", value_delimiter = ',', required = true)]
+    pub to: Vec<String>,
+    /// How many machines are moved at once
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = number(1..=64))]
+    pub parallel: usize,
+    /// Only ask, for each machine by itself: a host builds it, and drops it before any memory travels
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+}
+
+/// A number in a range.
+fn number(range: RangeInclusive<i64>) -> impl TypedValueParser<Value = usize> {
+    clap::value_parser!(u16).range(range).map(usize::from)
 }
 
 /// How to move.

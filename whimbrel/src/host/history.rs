@@ -1,0 +1,110 @@
+//! What became of the moves from and to a host, for as long as there is room.
+//!
+//! All processes of the host append to one file. One that begins, and finds the file full, makes it the
+//! older one, and begins another: there are two at most. A process that can no longer make files goes on in
+//! the new one, which is there by then.
+
+use crate::record::{self, Records};
+use serde_json::Value;
+use std::fs::{DirBuilder, File};
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// How large a file is when another is begun: some thousand moves.
+const FULL: u64 = 8 << 20;
+
+/// The folder's files, the older one first.
+const FILES: [&str; 2] = ["history.old", "history"];
+
+/// Makes the folder if it is not there, and opens its history to add to it.
+///
+/// # Errors
+/// [`record::Error`].
+pub fn open(folder: &Path) -> Result<Records, record::Error> {
+    open_within(folder, FULL)
+}
+
+fn open_within(folder: &Path, full: u64) -> Result<Records, record::Error> {
+    let [older, newer] = FILES.map(|file| folder.join(file));
+    let failed = |source| record::Error::new(&newer, source);
+    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+    let turn = || -> io::Result<()> {
+        let file = match File::open(&newer) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file?,
+        };
+        // Of two processes that begin now, one makes it the older file. The other finds that it is no longer
+        // the newer one.
+        file.lock()?;
+        let found = file.metadata()?;
+        let same =
+            std::fs::metadata(&newer).is_ok_and(|now| (now.dev(), now.ino()) == (found.dev(), found.ino()));
+        if same && found.len() >= full { std::fs::rename(&newer, &older) } else { Ok(()) }
+    };
+    turn().map_err(failed)?;
+    Records::open(&newer)
+}
+
+/// All entries, from the oldest on; of the machine of this name, if one is given. A line that nobody can
+/// read is left out: a host that went down may have cut it off.
+///
+/// # Errors
+/// Those of reading a file. No file is no error.
+pub fn read(folder: &Path, name: Option<&str>) -> io::Result<Vec<Value>> {
+    let mut entries = Vec::new();
+    for path in FILES.map(|file| folder.join(file)) {
+        match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            file => read_file(file?, name, &mut entries)?,
+        }
+    }
+    Ok(entries)
+}
+
+fn read_file(file: File, name: Option<&str>, entries: &mut Vec<Value>) -> io::Result<()> {
+    for line in BufReader::new(file).split(b'\n') {
+        let Ok(entry) = serde_json::from_slice::<Value>(&line?) else { continue };
+        if name.is_none_or(|name| entry["name"] == name) {
+            entries.push(entry);
+        }
+    }
+    Ok(())
+}
+
+/// The file to which entries are added.
+pub fn file(folder: &Path) -> PathBuf {
+    folder.join(FILES[1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn it_is_bounded_and_nobody_who_writes_loses_an_entry() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("state");
+        assert_eq!(read(&place, None).unwrap(), [Value::Null; 0]);
+        let entry = |number: u64| json!({ "name": format!("vm{}", number % 2), "number": number });
+        let size = serde_json::to_vec(&entry(0)).unwrap().len() as u64 + 1;
+        // A machine that lives for long.
+        let old = open_within(&place, 4 * size).unwrap();
+        for number in 0..9 {
+            let new = open_within(&place, 4 * size).unwrap();
+            new.add(&entry(number)).unwrap();
+        }
+        old.add(&entry(9)).unwrap();
+        let numbers = |name| -> Vec<_> {
+            read(&place, name).unwrap().iter().map(|entry| entry["number"].as_u64().unwrap()).collect()
+        };
+        // The first four are gone with their file.
+        assert_eq!(numbers(None), [4, 5, 6, 7, 8, 9]);
+        assert_eq!(numbers(Some("vm1")), [5, 7, 9]);
+        assert_eq!(numbers(Some("vm2")), [0; 0]);
+        // A line that was cut off harms no other.
+        std::fs::write(file(&place), "{\"name\":\"vm0\",\"numb\n{\"name\":\"vm1\",\"number\":11}\n").unwrap();
+        assert_eq!(numbers(None), [4, 5, 6, 7, 11]);
+    }
+}
