@@ -99,8 +99,8 @@ pub(crate) trait Protected: Read + Write + Send {
 
 /// Bytes that are decrypted in this process.
 pub(crate) trait Decrypted {
-    /// Hands at most `most` of the next bytes over to `to`, as soon as there are any, and tells how many. None
-    /// are the end. Who expects many says so by `most`.
+    /// Hands at most `most` of the next bytes over to `to`, as soon as there are any, and tells how many: 0
+    /// at the end. Who expects many says so by `most`.
     fn deliver(&mut self, most: usize, to: &mut dyn FnMut(&[u8])) -> io::Result<usize>;
 }
 

@@ -1,8 +1,9 @@
 //! The accepting end of a connection through TLS, encrypted in user space. This is where memory arrives.
 //!
 //! As much as has come is read at once into one buffer, decrypted there record by record, and each record is
-//! handed on as soon as it is, while the processor's cache has it. Rustls' unbuffered API makes this possible:
-//! the other one would read 4 KiB at a time into a buffer of its own, from which records are moved up.
+//! handed on as soon as it is, while the processor's cache has it. Rustls' unbuffered API makes this
+//! possible: the other one would read 4 KiB at a time into a buffer of its own, in which what is left moves
+//! up after each record.
 
 use super::kernel::{self, KernelStream};
 use super::stream::{PeerOf, Records, trouble};
