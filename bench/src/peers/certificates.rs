@@ -1,5 +1,5 @@
-//! Certificates for peers that encrypt: one folder with the files that QEMU and Cloud Hypervisor both look for,
-//! good for both sides of a migration over loopback.
+//! Certificates for peers that encrypt: one folder with the files that QEMU and Cloud Hypervisor both look
+//! for, good for both sides of a migration over loopback.
 
 use anyhow::Context;
 use rcgen::{

@@ -1,7 +1,7 @@
 //! A QEMU guest, moved between two of its processes by QMP, through multifd.
 //!
-//! It is paused, and its memory is a shared file that is filled from outside, so that it needs no program. The
-//! set-up is that of the script in the module [`qemu`](super::qemu), and so are the figures.
+//! It is paused, and its memory is a shared file that is filled from outside, so that it needs no program.
+//! The figures are those of the module [`qemu`](super::qemu).
 
 use super::{certificates, free_port};
 use crate::guest::{Content, Guest};
