@@ -124,10 +124,13 @@ pub struct PeerArgs {
     /// Measure QEMU with this script, which migrates a paused guest and prints one line of JSON
     #[arg(long)]
     pub qemu_script: Option<PathBuf>,
+    /// Measure this program of QEMU, which then moves a paused guest; with --tls, through TLS as well
+    #[arg(long, value_name = "PATH", conflicts_with = "qemu_script")]
+    pub qemu: Option<PathBuf>,
     /// QEMU's multifd channels; by default 2 for a populated destination, else 4
-    #[arg(long, value_delimiter = ',', requires = "qemu_script")]
+    #[arg(long, value_delimiter = ',')]
     pub multifd: Vec<u16>,
-    /// Measure this program of Cloud Hypervisor, which then moves our guest
+    /// Measure this program of Cloud Hypervisor, which then moves our guest; with --tls, through TLS as well
     #[arg(long, value_name = "PATH")]
     pub cloud_hypervisor: Option<PathBuf>,
     /// Cloud Hypervisor's connections
@@ -138,8 +141,8 @@ pub struct PeerArgs {
 
 impl From<PeerArgs> for Peers {
     fn from(args: PeerArgs) -> Self {
-        let PeerArgs { iperf3, qemu_script, multifd, cloud_hypervisor, connections } = args;
-        Peers { iperf3, qemu_script, multifd, cloud_hypervisor, connections }
+        let PeerArgs { iperf3, qemu_script, qemu, multifd, cloud_hypervisor, connections } = args;
+        Peers { iperf3, qemu_script, qemu, multifd, cloud_hypervisor, connections, tls: false }
     }
 }
 

@@ -13,7 +13,7 @@
 //! move uses more processor time than there is while it lasts: of a destination that is populated first, `c`
 //! contains populating, which the time to move does not.
 
-use crate::record::{Measurement, Setup};
+use crate::record::{Encrypted, Measurement, Setup};
 use crate::statistics::{Distribution, pairwise};
 use migration::transport::LaneEncryption;
 use serde::Deserialize;
@@ -66,14 +66,16 @@ pub struct Comparison {
 pub fn beside(of: &Measurement) -> Option<Comparison> {
     let shown = |id: &str| of.head.show.iter().any(|shown| shown == id);
     let (rates, delays) = (shown("migration_mib_s"), shown("blackout_ms"));
+    let several = of.head.contenders.iter().filter(|setup| setup.plain.is_some()).count() > 1;
     let mut titles = Vec::new();
     if rates {
         titles.extend(["share of plain", "its bound", "share of the bound"]);
+        titles.extend(several.then_some("the first : this"));
     }
     if delays {
         titles.extend(["set-up, ms more", "blackout, ms more", "felt, ms more"]);
     }
-    let mut all = Vec::new();
+    let mut all: Vec<Beside> = Vec::new();
     for (which, setup) in of.head.contenders.iter().enumerate() {
         let Some(plain) = &setup.plain else { continue };
         let same = |other: &Setup| other.group == setup.group && other.who == *plain;
@@ -87,6 +89,9 @@ pub fn beside(of: &Measurement) -> Option<Comparison> {
                 pairwise(&bounds, &plain_rate),
                 pairwise(&rate, &bounds),
             ]);
+            shares.extend(several.then(|| {
+                first_in(of, which).and_then(|first| pairwise(&of.column(first, "migration_mib_s"), &rate))
+            }));
         }
         if delays {
             let more = |id| differences(&of.column(which, id), &of.column(plain, id));
@@ -95,6 +100,23 @@ pub fn beside(of: &Measurement) -> Option<Comparison> {
         all.push(Beside { which, how: how(of, which), shares });
     }
     (!all.is_empty()).then_some(Comparison { titles, all })
+}
+
+/// The comparisons, for programs.
+pub fn summary(of: &Measurement) -> Vec<Encrypted> {
+    let Some(Comparison { titles, all }) = beside(of) else { return Vec::new() };
+    let named = |Beside { which, shares, .. }: Beside| {
+        let shares = titles.iter().zip(shares).filter_map(|(title, share)| Some((title.to_string(), share?)));
+        Encrypted { contender: which, shares: shares.collect() }
+    };
+    all.into_iter().map(named).collect()
+}
+
+/// The first contender of the same group that encrypts, which is ours, if it is another one.
+fn first_in(of: &Measurement, which: usize) -> Option<usize> {
+    let setups = &of.head.contenders;
+    let first = setups.iter().position(|it| it.plain.is_some() && it.group == setups[which].group)?;
+    (first != which).then_some(first)
 }
 
 /// The bound of each round, of the plain contender's run and the processors in that round.
@@ -206,6 +228,26 @@ mod tests {
         assert!(shares[0].is_some() && shares[1].is_none() && shares[2].is_none());
         m.head.contenders[1].plain = None;
         assert!(beside(&m).is_none());
+    }
+
+    #[test]
+    fn those_that_encrypt_are_compared_with_the_first_of_them() {
+        let mut m = measured();
+        let rows = |m: &Measurement| -> Vec<Vec<String>> {
+            summary(m).into_iter().map(|it| it.shares.into_keys().collect()).collect()
+        };
+        assert_eq!(rows(&m), [["its bound", "share of plain", "share of the bound"]]);
+        // The last contender moves a guest as well, half as fast.
+        m.head.contenders[2].plain = Some("us".into());
+        for run in &mut m.runs[4..] {
+            let ours = [768.0, 460.8][run.round as usize];
+            run.figures.insert("migration_mib_s".into(), ours / 2.0);
+        }
+        let compared = summary(&m);
+        assert_eq!((compared[0].contender, compared[1].contender), (1, 2));
+        assert!(!compared[0].shares.contains_key("the first : this"));
+        let ratio = &compared[1].shares["the first : this"];
+        assert_eq!((ratio.min, ratio.max), (2.0, 2.0));
     }
 
     #[test]

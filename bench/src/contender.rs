@@ -5,7 +5,7 @@ use crate::figures::Figures;
 use crate::guest::{Content, Guest};
 use crate::moves::Move;
 use crate::peers::perftest::Perftest;
-use crate::peers::{cloud_hypervisor, iperf3, qemu};
+use crate::peers::{cloud_hypervisor, iperf3, qemu, qemu_program};
 use crate::record::{self, Setup};
 use crate::transport::client::{self, Probe};
 use serde_json::Value;
@@ -20,9 +20,9 @@ pub enum Contender {
     /// `iperf3 -Z`, with the bytes that it sends and its streams.
     Iperf3 { bytes: u64, streams: u16 },
     /// A paused QEMU guest of the same size and content.
-    Qemu { script: PathBuf, guest: Guest, populate: bool, multifd: u16 },
+    Qemu { by: Qemu, guest: Guest, populate: bool, multifd: u16 },
     /// A guest of Cloud Hypervisor, which runs our own guest program.
-    CloudHypervisor { binary: PathBuf, guest: Guest, populate: bool, connections: u16 },
+    CloudHypervisor { binary: PathBuf, guest: Guest, populate: bool, connections: u16, tls: bool },
     /// A transport without a guest.
     Transport(Probe),
     /// `ib_write_bw` or `ib_write_lat`, with the server at this address.
@@ -48,12 +48,15 @@ impl Contender {
                 let said = iperf3::run(*bytes, *streams)?;
                 (iperf3::figures(&said), said)
             }
-            Contender::Qemu { script, guest, populate, multifd } => {
-                let said = qemu::run(script, guest, *multifd, *populate)?;
+            Contender::Qemu { by, guest, populate, multifd } => {
+                let said = match by {
+                    Qemu::Script(script) => qemu::run(script, guest, *multifd, *populate)?,
+                    Qemu::Program { path, tls } => qemu_program::run(path, guest, *multifd, *populate, *tls)?,
+                };
                 (qemu::figures(&said), said)
             }
-            Contender::CloudHypervisor { binary, guest, populate, connections } => {
-                let said = cloud_hypervisor::run(binary, guest, *connections, *populate)?;
+            Contender::CloudHypervisor { binary, guest, populate, connections, tls } => {
+                let said = cloud_hypervisor::run(binary, guest, *connections, *populate, *tls)?;
                 (cloud_hypervisor::figures(&said), said)
             }
             Contender::Transport(probe) => (probe.run()?, record::value(probe)),
@@ -95,10 +98,24 @@ impl Contender {
     }
 }
 
+/// Who moves QEMU's guest.
+#[derive(Clone, Debug)]
+pub enum Qemu {
+    /// A script.
+    Script(PathBuf),
+    /// This program does, with this program of QEMU.
+    Program { path: PathBuf, tls: bool },
+}
+
 /// The setup of a contender of this name that moves a guest.
 pub fn setup(guest: &Guest, populate: bool, who: impl Into<String>) -> Setup {
     let group = format!("{guest}{}", if populate { ", destination populated" } else { "" });
     Setup { group, who: who.into(), guest: Some(guest.clone()), populate, plain: None }
+}
+
+/// The setup of the same contender through TLS, which is measured beside the plain one.
+pub fn through_tls(plain: &Setup) -> Setup {
+    Setup { who: format!("{}, TLS", plain.who), plain: Some(plain.who.clone()), ..plain.clone() }
 }
 
 /// The peers that are measured in the same run.
@@ -108,12 +125,16 @@ pub struct Peers {
     pub iperf3: bool,
     /// The script that moves a QEMU guest.
     pub qemu_script: Option<PathBuf>,
-    /// Its multifd channels; empty for the default.
+    /// QEMU's program.
+    pub qemu: Option<PathBuf>,
+    /// QEMU's multifd channels; empty for the default.
     pub multifd: Vec<u16>,
     /// Cloud Hypervisor's program.
     pub cloud_hypervisor: Option<PathBuf>,
     /// Its connections.
     pub connections: Vec<u16>,
+    /// Whether to measure them through TLS as well.
+    pub tls: bool,
 }
 
 impl Peers {
@@ -133,8 +154,14 @@ impl Peers {
                 let plural = if *connections == 1 { "" } else { "s" };
                 let setup =
                     setup(guest, populate, format!("Cloud Hypervisor, {connections} connection{plural}"));
-                let (binary, guest, connections) = (binary.clone(), guest.clone(), *connections);
-                all.push((setup, Contender::CloudHypervisor { binary, guest, populate, connections }));
+                let peer = |tls| Contender::CloudHypervisor {
+                    binary: binary.clone(),
+                    guest: guest.clone(),
+                    populate,
+                    connections: *connections,
+                    tls,
+                };
+                all.extend(self.with_tls(setup, peer));
             }
         }
         if guest.working_set != 0 || !matches!(guest.content, Content::Random | Content::Zero) {
@@ -144,15 +171,28 @@ impl Peers {
             let contender = Contender::Iperf3 { bytes: guest.memory, streams: 1 };
             all.push((setup(guest, populate, "iperf3 -Z"), contender));
         }
-        if let Some(script) = &self.qemu_script {
+        if self.qemu_script.is_some() || self.qemu.is_some() {
             let usual = [if populate { 2 } else { 4 }];
             for multifd in if self.multifd.is_empty() { &usual[..] } else { &self.multifd } {
                 let setup = setup(guest, populate, format!("QEMU, multifd {multifd}"));
-                let (script, guest) = (script.clone(), guest.clone());
-                all.push((setup, Contender::Qemu { script, guest, populate, multifd: *multifd }));
+                let peer = |by| Contender::Qemu { by, guest: guest.clone(), populate, multifd: *multifd };
+                if let Some(script) = &self.qemu_script {
+                    all.push((setup.clone(), peer(Qemu::Script(script.clone()))));
+                }
+                if let Some(path) = &self.qemu {
+                    all.extend(self.with_tls(setup, |tls| peer(Qemu::Program { path: path.clone(), tls })));
+                }
             }
         }
         all
+    }
+
+    /// A peer, and the same through TLS if that is wanted.
+    fn with_tls(&self, plain: Setup, peer: impl Fn(bool) -> Contender) -> Vec<(Setup, Contender)> {
+        let tls = through_tls(&plain);
+        let mut both = vec![(plain, peer(false))];
+        both.extend(self.tls.then(|| (tls, peer(true))));
+        both
     }
 }
 
@@ -181,6 +221,23 @@ mod tests {
         assert_eq!(beside(&full), both);
         assert_eq!(beside(&Guest { content: Content::Untouched, ..busy.clone() }), both);
         assert!(beside(&busy).is_empty());
+        let encrypting = Peers { iperf3: true, qemu: Some("peer".into()), tls: true, ..ch };
+        let all = encrypting.beside(&full, true);
+        let plain: Vec<_> =
+            all.iter().map(|(setup, _)| (setup.who.as_str(), setup.plain.as_deref())).collect();
+        let [one, four] = both;
+        let tls = |who: &str| format!("{who}, TLS");
+        let (one_tls, four_tls, qemu) = (tls(one), tls(four), "QEMU, multifd 2");
+        let expected = [
+            (one, None),
+            (&one_tls, Some(one)),
+            (four, None),
+            (&four_tls, Some(four)),
+            ("iperf3 -Z", None),
+            (qemu, None),
+            ("QEMU, multifd 2, TLS", Some(qemu)),
+        ];
+        assert_eq!(plain, expected);
         let (setup, _) = peers.beside(&full, true).remove(1);
         assert_eq!(setup.group, "1 GiB random, 1 vCPU, idle, destination populated");
     }

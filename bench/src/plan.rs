@@ -12,7 +12,7 @@ use crate::log::Log;
 use crate::output;
 use crate::record::{End, FORMAT, Head, Line, Measurement, Run, Setup};
 use crate::usage::Usage;
-use crate::{summary, warm};
+use crate::{bound, summary, warm};
 use serde_json::Value;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -79,7 +79,11 @@ impl Plan {
             }
         }
         bar.finish_and_clear();
-        let end = End { interrupted: stopped, summary: summary::spreads(&measured) };
+        let end = End {
+            interrupted: stopped,
+            summary: summary::spreads(&measured),
+            encrypted: bound::summary(&measured),
+        };
         log.write(&Line::End(end.clone()))?;
         measured.end = Some(end);
         Ok(measured)
@@ -143,7 +147,7 @@ fn brief(head: &Head, setup: &Setup, run: &Run) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contender::setup;
+    use crate::contender::{Qemu, setup};
     use crate::guest::{Content, Guest};
     use crate::log;
 
@@ -160,7 +164,8 @@ mod tests {
         let bad = script("bad", "exit 1");
         let contender = |who: &str, script| {
             let (populate, guest) = (false, Guest::idle(1 << 30, Content::Random));
-            (setup(&guest, populate, who), Contender::Qemu { script, guest, populate, multifd: 4 })
+            let by = Qemu::Script(script);
+            (setup(&guest, populate, who), Contender::Qemu { by, guest, populate, multifd: 4 })
         };
         Plan {
             bench: "throughput",
@@ -192,6 +197,9 @@ mod tests {
         let interrupted = Arc::new(AtomicBool::new(true));
         let measured = plan(folder.path(), 4).measure(&mut log, &interrupted).unwrap();
         assert!(measured.runs.is_empty());
-        assert_eq!(measured.end, Some(End { interrupted: true, summary: vec![Default::default(); 2] }));
+        assert_eq!(
+            measured.end,
+            Some(End { interrupted: true, summary: vec![Default::default(); 2], encrypted: Vec::new() })
+        );
     }
 }

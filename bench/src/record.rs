@@ -79,6 +79,18 @@ pub struct End {
     pub interrupted: bool,
     /// The distributions of each contender's figures, for programs that need nothing else.
     pub summary: Vec<Spread>,
+    /// Those that encrypt beside those that do not, and beside each other.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub encrypted: Vec<Encrypted>,
+}
+
+/// A contender that encrypts, beside others in the same rounds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Encrypted {
+    /// Its number in the head, from 0.
+    pub contender: usize,
+    /// What it is compared by, and the distribution of that.
+    pub shares: Spread,
 }
 
 /// A line of a file.
@@ -142,7 +154,8 @@ pub fn merged(all: Vec<Measurement>) -> Vec<Measurement> {
                 earlier.runs.append(&mut measured.runs);
                 let interrupted = |m: &Measurement| m.end.as_ref().map(|end| end.interrupted);
                 let either = interrupted(earlier).zip(interrupted(&measured)).map(|(a, b)| a || b);
-                earlier.end = either.map(|interrupted| End { interrupted, summary: Vec::new() });
+                earlier.end =
+                    either.map(|interrupted| End { interrupted, summary: Vec::new(), encrypted: Vec::new() });
             }
             None => merged.push(measured),
         }
@@ -191,7 +204,11 @@ pub(crate) mod tests {
                 }
             }
         }
-        Measurement { head, runs, end: Some(End { interrupted: false, summary: Vec::new() }) }
+        Measurement {
+            head,
+            runs,
+            end: Some(End { interrupted: false, summary: Vec::new(), encrypted: Vec::new() }),
+        }
     }
 
     #[test]

@@ -165,7 +165,7 @@ mod tests {
         m.runs[0].others_percent = Some(2.0);
         assert!(super::text(&m).contains("meanwhile\n"));
         m.runs.clear();
-        m.end = Some(End { interrupted: true, summary: Vec::new() });
+        m.end = Some(End { interrupted: true, summary: Vec::new(), encrypted: Vec::new() });
         assert!(super::text(&m).contains("interrupted"), "also with no run at all");
     }
 }

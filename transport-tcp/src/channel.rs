@@ -5,7 +5,7 @@ use crate::stream::Stream;
 use migration::preamble::Kind;
 use migration::transport::LaneEncryption;
 use socket2::Socket;
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, Read, Write};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -89,12 +89,19 @@ pub(crate) trait Protected: Read + Write + Send {
     fn in_kernel(&self) -> bool;
 
     /// What has been decrypted in this process; `None` if the kernel does it.
-    fn decrypted(&mut self) -> Option<&mut dyn BufRead>;
+    fn decrypted(&mut self) -> Option<&mut dyn Decrypted>;
 
     /// What an error of the socket means.
     fn explain(&mut self, error: io::Error) -> io::Error {
         error
     }
+}
+
+/// Bytes that are decrypted in this process.
+pub(crate) trait Decrypted {
+    /// Hands at most `most` of the next bytes over to `to`, as soon as there are any, and tells how many: 0
+    /// at the end. Who expects many says so by `most`.
+    fn deliver(&mut self, most: usize, to: &mut dyn FnMut(&[u8])) -> io::Result<usize>;
 }
 
 /// Where bytes are encrypted and decrypted.

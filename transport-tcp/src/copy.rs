@@ -4,10 +4,11 @@
 //! Memory that does not exist yet is made to exist a large extent at a time, which costs less than a page
 //! fault for each page.
 
+use crate::channel::Decrypted;
 use crate::place::populate;
 use migration::memory::{Extent, PAGE_SIZE, Ram};
 use migration::scan;
-use std::io::{self, BufRead};
+use std::io;
 
 /// From this length on, it is worth asking whether an extent exists.
 const MIN_POPULATE_BYTES: u64 = 64 << 10;
@@ -16,7 +17,7 @@ const MIN_POPULATE_BYTES: u64 = 64 << 10;
 const POPULATE_BYTES: u64 = 1 << 20;
 
 /// Receives the content of checked extents.
-pub(crate) fn place(from: &mut (impl BufRead + ?Sized), ram: &Ram, extents: &[Extent]) -> io::Result<()> {
+pub(crate) fn place(from: &mut dyn Decrypted, ram: &Ram, extents: &[Extent]) -> io::Result<()> {
     for extent in extents {
         let region = ram.check(extent).map_err(io::Error::other)?;
         let (mut at, end) = (extent.offset, extent.offset + extent.len);
@@ -30,17 +31,18 @@ pub(crate) fn place(from: &mut (impl BufRead + ?Sized), ram: &Ram, extents: &[Ex
                     populate(region.address().wrapping_add(at as usize), exists_to - at);
                 }
             }
-            let chunk = from.fill_buf()?;
-            if chunk.is_empty() {
+            let mut to = region.address().wrapping_add(at as usize);
+            let count = from.deliver((exists_to - at) as usize, &mut |chunk| {
+                // SAFETY: all chunks together have at most the bytes that were asked for: those from `at` to
+                // `exists_to`. They lie in the extent, which `Ram::check` has found inside the region's
+                // mapping, and a chunk is other memory. The guest does not run here yet, and no reference to
+                // its memory exists.
+                unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), to, chunk.len()) };
+                to = to.wrapping_add(chunk.len());
+            })?;
+            if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            let count = chunk.len().min((exists_to - at) as usize);
-            let to = region.address().wrapping_add(at as usize);
-            // SAFETY: `at` to `at + count` lies in the extent, which `Ram::check` has found inside the
-            // region's mapping, and `chunk` has at least `count` bytes of other memory. The guest does not
-            // run here yet, and no reference to its memory exists.
-            unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), to, count) };
-            from.consume(count);
             at += count as u64;
         }
     }
@@ -51,7 +53,18 @@ pub(crate) fn place(from: &mut (impl BufRead + ?Sized), ram: &Ram, extents: &[Ex
 mod tests {
     use super::*;
     use migration::conformance::bed::ram_of;
-    use std::io::BufReader;
+
+    /// Bytes that arrive by so many.
+    struct Chunks<'a>(&'a [u8], usize);
+
+    impl Decrypted for Chunks<'_> {
+        fn deliver(&mut self, most: usize, to: &mut dyn FnMut(&[u8])) -> io::Result<usize> {
+            let (now, later) = self.0.split_at(self.0.len().min(most).min(self.1));
+            self.0 = later;
+            to(now);
+            Ok(now.len())
+        }
+    }
 
     #[test]
     fn chunks_of_any_length_end_up_where_they_belong() {
@@ -65,7 +78,7 @@ mod tests {
         let content: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(bytes as usize).collect();
         for chunk in [1000, 4096, 16 << 10, 1 << 20] {
             let ram = ram_of(&[1024]);
-            let mut from = BufReader::with_capacity(chunk, &content[..]);
+            let mut from = Chunks(&content, chunk);
             place(&mut from, &ram, &extents).unwrap();
             let mut at = 0;
             for extent in &extents {
@@ -75,7 +88,7 @@ mod tests {
                 assert!(got == &content[at..at + len], "{extent:?} by chunks of {chunk}");
                 at += len;
             }
-            assert!(from.fill_buf().unwrap().is_empty());
+            assert!(from.0.is_empty());
             let error = place(&mut from, &ram, &extents[..1]).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         }

@@ -8,7 +8,7 @@
 //! The destination allocates memory when the source's configuration arrives, so with `prefault` that is part
 //! of the migration. The time until all memory exists is observed from outside and reported separately.
 
-use super::free_port;
+use super::{certificates, free_port};
 use crate::figures::{self, Figures};
 use crate::guest::{Content, Guest};
 use crate::usage;
@@ -77,7 +77,13 @@ impl CpuTime {
 ///
 /// # Errors
 /// When the binary does not run, or the migration fails.
-pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> anyhow::Result<Value> {
+pub fn run(
+    binary: &Path,
+    guest: &Guest,
+    connections: u16,
+    populate: bool,
+    tls: bool,
+) -> anyhow::Result<Value> {
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let kernel = folder.path().join("guest.elf");
     fs::write(&kernel, ELF).context("cannot write the guest's image")?;
@@ -88,14 +94,21 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
     thread::sleep(SETTLE_TIME);
     fill(source.child.id(), guest)?;
     let address = format!("tcp:127.0.0.1:{}", free_port()?);
-    let _receiving = target.ask("vm.receive-migration", &json!({ "receiver_url": address }))?;
+    let mut receiving = json!({ "receiver_url": address });
+    let mut sending = json!({ "destination_url": address, "connections": connections });
+    if tls {
+        certificates::make(folder.path())?;
+        for request in [&mut receiving, &mut sending] {
+            request["tls_dir"] = json!(folder.path());
+        }
+    }
+    let _receiving = target.ask("vm.receive-migration", &receiving)?;
     target.wait_event("migration-receive-ready")?;
     let before = (source.cpu_time()?, target.cpu_time()?);
     // A process that ends may be read without its threads; their time is in the total all the same.
     let mut used = before.0;
-    let request = json!({ "destination_url": address, "connections": connections });
     let began = Instant::now();
-    let _sending = source.ask("vm.send-migration", &request)?;
+    let _sending = source.ask("vm.send-migration", &sending)?;
     let mut built = None;
     loop {
         used =
@@ -125,6 +138,7 @@ pub fn run(binary: &Path, guest: &Guest, connections: u16, populate: bool) -> an
     Ok(json!({
         "version": String::from_utf8_lossy(&version).trim(),
         "mib": guest.memory >> 20,
+        "tls": tls,
         "total_s": finished - started,
         "blackout_s": finished - paused,
         "build_s": built.map(|built| built.as_secs_f64()),

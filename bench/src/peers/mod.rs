@@ -1,9 +1,11 @@
 //! Other programs that are measured in the same run.
 
+mod certificates;
 pub mod cloud_hypervisor;
 pub mod iperf3;
 pub mod perftest;
 pub mod qemu;
+pub mod qemu_program;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 

@@ -38,8 +38,7 @@ fn whimbrel(who: impl Into<String>, plan: Move) -> (Setup, Contender) {
 /// The same migration through TLS, which is measured beside the plain one.
 fn through_tls((plain, contender): &(Setup, Contender)) -> Option<(Setup, Contender)> {
     let Contender::Whimbrel(plan) = contender else { return None };
-    let setup = Setup { who: format!("{}, TLS", plain.who), plain: Some(plain.who.clone()), ..plain.clone() };
-    Some((setup, Contender::Whimbrel(Move { tls: true, ..plan.clone() })))
+    Some((contender::through_tls(plain), Contender::Whimbrel(Move { tls: true, ..plan.clone() })))
 }
 
 /// Timer interrupts a second of a guest whose throughput is measured. The peers' guests are paused all the
@@ -126,7 +125,8 @@ pub fn throughput(args: &ThroughputArgs) -> anyhow::Result<Plan> {
             contenders.extend(std::iter::once(plain).chain(tls));
         }
     }
-    contenders.extend(Peers::from(args.comparison.peers.clone()).beside(&guest, args.populate));
+    let peers = Peers { tls: args.tls, ..Peers::from(args.comparison.peers.clone()) };
+    contenders.extend(peers.beside(&guest, args.populate));
     if args.tls {
         let setup = contender::setup(&guest, args.populate, "AES-128-GCM, one processor");
         contenders.push((setup, Contender::Cipher { time: CIPHER_TIME }));

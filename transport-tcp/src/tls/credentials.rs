@@ -2,8 +2,7 @@
 
 use super::files::{Files, FilesError};
 use super::names::Pattern;
-use super::stream;
-use super::{explain, names};
+use super::{accepted, explain, names, stream};
 use crate::channel::{At, Peer, Protect, Protected, SharedSocket};
 use crate::stream::unanswered;
 use crate::{Error, Untrusted};
@@ -12,11 +11,11 @@ use rustls::crypto::CryptoProvider;
 use rustls::crypto::ring::{self, cipher_suite};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{
-    CipherSuite, ClientConfig, ClientConnection, Connection, InconsistentKeys, RootCertStore, ServerConfig,
-    ServerConnection, SupportedCipherSuite,
+    CipherSuite, ClientConfig, ClientConnection, InconsistentKeys, RootCertStore, ServerConfig,
+    SupportedCipherSuite,
 };
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -37,7 +36,7 @@ const SUITES: [SupportedCipherSuite; 3] = [
 
 /// A host's certificate, and whom it trusts.
 pub(super) struct Credentials {
-    client: Arc<ClientConfig>,
+    pub(super) client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
     admitted: Vec<Pattern>,
 }
@@ -142,7 +141,7 @@ impl Protect for Credentials {
         let begun = Instant::now();
         let connection = ClientConnection::new(Arc::clone(&self.client), name);
         let connection = connection.map_err(|error| untrusted(explain::fault(&error)))?;
-        let opened = stream::open(Connection::Client(connection), socket, place, deadline, peer_of);
+        let opened = stream::open(connection, socket, place, deadline, peer_of);
         opened.map_err(|error| unanswered(to, error, deadline.saturating_duration_since(begun)))
     }
 
@@ -156,9 +155,9 @@ impl Protect for Credentials {
             Some(Untrusted(what)) => Error::Untrusted(format!("it {what}")),
             None => Error::NoPreamble(error),
         };
-        let connection = ServerConnection::new(Arc::clone(&self.server));
+        let connection = UnbufferedServerConnection::new(Arc::clone(&self.server));
         let connection = connection.map_err(|error| Error::Untrusted(error.to_string()))?;
-        stream::open(Connection::Server(connection), socket, place, deadline, peer_of).map_err(untrusted)
+        accepted::open(connection, socket, place, deadline, peer_of).map_err(untrusted)
     }
 
     fn admits(&self, peer: &Peer) -> bool {

@@ -9,11 +9,11 @@
 
 use super::stream::trouble;
 use crate::Untrusted;
-use crate::channel::{Peer, Protected, SharedSocket};
+use crate::channel::{Decrypted, Peer, Protected, SharedSocket};
 use rustls::crypto::cipher::Iv;
 use rustls::{AlertDescription, ConnectionTrafficSecrets, ExtractedSecrets};
 use socket2::Socket;
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
@@ -241,7 +241,7 @@ impl Protected for KernelStream {
         true
     }
 
-    fn decrypted(&mut self) -> Option<&mut dyn BufRead> {
+    fn decrypted(&mut self) -> Option<&mut dyn Decrypted> {
         None
     }
 

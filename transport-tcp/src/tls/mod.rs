@@ -24,12 +24,15 @@
 //! # }
 //! ```
 
+mod accepted;
 mod credentials;
 mod explain;
 mod files;
 mod kernel;
 mod names;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub use files::{Files, FilesError, Renewed};
 pub use kernel::{KernelError, in_kernel};

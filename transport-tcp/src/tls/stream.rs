@@ -1,4 +1,4 @@
-//! How a connection through TLS begins, and one that is encrypted in user space.
+//! The connecting end of a connection through TLS, encrypted in user space. From here memory is sent.
 //!
 //! What is written is encrypted at once, from where it lies into records of 16 KiB, of which several are sent
 //! by one system call.
@@ -6,27 +6,22 @@
 use super::explain;
 use super::kernel::{self, KernelStream};
 use crate::Untrusted;
-use crate::channel::{At, Peer, Protected, SharedSocket};
+use crate::channel::{At, Decrypted, Peer, Protected, SharedSocket};
 use rustls::pki_types::CertificateDer;
-use rustls::{Connection, SupportedCipherSuite};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use rustls::{ClientConnection, SupportedCipherSuite};
+use std::io::{self, BufRead, Read, Write};
 use std::time::Instant;
 
 /// Most encrypted bytes that wait to be sent together.
-const BATCH_BYTES: usize = 256 << 10;
-
-/// Bytes that are read at a time.
-const READ_BYTES: usize = 64 << 10;
+const BATCH_BYTES: usize = 1 << 20;
 
 /// Tells who the other end is, of its certificates and the cipher.
-type PeerOf = fn(Option<&[CertificateDer<'static>]>, Option<SupportedCipherSuite>) -> Option<Peer>;
+pub(super) type PeerOf = fn(Option<&[CertificateDer<'static>]>, Option<SupportedCipherSuite>) -> Option<Peer>;
 
 /// An open connection.
 pub(super) struct TlsStream {
-    connection: Connection,
+    connection: ClientConnection,
     socket: SharedSocket,
-    /// The same socket.
-    incoming: BufReader<SharedSocket>,
     /// Bytes that are decrypted and not yet taken.
     plain: usize,
     ended: bool,
@@ -41,7 +36,7 @@ pub(super) fn trouble(error: &rustls::Error) -> io::Error {
 }
 
 /// Reads of a socket no further than to the end of a TLS record, so that whoever reads on misses nothing.
-struct Records<'a> {
+pub(super) struct Records<'a> {
     socket: &'a SharedSocket,
     /// The record's head: its type, a version, and the length of what follows.
     head: [u8; 5],
@@ -49,6 +44,13 @@ struct Records<'a> {
     filled: usize,
     /// Bytes that follow.
     left: usize,
+}
+
+impl<'a> Records<'a> {
+    /// Of a socket from which nothing of a record has been read.
+    pub(super) fn new(socket: &'a SharedSocket) -> Self {
+        Records { socket, head: [0; 5], filled: 0, left: 0 }
+    }
 }
 
 impl Read for Records<'_> {
@@ -74,13 +76,13 @@ impl Read for Records<'_> {
 /// Makes the handshake before the deadline, and encrypts from then on in that place. Afterwards reads wait as
 /// long as the socket is told.
 pub(super) fn open(
-    mut connection: Connection,
+    mut connection: ClientConnection,
     socket: SharedSocket,
     place: At,
     deadline: Instant,
     peer_of: PeerOf,
 ) -> io::Result<Box<dyn Protected>> {
-    let mut incoming = Records { socket: &socket, head: [0; 5], filled: 0, left: 0 };
+    let mut incoming = Records::new(&socket);
     let mut outgoing = socket.clone();
     while connection.is_handshaking() || connection.wants_write() {
         if connection.wants_write() {
@@ -108,8 +110,7 @@ pub(super) fn open(
         return Ok(Box::new(KernelStream::new(socket, &secrets, peer)?));
     }
     connection.set_buffer_limit(Some(BATCH_BYTES));
-    let incoming = BufReader::with_capacity(READ_BYTES, socket.clone());
-    Ok(Box::new(TlsStream { connection, socket, incoming, plain: 0, ended: false, failed: None, peer }))
+    Ok(Box::new(TlsStream { connection, socket, plain: 0, ended: false, failed: None, peer }))
 }
 
 impl TlsStream {
@@ -129,7 +130,7 @@ impl TlsStream {
 }
 
 /// Sends all that is encrypted.
-fn send(connection: &mut Connection, socket: &mut SharedSocket) -> io::Result<()> {
+fn send(connection: &mut ClientConnection, socket: &mut SharedSocket) -> io::Result<()> {
     while connection.wants_write() {
         match connection.write_tls(socket) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -142,7 +143,7 @@ fn send(connection: &mut Connection, socket: &mut SharedSocket) -> io::Result<()
 }
 
 /// Takes encrypted bytes; none are the end.
-fn receive(connection: &mut Connection, incoming: &mut impl Read) -> io::Result<usize> {
+fn receive(connection: &mut ClientConnection, incoming: &mut impl Read) -> io::Result<usize> {
     loop {
         match connection.read_tls(incoming) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -151,8 +152,8 @@ fn receive(connection: &mut Connection, incoming: &mut impl Read) -> io::Result<
     }
 }
 
-impl BufRead for TlsStream {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+impl Decrypted for TlsStream {
+    fn deliver(&mut self, most: usize, to: &mut dyn FnMut(&[u8])) -> io::Result<usize> {
         while self.plain == 0 && !self.ended {
             if let Some(error) = &self.failed {
                 let left = self.connection.reader().into_first_chunk().map_or(0, <[u8]>::len);
@@ -162,27 +163,30 @@ impl BufRead for TlsStream {
                 self.plain = left;
                 break;
             }
-            match receive(&mut self.connection, &mut self.incoming)? {
+            match receive(&mut self.connection, &mut self.socket)? {
                 0 => self.ended = true,
                 _ => self.process(),
             }
         }
-        if self.plain == 0 { Ok(&[]) } else { self.connection.reader().into_first_chunk() }
-    }
-
-    fn consume(&mut self, count: usize) {
+        if self.plain == 0 {
+            return Ok(0);
+        }
+        let chunk = self.connection.reader().into_first_chunk()?;
+        let count = chunk.len().min(most);
+        to(&chunk[..count]);
         self.connection.reader().consume(count);
         self.plain -= count.min(self.plain);
+        Ok(count)
     }
 }
 
 impl Read for TlsStream {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let chunk = self.fill_buf()?;
-        let count = chunk.len().min(bytes.len());
-        bytes[..count].copy_from_slice(&chunk[..count]);
-        self.consume(count);
-        Ok(count)
+        let (most, mut filled) = (bytes.len(), 0);
+        self.deliver(most, &mut |some| {
+            bytes[filled..][..some.len()].copy_from_slice(some);
+            filled += some.len();
+        })
     }
 }
 
@@ -217,7 +221,7 @@ impl Protected for TlsStream {
         false
     }
 
-    fn decrypted(&mut self) -> Option<&mut dyn BufRead> {
+    fn decrypted(&mut self) -> Option<&mut dyn Decrypted> {
         Some(self)
     }
 }
