@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# What to run when something is missing: beside this package in a source tree, or by the installed command.
+SETUP = str(HERE.parent / "setup") if (HERE.parent / "setup").exists() else "rxe-lab setup"
 # Loaded in every VM. Everything else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
 MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm", "kvm_amd"]
 CONSOLE_TAIL_LINES = 40
@@ -67,10 +69,10 @@ class Node:
 
 def cache_directory():
     """The directory with kernel, modules and initramfs; LabError if it is stale or absent."""
-    base = os.environ.get("WHIMBREL_LAB_CACHE")
+    base = os.environ.get("RXE_LAB_CACHE")
     if not base:
         xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        base = Path(xdg) / "whimbrel-lab"
+        base = Path(xdg) / "rxe-lab"
     current = (Path(base) / "current").resolve()
     made_from = hashlib.sha256((HERE / "guest/init").read_bytes()).hexdigest()
     try:
@@ -78,7 +80,7 @@ def cache_directory():
     except OSError:
         stamp = None
     if stamp != made_from:
-        raise LabError(f"{base} is {'stale' if stamp else 'empty'}; run {HERE / 'setup'}")
+        raise LabError(f"{base} is {'stale' if stamp else 'empty'}; run '{SETUP}'")
     return current
 
 
@@ -291,7 +293,7 @@ KERNEL_COMMAND_LINE = (
     "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nowatchdog nokaslr audit=0 "
     "tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests net.ifnames=0 "
     "transparent_hugepage=madvise "
-    # A kernel that hangs panics, like one that oopses. The emulator's fault (docs/lab.md) causes either.
+    # A kernel that hangs panics, like one that oopses. The emulator's fault causes either.
     "rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 )
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from vm import LabError, Settings, parse_size
+from rxe_lab.vm import LabError, Settings, parse_size
 
 # Always passed on; other variables need --env.
 DEFAULT_ENVIRONMENT = ["PATH", "HOME", "USER", "LANG", "TERM"]
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 def parser(usage, description, epilog):
     """An argument parser with the common options."""
     made = Parser(
-        usage=usage,
+        usage=f"rxe-lab {usage}",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
