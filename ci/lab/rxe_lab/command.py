@@ -16,7 +16,7 @@ RDMA devices for any command, on a machine that has none: soft-RoCE in a throw-a
   pair [options] -- COMMAND_A... :: COMMAND_B...  runs two commands in two joined VMs
   setup [--refresh] [PACKAGE...]                prepares this machine; installs packages if it is root
   doctor                                        says what is there, what is missing, and what to do
-  selftest                                      checks all that the lab promises, in about 90 seconds
+  selftest                                      checks all that the lab promises, in about two minutes
   --version                                     prints the version
 
 `rxe-lab run --help` and `rxe-lab pair --help` list the options.

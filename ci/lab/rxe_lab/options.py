@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rxe_lab.vm import LabError, Settings, parse_size
 
+# Where root's programs are, such as tc; a user's PATH may lack them.
+ROOT_PATH = ["/usr/sbin", "/sbin"]
 # Always passed on; other variables need --env.
 DEFAULT_ENVIRONMENT = ["PATH", "HOME", "USER", "LANG", "TERM"]
 
@@ -71,6 +73,8 @@ def settings(options):
             environment[name] = value
         elif name in os.environ:
             environment[name] = os.environ[name]
+    # The command is root, also if we are not.
+    environment["PATH"] += "".join(f":{place}" for place in ROOT_PATH if place not in environment["PATH"].split(":"))
     if options.memlock != "unlimited":
         parse_size(options.memlock)
     parse_size(options.memory)
