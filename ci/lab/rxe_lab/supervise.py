@@ -130,8 +130,9 @@ class Run:
                 since, before = now, used
             self.progress[vm.node.name] = (since, before)
             if now - since > STANDSTILL_SECONDS:
+                note(f"VM {vm.node.name} stands still; asking its monitor why")
                 raise VmStandsStill(
-                    f"VM {vm.node.name} stands still for {now - since:.0f} s; the end of its console:\n"
+                    f"VM {vm.node.name} stood still for {now - since:.0f} s; the end of its console:\n"
                     f"{vm.console_tail()}\nand what its monitor says:\n{vm.interrogate()}"
                 )
 
