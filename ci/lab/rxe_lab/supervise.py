@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vm import HERE, LabError, Vm, cache_directory
+from rxe_lab.vm import SETUP, LabError, Vm, cache_directory
 
 # Exit codes of the lab itself; any other is the command's own (timeout(1) does the same).
 TIMED_OUT = 124
@@ -68,11 +68,11 @@ class Run:
         """Returns the exit code of each node by name; raises LabError or Interrupted."""
         cache = cache_directory()
         if not shutil.which("qemu-system-x86_64"):
-            raise LabError(f"qemu-system-x86_64 is not there; run {HERE / 'setup'}")
+            raise LabError(f"qemu-system-x86_64 is not there; run '{SETUP}'")
         # QEMU opens a file for every file that is open in a VM.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        with tempfile.TemporaryDirectory(prefix="whimbrel-lab.") as directory:
+        with tempfile.TemporaryDirectory(prefix="rxe-lab.") as directory:
             try:
                 for node in self.nodes:
                     vm = Vm(node, self.settings, cache, Path(directory))
@@ -130,8 +130,9 @@ class Run:
                 since, before = now, used
             self.progress[vm.node.name] = (since, before)
             if now - since > STANDSTILL_SECONDS:
+                note(f"VM {vm.node.name} stands still; asking its monitor why")
                 raise VmStandsStill(
-                    f"VM {vm.node.name} stands still for {now - since:.0f} s; the end of its console:\n"
+                    f"VM {vm.node.name} stood still for {now - since:.0f} s; the end of its console:\n"
                     f"{vm.console_tail()}\nand what its monitor says:\n{vm.interrogate()}"
                 )
 

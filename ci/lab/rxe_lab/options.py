@@ -4,8 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
-from vm import LabError, Settings, parse_size
+from rxe_lab.vm import LabError, Settings, parse_size
 
+# Where root's programs are, such as tc; a user's PATH may lack them.
+ROOT_PATH = ["/usr/sbin", "/sbin"]
 # Always passed on; other variables need --env.
 DEFAULT_ENVIRONMENT = ["PATH", "HOME", "USER", "LANG", "TERM"]
 
@@ -20,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 def parser(usage, description, epilog):
     """An argument parser with the common options."""
     made = Parser(
-        usage=usage,
+        usage=f"rxe-lab {usage}",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,6 +73,8 @@ def settings(options):
             environment[name] = value
         elif name in os.environ:
             environment[name] = os.environ[name]
+    # The command is root, also if we are not.
+    environment["PATH"] += "".join(f":{place}" for place in ROOT_PATH if place not in environment["PATH"].split(":"))
     if options.memlock != "unlimited":
         parse_size(options.memlock)
     parse_size(options.memory)

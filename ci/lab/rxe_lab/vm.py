@@ -18,8 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# What to run when something is missing: beside this package in a source tree, or by the installed command.
+SETUP = str(HERE.parent / "setup") if (HERE.parent / "setup").exists() else "rxe-lab setup"
 # Loaded in every VM. Everything else loads on first use: netem, bridge, tun, vhost-net, nvme, ...
-MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm", "kvm_amd"]
+MODULES = ["kvm_amd"]
+# What RDMA devices and their links need besides.
+RDMA_MODULES = ["crc32_generic", "rdma_rxe", "rdma_ucm"]
+LINK_MODULES = {"veth": [*RDMA_MODULES, "veth"], "pair": [*RDMA_MODULES, "virtio_net"], "none": []}
 CONSOLE_TAIL_LINES = 40
 # How long the monitor is listened to.
 MONITOR_SECONDS = 3.0
@@ -56,7 +61,7 @@ class Node:
 
     name: str
     command: list
-    link: str  # "veth": both ends of the cable in this VM; "pair": one end
+    link: str  # "veth": both ends of the cable in this VM; "pair": one end; "none": no cable, no device
     address: str
     peer: str
     device: str = "rxe0"
@@ -67,10 +72,10 @@ class Node:
 
 def cache_directory():
     """The directory with kernel, modules and initramfs; LabError if it is stale or absent."""
-    base = os.environ.get("WHIMBREL_LAB_CACHE")
+    base = os.environ.get("RXE_LAB_CACHE")
     if not base:
         xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        base = Path(xdg) / "whimbrel-lab"
+        base = Path(xdg) / "rxe-lab"
     current = (Path(base) / "current").resolve()
     made_from = hashlib.sha256((HERE / "guest/init").read_bytes()).hexdigest()
     try:
@@ -78,7 +83,7 @@ def cache_directory():
     except OSError:
         stamp = None
     if stamp != made_from:
-        raise LabError(f"{base} is {'stale' if stamp else 'empty'}; run {HERE / 'setup'}")
+        raise LabError(f"{base} is {'stale' if stamp else 'empty'}; run '{SETUP}'")
     return current
 
 
@@ -134,13 +139,12 @@ class Vm:
         """Writes the files that `guest/stage2` reads from its job share."""
         node, settings = self.node, self.settings
         release = (self.cache / "release").read_text().strip()
-        modules = MODULES + settings.modules
-        modules.append("virtio_net" if node.link == "pair" else "veth")
+        modules = MODULES + LINK_MODULES[node.link] + settings.modules
         config = {
             "LAB_MODULES": self.cache / "lib/modules" / release,
             "LAB_LOAD": " ".join(modules),
             "LAB_LINK": node.link,
-            "LAB_HOSTNAME": "lab" if node.link == "veth" else f"lab-{node.name}",
+            "LAB_HOSTNAME": f"lab-{node.name}" if node.link == "pair" else "lab",
             "LAB_ADDR": node.address,
             "LAB_MTU": settings.mtu,
             "LAB_GUESTS": settings.guests,
@@ -149,33 +153,10 @@ class Vm:
         (job / "config").write_text("".join(lines))
         shares = [f"share{i} {path}\n" for i, path in enumerate(settings.writable)]
         (job / "shares").write_text("".join(shares))
-        (job / "enter").write_text(self._enter_script())
-        shutil.copyfile(HERE / "guest/stage2", job / "stage2")
-
-    def _enter_script(self):
-        """The shell script in the VM that becomes the command."""
-        node = self.node
-        environment = {
-            "LAB": "1",
-            "LAB_NODE": node.name,
-            "LAB_ADDR": node.address,
-            "LAB_PEER": node.peer,
-            "LAB_DEVICE": node.device,
-            "LAB_PEER_DEVICE": node.peer_device,
-        } | self.settings.environment
-        lines = ["echo 0 >/sys/fs/cgroup/lab/cgroup.procs"]
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-        lines.append(f"cd {shlex.quote(os.getcwd())} || exit 126")
-        command = shlex.join(node.command)
-        limit = self.settings.memlock
-        if limit == "unlimited":
-            lines.append("ulimit -l unlimited")
-        else:
-            # CAP_IPC_LOCK overrides the limit, so root has to lose it to feel it.
-            lines.append(f"ulimit -l {parse_size(limit) // 1024}")
-            command = f"setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock -- {command}"
-        lines.append(f"exec {command}")
-        return "\n".join(lines) + "\n"
+        in_cgroup = "echo 0 >/sys/fs/cgroup/lab/cgroup.procs\n"
+        (job / "enter").write_text(in_cgroup + enter_script(node, settings))
+        for name in ("stage2", "links"):
+            shutil.copyfile(HERE / "guest" / name, job / name)
 
     def _qemu(self, job, ports):
         settings = self.settings
@@ -291,9 +272,32 @@ KERNEL_COMMAND_LINE = (
     "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nowatchdog nokaslr audit=0 "
     "tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests net.ifnames=0 "
     "transparent_hugepage=madvise "
-    # A kernel that hangs panics, like one that oopses. The emulator's fault (docs/lab.md) causes either.
+    # A kernel that hangs panics, like one that oopses. The emulator's fault causes either.
     "rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 )
+
+
+def enter_script(node, settings):
+    """The shell script that becomes the node's command, in its surroundings."""
+    environment = {
+        "LAB": "1",
+        "LAB_NODE": node.name,
+        "LAB_ADDR": node.address,
+        "LAB_PEER": node.peer,
+        "LAB_DEVICE": node.device,
+        "LAB_PEER_DEVICE": node.peer_device,
+    } | settings.environment
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    lines.append(f"cd {shlex.quote(os.getcwd())} || exit 126")
+    command = shlex.join(node.command)
+    if settings.memlock == "unlimited":
+        lines.append("ulimit -l unlimited")
+    else:
+        # CAP_IPC_LOCK overrides the limit, so root has to lose it to feel it.
+        lines.append(f"ulimit -l {parse_size(settings.memlock) // 1024}")
+        command = f"setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock -- {command}"
+    lines.append(f"exec {command}")
+    return "\n".join(lines) + "\n"
 
 
 def escape(path):
