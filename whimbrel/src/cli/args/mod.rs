@@ -1,0 +1,286 @@
+//! The command line.
+
+mod limits;
+mod machine;
+mod moving;
+mod security;
+mod target;
+mod values;
+
+pub use limits::LimitArgs;
+pub use machine::{MachineArgs, WorkloadArgs};
+pub use moving::{MigrateArgs, PolicyArgs};
+pub use security::SecurityArgs;
+pub use target::{ResumeArgs, Target};
+pub use values::{NetArg, OutputTarget, SerialTarget};
+
+use super::choice::{AIO, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
+use clap::{Args, Parser, Subcommand};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use transport_tcp::tls::Pattern;
+use values::{announcing, disk, name, net, size, tap};
+use vmm::memory::Thp;
+use vmm::sandbox::Mode;
+use vmm::virtio::block::{Aio, BlockConfig};
+use vmm::virtio::net::{Announcing, TapConfig};
+use whimbrel::security::Encryption;
+
+/// Moves running KVM virtual machines from host to host.
+#[derive(Debug, Parser)]
+#[command(name = "whimbrel", version, about, max_term_width = 110, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the migration failed and the guest runs \
+on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed; 6 it is unknown whether the guest has \
+moved; 7 (status) no guest runs here; 8 nobody answers on the API's socket; 130, 143 (migrate) interrupted, and the \
+migration goes on.";
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine
+    Run(RunArgs),
+    /// Wait for a virtual machine to arrive, then run it
+    Receive(ReceiveArgs),
+    /// Move a running virtual machine to a waiting receiver
+    Migrate(MigrateArgs),
+    /// Show what a virtual machine is doing, and its migration
+    Status(Target),
+    /// Cancel a migration; the guest continues to run where it is
+    Cancel(Target),
+    /// Pause a virtual machine
+    Pause(Target),
+    /// Let a paused virtual machine continue
+    Resume(ResumeArgs),
+    /// Press a virtual machine's power button: a guest that listens to it shuts down
+    Shutdown(Target),
+    /// End a virtual machine's process
+    Quit(Target),
+    /// Show what this host can do, what it lacks, and how to provide that
+    Doctor(DoctorArgs),
+    /// Move an embedded guest between two processes on this machine and show what it felt
+    Demo(DemoArgs),
+    /// Make the certificates by which hosts know each other
+    Pki(PkiArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages
+    Man {
+        /// Folder to write them to
+        folder: PathBuf,
+    },
+}
+
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Kernel to start: a PVH ELF image or a 64-bit bzImage. Without it, the machine boots the kernel on its
+    /// first disk, or the embedded guest if it has no disk
+    #[arg(long, short = 'k')]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel
+    #[arg(long, requires = "kernel")]
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line. For a kernel from a disk, root= and ro are put before it
+    #[arg(long, default_value = "console=ttyS0")]
+    pub cmdline: String,
+    /// What follows when the guest reboots, or resets its machine in another way, also after it has moved
+    #[arg(long, default_value = "reset", value_parser = one_of(ON_REBOOT))]
+    pub on_reboot: OnReboot,
+    /// Give the machine a disk (virtio-blk): a raw image or a block device, as
+    /// PATH[,readonly][,cached][,queues=N][,werror=POLICY][,rerror=POLICY]. The policies say what follows
+    /// when this host cannot write or read: report tells the guest, stop pauses it until that is over, enospc
+    /// does so if there is no room. Default: werror=enospc,rerror=report. Repeat it for further disks
+    #[arg(long, value_name = "PATH[,OPTION]...", value_parser = disk)]
+    pub disk: Vec<BlockConfig>,
+    /// Give the machine a network interface (virtio-net) on a tap of this host, as
+    /// tap=NAME[,mac=ADDRESS][,queues=PAIRS][,offloads=off]. Repeat it for further interfaces
+    #[arg(long, value_name = "tap=NAME[,OPTION]...", value_parser = net)]
+    pub net: Vec<NetArg>,
+    /// Give the machine a source of entropy (virtio-rng)
+    #[arg(long)]
+    pub rng: bool,
+    #[command(flatten)]
+    pub workload: WorkloadArgs,
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+/// What a machine's process is connected to.
+#[derive(Args, Clone, Debug)]
+pub struct ProcessArgs {
+    /// TOML file with further options, by their long names. Options on the command line replace those of the
+    /// file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Unix socket for the API; the other commands reach the machine through it
+    #[arg(long)]
+    pub api: Option<PathBuf>,
+    /// The machine's name, as `status` shows it. Default: `vm`, or for a guest that arrives the name that it
+    /// has
+    #[arg(long, value_parser = name)]
+    pub name: Option<String>,
+    /// File to which what became of each move is appended, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+    /// Where the serial port goes: stdio, stdout, none, or a file to append to. With stdio it also reads
+    /// standard input. If that is a terminal, all keys go to the guest; Ctrl-A x quits, and Ctrl-A twice
+    /// sends one Ctrl-A
+    #[arg(long, default_value = "stdout")]
+    pub serial: SerialTarget,
+    /// Where the output of the virtio console goes: stdout, none, or a file to append to. With `run`, this
+    /// option also gives the machine a console. A machine that arrives has one or not, and without this
+    /// option its output is dropped
+    #[arg(long)]
+    pub console: Option<OutputTarget>,
+    /// File, pipe or terminal that the virtio console reads
+    #[arg(long, requires = "console")]
+    pub console_input: Option<PathBuf>,
+    /// Whether guest memory in pages of 4k may come to lie in transparent huge pages, at once or later. Each
+    /// host decides for itself
+    #[arg(long, default_value = "on", value_parser = one_of(THP))]
+    pub thp: Thp,
+    /// How disks carry out requests: several at a time with io_uring, or one after the other with system
+    /// calls (sync). auto uses io_uring if the kernel has it, except for disks that use the page cache
+    #[arg(long, default_value = "auto", value_parser = one_of(AIO))]
+    pub aio: Aio,
+    /// How often, and when, the network is told where the guest is after it has arrived here or come back, as
+    /// rounds=N[,initial=TIME][,step=TIME][,max=TIME]. initial is the wait after the first round; each
+    /// further wait is longer by step, up to max
+    #[arg(long, value_name = "OPTION,...", default_value = "rounds=5,initial=50ms,step=100ms,max=550ms")]
+    #[arg(value_parser = announcing)]
+    pub announce: Announcing,
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Whether this process limits itself to the system calls, files and privileges that it needs
+    #[arg(long, default_value = "on", value_parser = one_of(SECCOMP))]
+    pub seccomp: Mode,
+    /// Report on standard output as JSON, one object a line (send the serial port elsewhere)
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct ReceiveArgs {
+    /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. Without
+    /// certificates (--tls) it has to be this host's own, such as 127.0.0.1
+    #[arg(long, short = 'l')]
+    pub listen: SocketAddr,
+    /// Host that may send a guest, by a name or an address that its certificate is for, or *.DOMAIN for any
+    /// host of a domain; repeatable. Without it, all hosts may that the CA vouches for
+    #[arg(long, value_name = "PEER", requires = "certificates")]
+    pub allow: Vec<Pattern>,
+    /// What may arrive unencrypted if there are certificates: memory over RDMA (preferred), nothing
+    /// (required), or memory over TCP as well (off)
+    #[arg(long, default_value = "preferred", value_parser = one_of(ENCRYPTION))]
+    pub encryption: Encryption,
+    /// Make guest memory exist before the source may write to it. This takes time at first, and saves time
+    /// later
+    #[arg(long)]
+    pub populate: bool,
+    /// Spin on RDMA completions instead of sleeping
+    #[arg(long)]
+    pub busy_poll: bool,
+    /// Folder whose files an arriving guest may have as disks; repeatable. Without it, guests with disks are
+    /// refused
+    #[arg(long, value_name = "FOLDER")]
+    pub disks: Vec<PathBuf>,
+    /// Take in guests whose disks this host cannot prove to be the same as the source's, by the source's
+    /// locks on them. If they are not the same, the guest gets wrong data and overwrites what is there
+    #[arg(long)]
+    pub trust_storage: bool,
+    /// Tap for a guest's network interface, as tap=NAME[,offloads=off]. Give it once for each of the guest's
+    /// interfaces, in their order; a guest with more interfaces is refused
+    #[arg(long, value_name = "tap=NAME[,OPTION]", value_parser = tap)]
+    pub net: Vec<TapConfig>,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// End after the first migration that fails, instead of waiting for another
+    #[arg(long)]
+    pub once: bool,
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct PkiArgs {
+    #[command(subcommand)]
+    pub command: PkiCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Make an authority (CA)
+    Init {
+        /// Its folder, which is made
+        folder: PathBuf,
+    },
+    /// Make or renew the certificate and the key of a host
+    Host {
+        /// The authority's folder
+        folder: PathBuf,
+        /// The host's name, as sources write it in --to
+        name: String,
+        /// Further names and addresses by which the host is reached
+        others: Vec<String>,
+        /// How long the certificate is good
+        #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+        days: u32,
+    },
+    /// Revoke all certificates of a host
+    Revoke {
+        /// The authority's folder
+        folder: PathBuf,
+        /// The host's name
+        name: String,
+    },
+}
+
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Size of the virtual machine to check for
+    #[arg(long, short = 'm', default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct DemoArgs {
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Memory that the guest keeps rewriting and checking while it moves; 0 for an idle guest
+    #[arg(long, default_value = "64M", value_parser = size)]
+    pub working_set: u64,
+    /// Address of this host that the guest moves through; the address of an RDMA device makes it move over
+    /// RDMA
+    #[arg(long, default_value = "127.0.0.1")]
+    pub via: IpAddr,
+    /// How many times it moves
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub moves: u32,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,67 @@
+//! Where and how a guest is moved.
+
+use super::super::choice::{ENCRYPTION, ON_STALL, TRANSPORTS, one_of};
+use super::security::SecurityArgs;
+use super::target::Target;
+use clap::Args;
+use migration::policy::OnStall;
+use std::time::Duration;
+use whimbrel::api::model::TransportChoice;
+use whimbrel::security::Encryption;
+
+#[derive(Args, Debug)]
+pub struct MigrateArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Where the receiver listens, as host:port
+    #[arg(long)]
+    pub to: String,
+    /// Return at once instead of watching
+    #[arg(long)]
+    pub detach: bool,
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+}
+
+/// How to move.
+#[derive(Args, Clone, Debug)]
+pub struct PolicyArgs {
+    /// How memory travels
+    #[arg(long, default_value = "auto", value_parser = one_of(TRANSPORTS))]
+    pub transport: TransportChoice,
+    /// What is encrypted if there are certificates: all but memory over RDMA (preferred), all, so that RDMA
+    /// is not used (required), or not even memory over TCP, if the receiver permits that (off)
+    #[arg(long, default_value = "preferred", value_parser = one_of(ENCRYPTION))]
+    pub encryption: Encryption,
+    /// TCP streams; 0 for the default
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub streams: u16,
+    /// RDMA queue pairs; 0 for the default
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub queue_pairs: u16,
+    /// Spin on RDMA completions instead of sleeping: shorter waits, but each queue pair keeps a processor
+    /// busy
+    #[arg(long)]
+    pub busy_poll: bool,
+    /// Longest acceptable blackout
+    #[arg(long, default_value = "300ms", value_parser = humantime::parse_duration)]
+    pub downtime_limit: Duration,
+    /// The most pre-copy rounds
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_rounds: u32,
+    /// The longest time until the guest is handed over, such as 2m. Without it, memory is copied as long as
+    /// that makes progress
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub timeout: Option<Duration>,
+    /// What to do with a guest that dirties memory faster than it can be sent
+    #[arg(long, default_value = "abort", value_parser = one_of(ON_STALL))]
+    pub on_stall: OnStall,
+    /// Compare all memory on both sides before handing over (lengthens the blackout)
+    #[arg(long)]
+    pub compare_memory: bool,
+    /// How long the destination may give no sign of life before it counts as lost
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    pub silence: Duration,
+}

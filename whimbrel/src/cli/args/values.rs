@@ -1,0 +1,244 @@
+//! Values of options: sizes, names, disks, network interfaces, places for output.
+
+use std::path::PathBuf;
+use std::time::Duration;
+use vmm::virtio::block::{BlockConfig, MAX_QUEUES, OnError};
+use vmm::virtio::net::{Announcing, MAX_PAIRS, Mac, TapConfig};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialTarget {
+    Stdio,
+    Output(OutputTarget),
+}
+
+impl std::str::FromStr for SerialTarget {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "stdio" => SerialTarget::Stdio,
+            output => SerialTarget::Output(output.parse()?),
+        })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OutputTarget {
+    Stdout,
+    None,
+    File(PathBuf),
+}
+
+impl std::str::FromStr for OutputTarget {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "stdout" => OutputTarget::Stdout,
+            "none" => OutputTarget::None,
+            path => OutputTarget::File(path.into()),
+        })
+    }
+}
+
+/// A size in bytes; K, M, G and T are powers of 1024.
+pub fn size(text: &str) -> Result<u64, String> {
+    let config = parse_size::Config::new().with_binary();
+    config.parse_size(text).map_err(|e| format!("{e}; write a size such as 512M or 4G"))
+}
+
+/// A size that guest memory can have.
+pub fn memory(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    vmm::memory::layout::regions(bytes).map_err(|e| e.to_string())?;
+    Ok(bytes)
+}
+
+/// A name that a machine can have.
+pub fn name(text: &str) -> Result<String, String> {
+    vmm::machine::check_name(text).map_err(|error| error.to_string())?;
+    Ok(text.into())
+}
+
+/// What is done about a disk's requests that fail.
+fn on_error(option: &str, text: &str) -> Result<OnError, String> {
+    match text {
+        "report" => Ok(OnError::Report),
+        "stop" => Ok(OnError::Stop),
+        "enospc" => Ok(OnError::Enospc),
+        _ => Err(format!("{option}={text}: use report, stop or enospc")),
+    }
+}
+
+/// A disk, with the options after its path.
+pub fn disk(text: &str) -> Result<BlockConfig, String> {
+    let mut parts = text.split(',');
+    let mut config = match parts.next() {
+        Some(path) if !path.is_empty() => BlockConfig::new(path.into()),
+        _ => return Err("begin with the path of an image".into()),
+    };
+    for option in parts {
+        match option.split_once('=') {
+            None if option == "readonly" => config.readonly = true,
+            None if option == "cached" => config.cached = true,
+            Some(("queues", number)) => {
+                let queues = number.parse().ok().filter(|queues| (1..=MAX_QUEUES).contains(queues));
+                config.queues = queues.ok_or_else(|| format!("queues={number}: use 1 to {MAX_QUEUES}"))?;
+            }
+            Some(("werror", policy)) => config.errors.write = on_error("werror", policy)?,
+            Some(("rerror", policy)) => config.errors.read = on_error("rerror", policy)?,
+            _ => {
+                return Err(format!(
+                    "\"{option}\" is not an option of a disk; use readonly, cached, queues=N, werror=POLICY or \
+                     rerror=POLICY"
+                ));
+            }
+        }
+    }
+    Ok(config)
+}
+
+/// A network interface of a machine that is started here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetArg {
+    /// Its tap.
+    pub tap: TapConfig,
+    /// Its address; without one, a random one.
+    pub mac: Option<Mac>,
+    /// Pairs of queues.
+    pub pairs: u16,
+}
+
+/// A network interface, by its options.
+pub fn net(text: &str) -> Result<NetArg, String> {
+    let mut tap = TapConfig { name: String::new(), offloads: true };
+    let (mut mac, mut pairs) = (None, 1);
+    for option in text.split(',') {
+        match option.split_once('=') {
+            Some(("tap", name)) if !name.is_empty() => tap.name = name.into(),
+            Some(("mac", address)) => mac = Some(address.parse()?),
+            Some(("queues", number)) => {
+                let number = number.parse().ok().filter(|pairs| (1..=MAX_PAIRS).contains(pairs));
+                pairs = number.ok_or_else(|| format!("{option}: use 1 to {MAX_PAIRS} pairs"))?;
+            }
+            Some(("offloads", "off")) => tap.offloads = false,
+            _ => {
+                return Err(format!(
+                    "\"{option}\" is not an option of a network interface; use tap=NAME, mac=ADDRESS, queues=PAIRS or \
+                     offloads=off"
+                ));
+            }
+        }
+    }
+    if tap.name.is_empty() { Err("name its tap by tap=NAME".into()) } else { Ok(NetArg { tap, mac, pairs }) }
+}
+
+/// A tap for an interface that will arrive, and that brings everything else with it.
+pub fn tap(text: &str) -> Result<TapConfig, String> {
+    match net(text)? {
+        NetArg { tap, mac: None, pairs: 1 } => Ok(tap),
+        _ => Err("a guest brings the address and the queues of its interfaces with it".into()),
+    }
+}
+
+/// When to tell the network where a guest is.
+pub fn announcing(text: &str) -> Result<Announcing, String> {
+    let mut announcing = Announcing::default();
+    for option in text.split(',') {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        let time = || match humantime::parse_duration(value) {
+            Ok(time) if time <= Duration::from_secs(3600) => Ok(time),
+            _ => Err(format!("{option}: write a time such as 50ms, up to 1h")),
+        };
+        match name {
+            "rounds" => {
+                let rounds = value.parse().ok().filter(|rounds| *rounds <= 1000);
+                announcing.rounds = rounds.ok_or_else(|| format!("{option}: use 0 to 1000"))?;
+            }
+            "initial" => announcing.initial = time()?,
+            "step" => announcing.step = time()?,
+            "max" => announcing.most = time()?,
+            _ => return Err(format!("\"{option}\": use rounds=N, initial=TIME, step=TIME or max=TIME")),
+        }
+    }
+    Ok(announcing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm::virtio::block::ErrorPolicy;
+
+    #[test]
+    fn a_disk_is_a_path_with_options() {
+        let config = disk("/img/a.raw,readonly,queues=4").unwrap();
+        assert_eq!(config.path, PathBuf::from("/img/a.raw"));
+        assert!(config.readonly && !config.cached);
+        assert_eq!(config.queues, 4);
+        let careful = disk("a,werror=stop,rerror=enospc").unwrap().errors;
+        assert_eq!(careful, ErrorPolicy { read: OnError::Enospc, write: OnError::Stop });
+        assert_eq!(disk("a").unwrap().errors, ErrorPolicy { read: OnError::Report, write: OnError::Enospc });
+        for wrong in [
+            "a,werror",
+            "a,werror=ignore",
+            "",
+            ",readonly",
+            "a,writable",
+            "a,queues=0",
+            "a,queues=17",
+            "a,queues",
+            "a,readonly=1",
+        ] {
+            assert!(disk(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_network_interface_is_a_tap_with_options() {
+        let tap_config = |offloads| TapConfig { name: "tap0".into(), offloads };
+        let plain = NetArg { tap: tap_config(true), mac: None, pairs: 1 };
+        assert_eq!(net("tap=tap0"), Ok(plain));
+        let mac = Some(Mac([0x52, 0x54, 0, 0, 0, 1]));
+        let all = NetArg { tap: tap_config(false), mac, pairs: 4 };
+        assert_eq!(net("mac=52:54:00:00:00:01,queues=4,offloads=off,tap=tap0"), Ok(all));
+        let wrong = [
+            "",
+            "tap0",
+            "tap=",
+            "queues=2",
+            "tap=a,queues=0",
+            "tap=a,queues=9",
+            "tap=a,mac=1",
+            "tap=a,offloads=on",
+            "tap=a,mac=00:00:00:00:00:00",
+            "tap=a,mac=ff:ff:ff:ff:ff:ff",
+        ];
+        for wrong in wrong {
+            assert!(net(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(tap("tap=tap0,offloads=off"), Ok(tap_config(false)));
+        assert!(tap("tap=tap0,queues=2").is_err() && tap("tap=tap0,mac=52:54:00:00:00:01").is_err());
+    }
+
+    #[test]
+    fn announcements_have_a_number_and_waits() {
+        let default = "rounds=5,initial=50ms,step=100ms,max=550ms";
+        assert_eq!(announcing(default), Ok(Announcing::default()));
+        assert_eq!(announcing("rounds=0"), Ok(Announcing { rounds: 0, ..Announcing::default() }));
+        let most = Duration::from_secs(1);
+        assert_eq!(announcing("max=1s"), Ok(Announcing { most, ..Announcing::default() }));
+        for wrong in ["", "5", "rounds", "rounds=-1", "rounds=1001", "initial=50", "step=2h", "often=1"] {
+            assert!(announcing(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(size("64M"), Ok(64 << 20));
+        assert_eq!(size("1.5G"), Ok(3 << 29));
+        assert!(size("many").is_err());
+        assert!(size("-1").is_err());
+        assert!(memory("0").is_err());
+        assert_eq!(memory("16M"), Ok(16 << 20));
+    }
+}
