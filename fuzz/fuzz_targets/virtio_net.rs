@@ -21,7 +21,7 @@ fuzz_target!(|input: &[u8]| {
     let mut input = Input(input);
     let Some(how) = input.byte() else { return };
     let mac = Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
-    let config = NetConfig { number: 0, mac, pairs: u16::from(how & 1) + 1, negotiated: None };
+    let config = NetConfig { number: 0, mac, pairs: u16::from(how & 1) + 1, negotiated: None, network: None };
     let (device, network) = interface(&config);
     for frame in 0..how >> 5 {
         let Some(len) = input.word() else { break };

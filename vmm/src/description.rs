@@ -1,5 +1,6 @@
 //! What the destination must know of a machine before it can build its twin.
 
+use crate::admission::Guest;
 use crate::component::{Error as StateError, strict};
 use crate::error::Error;
 use crate::loader::MAX_COMMAND_LINE;
@@ -120,6 +121,17 @@ impl Description {
     /// Whether the guest is to stay paused.
     pub fn stays_paused(&self) -> bool {
         self.stays_paused
+    }
+
+    /// What a host must know of the guest to decide about it.
+    pub fn guest(&self) -> Guest<'_> {
+        Guest {
+            name: self.name(),
+            memory: self.memory(),
+            vcpus: self.vcpus,
+            stays_paused: self.stays_paused,
+            devices: self.devices(),
+        }
     }
 
     /// The registers that the guest's state will have.

@@ -1,5 +1,6 @@
 //! Machines as the migration engine's destination builds them.
 
+use crate::admission::{Admission, Admitted};
 use crate::cpuid::{self, Incompatible};
 use crate::description::Description;
 use crate::error::Error;
@@ -38,6 +39,8 @@ pub struct IncomingOptions {
     pub trust_storage: bool,
     /// How large a guest may be, what it may have, and what it may be called.
     pub limits: Limits,
+    /// Who else decides whether a guest comes, and what of this host it gets. Without anybody, it comes.
+    pub admission: Option<Arc<dyn Admission>>,
 }
 
 /// Builds shadow machines on this host.
@@ -63,10 +66,18 @@ impl IncomingHost {
         if !missing.is_empty() {
             return Err(Error::Cpu(Incompatible { missing }).into());
         }
+        // Whatever is reserved is given up with `reservation`, wherever this ends.
+        let admission = self.options.admission.as_ref();
+        let admitted = admission.map(|admission| admission.admit(&description.guest())).transpose()?;
+        let Admitted { taps, images, reservation } = admitted.unwrap_or_default();
+        let mut local = self.options.local.clone();
+        local.taps = taps.unwrap_or(local.taps);
+        local.images = images.unwrap_or(local.images);
         let stays_paused = description.stays_paused();
         let msrs = description.msrs().to_vec();
-        let config = description.into_config(self.options.serial.clone(), self.options.local.clone());
-        let machine = Machine::build(&self.host, MachineConfig { thp: self.options.thp, ..config })?;
+        let config = description.into_config(self.options.serial.clone(), local);
+        let mut machine = Machine::build(&self.host, MachineConfig { thp: self.options.thp, ..config })?;
+        machine.keep(reservation);
         machine.take_in(stays_paused);
         // A register that this host lacks would fail the load in the middle of the blackout.
         let known = machine.saved_msrs();

@@ -5,6 +5,7 @@
 //! [`incoming`] builds what the engine moves in.
 
 pub mod acpi;
+pub mod admission;
 mod awake;
 pub mod boot_disk;
 pub mod component;
@@ -27,6 +28,7 @@ pub mod loader;
 mod lock;
 pub mod machine;
 pub mod memory;
+pub mod names;
 mod outgoing;
 pub mod pci;
 mod poll;

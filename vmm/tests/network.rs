@@ -20,7 +20,7 @@ const WAITS: [u64; 3] = [10, 30, 40];
 const ROUNDS: usize = WAITS.len() + 1;
 
 fn local(taps: &[&str]) -> LocalConfig {
-    let taps = taps.iter().map(|name| TapConfig { name: (*name).into(), offloads: true }).collect();
+    let taps = taps.iter().map(|name| TapConfig::named(*name)).collect();
     let [initial, step, most] = [10, 20, 40].map(Duration::from_millis);
     let announcing = Announcing { rounds: ROUNDS as u32, initial, step, most };
     LocalConfig { taps, announcing, ..LocalConfig::default() }
@@ -33,7 +33,7 @@ fn mac(number: u8) -> Mac {
 /// A machine with an interface on each of these taps, whose guest knows of none of them.
 fn machine(taps: &[&str]) -> Machine {
     let host = Host::open().unwrap();
-    let net = |number| NetConfig { number, mac: mac(number + 1), pairs: 1, negotiated: None };
+    let net = |number| NetConfig { number, mac: mac(number + 1), pairs: 1, negotiated: None, network: None };
     let devices = (0..taps.len() as u8).map(net).map(DeviceConfig::Net).collect();
     let config = MachineConfig::new(&host, 16 << 20, 1).unwrap();
     let config = MachineConfig { serial: SerialOutput::Null, devices, local: local(taps), ..config };

@@ -8,7 +8,7 @@
 use super::filesystem::PIECE;
 use super::{Boot, Error, Gathered, MAX_TEXT, Part, Sink, find, open};
 use crate::sandbox::{Mode, reader};
-use crate::virtio::block::{BlockConfig, DiskImage};
+use crate::virtio::block::{BlockConfig, DiskImage, Images};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
@@ -25,15 +25,22 @@ const CMDLINE: u8 = b'c';
 const DONE: u8 = b'.';
 const FAILED: u8 = b'!';
 
-/// Reads as [`read`](super::read) does, in a process that `mode` confines to that.
+/// Reads as [`read`](super::read) does, a disk that is one of `images`, in a process that `mode` confines to
+/// that.
 ///
 /// # Errors
 /// [`Error`]. [`Error::Reader`] if that process ends before it has answered, and if this process has other
 /// threads: a copy of it could find a lock taken for ever.
-pub fn read_apart(disk: &BlockConfig, index: usize, cmdline: &str, mode: Mode) -> Result<Boot, Error> {
-    let failed = |what: String| Error::Reader { path: disk.path.clone(), what };
+pub fn read_apart(
+    disk: &BlockConfig,
+    images: &Images,
+    index: usize,
+    cmdline: &str,
+    mode: Mode,
+) -> Result<Boot, Error> {
+    let image = open(disk, images)?;
+    let failed = |what: String| Error::Reader { path: image.path().into(), what };
     let system = |error: io::Error| failed(format!("no process can be started for it ({error})"));
-    let image = open(disk)?;
     assert_single().map_err(system)?;
     let (answer, question) = io::pipe().map_err(system)?;
     // SAFETY: this process has one thread, as was just seen, so that nothing is half done that the copy
@@ -43,7 +50,7 @@ pub fn read_apart(disk: &BlockConfig, index: usize, cmdline: &str, mode: Mode) -
         -1 => Err(system(io::Error::last_os_error())),
         0 => {
             drop(answer);
-            serve(&image, disk, index, cmdline, mode, question)
+            serve(&image, index, cmdline, mode, question)
         }
         child => {
             drop(question);
@@ -78,19 +85,12 @@ pub(super) fn forget_panics() {
 }
 
 /// Answers in the new process, and ends it.
-fn serve(
-    image: &Rc<DiskImage>,
-    disk: &BlockConfig,
-    index: usize,
-    cmdline: &str,
-    mode: Mode,
-    question: PipeWriter,
-) -> ! {
+fn serve(image: &Rc<DiskImage>, index: usize, cmdline: &str, mode: Mode, question: PipeWriter) -> ! {
     forget_panics();
     let confined = reader::confine(mode, image.fd(), question.as_raw_fd());
     answer(question, |sink| {
         confined.map_err(|error| error.to_string())?;
-        find(image, &disk.path, index, cmdline, sink).map_err(|error| error.to_string())
+        find(image, image.path(), index, cmdline, sink).map_err(|error| error.to_string())
     })
 }
 
@@ -241,7 +241,8 @@ mod tests {
             let (go, wait) = std::sync::mpsc::channel::<()>();
             scope.spawn(move || wait.recv());
             let config = BlockConfig { cached: true, ..BlockConfig::new(path) };
-            let refused = read_apart(&config, 0, "", Mode::Off).map(drop).unwrap_err().to_string();
+            let refused =
+                read_apart(&config, &Images::Any, 0, "", Mode::Off).map(drop).unwrap_err().to_string();
             drop(go);
             refused
         });

@@ -175,7 +175,9 @@ impl Gathered {
 /// [`Error`], also if a machine holds the image's lock.
 pub fn read(disk: &BlockConfig, index: usize, cmdline: &str) -> Result<Boot, Error> {
     let mut gathered = Gathered::default();
-    find(&open(disk)?, &disk.path, index, cmdline, &mut |part, piece| gathered.add(part, piece))?;
+    find(&open(disk, &Images::Any)?, &disk.path, index, cmdline, &mut |part, piece| {
+        gathered.add(part, piece)
+    })?;
     gathered.into_boot().map_err(|error| Error::Reader { path: disk.path.clone(), what: error.to_string() })
 }
 
@@ -191,8 +193,8 @@ pub(crate) fn read_open(image: DiskImage, index: usize, cmdline: &str) -> Result
 }
 
 /// The image under its lock, to be read.
-fn open(disk: &BlockConfig) -> Result<Rc<DiskImage>, Error> {
-    let image = DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, &Images::Any)?;
+fn open(disk: &BlockConfig, images: &Images) -> Result<Rc<DiskImage>, Error> {
+    let image = DiskImage::open(&BlockConfig { readonly: true, ..disk.clone() }, images)?;
     image.take_lock()?;
     Ok(Rc::new(image))
 }

@@ -18,6 +18,7 @@ pub use reboot::{KeepError, Reboot};
 pub use supervisor::Notice;
 
 use self::announce::Round;
+use crate::admission::Reservation;
 use crate::boot_disk::BootReader;
 use crate::component::{Error as ComponentError, Kind};
 use crate::cpuid;
@@ -162,6 +163,8 @@ pub struct Machine {
     saved_msrs: Vec<u32>,
     /// The guest was given up, and may have run elsewhere meanwhile.
     given_up: AtomicBool,
+    /// What this host holds for it. It comes after what has the devices.
+    _reservation: Option<Reservation>,
 }
 
 impl Machine {
@@ -240,6 +243,7 @@ impl Machine {
             tsc_khz,
             saved_msrs,
             given_up: AtomicBool::new(false),
+            _reservation: None,
         };
         machine.spawn_threads()?;
         Ok(machine)
@@ -510,6 +514,11 @@ impl Machine {
         standing.stays_paused = stays_paused;
         // Whenever it runs here, the network has to be told.
         self.given_up.store(stays_paused, Ordering::Relaxed);
+    }
+
+    /// Keeps what this host holds for the guest until the machine is dropped.
+    pub(crate) fn keep(&mut self, reservation: Option<Reservation>) {
+        self._reservation = reservation;
     }
 
     /// Its serial port.

@@ -62,6 +62,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         thp: args.process.thp,
         trust_storage: args.trust_storage,
         limits: args.limits.limits(),
+        ..IncomingOptions::default()
     })?;
     let mut needs = args.process.needs();
     needs.write.extend(args.disks.iter().cloned());

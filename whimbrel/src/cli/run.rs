@@ -28,7 +28,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
         reboots_from_disk(&args).then(|| BootReader::start(args.process.seccomp)).transpose()?;
     // What is wrong with certificates is said now, not when the guest is to move.
     args.process.security.security().connector(Encryption::default())?;
-    let images = Images::Opened(Opened::new(&args.disk)?);
+    let images = Images::Opened(Opened::new(&args.disk, &Images::Any)?);
     let keeper = Keeper::new(&args.process)?;
     let host = Host::open()?;
     sandbox::enter(args.process.seccomp, &Needs { taps: !args.net.is_empty(), ..args.process.needs() })?;
@@ -83,7 +83,7 @@ fn boot(args: &RunArgs) -> anyhow::Result<Option<Boot>> {
             Some(Boot { kernel: file(kernel), initramfs, cmdline: args.cmdline.clone() }.into_memory()?)
         }
         (None, Some(disk)) if args.workload.journal == 0 => {
-            Some(boot_disk::read_apart(disk, 0, &args.cmdline, args.process.seccomp)?)
+            Some(boot_disk::read_apart(disk, &Images::Any, 0, &args.cmdline, args.process.seccomp)?)
         }
         (None, _) => {
             let (vcpus, most) = (args.machine.vcpus, guest::MAX_VCPUS);
@@ -119,7 +119,13 @@ fn devices(args: &RunArgs) -> anyhow::Result<Vec<DeviceConfig>> {
     let mut devices: Vec<_> = args.disk.iter().cloned().map(DeviceConfig::Block).collect();
     for (net, number) in args.net.iter().zip(0..) {
         let mac = net.mac.map_or_else(Mac::random, Ok)?;
-        devices.push(DeviceConfig::Net(NetConfig { number, mac, pairs: net.pairs, negotiated: None }));
+        devices.push(DeviceConfig::Net(NetConfig {
+            number,
+            mac,
+            pairs: net.pairs,
+            negotiated: None,
+            network: None,
+        }));
     }
     devices.extend(rng.into_iter().chain(console));
     Ok(devices)

@@ -98,10 +98,7 @@ impl Block {
         if !(1..=MAX_QUEUES).contains(&config.queues) {
             return Err(Error::Queues(config.queues));
         }
-        // Another process, on another host, has another working directory.
-        let path = std::path::absolute(&config.path)
-            .map_err(|source| Error::Open { path: config.path.clone(), source })?;
-        let config = BlockConfig { path, ..config.clone() };
+        let config = config.clone().portable()?;
         let image = DiskImage::open(&config, images)?;
         let mut identity = [0; VIRTIO_BLK_ID_BYTES as usize];
         let name = config.path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
@@ -113,7 +110,7 @@ impl Block {
         let mut aio = if aio == Aio::Auto && config.cached { Aio::Sync } else { aio };
         if image.is_on_nfs() && !config.readonly && !config.cached {
             if aio == Aio::Sync || super::io_uring().is_err() {
-                return Err(Error::NeedsRing { path: config.path });
+                return Err(Error::NeedsRing { path: image.path().into() });
             }
             aio = Aio::IoUring;
         }

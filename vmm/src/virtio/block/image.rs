@@ -42,9 +42,8 @@ impl DiskImage {
     /// [`Error`], if there is no such image, none that this machine may have, or another than the guest
     /// knows.
     pub fn open(config: &BlockConfig, images: &Images) -> Result<Self, Error> {
-        let path = config.path.clone();
+        let (path, file) = images.open(config)?;
         let failed = |source| Error::Open { path: path.clone(), source };
-        let file = images.open(&path, !config.readonly, !config.cached)?;
         let is_device = file.metadata().map_err(failed)?.file_type().is_block_device();
         // Also right for block devices, whose metadata has no length.
         // SAFETY: seeking needs nothing but a descriptor; this file's position is not used.

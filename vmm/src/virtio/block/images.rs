@@ -7,6 +7,8 @@
 use super::lock::{self, LockKind};
 use super::{BlockConfig, Error};
 use crate::lock::lock;
+use crate::names;
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -35,18 +37,32 @@ pub enum Images {
     Below(Vec<PathBuf>),
     /// Those that were opened before.
     Opened(Opened),
+    /// Those of these storages, if a disk names its storage, and otherwise these others.
+    Named(Storages, Box<Images>),
 }
+
+/// The folders of a host's storages, by their names. Symbolic links are followed as long as they stay below
+/// the folder.
+pub type Storages = BTreeMap<String, PathBuf>;
 
 /// Images that were opened before this process gave up its privileges. Each is had once.
 #[derive(Clone, Debug)]
-pub struct Opened(Arc<Mutex<Vec<(Wanted, File)>>>);
+pub struct Opened(Arc<Mutex<Vec<(Wanted, PathBuf, File)>>>);
 
 /// An image, and what it is opened for.
 #[derive(Debug, PartialEq, Eq)]
 struct Wanted {
+    storage: Option<String>,
     path: PathBuf,
     write: bool,
     direct: bool,
+}
+
+impl From<&BlockConfig> for Wanted {
+    fn from(disk: &BlockConfig) -> Self {
+        let (storage, path) = (disk.storage.clone(), disk.path.clone());
+        Wanted { storage, path, write: !disk.readonly, direct: !disk.cached }
+    }
 }
 
 impl PartialEq for Opened {
@@ -61,29 +77,29 @@ impl Opened {
     /// Opens the images of these disks.
     ///
     /// # Errors
-    /// [`Error::NoImage`], [`Error::NoDirectIo`], [`Error::Open`]; [`Error::Held`] if another process has an
-    /// image: who that is may be seen now, but not by a process that is confined.
-    pub fn new<'a>(disks: impl IntoIterator<Item = &'a BlockConfig>) -> Result<Self, Error> {
+    /// [`Error::NoImage`], [`Error::NoDirectIo`], [`Error::UnknownStorage`], [`Error::Open`];
+    /// [`Error::Held`] if another process has an image: who that is may be seen now, but not by a process
+    /// that is confined.
+    pub fn new<'a>(disks: impl IntoIterator<Item = &'a BlockConfig>, images: &Images) -> Result<Self, Error> {
         let open = |disk: &BlockConfig| {
-            let failed = |source| Error::Open { path: disk.path.clone(), source };
-            let path = std::path::absolute(&disk.path).map_err(failed)?;
-            let (write, direct) = (!disk.readonly, !disk.cached);
-            let file = Images::Any.open(&path, write, direct)?;
-            let lock = if write { LockKind::Exclusive } else { LockKind::Shared };
+            let disk = disk.clone().portable()?;
+            let (path, file) = images.open(&disk)?;
+            let lock = if disk.readonly { LockKind::Shared } else { LockKind::Exclusive };
             // A file system without locks is told of when the lock is taken.
             if !is_free_soon(&file, lock) {
                 return Err(Error::Held { path, holder: lock::holder(&file) });
             }
-            Ok((Wanted { path, write, direct }, file))
+            Ok((Wanted::from(&disk), path, file))
         };
         let opened = disks.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
         Ok(Opened(Arc::new(Mutex::new(opened))))
     }
 
-    fn take(&self, wanted: &Wanted) -> Option<File> {
+    fn take(&self, wanted: &Wanted) -> Option<(PathBuf, File)> {
         let mut opened = lock(&self.0);
-        let at = opened.iter().position(|(image, _)| image == wanted)?;
-        Some(opened.swap_remove(at).1)
+        let at = opened.iter().position(|(image, ..)| image == wanted)?;
+        let (_, path, file) = opened.swap_remove(at);
+        Some((path, file))
     }
 }
 
@@ -103,39 +119,73 @@ fn is_free_soon(file: &File, kind: LockKind) -> bool {
 }
 
 impl Images {
-    /// Opens an image.
+    /// Opens a disk's image; with it, the path that it has here.
     ///
     /// # Errors
-    /// [`Error::NotAllowed`] for one that a machine may not have, [`Error::NoImage`], [`Error::NoDirectIo`],
-    /// [`Error::Open`].
-    pub(super) fn open(&self, path: &Path, write: bool, direct: bool) -> Result<File, Error> {
-        let failed = |source| Error::Open { path: path.into(), source };
-        // A descriptor that names a file and does nothing with it: opening a device or a pipe can have
-        // effects.
-        let place = match self {
-            Images::Any => {
-                OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(failed)?
+    /// [`Error::NotAllowed`] for one that a machine may not have, [`Error::UnknownStorage`],
+    /// [`Error::NoImage`], [`Error::NoDirectIo`], [`Error::Open`].
+    pub(super) fn open(&self, disk: &BlockConfig) -> Result<(PathBuf, File), Error> {
+        let (path, place) = match (self, &disk.storage) {
+            (Images::Opened(opened), _) => {
+                return opened
+                    .take(&Wanted::from(disk))
+                    .ok_or_else(|| Error::NotAllowed { path: disk.path.clone() });
             }
-            Images::Below(folders) => below(folders, path)?,
-            Images::Opened(opened) => {
-                let wanted = Wanted { path: path.into(), write, direct };
-                return opened.take(&wanted).ok_or_else(|| Error::NotAllowed { path: path.into() });
+            (Images::Named(storages, _), Some(storage)) => in_storage(storages, storage, &disk.path)?,
+            (Images::Named(_, others), None) => return others.open(disk),
+            (_, Some(storage)) => return Err(unknown(storage, &disk.path, &Storages::new())),
+            (Images::Below(folders), None) => (disk.path.clone(), below(folders, &disk.path)?),
+            (Images::Any, None) => {
+                let failed = |source| Error::Open { path: disk.path.clone(), source };
+                // A descriptor that names a file and does nothing with it: opening a device or a pipe can
+                // have effects.
+                let place = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&disk.path);
+                (disk.path.clone(), place.map_err(failed)?)
             }
         };
-        let kind = place.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::NoImage { path: path.into() });
-        }
-        let flags = if direct { libc::O_DIRECT } else { 0 };
-        // This opens what the descriptor names, whatever is at the path by now.
-        let same = format!("/proc/self/fd/{}", place.as_raw_fd());
-        match OpenOptions::new().read(true).write(write).custom_flags(flags).open(same) {
-            Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
-                Err(Error::NoDirectIo { path: path.into() })
-            }
-            opened => opened.map_err(failed),
-        }
+        let file = reopen(&path, &place, !disk.readonly, !disk.cached)?;
+        Ok((path, file))
     }
+}
+
+/// Opens the image that a descriptor names.
+fn reopen(path: &Path, place: &File, write: bool, direct: bool) -> Result<File, Error> {
+    let failed = |source| Error::Open { path: path.into(), source };
+    let kind = place.metadata().map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Error::NoImage { path: path.into() });
+    }
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    // This opens what the descriptor names, whatever is at the path by now.
+    let same = format!("/proc/self/fd/{}", place.as_raw_fd());
+    match OpenOptions::new().read(true).write(write).custom_flags(flags).open(same) {
+        Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
+            Err(Error::NoDirectIo { path: path.into() })
+        }
+        opened => opened.map_err(failed),
+    }
+}
+
+/// Resolves `file` below the folder of a storage; with it, the path that it has here.
+fn in_storage(storages: &Storages, storage: &str, file: &Path) -> Result<(PathBuf, File), Error> {
+    names::check_file(file)?;
+    let folder = storages.get(storage).ok_or_else(|| unknown(storage, file, storages))?;
+    let path = folder.join(file);
+    let failed = |source| Error::Open { path: path.clone(), source };
+    let root = open_folder(folder).map_err(failed)?;
+    match resolve(&root, file) {
+        Err(error) if error.raw_os_error() == Some(libc::EXDEV) => Err(Error::NotAllowed { path }),
+        place => place.map_err(failed).map(|place| (path.clone(), place)),
+    }
+}
+
+fn unknown(storage: &str, file: &Path, known: &Storages) -> Error {
+    Error::UnknownStorage { storage: storage.into(), file: file.into(), known: names::list(known.keys()) }
+}
+
+/// A descriptor that names a folder.
+fn open_folder(folder: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(folder)
 }
 
 /// Resolves `path` below the first of `folders` that has it.
@@ -147,8 +197,7 @@ fn below(folders: &[PathBuf], path: &Path) -> Result<File, Error> {
     for folder in folders {
         let Ok(folder) = folder.canonicalize() else { continue };
         let Ok(rest) = real.strip_prefix(&folder) else { continue };
-        let flags = libc::O_PATH | libc::O_DIRECTORY;
-        let root = OpenOptions::new().read(true).custom_flags(flags).open(&folder).map_err(failed)?;
+        let root = open_folder(&folder).map_err(failed)?;
         return match resolve(&root, rest) {
             // A link leads out of the folder, that was none or another a moment ago.
             Err(error) if error.raw_os_error() == Some(libc::EXDEV) => {
@@ -201,8 +250,45 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, symlink};
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    fn reader(path: &Path) -> BlockConfig {
+        BlockConfig { readonly: true, cached: true, ..BlockConfig::new(path.into()) }
+    }
+
     fn open(images: &Images, path: &Path) -> Result<File, Error> {
-        images.open(path, false, false)
+        images.open(&reader(path)).map(|(_, file)| file)
+    }
+
+    #[test]
+    fn a_storage_is_where_each_host_has_it() {
+        let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for (folder, content) in [(&inside, "inside"), (&outside, "outside")] {
+            std::fs::write(folder.path().join("image"), content).unwrap();
+        }
+        symlink(outside.path().join("image"), inside.path().join("link")).unwrap();
+        let storages = Storages::from([("fast".into(), inside.path().into())]);
+        let images = Images::Named(storages, Box::new(Images::Below(vec![outside.path().into()])));
+        let of = |storage: &str, file: &str| {
+            let disk = BlockConfig { storage: Some(storage.into()), ..reader(Path::new(file)) };
+            images.open(&disk).map(|(path, _)| path)
+        };
+        assert_eq!(of("fast", "image").unwrap(), inside.path().join("image"));
+        assert!(matches!(of("fast", "link"), Err(Error::NotAllowed { .. })));
+        assert!(matches!(of("fast", "../image"), Err(Error::File(_))));
+        assert!(matches!(of("fast", outside.path().join("image").to_str().unwrap()), Err(Error::File(_))));
+        assert!(matches!(of("fast", "none"), Err(Error::Open { .. })));
+        let refused = of("slow", "image").unwrap_err().to_string();
+        assert!(refused.contains("the storage slow") && refused.contains("it knows: fast"), "{refused}");
+        // By path, from the folders for that alone.
+        assert!(open(&images, &outside.path().join("image")).is_ok());
+        assert!(matches!(open(&images, &inside.path().join("image")), Err(Error::NotAllowed { .. })));
+        // A host without storages.
+        let disk = BlockConfig { storage: Some("fast".into()), ..reader(Path::new("image")) };
+        for images in [Images::Any, Images::Below(vec![inside.path().into()])] {
+            assert!(matches!(images.open(&disk), Err(Error::UnknownStorage { .. })));
+        }
+        // Opened before.
+        let opened = Images::Opened(Opened::new([&disk], &images).unwrap());
+        assert_eq!(opened.open(&disk).unwrap().0, inside.path().join("image"));
     }
 
     #[test]
@@ -288,26 +374,28 @@ mod tests {
         let path = folder.path().join("image");
         std::fs::write(&path, "first").unwrap();
         let disk = BlockConfig { cached: true, ..BlockConfig::new(path.clone()) };
-        let images = Images::Opened(Opened::new([&disk]).unwrap());
+        let opened = |disk: &BlockConfig| Opened::new([disk], &Images::Any);
+        let images = Images::Opened(opened(&disk).unwrap());
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "second").unwrap();
+        let disk_at = |write: bool, path: &Path| BlockConfig { readonly: !write, ..reader(path) };
         let refused = |write, path: &Path| {
-            let refused = images.open(path, write, false).unwrap_err();
+            let refused = images.open(&disk_at(write, path)).unwrap_err();
             assert!(matches!(refused, Error::NotAllowed { .. }), "{refused}");
         };
         refused(false, &path);
         refused(true, &folder.path().join("other"));
         let mut content = String::new();
-        images.open(&path, true, false).unwrap().read_to_string(&mut content).unwrap();
+        images.open(&disk_at(true, &path)).unwrap().1.read_to_string(&mut content).unwrap();
         assert_eq!(content, "first");
         refused(true, &path);
         // Somebody else has it.
         let owner = File::options().read(true).write(true).open(&path).unwrap();
         assert!(lock::set(&owner, LockKind::Exclusive).unwrap());
-        let refused = Opened::new([&disk]).map(drop).unwrap_err().to_string();
+        let refused = opened(&disk).map(drop).unwrap_err().to_string();
         assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
         lock::set(&owner, LockKind::Shared).unwrap();
-        assert!(Opened::new([&disk]).is_err());
-        Opened::new([&BlockConfig { readonly: true, ..disk }]).unwrap();
+        assert!(opened(&disk).is_err());
+        opened(&BlockConfig { readonly: true, ..disk }).unwrap();
     }
 }

@@ -43,7 +43,7 @@ mod uring;
 
 pub use device::Block;
 pub(crate) use image::DiskImage;
-pub use images::{Images, Opened};
+pub use images::{Images, Opened, Storages};
 
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -55,8 +55,13 @@ pub const MAX_QUEUES: u16 = 16;
 /// What a disk is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockConfig {
-    /// The image, by a path that leads to it on every host the guest may come to.
+    /// The image: by its path below the folder of its storage or, if it names no storage, by a path that
+    /// leads to it on every host the guest may come to.
     pub path: PathBuf,
+    /// The storage that has the image. Each host knows where that is. It travels beside the rest, and only if
+    /// a machine has such names.
+    #[serde(skip)]
+    pub storage: Option<String>,
     /// Whether the guest may only read.
     pub readonly: bool,
     /// Whether the host's page cache is used.
@@ -139,7 +144,23 @@ impl BlockConfig {
     /// A disk in the image at `path`, with one queue and direct I/O.
     pub fn new(path: PathBuf) -> Self {
         let errors = ErrorPolicy::default();
-        BlockConfig { path, readonly: false, cached: false, queues: 1, errors, geometry: None }
+        BlockConfig { path, storage: None, readonly: false, cached: false, queues: 1, errors, geometry: None }
+    }
+
+    /// A disk in the image `file` of a storage, with one queue and direct I/O.
+    pub fn in_storage(storage: String, file: PathBuf) -> Self {
+        BlockConfig { storage: Some(storage), ..BlockConfig::new(file) }
+    }
+}
+
+impl BlockConfig {
+    /// The same for another process, on another host, which has another working directory.
+    fn portable(mut self) -> Result<Self, Error> {
+        if self.storage.is_none() {
+            let path = std::path::absolute(&self.path);
+            self.path = path.map_err(|source| Error::Open { path: self.path.clone(), source })?;
+        }
+        Ok(self)
     }
 }
 
@@ -164,6 +185,23 @@ pub enum Error {
         /// The image.
         path: PathBuf,
     },
+    /// It is in a storage that this host does not know.
+    #[error(
+        "the disk image {} is in the storage {storage}, which this host does not know; the storages that it knows: \
+         {known}. Add [storage.{storage}] to the host's configuration (--host-config)",
+        file.display()
+    )]
+    UnknownStorage {
+        /// The storage.
+        storage: String,
+        /// The image, by its place there.
+        file: PathBuf,
+        /// What this host knows.
+        known: String,
+    },
+    /// It is named by a path that leads out of its storage.
+    #[error(transparent)]
+    File(#[from] crate::names::BadFile),
     /// Neither a file nor a block device.
     #[error("the disk image {} is neither a regular file nor a block device", path.display())]
     NoImage {

@@ -123,7 +123,11 @@ impl Net {
             return Err(Error::Mac(mac));
         }
         let local = taps.get(usize::from(number)).ok_or(Error::NoTap { number })?;
-        Self::with_tap(config, local, Tap::open(&local.name, pairs)?)
+        let tap = match &local.opened {
+            Some(opened) => Tap::of(&local.name, opened, pairs)?,
+            None => Tap::open(&local.name, pairs)?,
+        };
+        Self::with_tap(config, local, tap)
     }
 
     /// An interface over what stands in for a tap: one socket for each pair of queues.
@@ -132,7 +136,7 @@ impl Net {
     /// [`Error`], or if a socket cannot be used.
     #[cfg(feature = "internals")]
     pub fn over(config: &NetConfig, queues: Vec<UnixDatagram>) -> Result<Self, Error> {
-        let local = TapConfig { name: "stand-in".into(), offloads: true };
+        let local = TapConfig::named("stand-in");
         let tap = Tap::stand_in(queues, 1500)
             .map_err(|source| Error::System { name: local.name.clone(), source })?;
         Self::with_tap(config, &local, tap)

@@ -18,6 +18,7 @@
 //! | `transmit.rs` | frames from the guest to the tap |
 //! | `control.rs` | what the driver asks for on the control queue |
 //! | `tap.rs` | the tap |
+//! | `open_tap.rs` | one that somebody else has opened, or made |
 //! | `mac.rs` | hardware addresses, and the frame that tells switches where one is |
 //! | `announcing.rs` | how often switches are told |
 
@@ -25,6 +26,7 @@ mod announcing;
 mod control;
 mod device;
 mod mac;
+mod open_tap;
 mod receive;
 mod state;
 mod tap;
@@ -37,6 +39,7 @@ pub(crate) mod wire;
 pub use announcing::Announcing;
 pub use device::Net;
 pub use mac::Mac;
+pub use open_tap::OpenTap;
 pub use tap::find as find_tap;
 
 use serde::{Deserialize, Serialize};
@@ -64,6 +67,10 @@ pub struct NetConfig {
     pub pairs: u16,
     /// What the guest has negotiated; `None` for a new guest, which is offered whatever the tap has.
     pub negotiated: Option<Negotiated>,
+    /// The network that it belongs to. Each host knows what that is there. It travels beside the rest, and
+    /// only if a machine has such names.
+    #[serde(skip)]
+    pub network: Option<String>,
 }
 
 /// What a guest has negotiated for its interface.
@@ -84,6 +91,20 @@ pub struct TapConfig {
     pub name: String,
     /// Whether checksums and segmentation may be left to the other end.
     pub offloads: bool,
+    /// The tap, if it was opened before.
+    pub opened: Option<OpenTap>,
+}
+
+impl TapConfig {
+    /// The tap of this name, with all that it can do. It is opened when the interface is built.
+    pub fn named(name: impl Into<String>) -> Self {
+        TapConfig { name: name.into(), offloads: true, opened: None }
+    }
+
+    /// One that somebody else has opened, with all that it can do.
+    pub fn opened(name: impl Into<String>, tap: OpenTap) -> Self {
+        TapConfig { opened: Some(tap), ..TapConfig::named(name) }
+    }
 }
 
 /// Why an interface cannot be had.

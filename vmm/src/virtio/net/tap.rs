@@ -1,6 +1,6 @@
 //! A tap: an interface of the host whose frames a process reads and writes.
 
-use super::{Error, HEADER};
+use super::{Error, HEADER, OpenTap};
 use crate::lock::lock;
 use crate::retry::retry;
 use std::ffi::CString;
@@ -17,6 +17,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub const OFFLOADS: libc::c_uint =
     libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
 
+/// A tap with one queue.
+pub const KIND: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
 /// One of a tap's queues.
 struct TapQueue {
     file: File,
@@ -24,6 +27,12 @@ struct TapQueue {
     attached: AtomicBool,
     /// Readable once it does again: what is waited for instead while it does not.
     again: EventFd,
+}
+
+impl TapQueue {
+    fn new(file: File) -> io::Result<Self> {
+        Ok(TapQueue { file, attached: AtomicBool::new(true), again: EventFd::new(EFD_NONBLOCK)? })
+    }
 }
 
 /// An open tap.
@@ -62,7 +71,7 @@ impl Tap {
         // SAFETY: the kernel filled in the MTU.
         let mtu = ask(libc::SIOCGIFMTU).map(|ask| unsafe { ask.ifr_ifru.ifru_mtu }).map_err(failed)?;
 
-        let kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let kind = KIND;
         let several = kind | libc::IFF_MULTI_QUEUE;
         let opened = if pairs > 1 { open_queue(name, several) } else { open_queue(name, kind) };
         // With one queue either kind of tap serves.
@@ -81,14 +90,29 @@ impl Tap {
         for _ in 1..pairs {
             queues.push(open_queue(name, kind).map_err(refused)?);
         }
-        let tap = Tap {
-            offloads: probe(&queues[0].file),
-            in_use: Mutex::new(queues.len()),
-            queues,
-            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
-        };
-        tap.set_offloads(0).map_err(failed)?;
-        tap.use_queues(1).map_err(failed)?;
+        Tap::begin(queues, u16::try_from(mtu).unwrap_or(u16::MAX)).map_err(failed)
+    }
+
+    /// Takes over a tap that is open already, with one queue in use.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] if somebody has taken it before, [`Error::Kind`], [`Error::System`].
+    pub fn of(name: &str, opened: &OpenTap, pairs: u16) -> Result<Self, Error> {
+        let failed = |source| Error::System { name: name.into(), source };
+        let (files, mtu) = opened.take().ok_or_else(|| Error::InUse(name.into()))?;
+        if files.len() != usize::from(pairs) {
+            return Err(Error::Kind { name: name.into(), pairs });
+        }
+        let queues = files.into_iter().map(|file| TapQueue::new(file.into())).collect::<io::Result<_>>();
+        queues.and_then(|queues| Tap::begin(queues, mtu)).map_err(failed)
+    }
+
+    /// A tap with these queues, of which one is in use.
+    fn begin(queues: Vec<TapQueue>, mtu: u16) -> io::Result<Self> {
+        let offloads = probe(&queues[0].file);
+        let tap = Tap { offloads, in_use: Mutex::new(queues.len()), queues, mtu };
+        tap.set_offloads(0)?;
+        tap.use_queues(1)?;
         Ok(tap)
     }
 
@@ -98,9 +122,7 @@ impl Tap {
     pub fn stand_in(queues: Vec<UnixDatagram>, mtu: u16) -> io::Result<Self> {
         let queue = |socket: UnixDatagram| {
             socket.set_nonblocking(true)?;
-            let again = EventFd::new(EFD_NONBLOCK)?;
-            let file = std::os::fd::OwnedFd::from(socket).into();
-            Ok(TapQueue { file, attached: AtomicBool::new(true), again })
+            TapQueue::new(std::os::fd::OwnedFd::from(socket).into())
         };
         let queues = queues.into_iter().map(queue).collect::<io::Result<Vec<_>>>()?;
         let tap = Tap { offloads: OFFLOADS, in_use: Mutex::new(queues.len()), queues, mtu };
@@ -295,16 +317,20 @@ fn is_open(socket: &UnixDatagram, name: &str) -> Result<bool, Error> {
 
 /// Opens one more queue of a tap.
 fn open_queue(name: &str, kind: libc::c_int) -> io::Result<TapQueue> {
+    TapQueue::new(attach(&mut request(name).map_err(io::Error::other)?, kind)?)
+}
+
+/// A new queue of the tap that a request names. One that is not there is made, and the request has its name.
+pub fn attach(request: &mut libc::ifreq, kind: libc::c_int) -> io::Result<File> {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
-    let mut request = request(name).map_err(io::Error::other)?;
     request.ifr_ifru.ifru_flags = kind as libc::c_short;
     // SAFETY: the command reads and writes one ifreq, which lives across the call.
-    retry!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    retry!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut *request) })?;
     let len = HEADER as libc::c_int;
     // SAFETY: the command reads one int, which lives across the call.
     retry!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })?;
-    Ok(TapQueue { file, attached: AtomicBool::new(true), again: EventFd::new(EFD_NONBLOCK)? })
+    Ok(file)
 }
 
 /// What the tap can leave to whoever reads from it: all, checksums, or nothing.

@@ -31,11 +31,11 @@ const UNSEGMENTED: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_
 const OFFLOADS: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
 
 fn config(pairs: u16) -> NetConfig {
-    NetConfig { number: 0, mac: MAC, pairs, negotiated: None }
+    NetConfig { number: 0, mac: MAC, pairs, negotiated: None, network: None }
 }
 
 fn tap(name: &str) -> [TapConfig; 1] {
-    [TapConfig { name: name.into(), offloads: true }]
+    [TapConfig::named(name)]
 }
 
 fn net(name: &str, pairs: u16) -> Arc<Net> {

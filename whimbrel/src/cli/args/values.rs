@@ -111,7 +111,7 @@ pub struct NetArg {
 
 /// A network interface, by its options.
 pub fn net(text: &str) -> Result<NetArg, String> {
-    let mut tap = TapConfig { name: String::new(), offloads: true };
+    let mut tap = TapConfig::named("");
     let (mut mac, mut pairs) = (None, 1);
     for option in text.split(',') {
         match option.split_once('=') {
@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn a_network_interface_is_a_tap_with_options() {
-        let tap_config = |offloads| TapConfig { name: "tap0".into(), offloads };
+        let tap_config = |offloads| TapConfig { offloads, ..TapConfig::named("tap0") };
         let plain = NetArg { tap: tap_config(true), mac: None, pairs: 1 };
         assert_eq!(net("tap=tap0"), Ok(plain));
         let mac = Some(Mac([0x52, 0x54, 0, 0, 0, 1]));

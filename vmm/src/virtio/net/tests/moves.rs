@@ -144,7 +144,7 @@ fn a_host_that_lacks_what_the_guest_uses_refuses_and_says_what() {
         assert!(refusal("tap1").contains("is down"), "{}", refusal("tap1"));
         ip("link set tap1 up");
         let DeviceConfig::Net(config) = running.function.device().config() else { panic!() };
-        let bare = [TapConfig { name: "tap1".into(), offloads: false }];
+        let bare = [TapConfig { offloads: false, ..TapConfig::named("tap1") }];
         let lacking = Net::open(&config, &bare).err().unwrap().to_string();
         assert!(lacking.contains("GUEST_TSO4") && lacking.contains("HOST_TSO6"), "{lacking}");
         // What the guest was only offered it can do without.
