@@ -20,6 +20,8 @@
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
+//! | `names` | machines of a host are found, listed, stopped and moved by their names |
+//! | `evacuate` | a host is emptied: to hosts that refuse, with guests that are held, and called off |
 //! | `guests` | foreign guests |
 //! | `rdma`, `memlock` | moves over RDMA, and without it (in the lab) |
 //! | `copies` | over RDMA no system call carries pages (in the lab) |
@@ -46,6 +48,7 @@ pub mod journal;
 pub mod kills;
 pub mod lab;
 pub mod mitm;
+pub mod named;
 pub mod namespace;
 pub mod nfs;
 pub mod observer;

@@ -32,6 +32,19 @@ impl Guest {
     /// A guest with one vCPU that rewrites 2 MiB: quick to start and to move.
     pub const SMALL: Guest = Guest { memory: 32 << 20, vcpus: 1, working_set: 2 << 20, fill: 0 };
 
+    /// The options of `whimbrel run` for it.
+    pub fn arguments(&self) -> Vec<String> {
+        let size = |bytes: u64| bytes.to_string();
+        let options = [
+            ("--memory", size(self.memory)),
+            ("--vcpus", self.vcpus.to_string()),
+            ("--working-set", size(self.working_set)),
+            ("--fill", size(self.fill)),
+            ("--serial", "none".into()),
+        ];
+        options.into_iter().flat_map(|(option, value)| [option.to_string(), value]).collect()
+    }
+
     /// Starts it in a process of its own; returns when it is at work.
     pub fn start(&self, folder: &Path, name: &str) -> Node {
         self.start_by(whimbrel(), &[], folder, name)
@@ -39,16 +52,7 @@ impl Guest {
 
     /// The same by a program that stands in for `whimbrel`, with further arguments.
     pub fn start_by(&self, program: &Path, more: &[&str], folder: &Path, name: &str) -> Node {
-        let size = |bytes: u64| bytes.to_string();
-        let arguments = [
-            ("--memory", size(self.memory)),
-            ("--vcpus", self.vcpus.to_string()),
-            ("--working-set", size(self.working_set)),
-            ("--fill", size(self.fill)),
-            ("--serial", "none".into()),
-        ];
-        let arguments = arguments.into_iter().flat_map(|(option, value)| [option.to_string(), value]);
-        let arguments = arguments.chain(more.iter().map(ToString::to_string));
+        let arguments = self.arguments().into_iter().chain(more.iter().map(ToString::to_string));
         let mut node =
             Node::start(program, folder, name, std::iter::once("run".to_string()).chain(arguments)).unwrap();
         node.expect("running").unwrap();

@@ -3,14 +3,16 @@
 
 use crate::api::client::Client;
 use crate::api::model::{Migration, MigrationRequest, Vm};
+use crate::host::run_dir::RunDir;
 use crate::security::is_near;
 use hyper::Method;
 use serde_json::Value;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -60,6 +62,9 @@ pub enum Error {
     },
 }
 
+/// Numbers the logs of receivers that have no name.
+static NUMBER: AtomicUsize = AtomicUsize::new(1);
+
 /// How often a process is asked whether something has happened.
 const POLL: Duration = Duration::from_millis(10);
 
@@ -103,19 +108,54 @@ impl Node {
         name: &str,
         args: impl IntoIterator<Item = A>,
     ) -> Result<Self, Error> {
-        let failed = |source| Error::Process { program: program.into(), source };
         let api_path = folder.join(format!("{name}.sock"));
+        let args = args.into_iter().map(|arg| arg.as_ref().to_os_string());
+        let more = ["--name".into(), name.into(), "--api".into(), api_path.clone().into_os_string()];
+        Node::start_at(program, folder, name, args.chain(more), |_| api_path)
+    }
+
+    /// Starts one that belongs to the host of this run directory. A receiver without a name is called as its
+    /// guest is, and its API is here only until then.
+    ///
+    /// # Errors
+    /// [`Error::Process`].
+    pub fn of_host<A: AsRef<OsStr>>(
+        program: &Path,
+        folder: &Path,
+        run: &RunDir,
+        name: Option<&str>,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<Self, Error> {
+        let args = args.into_iter().map(|arg| arg.as_ref().to_os_string());
+        let named = name.iter().flat_map(|name| ["--name".into(), OsString::from(*name)]);
+        let more = ["--run-dir".into(), run.path().into()].into_iter().chain(named);
+        let log =
+            name.map_or_else(|| format!("receiver-{}", NUMBER.fetch_add(1, Ordering::Relaxed)), Into::into);
+        Node::start_at(program, folder, &log, args.chain(more), |pid| {
+            name.map_or_else(|| run.nameless_socket(pid), |name| run.machine_socket(name))
+        })
+    }
+
+    /// Starts one whose log is called `name` and whose API is where `api` says for its process.
+    fn start_at(
+        program: &Path,
+        folder: &Path,
+        name: &str,
+        args: impl IntoIterator<Item = OsString>,
+        api: impl FnOnce(u32) -> PathBuf,
+    ) -> Result<Self, Error> {
+        let failed = |source| Error::Process { program: program.into(), source };
         let stderr = folder.join(format!("{name}.stderr"));
         let log = std::fs::File::create(&stderr).map_err(failed)?;
         let mut child = Command::new(program)
             .args(args)
-            .args(["--json", "--name", name, "--api"])
-            .arg(&api_path)
+            .arg("--json")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()
             .map_err(failed)?;
+        let api_path = api(child.id());
         let stdout = child.stdout.take().ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
         // A thread reads the events, so that waiting for one can end; it ends with the process.
         let (sender, events) = mpsc::channel();
@@ -230,6 +270,16 @@ impl Node {
     /// Its API's socket.
     pub fn api_path(&self) -> &Path {
         &self.api_path
+    }
+
+    /// Its API is on another socket now: its machine has a name.
+    ///
+    /// # Errors
+    /// [`Error::Api`] when the process can have no more descriptors.
+    pub fn is_at(&mut self, api: PathBuf) -> Result<(), Error> {
+        self.api = self.told(Client::new(&api))?;
+        self.api_path = api;
+        Ok(())
     }
 
     /// Its status.

@@ -178,7 +178,9 @@ const FURTHER: &[i64] = &[
     SYS_splice,
     SYS_tee,
     SYS_vmsplice,
-    // the API's socket
+    // the API's socket, and its name
+    SYS_link,
+    SYS_linkat,
     SYS_unlink,
     SYS_unlinkat,
     SYS_chmod,

@@ -4,6 +4,7 @@ use super::Error;
 use super::model::ErrorBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
+use hyper::client::conn::http1::SendRequest;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use migration::{Code, Failure};
@@ -85,12 +86,43 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> Result<A, Error> {
-        let stream = UnixStream::connect(&self.path)
-            .await
-            .map_err(|source| Error::Connect { path: self.path.clone(), source })?;
-        let (mut sender, connection) =
+        Caller::connect(&self.path).await?.call(method, path, body).await
+    }
+}
+
+/// A connection to one machine's API, by which one question follows the other.
+pub struct Caller {
+    sender: SendRequest<Full<Bytes>>,
+}
+
+impl Caller {
+    /// Calls the machine that serves on `path`.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] when nobody is there.
+    pub async fn connect(path: &Path) -> Result<Self, Error> {
+        let stream =
+            UnixStream::connect(path).await.map_err(|source| Error::Connect { path: path.into(), source })?;
+        let (sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         tokio::spawn(connection);
+        Ok(Caller { sender })
+    }
+
+    /// `GET path`.
+    ///
+    /// # Errors
+    /// As for [`Client::get`].
+    pub async fn get<A: DeserializeOwned>(&mut self, path: &str) -> Result<A, Error> {
+        self.call(Method::GET, path, b"null".to_vec()).await
+    }
+
+    async fn call<A: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<A, Error> {
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -98,7 +130,7 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(http)?;
-        let response = sender.send_request(request).await.map_err(http)?;
+        let response = self.sender.send_request(request).await.map_err(http)?;
         let status = response.status();
         let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();
         if status.is_success() {

@@ -31,21 +31,29 @@ const MAX_BODY: usize = 64 << 10;
 /// How long requests under way may take to be answered when the process ends.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// A served API. Dropping it answers the requests under way (one of them may be what ends the process)
-/// and removes the socket.
+/// A served API. Dropping it removes the socket and answers the requests under way (one of them may be what
+/// ends the process).
 pub struct Server {
     path: PathBuf,
     close: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
+impl Server {
+    /// The socket has another path now.
+    pub fn has_moved(&mut self, path: PathBuf) {
+        self.path = path;
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
+        // As long as it is served, nobody puts another socket in its place. Nobody is left to tell of an
+        // error; a stale socket is replaced at the next start.
+        let _ = std::fs::remove_file(&self.path);
         // Either fails only if the serving thread has ended already.
         let _ = self.close.take().map(|close| close.send(()));
         let _ = self.thread.take().map(JoinHandle::join);
-        // Nobody is left to tell; a stale socket is replaced at the next start.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

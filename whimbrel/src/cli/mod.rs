@@ -5,12 +5,17 @@ mod choice;
 pub mod config;
 mod demo;
 mod doctor;
+mod evacuate;
+mod list;
 mod migrate;
 mod pki;
+mod place;
 mod process;
+mod progress;
 mod receive;
 mod render;
 mod run;
+mod stop;
 mod terminal;
 
 use anyhow::Context;
@@ -25,6 +30,7 @@ use std::process::ExitCode;
 use whimbrel::api;
 use whimbrel::api::client::Client;
 use whimbrel::api::model::{Arrival, Migration, Vm, VmState};
+use whimbrel::host::run_dir::NotHere;
 
 /// How a command ends, if it does not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +72,15 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Receive(args) => receive::receive(args),
         Command::Migrate(args) => migrate::migrate(args),
+        Command::Evacuate(args) => evacuate::evacuate(&args),
+        Command::List(args) => list::list(&args),
         Command::Status(target) => status(&target),
         Command::Cancel(target) => send(&target, Method::DELETE, "/v1/migration"),
         Command::Pause(target) => send(&target, Method::PUT, "/v1/vm/pause"),
         Command::Resume(args) if args.force => send(&args.target, Method::PUT, "/v1/vm/resume?force=true"),
         Command::Resume(args) => send(&args.target, Method::PUT, "/v1/vm/resume"),
         Command::Shutdown(target) => send(&target, Method::PUT, "/v1/vm/shutdown"),
+        Command::Stop(args) => stop::stop(&args),
         Command::Quit(target) => send(&target, Method::PUT, "/v1/vm/quit"),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Demo(args) => demo::demo(&args),
@@ -86,10 +95,9 @@ pub fn run(cli: Cli) -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => {
             eprintln!("whimbrel: {}", story(&error));
-            match error.downcast_ref() {
-                Some(api::Error::Connect { .. }) => Exit::Unreachable.into(),
-                _ => Exit::Failed.into(),
-            }
+            let nobody =
+                matches!(error.downcast_ref(), Some(api::Error::Connect { .. })) || error.is::<NotHere>();
+            if nobody { Exit::Unreachable.into() } else { Exit::Failed.into() }
         }
     }
 }
@@ -123,7 +131,7 @@ fn man(folder: &std::path::Path) -> anyhow::Result<Exit> {
 }
 
 fn status(target: &Target) -> anyhow::Result<Exit> {
-    let client = Client::new(&target.api)?;
+    let client = Client::new(&target.socket()?)?;
     let vm: Vm = client.get("/v1/vm")?;
     let migration: Option<Migration> = if_any(&client, "/v1/migration")?;
     let arrival: Option<Arrival> = if_any(&client, "/v1/arrival")?;
@@ -165,7 +173,7 @@ fn whose(vm: &Vm, migration: Option<&Migration>) -> Exit {
 
 /// A request whose answer matters only to programs.
 fn send(target: &Target, method: Method, path: &str) -> anyhow::Result<Exit> {
-    let answer: Value = Client::new(&target.api)?.call(method, path, &())?;
+    let answer: Value = Client::new(&target.socket()?)?.call(method, path, &())?;
     if target.json {
         say(answer)?;
     }

@@ -1,6 +1,7 @@
 //! What `run` and `receive` share: a process that holds one virtual machine until it ends.
 
 use super::args::{OutputTarget, ProcessArgs, SerialTarget};
+use super::place::Place;
 use super::terminal::{self, Terminal};
 use super::{Exit, render};
 use migration::SAVE_TO;
@@ -10,7 +11,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -79,7 +80,7 @@ impl ProcessArgs {
 
     /// What of this is opened after the process has confined itself. Only what is there can be allowed, so
     /// files for output are made if they are not.
-    pub fn needs(&self) -> Needs {
+    pub fn needs(&self, place: &Place) -> Needs {
         let mut needs = Needs::default();
         let serial = match &self.serial {
             SerialTarget::Output(target) => Some(target),
@@ -95,10 +96,7 @@ impl ProcessArgs {
         }
         // A pipe is opened for both.
         needs.write.extend(self.console_input.clone());
-        if let Some(api) = &self.api {
-            let folder = api.parent().filter(|folder| !folder.as_os_str().is_empty());
-            needs.sockets.push(folder.unwrap_or(Path::new(".")).into());
-        }
+        needs.sockets.extend(place.folder());
         needs.make.extend(std::env::var_os(SAVE_TO).map(PathBuf::from));
         needs.read.extend(self.security.files().iter().flat_map(TlsFiles::folders));
         needs

@@ -1,6 +1,7 @@
 //! `whimbrel receive`: waits for a virtual machine, then holds it as `run` does.
 
 use super::args::{ProcessArgs, ReceiveArgs};
+use super::place::Place;
 use super::process::{Keeper, quit_on_signals, stay};
 use super::terminal::Terminal;
 use super::{Exit, render};
@@ -17,7 +18,6 @@ use vmm::sandbox;
 use vmm::virtio::LocalConfig;
 use vmm::virtio::block::Images;
 use vmm::virtio::net;
-use whimbrel::api::server;
 use whimbrel::instance::{Instance, SOFTWARE};
 use whimbrel::security::{Encryption, Secured, Security};
 use whimbrel::slot::Slot;
@@ -64,15 +64,15 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         limits: args.limits.limits(),
         ..IncomingOptions::default()
     })?;
-    let mut needs = args.process.needs();
+    let mut place = Place::new(&args.process)?;
+    let mut needs = args.process.needs(&place);
     needs.write.extend(args.disks.iter().cloned());
     needs.taps = !args.net.is_empty();
     needs.low_port = (1..1024).contains(&args.listen.port());
     sandbox::enter(args.process.seccomp, &needs)?;
     let slot = Arc::new(Slot::receiver(args.process.name.clone()));
     quit_on_signals(&slot)?;
-    let _server =
-        args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
+    place.serve(&slot, args.process.name.as_deref())?;
     // While nobody waits for it.
     transport_rdma::warm_up();
     let listener = Listener::bind_protected(1, args.listen, protecting)?;
@@ -107,7 +107,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             .software(SOFTWARE)
             .monitor(&monitor)
             .run()
-            .map(|arrival| welcome(&args.process, &keeper, &slot, peer, arrival));
+            .map(|arrival| welcome(&args.process, &keeper, &mut place, &slot, peer, arrival));
         // Whoever reads the event may call at once.
         drop(call);
         match arrived {
@@ -143,6 +143,7 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
 fn welcome(
     process: &ProcessArgs,
     keeper: &Keeper,
+    place: &mut Place,
     slot: &Slot,
     peer: SocketAddr,
     arrival: Arrival<'_, IncomingMachine>,
@@ -156,6 +157,9 @@ fn welcome(
     });
     let what = if machine.stays_paused() { "is paused, as it was there" } else { "runs" };
     let name = process.name.as_ref().unwrap_or(&machine.config().name).clone();
+    if let Err(error) = place.name(&name) {
+        eprintln!("whimbrel: nobody reaches the guest by its name: {error:#}");
+    }
     let (told, keep) = (name.clone(), keeper.clone());
     let instance = Instance::new(name.clone(), machine, process.security.security(), move |over| {
         keep.migration(&told, over)

@@ -3,6 +3,7 @@
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use migration::monitor::Progress;
 use migration::report::{Report, Verdict};
+use serde::Serialize;
 use serde_json::Value;
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -27,7 +28,8 @@ pub fn vcpus(number: u32) -> String {
     format!("{number} vCPU{}", if number == 1 { "" } else { "s" })
 }
 
-fn ms(us: u64) -> String {
+/// A time.
+pub fn ms(us: u64) -> String {
     format!("{:.2} ms", us as f64 / 1e3)
 }
 
@@ -44,10 +46,14 @@ pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
     Ok(value)
 }
 
+/// What JSON calls it: a state, a phase.
+pub fn word(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(String::from)).unwrap_or_default()
+}
+
 /// A machine's status.
 pub fn vm(vm: &Vm) -> String {
-    let state =
-        serde_json::to_value(vm.state).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
+    let state = word(&vm.state);
     let name = if vm.name.is_empty() { "receiver" } else { &vm.name };
     match vm.state {
         VmState::Waiting | VmState::Receiving => format!("{name}: {state}, process {}", vm.pid),
@@ -65,9 +71,7 @@ pub fn arrival(arrival: &Arrival) -> String {
     let so_far = format!("{} of memory, {} placed in {}", size(p.memory), size(p.placed), ms(p.elapsed_us));
     match (&arrival.ended, &arrival.failure) {
         (None, _) => {
-            let phase = serde_json::to_value(p.phase).ok();
-            let phase = phase.as_ref().and_then(Value::as_str).unwrap_or_default();
-            format!("a guest comes from {from}: {phase}, {so_far}")
+            format!("a guest comes from {from}: {}, {so_far}", word(&p.phase))
         }
         (Some(at), Some(why)) => format!("the guest from {from} was not taken in at {at}: {why}"),
         (Some(at), None) => format!("the guest arrived from {from} at {at}: {so_far}"),
@@ -253,6 +257,12 @@ pub fn table() -> Table {
     let mut table = Table::new();
     table.load_style(TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─')));
     table
+}
+
+/// A table without the spaces at the ends of its lines.
+pub fn trimmed(table: &Table) -> String {
+    let lines: Vec<_> = table.lines().map(|line| line.trim_end().to_string()).collect();
+    lines.join("\n")
 }
 
 /// All columns but the first hold figures.

@@ -3,6 +3,7 @@
 use super::Exit;
 use super::args::RunArgs;
 use super::choice::OnReboot;
+use super::place::Place;
 use super::process::{Keeper, quit_on_signals, stay};
 use serde_json::json;
 use std::path::PathBuf;
@@ -16,7 +17,6 @@ use vmm::sandbox::{self, Needs};
 use vmm::virtio::block::{Images, Opened};
 use vmm::virtio::net::{Mac, NetConfig};
 use vmm::virtio::{DeviceConfig, LocalConfig};
-use whimbrel::api::server;
 use whimbrel::instance::Instance;
 use whimbrel::security::Encryption;
 use whimbrel::slot::Slot;
@@ -31,11 +31,16 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let images = Images::Opened(Opened::new(&args.disk, &Images::Any)?);
     let keeper = Keeper::new(&args.process)?;
     let host = Host::open()?;
-    sandbox::enter(args.process.seccomp, &Needs { taps: !args.net.is_empty(), ..args.process.needs() })?;
+    let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
+    if let Some(name) = &args.process.name {
+        config.name.clone_from(name);
+    }
+    let mut place = Place::new(&args.process)?;
+    let needs = args.process.needs(&place);
+    sandbox::enter(args.process.seccomp, &Needs { taps: !args.net.is_empty(), ..needs })?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
-    let _server =
-        args.process.api.as_deref().map(|path| server::serve(path, Arc::clone(&slot))).transpose()?;
+    place.serve(&slot, Some(&config.name))?;
     let workload = Workload {
         vcpus: args.machine.vcpus,
         working_set: args.workload.working_set,
@@ -45,12 +50,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
         content: args.workload.fill_with,
         journal: args.workload.journal,
     };
-    let mut config = MachineConfig::new(&host, args.machine.memory, args.machine.vcpus)?;
     config.pages = args.machine.pages;
     config.thp = args.process.thp;
-    if let Some(name) = &args.process.name {
-        config.name.clone_from(name);
-    }
     config.reboot = reboot(&args, boot.as_ref().unwrap_or(&workload.guest()))?;
     config.serial = args.process.serial();
     config.devices = devices(&args)?;

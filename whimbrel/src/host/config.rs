@@ -22,13 +22,22 @@
 use crate::security::{Encryption, TlsFiles};
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use transport_tcp::tls::Pattern;
 use vmm::limits::NamePattern;
 
 /// Where guests are taken in unless the file says otherwise.
 pub const PORT: u16 = 4444;
+
+/// A destination with its port: the usual one, unless `to` names one.
+pub fn with_port(to: &str) -> String {
+    let bare = to.parse::<Ipv6Addr>().is_ok();
+    let host = if bare { format!("[{to}]") } else { to.to_string() };
+    let has_port =
+        !bare && to.rsplit_once(':').is_some_and(|(host, _)| !host.starts_with('[') || host.ends_with(']'));
+    if has_port { host } else { format!("{host}:{PORT}") }
+}
 
 /// Why a file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -196,6 +205,21 @@ mod tests {
         assert_eq!(config.encryption, Encryption::Required);
         assert!(config.certificates().is_some());
         assert!(read("").unwrap().certificates().is_none());
+    }
+
+    #[test]
+    fn a_destination_has_a_port() {
+        for (to, expected) in [
+            ("hostb", "hostb:4444"),
+            ("hostb:7", "hostb:7"),
+            ("10.1.0.2", "10.1.0.2:4444"),
+            ("10.1.0.2:7", "10.1.0.2:7"),
+            ("fe80::1", "[fe80::1]:4444"),
+            ("[fe80::1]", "[fe80::1]:4444"),
+            ("[fe80::1]:7", "[fe80::1]:7"),
+        ] {
+            assert_eq!(with_port(to), expected);
+        }
     }
 
     #[test]

@@ -23,6 +23,33 @@ const DEFAULT: &str = "/run/whimbrel";
 /// How the socket of a machine ends.
 const SOCKET: &str = ".sock";
 
+/// Why a machine can have no socket in a run directory.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a machine of a host cannot be called {0:?}: its name is that of a file, so it is not empty, does not begin with a \
+     dot and has no slash"
+)]
+pub struct NoFileName(pub String);
+
+/// There is no machine of this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no machine called {name} is in {}; {}", folder.display(), present(machines))]
+pub struct NotHere {
+    /// What was looked for.
+    pub name: String,
+    /// Where.
+    pub folder: PathBuf,
+    /// Who is there.
+    pub machines: Vec<String>,
+}
+
+fn present(machines: &[String]) -> String {
+    match machines {
+        [] => "there is none. --run-dir or WHIMBREL_RUN_DIR names another folder".into(),
+        _ => format!("there are: {}", machines.join(", ")),
+    }
+}
+
 /// The folder of a host's sockets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunDir(PathBuf);
@@ -62,9 +89,32 @@ impl RunDir {
         self.0.join("machines")
     }
 
-    /// The socket of the machine of this name, which has to be a name that a machine may have.
+    /// The socket of the machine of this name. A name that did not come from this host is looked at by
+    /// [`check`](Self::check) first: it may lead elsewhere.
     pub fn machine_socket(&self, name: &str) -> PathBuf {
         self.machines_folder().join(format!("{name}{SOCKET}"))
+    }
+
+    /// Whether the machine of this name can have a socket here: its name is a file's.
+    ///
+    /// # Errors
+    /// [`NoFileName`].
+    pub fn check(name: &str) -> Result<(), NoFileName> {
+        let good = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\0']);
+        if good { Ok(()) } else { Err(NoFileName(name.into())) }
+    }
+
+    /// The socket of the machine of this name, which is there. Whether a process still serves it is another
+    /// question.
+    ///
+    /// # Errors
+    /// [`NotHere`], which says who is.
+    pub fn find(&self, name: &str) -> Result<PathBuf, NotHere> {
+        let machines = self.machines().unwrap_or_default();
+        if machines.iter().any(|machine| machine == name) {
+            return Ok(self.machine_socket(name));
+        }
+        Err(NotHere { name: name.into(), folder: self.0.clone(), machines })
     }
 
     /// The socket of a process that has no guest yet.
@@ -117,5 +167,18 @@ mod tests {
         let _nameless = UnixListener::bind(run.nameless_socket(7)).unwrap();
         std::fs::write(run.machine_socket("file"), "").unwrap();
         assert_eq!(run.machines().unwrap(), ["web1", "web2"]);
+        assert_eq!(run.find("web1"), Ok(run.machine_socket("web1")));
+        let unknown = run.find("db1").unwrap_err().to_string();
+        assert!(unknown.contains("no machine called db1") && unknown.contains("web1, web2"), "{unknown}");
+    }
+
+    #[test]
+    fn a_name_leads_nowhere_else() {
+        for name in ["web1", "Web 1", "a.b", "é"] {
+            assert_eq!(RunDir::check(name), Ok(()));
+        }
+        for name in ["", ".7", "../a", "a/b", "."] {
+            assert!(RunDir::check(name).is_err(), "{name}");
+        }
     }
 }

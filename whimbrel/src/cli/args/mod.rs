@@ -9,9 +9,9 @@ mod values;
 
 pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
-pub use moving::{MigrateArgs, PolicyArgs};
+pub use moving::{EvacuateArgs, MigrateArgs, PolicyArgs};
 pub use security::SecurityArgs;
-pub use target::{ResumeArgs, Target};
+pub use target::{ListArgs, ResumeArgs, StopArgs, Target};
 pub use values::{NetArg, OutputTarget, SerialTarget};
 
 use super::choice::{AIO, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
@@ -36,7 +36,7 @@ pub struct Cli {
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the migration failed and the guest runs \
 on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed; 6 it is unknown whether the guest has \
-moved; 7 (status) no guest runs here; 8 nobody answers on the API's socket; 130, 143 (migrate) interrupted, and the \
+moved; 7 (status) no guest runs here; 8 nobody answers on the API's socket, or no machine has that name; 130, 143 (migrate) interrupted, and the \
 migration goes on.";
 
 #[derive(Debug, Subcommand)]
@@ -45,8 +45,12 @@ pub enum Command {
     Run(RunArgs),
     /// Wait for a virtual machine to arrive, then run it
     Receive(ReceiveArgs),
-    /// Move a running virtual machine to a waiting receiver
+    /// Move a running virtual machine to another host, or to a waiting receiver
     Migrate(MigrateArgs),
+    /// Move all virtual machines of this host to other hosts
+    Evacuate(EvacuateArgs),
+    /// Show all virtual machines of this host
+    List(ListArgs),
     /// Show what a virtual machine is doing, and its migration
     Status(Target),
     /// Cancel a migration; the guest continues to run where it is
@@ -57,6 +61,8 @@ pub enum Command {
     Resume(ResumeArgs),
     /// Press a virtual machine's power button: a guest that listens to it shuts down
     Shutdown(Target),
+    /// Shut a virtual machine down, and end its process if that takes too long
+    Stop(StopArgs),
     /// End a virtual machine's process
     Quit(Target),
     /// Show what this host can do, what it lacks, and how to provide that
@@ -121,8 +127,12 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Unix socket for the API; the other commands reach the machine through it
-    #[arg(long)]
+    #[arg(long, conflicts_with = "run_dir")]
     pub api: Option<PathBuf>,
+    /// Folder of a host's sockets, which is made: the other commands reach the machine by its name.
+    /// WHIMBREL_RUN_DIR names it as well if there is no --api
+    #[arg(long, value_name = "FOLDER")]
+    pub run_dir: Option<PathBuf>,
     /// The machine's name, as `status` shows it. Default: `vm`, or for a guest that arrives the name that it
     /// has
     #[arg(long, value_parser = name)]

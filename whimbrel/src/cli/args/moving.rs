@@ -2,9 +2,11 @@
 
 use super::super::choice::{ENCRYPTION, ON_STALL, TRANSPORTS, one_of};
 use super::security::SecurityArgs;
-use super::target::Target;
+use super::target::{HostArgs, Target};
 use clap::Args;
+use clap::builder::TypedValueParser;
 use migration::policy::OnStall;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 use whimbrel::api::model::TransportChoice;
 use whimbrel::security::Encryption;
@@ -13,8 +15,8 @@ use whimbrel::security::Encryption;
 pub struct MigrateArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Where the receiver listens, as host:port
-    #[arg(long)]
+    /// Where to: the host, or the address where a receiver listens. The port is 4444 unless one is given
+    #[arg(long, value_name = "HOST[:PORT]")]
     pub to: String,
     /// Return at once instead of watching
     #[arg(long)]
@@ -23,6 +25,31 @@ pub struct MigrateArgs {
     pub security: SecurityArgs,
     #[command(flatten)]
     pub policy: PolicyArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct EvacuateArgs {
+    #[command(flatten)]
+    pub host: HostArgs,
+    /// Hosts to move the machines to, which take turns; a machine that one refuses is tried at the next. The
+    /// port is 4444 unless one is given
+    #[arg(long, value_name = "HOST[:PORT],...", value_delimiter = ',', required = true)]
+    pub to: Vec<String>,
+    /// How many machines are moved at once
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = number(1..=64))]
+    pub parallel: usize,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+}
+
+/// A number in a range.
+fn number(range: RangeInclusive<i64>) -> impl TypedValueParser<Value = usize> {
+    clap::value_parser!(u16).range(range).map(usize::from)
 }
 
 /// How to move.

@@ -1,16 +1,63 @@
 //! Which machine is meant.
 
 use clap::Args;
+use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
+use whimbrel::host::run_dir::{NotHere, RunDir};
 
-#[derive(Args, Debug)]
+/// The machines of this host.
+#[derive(Args, Clone, Debug)]
+pub struct HostArgs {
+    /// Folder of the host's sockets. Without it, the one that WHIMBREL_RUN_DIR names, or /run/whimbrel
+    #[arg(long, value_name = "FOLDER")]
+    pub run_dir: Option<PathBuf>,
+}
+
+impl HostArgs {
+    /// The folder.
+    pub fn run_dir(&self) -> RunDir {
+        RunDir::new(self.run_dir.as_deref())
+    }
+}
+
+#[derive(Args, Clone, Debug)]
 pub struct Target {
-    /// Unix socket of the machine's API
-    #[arg(long)]
-    pub api: PathBuf,
+    /// The machine's name, as `whimbrel list` shows it
+    #[arg(required_unless_present = "api")]
+    pub name: Option<String>,
+    /// Unix socket of the machine's API, in the place of its name
+    #[arg(long, conflicts_with_all = ["name", "run_dir"])]
+    pub api: Option<PathBuf>,
+    #[command(flatten)]
+    pub host: HostArgs,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+impl Target {
+    /// The socket of the machine's API.
+    pub fn socket(&self) -> Result<PathBuf, NotHere> {
+        match (&self.api, &self.name) {
+            (Some(path), _) => Ok(path.clone()),
+            (None, name) => self.host.run_dir().find(name.as_deref().unwrap_or_default()),
+        }
+    }
+}
+
+/// As it is written on the command line.
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.api, &self.name) {
+            (Some(path), _) => write!(f, "--api {}", path.display()),
+            (None, name) => f.write_str(name.as_deref().unwrap_or_default()),
+        }?;
+        match &self.host.run_dir {
+            Some(folder) => write!(f, " --run-dir {}", folder.display()),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Args, Debug)]
@@ -18,6 +65,27 @@ pub struct ResumeArgs {
     #[command(flatten)]
     pub target: Target,
     /// Resume a held guest; only if it certainly does not run at the destination
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct ListArgs {
+    #[command(flatten)]
+    pub host: HostArgs,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct StopArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// How long the guest may take to shut down before its process is ended
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+    pub patience: Duration,
+    /// End the process at once, as the power going off
     #[arg(long)]
     pub force: bool,
 }

@@ -1,0 +1,70 @@
+//! Where a machine's process serves its API: on a socket that is named, or in a host's run directory.
+
+use super::args::ProcessArgs;
+use anyhow::Context;
+use std::path::PathBuf;
+use std::sync::Arc;
+use whimbrel::api::server::{self, Server};
+use whimbrel::host::claim::Names;
+use whimbrel::host::run_dir::{self, RunDir};
+use whimbrel::slot::Slot;
+
+impl ProcessArgs {
+    /// The run directory that this process belongs to, if it belongs to one.
+    fn run_dir(&self) -> Option<RunDir> {
+        let by_variable = || std::env::var_os(run_dir::VARIABLE).filter(|_| self.api.is_none());
+        let named = self.run_dir.clone().or_else(|| by_variable().map(PathBuf::from))?;
+        // The process may change its folder, and others look from elsewhere.
+        Some(RunDir::new(Some(&std::path::absolute(&named).unwrap_or(named))))
+    }
+}
+
+/// The place, before it is served and from then on.
+pub struct Place {
+    /// The host's machines, if this is one of them.
+    names: Option<Names>,
+    api: Option<PathBuf>,
+    server: Option<Server>,
+    /// The socket of a process whose machine has no name yet.
+    nameless: Option<PathBuf>,
+}
+
+impl Place {
+    /// Makes the run directory, if there is to be one.
+    pub fn new(process: &ProcessArgs) -> anyhow::Result<Self> {
+        let open = |run: &RunDir| {
+            Names::open(run).with_context(|| format!("cannot use {}", run.machines_folder().display()))
+        };
+        let names = process.run_dir().as_ref().map(open).transpose()?;
+        Ok(Place { names, api: process.api.clone(), server: None, nameless: None })
+    }
+
+    /// The folder in which it makes a socket.
+    pub fn folder(&self) -> Option<PathBuf> {
+        let machines = self.names.as_ref().map(|names| names.run_dir().machines_folder());
+        machines.or_else(|| {
+            let parent = self.api.as_ref()?.parent().filter(|folder| !folder.as_os_str().is_empty());
+            Some(parent.map_or_else(|| PathBuf::from("."), PathBuf::from))
+        })
+    }
+
+    /// Serves what is, or will be, in `slot`: a machine that is called `name`, or that has no name yet.
+    pub fn serve(&mut self, slot: &Arc<Slot>, name: Option<&str>) -> anyhow::Result<()> {
+        let nameless = self.names.as_ref().map(|names| names.run_dir().nameless_socket(std::process::id()));
+        let Some(path) = nameless.clone().or_else(|| self.api.clone()) else { return Ok(()) };
+        self.server = Some(server::serve(&path, Arc::clone(slot))?);
+        self.nameless = nameless;
+        name.map_or(Ok(()), |name| self.name(name))
+    }
+
+    /// The machine is called so from now on, unless it has had a name before.
+    pub fn name(&mut self, name: &str) -> anyhow::Result<()> {
+        let (Some(names), Some(nameless)) = (&self.names, &self.nameless) else { return Ok(()) };
+        let path = names.claim(nameless, name)?;
+        self.nameless = None;
+        if let Some(server) = &mut self.server {
+            server.has_moved(path);
+        }
+        Ok(())
+    }
+}
