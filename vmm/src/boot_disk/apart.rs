@@ -72,7 +72,7 @@ pub fn read_apart(
 }
 
 /// Nothing if this process has one thread.
-pub(super) fn assert_single() -> io::Result<()> {
+pub(crate) fn assert_single() -> io::Result<()> {
     match std::fs::read_dir("/proc/self/task")?.count() {
         1 => Ok(()),
         _ => Err(io::Error::other("this process has other threads by now")),
@@ -80,7 +80,7 @@ pub(super) fn assert_single() -> io::Result<()> {
 }
 
 /// What a panic says is for this process's own error output, which it no longer has.
-pub(super) fn forget_panics() {
+pub(crate) fn forget_panics() {
     panic::set_hook(Box::new(|_| {}));
 }
 

@@ -32,7 +32,7 @@ const MAX_REQUEST: usize = 64 << 10;
 const SECONDS: u32 = 300;
 
 /// What it says when it is confined. Otherwise it says why not.
-const READY: &[u8] = b".";
+pub(crate) const READY: &[u8] = b".";
 
 /// What is to be read. The disk's file and the pipe for the answer come with it.
 #[derive(Serialize, Deserialize)]
@@ -125,7 +125,7 @@ fn ended_early<T>(taken: &io::Result<T>) -> bool {
 }
 
 /// Two ends of a socket that keeps messages apart.
-fn pair() -> io::Result<[UnixStream; 2]> {
+pub(crate) fn pair() -> io::Result<[UnixStream; 2]> {
     let mut ends = [0; 2];
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
     // SAFETY: the call writes two integers, which live across it.

@@ -22,6 +22,8 @@
 //! nothing can be taken back.
 //!
 //! A process that reads a disk for its kernel has rules of its own, stricter than all of these (`reader.rs`).
+//! What takes a privilege while a machine runs is done by a process of its own, which does nothing else
+//! (`helper.rs`).
 //!
 //! Most of it costs next to nothing. When a filter is installed, the kernel finds out which calls it allows
 //! whatever their arguments are, and does not run it for them. Of the calls that a running guest makes, only
@@ -29,11 +31,13 @@
 
 mod calls;
 mod files;
+mod helper;
 mod privileges;
 pub(crate) mod reader;
 mod trap;
 
 pub use files::available as landlock;
+pub use helper::Helper;
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
 use std::collections::BTreeMap;

@@ -102,7 +102,7 @@ fn limit(what: libc::__rlimit_resource_t, to: u64) -> Result<(), Error> {
 }
 
 /// Closes all files but these. Standard input and output are among those that go.
-fn close_others(kept: &[RawFd]) -> Result<(), Error> {
+pub(super) fn close_others(kept: &[RawFd]) -> Result<(), Error> {
     let mut kept: Vec<u32> = kept.iter().map(|file| file.unsigned_abs()).collect();
     kept.sort_unstable();
     let mut from = 0;

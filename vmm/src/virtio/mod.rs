@@ -76,6 +76,15 @@ pub struct LocalConfig {
 }
 
 impl DeviceConfig {
+    /// What it names that each host knows: a disk its storage, an interface its network.
+    pub fn belongs_to(&self) -> Option<&str> {
+        match self {
+            DeviceConfig::Block(config) => config.storage.as_deref(),
+            DeviceConfig::Net(config) => config.network.as_deref(),
+            DeviceConfig::Rng | DeviceConfig::Console => None,
+        }
+    }
+
     /// Builds the device.
     ///
     /// # Errors

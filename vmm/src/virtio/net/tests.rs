@@ -5,7 +5,7 @@ mod frames;
 mod moves;
 
 use super::wire::{HEADER as WIRE_HEADER, Wire, add_tap, ip, wait_up, with_taps};
-use super::{Error, HEADER, Mac, Negotiated, Net, NetConfig, TapConfig};
+use super::{Error, HEADER, Mac, Negotiated, Net, NetConfig, OpenTap, TapConfig, find_tap};
 use crate::virtio::testing::{BUFFERS, Bench, Buffer, WITHOUT_EVENT_INDEX};
 use crate::virtio::transport::COMMON_FEATURES;
 use crate::virtio::{DeviceConfig, VirtioDevice};

@@ -174,3 +174,41 @@ fn a_host_that_lacks_what_the_guest_uses_refuses_and_says_what() {
         drop(only);
     });
 }
+
+#[test]
+fn a_tap_that_was_opened_before_goes_with_whoever_has_it() {
+    with_taps(&[], || {
+        let exists = |name: &str| find_tap(name).is_ok();
+        let wait_gone = |name: &str| {
+            let deadline = Instant::now() + PATIENCE;
+            // A process that another test is just starting has a copy of each descriptor for a moment.
+            while exists(name) {
+                assert!(Instant::now() < deadline, "{name} is still there");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        for pairs in [1, 2] {
+            let (files, name) = OpenTap::make(c"opened%d", pairs).unwrap();
+            assert_eq!((files.len(), name.as_str()), (usize::from(pairs), "opened0"));
+            ip(&format!("link set {name} up"));
+            let tap = TapConfig::opened(&name, OpenTap::new(files, 1400));
+            let other = pairs % 2 + 1;
+            let refused = Net::open(&config(other), std::slice::from_ref(&tap)).err().unwrap();
+            assert!(matches!(refused, Error::Kind { .. }), "{refused}");
+            wait_gone(&name);
+
+            let (files, name) = OpenTap::make(c"opened%d", pairs).unwrap();
+            ip(&format!("link set {name} up"));
+            let tap = TapConfig::opened(&name, OpenTap::new(files, 1400));
+            let net = Net::open(&config(pairs), std::slice::from_ref(&tap)).unwrap();
+            let DeviceConfig::Net(described) = net.config() else { panic!() };
+            assert_eq!(described.negotiated.unwrap().mtu, 1400);
+            let again = Net::open(&config(pairs), std::slice::from_ref(&tap)).err().unwrap();
+            assert!(matches!(again, Error::InUse(_)), "{again}");
+            assert!(exists(&name));
+            drop(net);
+            wait_gone(&name);
+        }
+        assert!(OpenTap::make(c"much-longer-than-it-may-be%d", 1).is_err());
+    });
+}
