@@ -103,8 +103,8 @@ impl Dispatcher {
         self.accepting.address()
     }
 
-    /// Calls `callback` when a caller is not handed on, as [`Listener::on_refused`](crate::Listener::on_refused)
-    /// does.
+    /// Calls `callback` when a caller is not handed on, as
+    /// [`Listener::on_refused`](crate::Listener::on_refused) does.
     pub fn on_refused(&self, callback: impl Fn(&Refused) + Send + 'static) {
         self.refusals.tell_to(callback);
     }

@@ -1,9 +1,9 @@
 //! The service of a host: one port for all guests that come, and a process for each.
 //!
-//! It accepts, and looks at what a connection is for, of which it takes nothing ([`transport_tcp::Dispatcher`]).
-//! Whoever opens a session is handed to a standby, and its lanes to the process that has the session
-//! ([`gate`](super::gate)). No byte of a guest goes through the service, and it knows no secret: who may come
-//! is found out by the process, which has given up its rights.
+//! It accepts, and looks at what a connection is for, of which it takes nothing
+//! ([`transport_tcp::Dispatcher`]). Whoever opens a session is handed to a standby, and its lanes to the
+//! process that has the session ([`gate`](super::gate)). No byte of a guest goes through the service, and it
+//! knows no secret: who may come is found out by the process, which has given up its rights.
 
 use super::config::{HostConfig, PORT};
 use super::gate::{Count, Desk, Door, Rules, hand_over};
@@ -110,8 +110,8 @@ pub struct HostStatus {
 }
 
 impl Service {
-    /// Starts the service of this run directory. It listens at `listen`, or else where the configuration says.
-    /// Sockets by which systemd has activated it come before both.
+    /// Starts the service of this run directory. It listens at `listen`, or else where the configuration
+    /// says. Sockets by which systemd has activated it come before both.
     ///
     /// # Errors
     /// [`Error`].

@@ -100,8 +100,8 @@ impl Line {
 pub struct Door(Socket);
 
 impl Door {
-    /// Listens at `path`. A socket that is there already is replaced: the caller sees to it that nobody serves
-    /// it.
+    /// Listens at `path`. A socket that is there already is replaced: the caller sees to it that nobody
+    /// serves it.
     ///
     /// # Errors
     /// Those of making a socket.

@@ -18,8 +18,8 @@
 //! given the lanes of this session; another standby takes its place.
 //!
 //! The host service may die at any time. So it keeps nothing that cannot be asked for: a process calls again
-//! until a service answers, and says anew what it is ([`Presence`]). The listening sockets outlive the service
-//! as well, since each process has them, and brings them along.
+//! until a service answers, and says anew what it is ([`Presence`]). The listening sockets outlive the
+//! service as well, since each process has them, and brings them along.
 
 mod desk;
 mod line;
@@ -35,8 +35,8 @@ use migration::transport::Token;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// How long a process keeps the listening sockets, and a standby waits, when there is no service. Callers wait
-/// to be accepted meanwhile.
+/// How long a process keeps the listening sockets, and a standby waits, when there is no service. Callers
+/// wait to be accepted meanwhile.
 pub const ABSENCE: Duration = Duration::from_secs(30);
 
 /// What a process is at.
