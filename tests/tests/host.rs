@@ -127,10 +127,13 @@ fn a_service_that_is_killed_disturbs_no_move_and_its_successor_knows_all() {
                 .into_iter()
                 .map(|(name, request)| scope.spawn(move || source.migrate(name, &request)))
                 .collect();
-            // Somewhere between their calls and their ends, whichever it is on this machine.
+            // Somewhere between their calls and their ends, whichever it is on this machine. A source
+            // calls for a second and a half: each service is there long enough to be reached.
+            let mut wait = 0..300;
             while !moves.iter().all(|moving| moving.is_finished()) {
-                thread::sleep(Duration::from_millis(fastrand::u64(0..300)));
+                thread::sleep(Duration::from_millis(fastrand::u64(wait)));
                 destination.replace();
+                wait = 700..1000;
             }
             moves.into_iter().for_each(|moving| assert_moved(&moving.join().unwrap()));
         });

@@ -1,7 +1,7 @@
 //! The service's side: who stands at the gate, and who is given what.
 
 use super::line::{Door, Line};
-use super::{FromHost, FromProcess, Guest, Phase, Presence};
+use super::{FromHost, FromProcess, Guest, OPENING, Phase, Presence};
 use crate::host::inventory;
 use crate::host::run_dir::RunDir;
 use migration::transport::Token;
@@ -14,10 +14,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// How long a caller at most keeps a process busy that it does not begin a session with: a little longer than
-/// a listener waits for it.
-const OPENING: Duration = Duration::from_secs(6);
 
 /// How long a caller waits for a standby of its own before it has to share one.
 const CROWD: Duration = Duration::from_millis(500);

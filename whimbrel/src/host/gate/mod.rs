@@ -39,6 +39,10 @@ use std::time::Duration;
 /// wait to be accepted meanwhile.
 pub const ABSENCE: Duration = Duration::from_secs(30);
 
+/// How long a caller at most keeps a process busy that it does not begin a session with: a little longer than
+/// a listener waits for it.
+const OPENING: Duration = Duration::from_secs(6);
+
 /// What a process is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -1,7 +1,7 @@
 //! The side of a process that takes a guest in.
 
 use super::line::Line;
-use super::{ABSENCE, FromHost, FromProcess, Guest, Phase, Presence};
+use super::{ABSENCE, FromHost, FromProcess, Guest, OPENING, Phase, Presence};
 use migration::transport::Token;
 use migration::{Code, Failure};
 use std::io;
@@ -42,7 +42,8 @@ struct State {
     verdict: Option<Result<(), Failure>>,
     /// Kept for the next service.
     listeners: Vec<OwnedFd>,
-    retiring: bool,
+    /// Since when no further caller comes.
+    retiring: Option<Instant>,
 }
 
 impl Gate {
@@ -60,7 +61,7 @@ impl Gate {
             question: None,
             verdict: None,
             listeners: Vec::new(),
-            retiring: false,
+            retiring: None,
         };
         let shared = Arc::new(Shared { path, state: Mutex::new(state), answered: Condvar::new() });
         let gate = Gate(Arc::clone(&shared));
@@ -110,7 +111,9 @@ impl Gate {
     /// Whether a standby is wanted no more: the service has said so, or has been away for long.
     pub fn is_over(&self) -> bool {
         let state = self.0.lock();
-        state.retiring || (state.line.is_none() && state.absent.elapsed() > ABSENCE)
+        // Those that have come before have their time.
+        let retired = state.retiring.is_some_and(|since| since.elapsed() > OPENING);
+        retired || (state.line.is_none() && state.absent.elapsed() > ABSENCE)
     }
 }
 
@@ -180,7 +183,7 @@ impl Shared {
         match message {
             FromHost::Caller => files.into_iter().map(TcpStream::from).for_each(take),
             FromHost::Listeners => self.lock().listeners = files,
-            FromHost::Retire => self.lock().retiring = true,
+            FromHost::Retire => self.lock().retiring = Some(Instant::now()),
             FromHost::Admitted => self.answer(Ok(())),
             FromHost::Refused(failure) => self.answer(Err(failure)),
         }
