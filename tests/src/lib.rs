@@ -17,6 +17,7 @@
 //! | `flood` | guests move while hundreds of hostile callers a second call |
 //! | `security` | certificates of all kinds, and what somebody on the network can do |
 //! | `versions` | guests move between this program and the one of the last release, both ways |
+//! | `host` | the service of a host: many guests through one port, and what happens when it is killed |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
@@ -59,6 +60,7 @@ pub mod rogue;
 pub mod say;
 pub mod scene;
 pub mod seclusion;
+pub mod service;
 pub mod sides;
 pub mod strace;
 pub mod tshark;

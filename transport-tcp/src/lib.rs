@@ -11,11 +11,13 @@
 //! of [`Listener::bind_protected`] and [`Connector`] are encrypted, and both ends prove who they are by
 //! certificates ([`tls`]).
 
+mod accepting;
 mod acceptor;
 mod cause;
 mod channel;
 mod copy;
 mod destination;
+mod dispatch;
 pub mod frame;
 mod iovec;
 mod link;
@@ -25,6 +27,7 @@ mod pacing;
 mod pending;
 mod place;
 mod plane;
+mod refusals;
 mod source;
 mod stream;
 mod streams;
@@ -34,8 +37,10 @@ pub mod tls;
 pub use acceptor::LaneAcceptor;
 pub use channel::{Peer, Protection};
 pub use destination::TcpDestination;
+pub use dispatch::{Caller, Dispatcher};
 pub use link::{Connection, Connector, StreamLink, connect_control, host_of};
-pub use listener::{Call, Listener, Refused};
+pub use listener::{Call, Feed, Listener};
+pub use refusals::Refused;
 pub use source::{DEFAULT_STREAMS, TcpSource};
 pub use stream::Stream;
 

@@ -6,67 +6,50 @@
 //! that has not shown who it is cannot keep others out. A data connection goes to the session of its token.
 
 use crate::Error;
+use crate::accepting::Accepting;
 use crate::acceptor::LaneAcceptor;
 use crate::channel::{Channel, Peer, Protection, SharedSocket};
 use crate::link::Connection;
 use crate::opening;
 use crate::pending::{Pending, Place};
+use crate::refusals::{Refusals, Refused};
 use crate::stream::{self, MAX_OPENING, MAX_SILENCE};
 use migration::link::{ControlLink, LinkError};
 use migration::preamble::{Kind, Preamble, Status};
 use migration::transport::{Secret, Token};
 use socket2::Socket;
 use std::collections::{HashMap, VecDeque};
-use std::fmt::Display;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
-
-/// How often refused callers are told of at most.
-const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
-
-/// A caller that was not let in.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Refused {
-    /// Who called.
-    pub peer: SocketAddr,
-    /// What was wrong, for a person.
-    pub why: String,
-    /// Callers that were refused since the last one that was told of.
-    pub untold: u64,
-}
-
-type OnRefused = Box<dyn Fn(&Refused) + Send>;
-
-/// Tells of refused callers, though not of each: anybody can call as often as he likes.
-#[derive(Default)]
-struct Refusals {
-    callback: Option<OnRefused>,
-    last: Option<Instant>,
-    untold: u64,
-}
-
-impl Refusals {
-    fn tell(&mut self, peer: SocketAddr, why: impl Display) {
-        let Some(callback) = &self.callback else { return };
-        if self.last.is_some_and(|last| last.elapsed() < REFUSAL_INTERVAL) {
-            self.untold += 1;
-            return;
-        }
-        self.last = Some(Instant::now());
-        callback(&Refused { peer, why: why.to_string(), untold: std::mem::take(&mut self.untold) });
-    }
-}
 
 /// A listening port.
 pub struct Listener {
+    /// Ends before what it gives connections to is closed. `None` if others give them.
+    accepting: Option<Accepting>,
     shared: Arc<Shared>,
-    address: SocketAddr,
-    thread: Option<JoinHandle<()>>,
+}
+
+/// Gives connections to a listener that accepts none itself. Clones give them to the same one.
+#[derive(Clone)]
+pub struct Feed(Arc<Shared>);
+
+impl Feed {
+    /// Gives it a connection, from which nothing has been read.
+    ///
+    /// # Errors
+    /// When the connection is down already, or is none.
+    pub fn give(&self, stream: TcpStream) -> io::Result<()> {
+        let peer = stream.peer_addr()?;
+        stream.set_nonblocking(false)?;
+        if !self.0.closed.load(Ordering::Acquire) {
+            self.0.welcome(stream, peer);
+        }
+        Ok(())
+    }
 }
 
 #[derive(Default)]
@@ -84,10 +67,12 @@ struct Shared {
     protecting: Box<Protecting>,
     /// How many may be under way at once.
     max_sessions: usize,
+    /// Whether others give it connections. Whoever is one too many is hung up on, and calls again.
+    fed: bool,
     lanes: LaneAcceptor,
     state: Mutex<State>,
     changed: Condvar,
-    refusals: Mutex<Refusals>,
+    refusals: Refusals,
     pending: Arc<Pending>,
     closed: AtomicBool,
 }
@@ -180,28 +165,33 @@ impl Listener {
     ) -> Result<Self, Error> {
         let failed = |source| Error::Bind { address, source };
         let listener = TcpListener::bind(address).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
-        let shared = Arc::new(Shared {
-            protecting: Box::new(protecting),
-            max_sessions: sessions,
-            lanes: LaneAcceptor::new(),
-            state: Mutex::default(),
-            changed: Condvar::new(),
-            refusals: Mutex::default(),
-            pending: Arc::default(),
-            closed: AtomicBool::new(false),
+        let shared = Shared::new(sessions, false, protecting);
+        let welcoming = Arc::clone(&shared);
+        let accepting = Accepting::start(listener, move |accepted| match accepted {
+            Ok((stream, peer)) => welcoming.welcome(stream, peer),
+            Err(error) => {
+                welcoming.lock().failed = Some(error);
+                welcoming.changed.notify_all();
+            }
         });
-        let accepting = Arc::clone(&shared);
-        let thread = thread::Builder::new()
-            .name("listen".into())
-            .spawn(move || accepting.accept(&listener))
-            .map_err(failed)?;
-        Ok(Listener { shared, address, thread: Some(thread) })
+        Ok(Listener { accepting: Some(accepting.map_err(failed)?), shared })
     }
 
-    /// The address, with the port that was chosen.
+    /// One that is given its connections by another program, which has accepted them, and takes `sessions` at
+    /// once. A caller that is one too many is hung up on before it has an answer: it calls again by itself,
+    /// and the other program can give it to somebody else then.
+    pub fn fed(
+        sessions: usize,
+        protecting: impl Fn() -> Result<Protection, Error> + Send + Sync + 'static,
+    ) -> (Self, Feed) {
+        let shared = Shared::new(sessions, true, protecting);
+        (Listener { accepting: None, shared: Arc::clone(&shared) }, Feed(shared))
+    }
+
+    /// The address, with the port that was chosen; all zeros for one that is fed.
     pub fn local_addr(&self) -> SocketAddr {
-        self.address
+        let none = (Ipv4Addr::UNSPECIFIED, 0).into();
+        self.accepting.as_ref().map_or(none, Accepting::address)
     }
 
     /// The next session's control link; `None` when nobody called for `wait`.
@@ -222,7 +212,7 @@ impl Listener {
     /// or that is one too many. At most once a second; the next call tells how many it left out. It comes
     /// from a thread of the listener's.
     pub fn on_refused(&self, callback: impl Fn(&Refused) + Send + 'static) {
-        self.shared.refusals().callback = Some(Box::new(callback));
+        self.shared.refusals.tell_to(callback);
     }
 
     /// Where data connections go. Lanes that were accepted elsewhere can be given to it as well.
@@ -234,16 +224,8 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::Release);
-        // Wakes the accepting thread; if that fails it has ended already.
-        let ip = match self.address.ip() {
-            ip if ip.is_unspecified() && ip.is_ipv4() => std::net::Ipv4Addr::LOCALHOST.into(),
-            ip if ip.is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
-            ip => ip,
-        };
-        let woken = TcpStream::connect_timeout(&(ip, self.address.port()).into(), Duration::from_secs(1));
-        if let (Ok(_), Some(thread)) = (woken, self.thread.take()) {
-            let _ = thread.join();
-        }
+        // Its thread may be giving a connection, which sees that this is closed.
+        drop(self.accepting.take());
         // A call takes the lock when it is dropped, so none may be dropped under it.
         let waiting = std::mem::take(&mut self.shared.lock().waiting);
         drop(waiting);
@@ -251,36 +233,32 @@ impl Drop for Listener {
 }
 
 impl Shared {
+    fn new(
+        max_sessions: usize,
+        fed: bool,
+        protecting: impl Fn() -> Result<Protection, Error> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Shared {
+            protecting: Box::new(protecting),
+            max_sessions,
+            fed,
+            lanes: LaneAcceptor::new(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            refusals: Refusals::default(),
+            pending: Arc::default(),
+            closed: AtomicBool::new(false),
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn refusals(&self) -> MutexGuard<'_, Refusals> {
-        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn accept(self: Arc<Self>, listener: &TcpListener) {
-        while !self.closed.load(Ordering::Acquire) {
-            match listener.accept() {
-                Ok((stream, peer)) => self.welcome(stream, peer),
-                // The caller was gone before it was accepted, or we are out of descriptors for now.
-                Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
-                    thread::sleep(Duration::from_millis(100));
-                }
-                Err(e) => {
-                    self.lock().failed = Some(e);
-                    self.changed.notify_all();
-                    return;
-                }
-            }
-        }
     }
 
     fn welcome(self: &Arc<Self>, stream: TcpStream, peer: SocketAddr) {
         let socket = SharedSocket::from(Socket::from(stream));
         let Some(place) = self.pending.enter(peer.ip(), &socket) else {
-            self.refusals().tell(peer, "too many callers have not yet shown who they are");
+            self.refusals.tell(peer, "too many callers have not yet shown who they are");
             return;
         };
         let shared = Arc::clone(self);
@@ -288,10 +266,10 @@ impl Shared {
         let _ = thread::Builder::new().name("preamble".into()).spawn(move || {
             // It has been answered, if it listens.
             if let Err(why) = shared.admit(socket, peer, &place)
-                // The listener itself calls to wake the accepting thread.
+                // One that is closed refuses nobody.
                 && !shared.closed.load(Ordering::Acquire)
             {
-                shared.refusals().tell(peer, why);
+                shared.refusals.tell(peer, why);
             }
         });
     }
@@ -311,6 +289,9 @@ impl Shared {
             // Which sessions there are is no secret.
             opening::answer(&mut socket, &preamble, Status::Session).map_err(broken)?;
             return Err(Error::Stray);
+        }
+        if preamble.kind == Kind::Control && self.fed && self.is_full() {
+            return Ok(());
         }
         let protection = (self.protecting)()?;
         opening::agree(&mut socket, &preamble, &protection)?;
@@ -350,11 +331,14 @@ impl Shared {
             return Err(Error::NotAdmitted { name: who_is(&channel) });
         }
         let slot = self.slot(preamble.token, channel.peer().cloned());
+        if slot.is_none() && self.fed {
+            return Ok(());
+        }
         let status = if slot.is_some() { Status::Ok } else { Status::Busy };
         // If the answer fails, the slot is given back.
         opening::answer(&mut channel, preamble, status).map_err(broken)?;
         match slot {
-            None => self.refusals().tell(peer, "this side is busy taking in another guest"),
+            None => self.refusals.tell(peer, "this side is busy taking in another guest"),
             Some(slot) => {
                 let connection = Connection::accepted(channel, preamble.token, secret, peer);
                 self.lock().waiting.push_back(Call { _slot: slot, connection });
@@ -385,6 +369,10 @@ impl Shared {
             return Err(Error::Unproved);
         }
         self.lanes.open(channel, preamble, Some(deadline))
+    }
+
+    fn is_full(&self) -> bool {
+        self.lock().sessions.len() >= self.max_sessions
     }
 
     /// A place for one more session, if there is one.

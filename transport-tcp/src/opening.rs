@@ -25,8 +25,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Milliseconds to wait before each further attempt. A destination at which many call may drop one that has
-/// not yet shown who it is, and nothing has happened by then.
-const PAUSES: [u64; 4] = [20, 50, 100, 200];
+/// not yet shown who it is, as does a host whose service is started anew, and nothing has happened by then.
+const PAUSES: [u64; 6] = [20, 50, 100, 200, 400, 800];
 
 /// Opens a connection, once more if the other end hangs up in the middle of it.
 pub(crate) fn insist<T>(mut open: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {

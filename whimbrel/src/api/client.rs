@@ -134,7 +134,9 @@ impl Caller {
         let status = response.status();
         let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();
         if status.is_success() {
-            return serde_json::from_slice(&bytes).map_err(http);
+            // Some answers have no body.
+            let body: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+            return serde_json::from_slice(body).map_err(http);
         }
         Err(Error::Refused(match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(body) => body.error,

@@ -63,6 +63,11 @@ impl Drop for Server {
 /// [`Error::InUse`] when a live process serves there, [`Error::NotASocket`], [`Error::Bind`]. A socket
 /// that nobody serves any more is replaced.
 pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
+    serve_router(path, router(slot))
+}
+
+/// The same of another API.
+pub(crate) fn serve_router(path: &Path, router: Router) -> Result<Server, Error> {
     let bind = |source| Error::Bind { path: path.into(), source };
     clear_stale(path)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(bind)?;
@@ -70,7 +75,6 @@ pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
         let _entered = runtime.enter();
         listen(path).map_err(bind)?
     };
-    let router = router(slot);
     let (close, closed) = oneshot::channel();
     let thread = thread::Builder::new()
         .name("api".into())
@@ -131,20 +135,26 @@ fn clear_stale(path: &Path) -> Result<(), Error> {
 }
 
 fn router(slot: Arc<Slot>) -> Router {
-    Router::new()
+    let routes = Router::new()
         .route("/v1/vm", get(vm))
         .route("/v1/vm/pause", put(pause))
         .route("/v1/vm/resume", put(resume))
         .route("/v1/vm/shutdown", put(shutdown))
         .route("/v1/vm/quit", put(quit))
         .route("/v1/migration", get(migration).post(migrate).patch(change).delete(cancel))
-        .route("/v1/arrival", get(arrival))
+        .route("/v1/arrival", get(arrival));
+    router_of(routes, slot)
+}
+
+/// These routes, with what all APIs do alike.
+pub(crate) fn router_of<S: Clone + Send + Sync + 'static>(routes: Router<S>, state: S) -> Router {
+    routes
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "no such path; see docs/api.md"))
         .method_not_allowed_fallback(async || {
             Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no such method on this path; see docs/api.md")
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(slot)
+        .with_state(state)
 }
 
 /// The instance of a request; refuses as long as no guest is here.
@@ -163,10 +173,10 @@ fn nobody() -> Refusal {
 }
 
 /// An error answer.
-struct Refusal(StatusCode, Failure);
+pub(crate) struct Refusal(StatusCode, Failure);
 
 impl Refusal {
-    fn new(status: StatusCode, message: &str) -> Self {
+    pub(crate) fn new(status: StatusCode, message: &str) -> Self {
         Refusal(status, Failure::new(Code::OTHER, message))
     }
 }
@@ -201,7 +211,7 @@ impl IntoResponse for Refusal {
 }
 
 /// Runs blocking work in another thread, so that a status query is always answered.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<Json<T>, Refusal> {
     match tokio::task::spawn_blocking(work).await {

@@ -1,12 +1,14 @@
 //! The program's commands: one file each, and what they share.
 
 pub mod args;
+mod arrivals;
 mod choice;
 pub mod config;
 mod demo;
 mod doctor;
 mod evacuate;
 mod history;
+mod host;
 mod list;
 mod migrate;
 mod pki;
@@ -73,6 +75,9 @@ pub fn run(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(args),
         Command::Receive(args) => receive::receive(args),
+        Command::Host(args) => host::host(&args),
+        Command::Drain(args) => host::drain(&args),
+        Command::Start(args) => host::start(&args),
         Command::Migrate(args) => migrate::migrate(args),
         Command::Evacuate(args) => evacuate::evacuate(&args),
         Command::List(args) => list::list(&args),

@@ -2,8 +2,10 @@
 
 use super::args::ProcessArgs;
 use anyhow::Context;
+use migration::report::Verdict;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use whimbrel::api::model::Migration;
 use whimbrel::api::server::{self, Server};
 use whimbrel::host::claim::Names;
 use whimbrel::host::run_dir::{self, RunDir};
@@ -28,14 +30,41 @@ impl ProcessArgs {
     }
 }
 
+/// A process's place, which several threads have.
+pub type SharedPlace = Arc<Mutex<Place>>;
+
+pub fn lock(place: &SharedPlace) -> MutexGuard<'_, Place> {
+    // Nothing that holds it can leave it half changed.
+    place.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What `keep` does with a migration that is over, once the name of a machine that is elsewhere is free.
+pub fn without_name(
+    place: &SharedPlace,
+    keep: impl Fn(&Migration) + Send + Sync + 'static,
+) -> impl Fn(&Migration) + Send + Sync + 'static {
+    // What is served there has this in turn.
+    let place = Arc::downgrade(place);
+    move |over| {
+        if over.report.as_ref().is_some_and(|report| report.verdict == Verdict::Moved)
+            && let Some(place) = place.upgrade()
+        {
+            lock(&place).give_name_back();
+        }
+        keep(over);
+    }
+}
+
 /// The place, before it is served and from then on.
 pub struct Place {
     /// The host's machines, if this is one of them.
     names: Option<Names>,
     api: Option<PathBuf>,
     server: Option<Server>,
-    /// The socket of a process whose machine has no name yet.
+    /// The socket of a process whose machine has no name.
     nameless: Option<PathBuf>,
+    /// That of one whose machine has one.
+    named: Option<PathBuf>,
 }
 
 impl Place {
@@ -45,7 +74,7 @@ impl Place {
             Names::open(run).with_context(|| format!("cannot use {}", run.machines_folder().display()))
         };
         let names = process.run_dir().as_ref().map(open).transpose()?;
-        Ok(Place { names, api: process.api.clone(), server: None, nameless: None })
+        Ok(Place { names, api: process.api.clone(), server: None, nameless: None, named: None })
     }
 
     /// The folder in which it makes a socket.
@@ -71,9 +100,26 @@ impl Place {
         let (Some(names), Some(nameless)) = (&self.names, &self.nameless) else { return Ok(()) };
         let path = names.claim(nameless, name)?;
         self.nameless = None;
+        self.named = Some(path.clone());
         if let Some(server) = &mut self.server {
             server.has_moved(path);
         }
         Ok(())
+    }
+
+    /// The machine comes to nothing, or is here no more: others may have its name.
+    pub fn give_name_back(&mut self) {
+        let (Some(names), Some(path), None) = (&self.names, &self.named, &self.nameless) else { return };
+        let nameless = names.run_dir().nameless_socket(std::process::id());
+        match names.give_back(path, &nameless) {
+            Ok(()) => {
+                if let Some(server) = &mut self.server {
+                    server.has_moved(nameless.clone());
+                }
+                self.named = None;
+                self.nameless = Some(nameless);
+            }
+            Err(error) => eprintln!("whimbrel: {error}"),
+        }
     }
 }

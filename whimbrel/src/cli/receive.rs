@@ -1,15 +1,17 @@
 //! `whimbrel receive`: waits for a virtual machine, then holds it as `run` does.
 
 use super::args::{ProcessArgs, ReceiveArgs};
-use super::place::Place;
+use super::arrivals::AtGate;
+use super::place::{Place, SharedPlace, lock, without_name};
 use super::process::{Keeper, quit_on_signals, stay};
 use super::terminal::Terminal;
 use super::{Exit, render};
 use anyhow::Context;
 use migration::destination::{Arrival, Migration};
+use migration::link::ControlLink;
 use serde_json::json;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use transport_tcp::Listener;
 use vmm::admission::Admission;
@@ -46,17 +48,22 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         net::find_tap(&tap.name)?;
     }
     let security = args.process.security.security();
+    // Whoever sends connections here has looked at that himself.
+    let exposed = args.listen.filter(|listen| !security.may_listen(*listen));
     anyhow::ensure!(
-        security.may_listen(args.listen),
+        exposed.is_none(),
         "whoever reaches {} could send a guest: use --tls FOLDER (`whimbrel pki` makes certificates), or --insecure if \
          nobody can reach it whom you do not trust",
-        args.listen
+        exposed.map(|listen| listen.to_string()).unwrap_or_default()
     );
     anyhow::ensure!(
         args.encryption != Encryption::Required || matches!(security, Security::Tls(_)),
         "encryption is required, and there are no certificates: use --tls FOLDER"
     );
     let protecting = security.protecting(args.allow.clone(), args.encryption)?;
+    let place = Arc::new(Mutex::new(Place::new(&args.process)?));
+    let at_gate = args.gate.as_ref().map(|_| Arc::new(AtGate::new(Arc::clone(&place), admission.clone())));
+    let admission = at_gate.clone().map(|gate| gate as Arc<dyn Admission>).or(admission);
     let mut host = IncomingHost::open(IncomingOptions {
         serial: args.process.serial(),
         local: LocalConfig {
@@ -71,19 +78,25 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         limits: args.limits.limits(),
         admission,
     })?;
-    let mut place = Place::new(&args.process)?;
-    let mut needs = args.process.needs(&place);
+    let mut needs = args.process.needs(&lock(&place));
     needs.write.extend(args.disks.iter().chain(storages).cloned());
     needs.taps = !args.net.is_empty();
-    needs.low_port = (1..1024).contains(&args.listen.port());
+    needs.low_port = args.listen.is_some_and(|listen| (1..1024).contains(&listen.port()));
     sandbox::enter(args.process.seccomp, &needs)?;
     let slot = Arc::new(Slot::receiver(args.process.name.clone()));
     quit_on_signals(&slot)?;
-    place.serve(&slot, args.process.name.as_deref())?;
+    lock(&place).serve(&slot, args.process.name.as_deref())?;
     // While nobody waits for it.
     transport_rdma::warm_up();
-    let listener = Listener::bind_protected(1, args.listen, protecting)?;
-    let address = listener.local_addr();
+    let listener = match (&args.gate, &at_gate, args.listen) {
+        (Some(path), Some(at_gate), _) => {
+            let (listener, feed) = Listener::fed(1, protecting);
+            at_gate.stand(path, feed)?;
+            listener
+        }
+        (_, _, Some(listen)) => Listener::bind_protected(1, listen, protecting)?,
+        _ => anyhow::bail!("say where to listen by --listen"),
+    };
     listener.on_refused(|refused| {
         let more = match refused.untold {
             0 => String::new(),
@@ -91,11 +104,11 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
         };
         eprintln!("whimbrel: the caller from {} was refused: {}{more}", refused.peer, refused.why);
     });
-    args.process.tell(
-        "listening",
-        &format!("waiting for a guest on {address}"),
-        json!({ "address": address }),
-    );
+    if at_gate.is_none() {
+        let address = listener.local_addr();
+        let text = format!("waiting for a guest on {address}");
+        args.process.tell("listening", &text, json!({ "address": address }));
+    }
     loop {
         let call = listener.next_control(PATIENCE)?;
         if slot.told_to_quit() {
@@ -104,7 +117,17 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             args.process.tell("quit", "told to quit", json!({}));
             return Ok(Exit::Done);
         }
-        let Some(mut call) = call else { continue };
+        let Some(mut call) = call else {
+            if at_gate.as_ref().is_some_and(|at_gate| at_gate.is_over()) {
+                slot.close();
+                return Ok(Exit::Done);
+            }
+            continue;
+        };
+        if let Some(at_gate) = &at_gate {
+            // Its lanes come here from now on.
+            at_gate.session(call.token());
+        }
         let peer = call.peer();
         let secured = call.identity().map(Secured::from);
         let Some(monitor) = slot.begin(peer, secured.clone()) else { continue };
@@ -114,11 +137,14 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
             .software(SOFTWARE)
             .monitor(&monitor)
             .run()
-            .map(|arrival| welcome(&args.process, &keeper, &mut place, &slot, peer, arrival));
+            .map(|arrival| welcome(&args.process, &keeper, &place, &slot, peer, arrival));
         // Whoever reads the event may call at once.
         drop(call);
         match arrived {
             Ok((instance, terminal)) => {
+                if let Some(at_gate) = &at_gate {
+                    at_gate.settled(instance.name(), instance.machine().config().memory);
+                }
                 drop(listener);
                 let exit = stay(&args.process, &instance);
                 drop(terminal);
@@ -137,7 +163,8 @@ pub fn receive(args: ReceiveArgs) -> anyhow::Result<Exit> {
                 if let Some(arrival) = arrival {
                     keeper.arrival(args.process.name.as_deref().unwrap_or_default(), &arrival);
                 }
-                if args.once {
+                // At a gate another process waits by now.
+                if args.once || at_gate.is_some() {
                     return Ok(Exit::Failed);
                 }
             }
@@ -159,7 +186,7 @@ fn admission(args: &ReceiveArgs, host: &HostConfig) -> anyhow::Result<Arc<dyn Ad
 fn welcome(
     process: &ProcessArgs,
     keeper: &Keeper,
-    place: &mut Place,
+    place: &SharedPlace,
     slot: &Slot,
     peer: SocketAddr,
     arrival: Arrival<'_, IncomingMachine>,
@@ -173,13 +200,12 @@ fn welcome(
     });
     let what = if machine.stays_paused() { "is paused, as it was there" } else { "runs" };
     let name = process.name.as_ref().unwrap_or(&machine.config().name).clone();
-    if let Err(error) = place.name(&name) {
+    if let Err(error) = lock(place).name(&name) {
         eprintln!("whimbrel: nobody reaches the guest by its name: {error:#}");
     }
     let (told, keep) = (name.clone(), keeper.clone());
-    let instance = Instance::new(name.clone(), machine, process.security.security(), move |over| {
-        keep.migration(&told, over)
-    });
+    let keep = without_name(place, move |over| keep.migration(&told, over));
+    let instance = Instance::new(name.clone(), machine, process.security.security(), keep);
     slot.put(Arc::clone(&instance));
     let story = slot.end(Ok(arrival.sender()));
     let secured = story.as_ref().and_then(|story| story.secured.as_ref());

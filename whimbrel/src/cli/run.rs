@@ -3,11 +3,11 @@
 use super::Exit;
 use super::args::{NetArg, RunArgs};
 use super::choice::OnReboot;
-use super::place::Place;
+use super::place::{Place, lock, without_name};
 use super::process::{Keeper, quit_on_signals, stay};
 use serde_json::json;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vmm::boot_disk::{self, BootReader};
 use vmm::guest::{self, Workload};
 use vmm::host::Host;
@@ -40,12 +40,12 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     if let Some(name) = &args.process.name {
         config.name.clone_from(name);
     }
-    let mut place = Place::new(&args.process)?;
-    let needs = args.process.needs(&place);
+    let place = Arc::new(Mutex::new(Place::new(&args.process)?));
+    let needs = args.process.needs(&lock(&place));
     sandbox::enter(args.process.seccomp, &Needs { taps: opens_taps, ..needs })?;
     let slot = Arc::new(Slot::default());
     quit_on_signals(&slot)?;
-    place.serve(&slot, Some(&config.name))?;
+    lock(&place).serve(&slot, Some(&config.name))?;
     let workload = Workload {
         vcpus: args.machine.vcpus,
         working_set: args.workload.working_set,
@@ -72,8 +72,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let name = machine.config().name.clone();
     let told = name.clone();
     let security = args.process.security.security();
-    let instance =
-        Instance::new(name, Arc::new(machine), security, move |over| keeper.migration(&told, over));
+    let keep = without_name(&place, move |over| keeper.migration(&told, over));
+    let instance = Instance::new(name, Arc::new(machine), security, keep);
     slot.put(Arc::clone(&instance));
     args.process.tell("running", "the guest runs", json!({ "pid": std::process::id() }));
     Ok(stay(&args.process, &instance))

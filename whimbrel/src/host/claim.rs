@@ -80,6 +80,16 @@ impl Names {
         Ok(to)
     }
 
+    /// Undoes a claim: the socket at `path` is that of a machine without a name again, at `nameless`.
+    ///
+    /// # Errors
+    /// Those of locking the folder, and of making and removing a link.
+    pub fn give_back(&self, path: &Path, nameless: &Path) -> io::Result<()> {
+        let _held = self.hold()?;
+        std::fs::hard_link(path, nameless)?;
+        std::fs::remove_file(path)
+    }
+
     /// Removes the sockets among these that nobody serves.
     ///
     /// # Errors
@@ -154,6 +164,11 @@ mod tests {
         // One that is served is not removed.
         names.clear(&[path.clone(), second.clone()]).unwrap();
         assert!(path.exists() && second.exists());
+        // One that is given back can be claimed by others.
+        names.give_back(&path, &first).unwrap();
+        names.claim(&second, "web1").unwrap();
+        names.give_back(&path, &second).unwrap();
+        names.claim(&first, "web1").unwrap();
         // Its process has died and left the socket behind.
         drop(serving);
         names.claim(&second, "web1").unwrap();

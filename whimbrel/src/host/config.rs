@@ -67,6 +67,9 @@ pub enum Error {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct HostConfig {
+    /// The file, for processes that read it themselves.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
     /// Where guests are taken in; the loopback address if nothing is said.
     pub listen: Option<SocketAddr>,
     /// The folder of the certificates by which hosts know each other.
@@ -137,11 +140,13 @@ impl HostConfig {
     pub fn read(path: &Path) -> Result<Self, Error> {
         let read = std::fs::read_to_string(path);
         let text = read.map_err(|source| Error::Read { path: path.into(), source })?;
-        toml::from_str(&text).map_err(|error| {
+        let config: HostConfig = toml::from_str(&text).map_err(|error| {
             let at = error.span().map_or(0, |span| span.start);
             let line = text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
             Error::Entry { path: path.into(), line, what: error.message().into() }
-        })
+        })?;
+        let file = std::path::absolute(path).unwrap_or_else(|_| path.into());
+        Ok(HostConfig { file: Some(file), ..config })
     }
 
     /// The certificates, if there are any.

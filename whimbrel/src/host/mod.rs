@@ -1,11 +1,16 @@
-//! What makes a host of single machines: where their sockets are, and what the host's operator has decided.
+//! What makes a host of single machines: where their sockets are, what the host's operator has decided, and
+//! the service by whose port they come.
 
 pub mod claim;
 pub mod config;
 pub mod evacuation;
+pub mod gate;
 pub mod history;
 pub mod inventory;
 pub mod links;
+pub mod processes;
 pub mod resolve;
 pub mod run_dir;
+pub mod server;
+pub mod service;
 pub mod taps;

@@ -6,6 +6,9 @@
 //! ```text
 //!   host.sock            the host service's API
 //!   gate.sock            where processes that take guests in wait for connections
+//!   host.lock            is locked by the host service
+//!   processes.log        what the processes say that the host service has started
+//!   drained              is there while the host takes nobody in
 //!   machines/NAME.sock   the API of the machine NAME
 //!   machines/.PID.sock   the API of a process that has no guest yet
 //! ```
@@ -91,6 +94,39 @@ impl RunDir {
     /// The socket where processes that take guests in wait for connections.
     pub fn gate_socket(&self) -> PathBuf {
         self.0.join("gate.sock")
+    }
+
+    /// The file that the host service locks.
+    pub fn lock_file(&self) -> PathBuf {
+        self.0.join("host.lock")
+    }
+
+    /// The file to which the processes write that the host service starts.
+    pub fn log_file(&self) -> PathBuf {
+        self.0.join("processes.log")
+    }
+
+    fn drained_file(&self) -> PathBuf {
+        self.0.join("drained")
+    }
+
+    /// Whether the host takes nobody in.
+    pub fn is_drained(&self) -> bool {
+        self.drained_file().exists()
+    }
+
+    /// Says whether the host takes nobody in from now on.
+    ///
+    /// # Errors
+    /// Those of making and removing a file.
+    pub fn drain(&self, drained: bool) -> io::Result<()> {
+        if drained {
+            return std::fs::write(self.drained_file(), "");
+        }
+        match std::fs::remove_file(self.drained_file()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// The folder of the machines' sockets.

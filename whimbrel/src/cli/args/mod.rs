@@ -1,5 +1,6 @@
 //! The command line.
 
+mod host;
 mod limits;
 mod machine;
 mod moving;
@@ -7,6 +8,7 @@ mod security;
 mod target;
 mod values;
 
+pub use host::{DrainArgs, ServiceArgs, StartArgs};
 pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
 pub use moving::{ChangeArgs, EvacuateArgs, MigrateArgs, PolicyArgs};
@@ -45,6 +47,12 @@ pub enum Command {
     Run(RunArgs),
     /// Wait for a virtual machine to arrive, then run it
     Receive(ReceiveArgs),
+    /// Serve a host: take virtual machines in through one port, each in a process of its own
+    Host(ServiceArgs),
+    /// Let this host take no virtual machines in
+    Drain(DrainArgs),
+    /// Start a virtual machine that this host knows by a file
+    Start(StartArgs),
     /// Move a running virtual machine to another host, or to a waiting receiver
     Migrate(MigrateArgs),
     /// Move all virtual machines of this host to other hosts
@@ -198,8 +206,11 @@ pub struct ProcessArgs {
 pub struct ReceiveArgs {
     /// Address to listen on, for control and data over TCP; port 0 lets the kernel choose. Without
     /// certificates (--tls) it has to be this host's own, such as 127.0.0.1
-    #[arg(long, short = 'l')]
-    pub listen: SocketAddr,
+    #[arg(long, short = 'l', required_unless_present = "gate")]
+    pub listen: Option<SocketAddr>,
+    /// Take connections from the host service that serves this socket
+    #[arg(long, hide = true, requires = "run_dir", conflicts_with = "listen")]
+    pub gate: Option<PathBuf>,
     /// Host that may send a guest, by a name or an address that its certificate is for, or *.DOMAIN for any
     /// host of a domain; repeatable. Without it, all hosts may that the CA vouches for
     #[arg(long, value_name = "PEER", requires = "certificates")]

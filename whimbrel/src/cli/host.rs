@@ -1,0 +1,53 @@
+//! `whimbrel host`: the service of a host, and the commands that it carries out.
+
+use super::args::{DrainArgs, ServiceArgs, StartArgs};
+use super::{Exit, say};
+use hyper::Method;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::time::Duration;
+use whimbrel::api::client::Client;
+use whimbrel::host::config::HostConfig;
+use whimbrel::host::server::Started;
+use whimbrel::host::service::Service;
+
+/// Longer than the service waits for a machine.
+const START: Duration = Duration::from_secs(60);
+
+pub fn host(args: &ServiceArgs) -> anyhow::Result<Exit> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let config = args.config.as_deref().map(HostConfig::read).transpose()?.unwrap_or_default();
+    let service = Service::start(&args.host.run_dir(), &config, &args.listen)?;
+    let listen: Vec<_> = service.listen().iter().map(ToString::to_string).collect();
+    eprintln!("whimbrel: guests are taken in on {}", listen.join(", "));
+    // Without systemd nobody is told.
+    let status = sd_notify::NotifyState::Status("guests are taken in");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, status]);
+    signals.forever().next();
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    drop(service);
+    Ok(Exit::Done)
+}
+
+pub fn drain(args: &DrainArgs) -> anyhow::Result<Exit> {
+    let run_dir = args.host.run_dir();
+    let method = if args.off { Method::DELETE } else { Method::PUT };
+    Client::new(&run_dir.host_socket())?.call::<()>(method, "/v1/host/drain", &())?;
+    Ok(Exit::Done)
+}
+
+pub fn start(args: &StartArgs) -> anyhow::Result<Exit> {
+    let client = Client::new(&args.host.run_dir().host_socket())?;
+    let path = format!("/v1/machines/{}/start", encoded(&args.name));
+    let started: Started = client.call_within(START, Method::POST, &path, &())?;
+    if args.json {
+        say(serde_json::to_string(&started)?)?;
+    }
+    Ok(Exit::Done)
+}
+
+/// A name as a part of a path.
+fn encoded(name: &str) -> String {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(byte);
+    name.bytes().map(|b| if plain(&b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}

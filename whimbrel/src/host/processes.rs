@@ -1,0 +1,197 @@
+//! The processes that the host service starts: standbys, which take guests in, and machines from files.
+//!
+//! They are no part of the service: they have a process group of their own, and what they say goes to a file
+//! of the run directory, or to the journal. Whoever ends the service ends none of them.
+
+use super::config::HostConfig;
+use super::gate::Desk;
+use super::run_dir::RunDir;
+use crate::security::Encryption;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// This program as it is running, also if its file has been replaced.
+const ITSELF: &str = "/proc/self/exe";
+
+/// Is set by systemd if standard error is the journal.
+const JOURNAL: &str = "JOURNAL_STREAM";
+
+/// How often processes are looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How long no further standby is started after one that has ended at once.
+const RESPITE: Duration = Duration::from_secs(1);
+
+/// Starts processes, and knows those that it has started.
+pub struct Processes {
+    run_dir: RunDir,
+    children: Mutex<Vec<Child>>,
+}
+
+impl Processes {
+    /// None yet.
+    pub fn new(run_dir: RunDir) -> Self {
+        Processes { run_dir, children: Mutex::default() }
+    }
+
+    /// Starts this program with these arguments.
+    ///
+    /// # Errors
+    /// Those of starting a process.
+    pub fn start<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> io::Result<Child> {
+        let mut command = Command::new(program());
+        command.arg0("whimbrel").args(arguments).stdin(Stdio::null()).process_group(0);
+        if std::env::var_os(JOURNAL).is_none() {
+            let log = File::options().append(true).create(true).open(self.run_dir.log_file())?;
+            command.stdout(log.try_clone()?).stderr(log);
+        }
+        command.spawn()
+    }
+
+    /// Waits for a process's end in the background.
+    pub fn adopt(&self, child: Child) {
+        self.children.lock().unwrap_or_else(PoisonError::into_inner).push(child);
+    }
+
+    /// Those that have ended meanwhile.
+    fn ended(&self) -> Vec<u32> {
+        let mut children = self.children.lock().unwrap_or_else(PoisonError::into_inner);
+        children
+            .extract_if(.., |child| !matches!(child.try_wait(), Ok(None)))
+            .map(|child| child.id())
+            .collect()
+    }
+
+    /// Sees to it that there are standbys, as long as the program runs.
+    ///
+    /// # Errors
+    /// When there can be no further thread.
+    pub fn keep_standbys(self: Arc<Self>, desk: Arc<Desk>, words: Vec<OsString>) -> io::Result<()> {
+        let mut not_before = Instant::now();
+        let keep = move || {
+            loop {
+                if self.ended().into_iter().filter(|pid| desk.is_lost(*pid)).count() > 0 {
+                    let log = self.run_dir.log_file();
+                    tell(format_args!(
+                        "a process that is to take guests in has ended at once; {} says why",
+                        log.display()
+                    ));
+                    not_before = Instant::now() + RESPITE;
+                }
+                let wanted = if Instant::now() < not_before { 0 } else { desk.wanted() };
+                for _ in 0..wanted {
+                    match self.start(&words) {
+                        Ok(child) => {
+                            desk.expect(child.id());
+                            self.adopt(child);
+                        }
+                        Err(error) => {
+                            tell(format_args!("cannot start a process that is to take guests in: {error}"));
+                            not_before = Instant::now() + RESPITE;
+                        }
+                    }
+                }
+                desk.wait_for_change(LOOK);
+            }
+        };
+        thread::Builder::new().name("standbys".into()).spawn(keep)?;
+        Ok(())
+    }
+}
+
+/// The file of this program. Processes are called as it is, as long as it is there.
+fn program() -> PathBuf {
+    use std::os::unix::fs::MetadataExt;
+    let named = std::env::current_exe().unwrap_or_else(|_| ITSELF.into());
+    let number = |path: &Path| path.metadata().map(|file| (file.dev(), file.ino())).ok();
+    if number(&named) == number(ITSELF.as_ref()) { named } else { ITSELF.into() }
+}
+
+/// Says something on standard error, if anybody listens.
+pub(super) fn tell(what: std::fmt::Arguments<'_>) {
+    use std::io::Write;
+    let _ = writeln!(io::stderr(), "whimbrel: {what}");
+}
+
+/// The arguments of a standby.
+pub fn standby(run_dir: &RunDir, config: &HostConfig) -> Vec<OsString> {
+    let mut words: Vec<OsString> = ["receive", "--serial=none"].map(OsString::from).into();
+    let mut say = |option: &str, value: &OsStr| {
+        let mut word = OsString::from(option);
+        word.push("=");
+        word.push(value);
+        words.push(word);
+    };
+    say("--gate", run_dir.gate_socket().as_os_str());
+    say("--run-dir", run_dir.path().as_os_str());
+    let encryption = match config.encryption {
+        Encryption::Preferred => "preferred",
+        Encryption::Required => "required",
+        Encryption::Off => "off",
+    };
+    say("--encryption", encryption.as_ref());
+    if let Some(folder) = &config.tls {
+        say("--tls", folder.as_os_str());
+    }
+    for peer in &config.allow {
+        say("--allow", peer.to_string().as_ref());
+    }
+    let admission = &config.admission;
+    if let Some(most) = admission.max_memory {
+        say("--max-memory", most.to_string().as_ref());
+    }
+    if let Some(most) = admission.max_vcpus {
+        say("--max-vcpus", most.to_string().as_ref());
+    }
+    for name in &admission.names {
+        say("--names", name.to_string().as_ref());
+    }
+    for storage in config.storage.values() {
+        say("--disks", storage.path.as_os_str());
+    }
+    what_names_mean(config, &mut say);
+    if config.insecure {
+        words.push("--insecure".into());
+    }
+    words
+}
+
+/// Has a process find out itself what networks and storages are here, and write the host's history.
+fn what_names_mean(config: &HostConfig, say: &mut impl FnMut(&str, &OsStr)) {
+    // Without them it needs no process that makes taps.
+    let any = !config.networks.is_empty() || !config.storage.is_empty();
+    if let Some(file) = config.file.as_ref().filter(|_| any) {
+        say("--host-config", file.as_os_str());
+    }
+    if let Some(folder) = &config.state {
+        say("--state-dir", folder.as_os_str());
+    }
+}
+
+/// The arguments of a machine that the file at `path` describes. It shows this host's certificates when it
+/// moves, unless its file says something else of that.
+pub fn machine(run_dir: &RunDir, config: &HostConfig, name: &str, path: &Path) -> Vec<OsString> {
+    let mut words: Vec<OsString> = ["run", "--name", name].map(OsString::from).into();
+    let mut say = |option: &str, value: &OsStr| words.extend([OsString::from(option), value.into()]);
+    say("--config", path.as_os_str());
+    say("--run-dir", run_dir.path().as_os_str());
+    what_names_mean(config, &mut say);
+    if let Some(folder) = config.tls.as_ref().filter(|_| !says_who_it_is(path)) {
+        say("--tls", folder.as_os_str());
+    }
+    words
+}
+
+/// Whether the file of a machine has entries about certificates. What is wrong with the file its process
+/// finds, and says.
+fn says_who_it_is(path: &Path) -> bool {
+    let table = std::fs::read_to_string(path).ok().and_then(|text| text.parse::<toml::Table>().ok());
+    table.is_some_and(|table| table.keys().any(|key| key.starts_with("tls") || key == "insecure"))
+}

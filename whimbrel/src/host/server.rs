@@ -1,0 +1,164 @@
+//! The API of the host service, on a socket of its own.
+
+use super::inventory::{self, Listed};
+use super::processes;
+use super::run_dir::RunDir;
+use super::service::{Host, HostStatus};
+use crate::api::Error;
+use crate::api::server::{Refusal, Server, blocking, router_of, serve_router};
+use crate::instance::SOFTWARE;
+use axum::extract::{Path as Segment, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use migration::{Code, Failure};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a machine may take until it serves its API.
+const START: Duration = Duration::from_secs(20);
+
+/// How often it is looked for.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// How much is told of what a process has said that has ended, in bytes.
+const LAST_WORDS: u64 = 1000;
+
+/// `GET /v1/version`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Of the program.
+    pub version: String,
+    /// Its name and version, as peers are told.
+    pub software: String,
+    /// Of the API: the first part of each path.
+    pub api: String,
+}
+
+/// The answer to `POST /v1/machines/NAME/start`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Started {
+    /// The machine's name.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+}
+
+pub(super) fn serve(path: &Path, host: Arc<Host>) -> Result<Server, Error> {
+    let router = Router::new()
+        .route("/v1/version", get(version))
+        .route("/v1/host", get(status))
+        .route("/v1/host/drain", put(drain).delete(undrain))
+        .route("/v1/machines", get(machines))
+        .route("/v1/machines/{name}/start", post(start));
+    serve_router(path, router_of(router, host))
+}
+
+async fn version() -> Json<Version> {
+    Json(Version { version: env!("CARGO_PKG_VERSION").into(), software: SOFTWARE.into(), api: "v1".into() })
+}
+
+async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
+    Json(HostStatus {
+        software: SOFTWARE.into(),
+        pid: std::process::id(),
+        listen: host.listen.clone(),
+        drained: host.run_dir.is_drained(),
+        processes: host.desk.count(),
+    })
+}
+
+async fn machines(State(host): State<Arc<Host>>) -> Result<Json<Vec<Listed>>, Refusal> {
+    let take = move || inventory::take(&host.run_dir, inventory::PATIENCE);
+    blocking(move || take().map_err(|error| Failure::new(Code::HOST, error))).await
+}
+
+async fn drain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
+    change_drain(&host.run_dir, true)
+}
+
+async fn undrain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
+    change_drain(&host.run_dir, false)
+}
+
+fn change_drain(run_dir: &RunDir, drained: bool) -> Result<StatusCode, Refusal> {
+    let changed = run_dir.drain(drained);
+    changed
+        .map_err(|error| Failure::new(Code::HOST, format_args!("{}: {error}", run_dir.path().display())))?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn start(
+    State(host): State<Arc<Host>>,
+    Segment(name): Segment<String>,
+) -> Result<Json<Started>, Refusal> {
+    let known = |folder: &std::path::PathBuf| {
+        RunDir::check(&name).ok()?;
+        Some(folder.join(format!("{name}.toml"))).filter(|path| path.is_file())
+    };
+    let Some(path) = host.config.machines.as_ref().and_then(known) else {
+        let text = match &host.config.machines {
+            Some(folder) => format!("there is no {}.toml in {}", name, folder.display()),
+            None => "this host's configuration names no folder of `machines`".into(),
+        };
+        return Err(Refusal::new(StatusCode::NOT_FOUND, &text));
+    };
+    blocking(move || start_machine(&host, name, &path)).await
+}
+
+/// Starts a machine, and waits until it serves its API.
+fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Failure> {
+    let socket = host.run_dir.machine_socket(&name);
+    if UnixStream::connect(&socket).is_ok() {
+        return Err(Failure::new(Code::BUSY, format_args!("the machine {name} is here already")));
+    }
+    let log = host.run_dir.log_file();
+    let said = std::fs::metadata(&log).map_or(0, |log| log.len());
+    let failed = |what: std::fmt::Arguments<'_>| Failure::new(Code::HOST, what);
+    let mut child = host
+        .processes
+        .start(processes::machine(&host.run_dir, &host.config, &name, path))
+        .map_err(|error| failed(format_args!("cannot start a process: {error}")))?;
+    let pid = child.id();
+    let deadline = Instant::now() + START;
+    loop {
+        match child.try_wait() {
+            Ok(None) => {}
+            ended => {
+                let how = ended.ok().flatten().map_or_else(|| "ended".into(), |status| status.to_string());
+                let words = last_words(&log, said);
+                return Err(failed(format_args!("the process of {name} has ended ({how}): {words}")));
+            }
+        }
+        if UnixStream::connect(&socket).is_ok() {
+            host.processes.adopt(child);
+            return Ok(Started { name, pid });
+        }
+        if Instant::now() > deadline {
+            host.processes.adopt(child);
+            let text =
+                format_args!("{name} does not answer within {} s; its process is {pid}", START.as_secs());
+            return Err(Failure::new(Code::TIMEOUT, text));
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// The end of what has been written to the log since.
+fn last_words(log: &Path, since: u64) -> String {
+    let read = || {
+        let mut file = File::open(log)?;
+        let end = file.seek(SeekFrom::End(0))?;
+        file.seek(SeekFrom::Start(since.max(end.saturating_sub(LAST_WORDS))))?;
+        let mut words = Vec::new();
+        file.take(LAST_WORDS).read_to_end(&mut words)?;
+        std::io::Result::Ok(String::from_utf8_lossy(&words).trim().to_owned())
+    };
+    read().ok().filter(|words| !words.is_empty()).unwrap_or_else(|| format!("{} may say why", log.display()))
+}

@@ -1,0 +1,267 @@
+//! The service of a host: one port for all guests that come, and a process for each.
+//!
+//! It accepts, and looks at what a connection is for, of which it takes nothing
+//! ([`transport_tcp::Dispatcher`]). Whoever opens a session is handed to a standby, and its lanes to the
+//! process that has the session ([`gate`](super::gate)). No byte of a guest goes through the service, and it
+//! knows no secret: who may come is found out by the process, which has given up its rights.
+
+use super::config::{HostConfig, PORT};
+use super::gate::{Count, Desk, Door, Rules, hand_over};
+use super::processes::{self, Processes, tell};
+use super::run_dir::RunDir;
+use crate::api::server::Server;
+use crate::security::{Encryption, Security};
+use listenfd::ListenFd;
+use migration::preamble::{Kind, Status};
+use serde::{Deserialize, Serialize};
+use std::fs::{File, TryLockError};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+use transport_tcp::{Caller, Dispatcher};
+
+/// How long a caller waits for a process that takes it: as long as a source waits for an answer, or less.
+const STANDBY_PATIENCE: Duration = Duration::from_secs(8);
+
+/// How long a lane waits until the process says that it has its session. It may call a new service meanwhile.
+const LANE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long the service before this one may take to end, and processes to bring its listening sockets.
+const SUCCESSION: Duration = Duration::from_secs(5);
+
+/// Why there is no service.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another one runs.
+    #[error("a host service runs for {} already; use another run directory, or end it", .0.display())]
+    Running(PathBuf),
+    /// Something cannot be had.
+    #[error("cannot use {}: {source}", path.display())]
+    Path {
+        /// What.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// An address can be reached by anybody.
+    #[error(
+        "whoever reaches {0} could send a guest: name a folder of certificates by `tls` (`whimbrel pki` makes them), or \
+         say `insecure = true` if nobody can reach it whom you do not trust"
+    )]
+    Exposed(SocketAddr),
+    /// Certificates are of no use.
+    #[error(transparent)]
+    Certificates(transport_tcp::Error),
+    /// Encryption is wanted, and there are no certificates.
+    #[error("encryption is required, and there are no certificates: name their folder by `tls`")]
+    NoCertificates,
+    /// The API cannot be served.
+    #[error(transparent)]
+    Api(#[from] crate::api::Error),
+    /// The system has no room for another thread or descriptor.
+    #[error("cannot start the service: {0}")]
+    System(#[source] io::Error),
+}
+
+/// A running service. Dropping it ends only what it serves itself: its processes go on, and callers wait for
+/// the next one.
+pub struct Service {
+    listen: Vec<SocketAddr>,
+    _dispatchers: Vec<Dispatcher>,
+    _server: Server,
+    _lock: File,
+}
+
+/// What the API's server has to know.
+pub(super) struct Host {
+    pub run_dir: RunDir,
+    pub desk: Arc<Desk>,
+    pub processes: Arc<Processes>,
+    pub listen: Vec<SocketAddr>,
+    pub config: HostConfig,
+}
+
+/// `GET /v1/host`: the service and its gate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// Name and version of the program.
+    pub software: String,
+    /// The service's process.
+    pub pid: u32,
+    /// Where guests are taken in.
+    pub listen: Vec<SocketAddr>,
+    /// Whether nobody is taken in at present.
+    pub drained: bool,
+    /// Processes that take guests in or have done so.
+    pub processes: Count,
+}
+
+impl Service {
+    /// Starts the service of this run directory. It listens at `listen`, or else where the configuration
+    /// says. Sockets by which systemd has activated it come before both.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn start(run_dir: &RunDir, config: &HostConfig, listen: &[SocketAddr]) -> Result<Self, Error> {
+        let at = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| Error::Path { path, source }
+        };
+        run_dir.make().map_err(at(run_dir.path()))?;
+        let lock = lock(run_dir)?;
+        let usual = || config.listen.unwrap_or((Ipv4Addr::LOCALHOST, PORT).into());
+        let wanted = if listen.is_empty() { vec![usual()] } else { listen.to_vec() };
+        let activated = activated()?;
+        let addresses = if activated.is_empty() { wanted.clone() } else { addresses_of(&activated)? };
+        check_security(config, &addresses)?;
+
+        let admission = &config.admission;
+        let rules = Rules {
+            total_memory: admission.total_memory,
+            max_guests: admission.max_guests,
+            max_arrivals: admission.max_arrivals,
+        };
+        let desk = Desk::new(run_dir.clone(), rules);
+        let gate = run_dir.gate_socket();
+        desk.open(Door::open(&gate).map_err(at(&gate))?).map_err(Error::System)?;
+        let listeners = if activated.is_empty() { listeners(&wanted, &desk)? } else { activated };
+        let listen = addresses_of(&listeners)?;
+        let mut dispatchers = Vec::new();
+        for listener in &listeners {
+            dispatchers.push(dispatch(listener.try_clone().map_err(Error::System)?, &desk)?);
+        }
+        desk.use_listeners(listeners);
+
+        let processes = Arc::new(Processes::new(run_dir.clone()));
+        let words = processes::standby(run_dir, config);
+        Arc::clone(&processes).keep_standbys(Arc::clone(&desk), words).map_err(Error::System)?;
+        let host = Host {
+            run_dir: run_dir.clone(),
+            desk,
+            processes,
+            listen: listen.clone(),
+            config: config.clone(),
+        };
+        let server = super::server::serve(&run_dir.host_socket(), Arc::new(host))?;
+        Ok(Service { listen, _dispatchers: dispatchers, _server: server, _lock: lock })
+    }
+
+    /// Where guests are taken in.
+    pub fn listen(&self) -> &[SocketAddr] {
+        &self.listen
+    }
+}
+
+/// Keeps other services away, and waits for one that is about to end.
+fn lock(run_dir: &RunDir) -> Result<File, Error> {
+    let path = run_dir.lock_file();
+    let failed = |source| Error::Path { path: path.clone(), source };
+    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+    let deadline = Instant::now() + SUCCESSION;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            Err(TryLockError::WouldBlock) => return Err(Error::Running(run_dir.path().into())),
+        }
+    }
+}
+
+/// The sockets by which systemd has activated this process.
+fn activated() -> Result<Vec<TcpListener>, Error> {
+    let mut inherited = ListenFd::from_env();
+    (0..inherited.len())
+        .filter_map(|at| inherited.take_tcp_listener(at).transpose())
+        .collect::<Result<_, _>>()
+        .map_err(Error::System)
+}
+
+fn addresses_of(listeners: &[TcpListener]) -> Result<Vec<SocketAddr>, Error> {
+    listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>().map_err(Error::System)
+}
+
+/// Listens on these addresses. Processes may have brought the sockets of the service before this one.
+fn listeners(wanted: &[SocketAddr], desk: &Desk) -> Result<Vec<TcpListener>, Error> {
+    let listen = |address: &SocketAddr| match TcpListener::bind(address) {
+        Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
+            desk.inherited(*address, SUCCESSION).ok_or(Error::Listen { address: *address, source })
+        }
+        listener => listener.map_err(|source| Error::Listen { address: *address, source }),
+    };
+    wanted.iter().map(listen).collect()
+}
+
+fn check_security(config: &HostConfig, addresses: &[SocketAddr]) -> Result<(), Error> {
+    let security = match config.certificates() {
+        Some(files) => Security::Tls(files),
+        None if config.insecure => Security::Insecure,
+        None => Security::Near,
+    };
+    if let Some(exposed) = addresses.iter().find(|address| !security.may_listen(**address)) {
+        return Err(Error::Exposed(*exposed));
+    }
+    if config.encryption == Encryption::Required && !matches!(security, Security::Tls(_)) {
+        return Err(Error::NoCertificates);
+    }
+    // They are read by the processes that use them: here only to say what is wrong with them.
+    drop(security.protecting(config.allow.clone(), config.encryption).map_err(Error::Certificates)?);
+    Ok(())
+}
+
+/// Hands the callers of a port to those who take them.
+fn dispatch(listener: TcpListener, desk: &Arc<Desk>) -> Result<Dispatcher, Error> {
+    let address = listener.local_addr().map_err(Error::System)?;
+    let desk = Arc::clone(desk);
+    let dispatcher = Dispatcher::start(listener, move |caller| hand(&desk, caller))
+        .map_err(|error| Error::Listen { address, source: io::Error::other(error) })?;
+    dispatcher.on_refused(|refused| {
+        let more = match refused.untold {
+            0 => String::new(),
+            untold => format!(" ({untold} more before it)"),
+        };
+        tell(format_args!("the caller from {} was refused: {}{more}", refused.peer, refused.why));
+    });
+    Ok(dispatcher)
+}
+
+fn hand(desk: &Desk, caller: Caller) {
+    if caller.preamble().kind == Kind::Data {
+        match desk.session(caller.preamble().token, LANE_PATIENCE) {
+            // A process that is gone answers nothing, as one that hangs up.
+            Some(line) => {
+                let _ = caller.leave() && hand_over(&line, caller.as_fd()).is_ok();
+            }
+            None => {
+                caller.refuse(Status::Session, "it asks for a lane of a migration that is not under way here")
+            }
+        }
+        return;
+    }
+    let deadline = Instant::now() + STANDBY_PATIENCE;
+    let mut there = None;
+    while let Some(line) = desk.standby(deadline.saturating_duration_since(Instant::now())) {
+        // Whoever has lost its place is gone. If the process is gone, another takes its place.
+        if !*there.get_or_insert_with(|| caller.leave()) || hand_over(&line, caller.as_fd()).is_ok() {
+            return;
+        }
+    }
+    tell(format_args!(
+        "nobody took the caller from {} in: is there no process that waits for guests?",
+        caller.peer()
+    ));
+}
