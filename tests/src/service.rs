@@ -24,10 +24,14 @@ pub struct Service {
 impl Service {
     /// Starts a host in `folder`, with this configuration, at a free port of the loopback interface.
     pub fn start(folder: &Path, config: &str) -> Self {
+        Service::start_at(folder, config, SocketAddr::from(([127, 0, 0, 1], 0)))
+    }
+
+    /// The same at an address.
+    pub fn start_at(folder: &Path, config: &str, any: SocketAddr) -> Self {
         std::fs::create_dir_all(folder).unwrap();
         std::fs::write(folder.join("host.toml"), config).unwrap();
         let run = RunDir::new(Some(&folder.join("run")));
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let child = spawn(folder, &run, any);
         let mut service = Service { folder: folder.into(), run, address: any, child };
         service.address = service.wait().listen[0];
