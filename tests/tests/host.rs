@@ -250,3 +250,51 @@ fn a_host_starts_the_machines_that_it_knows_by_files() {
     assert_eq!((&all[0]["name"], &all[0]["vm"]["pid"]), (&"web1".into(), &started.pid.into()), "{all}");
     assert_is_well(&host, "web1");
 }
+
+#[test]
+fn monitoring_sees_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let pair = Pair::start(folder.path(), "");
+    let watched = Service::start(&folder.path().join("watched"), &format!("metrics = '{free}'\n"));
+    let scrape = || {
+        let mut stream = TcpStream::connect(free).unwrap();
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: it\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("text/plain"), "{answer}");
+        answer
+    };
+    let has = |line: &str| scrape().lines().any(|told| told == line);
+    let _machine = watched.machine("web1", &[]);
+    assert!(has("whimbrel_machines{state=\"running\"} 1") && has("whimbrel_memory_bytes 16777216"));
+    // Nobody takes it in without a certificate.
+    let refused = watched.migrate("web1", &request(pair.hosts[0].address()));
+    assert_eq!(report(&refused).verdict, Verdict::Stayed, "{refused:?}");
+    wait_until("the failure is counted", || {
+        has("whimbrel_migrations_total{direction=\"out\",outcome=\"stayed\"} 1")
+    });
+    // Nothing else is answered there, and not to everybody.
+    let mut stream = TcpStream::connect(free).unwrap();
+    write!(stream, "GET /v1/machines HTTP/1.1\r\nHost: it\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+    let open = folder.path().join("open");
+    std::fs::create_dir(&open).unwrap();
+    let config = open.join("host.toml");
+    std::fs::write(&config, "metrics = '0.0.0.0:0'\n").unwrap();
+    let [config, run] = [config.to_str().unwrap(), open.to_str().unwrap()];
+    let ran = whimbrel_tests::command::run_command(
+        std::process::Command::new(whimbrel_tests::program::whimbrel()).args([
+            "host",
+            "--config",
+            config,
+            "--run-dir",
+            run,
+            "--listen",
+            "127.0.0.1:0",
+        ]),
+    );
+    assert!(ran.code == Some(1) && ran.stderr.contains("could see this host's machines"), "{ran:?}");
+}

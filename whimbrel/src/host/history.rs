@@ -7,7 +7,7 @@
 use crate::record::{self, Records};
 use serde_json::Value;
 use std::fs::{DirBuilder, File};
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -62,7 +62,7 @@ pub fn read(folder: &Path, name: Option<&str>) -> io::Result<Vec<Value>> {
     Ok(entries)
 }
 
-fn read_file(file: File, name: Option<&str>, entries: &mut Vec<Value>) -> io::Result<()> {
+fn read_file(file: impl Read, name: Option<&str>, entries: &mut Vec<Value>) -> io::Result<()> {
     for line in BufReader::new(file).split(b'\n') {
         let Ok(entry) = serde_json::from_slice::<Value>(&line?) else { continue };
         if name.is_none_or(|name| entry["name"] == name) {
@@ -70,6 +70,54 @@ fn read_file(file: File, name: Option<&str>, entries: &mut Vec<Value>) -> io::Re
         }
     }
     Ok(())
+}
+
+/// Reads a history as it grows: each entry once.
+#[derive(Debug, Default)]
+pub struct Tail {
+    /// The newer file, by device and inode, and how much of it has been read.
+    file: (u64, u64),
+    read: u64,
+}
+
+impl Tail {
+    /// What has been added since; all that there is at first.
+    ///
+    /// # Errors
+    /// Those of reading a file. No file is no error.
+    pub fn entries(&mut self, folder: &Path) -> io::Result<Vec<Value>> {
+        let mut entries = Vec::new();
+        let [older, newer] = FILES.map(|file| folder.join(file));
+        let open = |path: &Path| match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            file => file.map(Some),
+        };
+        // The newer one first: if it becomes the older one meanwhile, it is still the one that was opened.
+        let Some(now) = open(&newer)? else { return Ok(entries) };
+        let which = |file: &File| file.metadata().map(|file| (file.dev(), file.ino()));
+        let current = which(&now)?;
+        if current != self.file {
+            // The one that was read so far is the older one by now, or there was none.
+            if let Some(before) = open(&older)? {
+                let begun = which(&before)? == self.file;
+                read_from(before, if begun { self.read } else { 0 }, &mut entries)?;
+            }
+            (self.file, self.read) = (current, 0);
+        }
+        self.read += read_from(now, self.read, &mut entries)?;
+        Ok(entries)
+    }
+}
+
+/// Reads the whole lines from an offset on. Returns how many bytes they are.
+fn read_from(mut file: File, offset: u64, entries: &mut Vec<Value>) -> io::Result<u64> {
+    file.seek(SeekFrom::Start(offset))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    // A line that is being written is read the next time.
+    let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+    read_file(&bytes[..whole], None, entries)?;
+    Ok(whole as u64)
 }
 
 /// The file to which entries are added.
@@ -103,8 +151,20 @@ mod tests {
         assert_eq!(numbers(None), [4, 5, 6, 7, 8, 9]);
         assert_eq!(numbers(Some("vm1")), [5, 7, 9]);
         assert_eq!(numbers(Some("vm2")), [0; 0]);
+        let mut tail = Tail::default();
+        assert_eq!(tail.entries(&place).unwrap().len(), 6);
+        assert_eq!(tail.entries(&place).unwrap().len(), 0);
+        // What is added to the file that becomes the older one is read as well.
+        old.add(&entry(10)).unwrap();
+        for number in 11..13 {
+            let new = open_within(&place, 4 * size).unwrap();
+            new.add(&entry(number)).unwrap();
+        }
+        let added: Vec<_> =
+            tail.entries(&place).unwrap().iter().map(|entry| entry["number"].as_u64().unwrap()).collect();
+        assert_eq!(added, [10, 11, 12]);
         // A line that was cut off harms no other.
         std::fs::write(file(&place), "{\"name\":\"vm0\",\"numb\n{\"name\":\"vm1\",\"number\":11}\n").unwrap();
-        assert_eq!(numbers(None), [4, 5, 6, 7, 11]);
+        assert_eq!(numbers(None), [8, 9, 10, 11, 11]);
     }
 }

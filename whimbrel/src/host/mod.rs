@@ -8,6 +8,7 @@ pub mod gate;
 pub mod history;
 pub mod inventory;
 pub mod links;
+pub mod metrics;
 pub mod processes;
 pub mod resolve;
 pub mod run_dir;

@@ -1,6 +1,7 @@
 //! The API of the host service, on a socket of its own.
 
 use super::inventory::{self, Listed};
+use super::metrics::{FORMAT, Now};
 use super::processes;
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
@@ -9,12 +10,15 @@ use crate::api::server::{Refusal, Server, blocking, router_of, serve_router};
 use crate::instance::SOFTWARE;
 use axum::extract::{Path as Segment, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use migration::{Code, Failure};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -56,8 +60,26 @@ pub(super) fn serve(path: &Path, host: Arc<Host>) -> Result<Server, Error> {
         .route("/v1/host", get(status))
         .route("/v1/host/drain", put(drain).delete(undrain))
         .route("/v1/machines", get(machines))
-        .route("/v1/machines/{name}/start", post(start));
+        .route("/v1/machines/{name}/start", post(start))
+        .route("/metrics", get(metrics));
     serve_router(path, router_of(router, host))
+}
+
+/// Answers `GET /metrics` at an address, and nothing else, as long as the program runs.
+pub(super) fn serve_metrics(address: SocketAddr, host: Arc<Host>) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let router = router_of(Router::new().route("/metrics", get(metrics)), host);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let listener = {
+        let _entered = runtime.enter();
+        tokio::net::TcpListener::from_std(listener)?
+    };
+    thread::Builder::new().name("metrics".into()).spawn(move || {
+        // It ends with the program only.
+        let _ = runtime.block_on(axum::serve(listener, router).into_future());
+    })?;
+    Ok(())
 }
 
 async fn version() -> Json<Version> {
@@ -77,6 +99,20 @@ async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
 async fn machines(State(host): State<Arc<Host>>) -> Result<Json<Vec<Listed>>, Refusal> {
     let take = move || inventory::take(&host.run_dir, inventory::PATIENCE);
     blocking(move || take().map_err(|error| Failure::new(Code::HOST, error))).await
+}
+
+/// Prometheus asks for this path.
+async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
+    let text = move || {
+        let machines = inventory::take(&host.run_dir, inventory::PATIENCE)
+            .map_err(|error| Failure::new(Code::HOST, error))?;
+        let now =
+            Now { machines: &machines, processes: host.desk.count(), drained: host.run_dir.is_drained() };
+        let history = host.config.state.clone().unwrap_or_else(|| host.run_dir.state_folder());
+        host.metrics.text(&now, &history).map_err(|why| Failure::new(Code::HOST, why))
+    };
+    let Json(text) = blocking(text).await?;
+    Ok(([(CONTENT_TYPE, FORMAT)], text).into_response())
 }
 
 async fn drain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {

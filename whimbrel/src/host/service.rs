@@ -7,10 +7,11 @@
 
 use super::config::{HostConfig, PORT};
 use super::gate::{Count, Desk, Door, Rules, hand_over};
+use super::metrics::Metrics;
 use super::processes::{self, Processes, tell};
 use super::run_dir::RunDir;
 use crate::api::server::Server;
-use crate::security::{Encryption, Security};
+use crate::security::{Encryption, Security, is_near};
 use listenfd::ListenFd;
 use migration::preamble::{Kind, Status};
 use serde::{Deserialize, Serialize};
@@ -61,6 +62,12 @@ pub enum Error {
          say `insecure = true` if nobody can reach it whom you do not trust"
     )]
     Exposed(SocketAddr),
+    /// Anybody could look.
+    #[error(
+        "whoever reaches {0} could see this host's machines: let `metrics` be an address such as 127.0.0.1:9464, or say \
+         `insecure = true`"
+    )]
+    Watched(SocketAddr),
     /// Certificates are of no use.
     #[error(transparent)]
     Certificates(transport_tcp::Error),
@@ -91,6 +98,7 @@ pub(super) struct Host {
     pub processes: Arc<Processes>,
     pub listen: Vec<SocketAddr>,
     pub config: HostConfig,
+    pub metrics: Arc<Metrics>,
 }
 
 /// `GET /v1/host`: the service and its gate.
@@ -126,6 +134,9 @@ impl Service {
         let activated = activated()?;
         let addresses = if activated.is_empty() { wanted.clone() } else { addresses_of(&activated)? };
         check_security(config, &addresses)?;
+        if let Some(metrics) = config.metrics.filter(|metrics| !config.insecure && !is_near(metrics.ip())) {
+            return Err(Error::Watched(metrics));
+        }
 
         let admission = &config.admission;
         let rules = Rules {
@@ -138,9 +149,11 @@ impl Service {
         desk.open(Door::open(&gate).map_err(at(&gate))?).map_err(Error::System)?;
         let listeners = if activated.is_empty() { listeners(&wanted, &desk)? } else { activated };
         let listen = addresses_of(&listeners)?;
+        let metrics = Metrics::new().map_err(|error| Error::System(io::Error::other(error)))?;
+        let metrics = Arc::new(metrics);
         let mut dispatchers = Vec::new();
         for listener in &listeners {
-            dispatchers.push(dispatch(listener.try_clone().map_err(Error::System)?, &desk)?);
+            dispatchers.push(dispatch(listener.try_clone().map_err(Error::System)?, &desk, &metrics)?);
         }
         desk.use_listeners(listeners);
 
@@ -153,8 +166,14 @@ impl Service {
             processes,
             listen: listen.clone(),
             config: config.clone(),
+            metrics,
         };
-        let server = super::server::serve(&run_dir.host_socket(), Arc::new(host))?;
+        let host = Arc::new(host);
+        if let Some(address) = config.metrics {
+            let served = super::server::serve_metrics(address, Arc::clone(&host));
+            served.map_err(|source| Error::Listen { address, source })?;
+        }
+        let server = super::server::serve(&run_dir.host_socket(), host)?;
         Ok(Service { listen, _dispatchers: dispatchers, _server: server, _lock: lock })
     }
 
@@ -224,12 +243,14 @@ fn check_security(config: &HostConfig, addresses: &[SocketAddr]) -> Result<(), E
 }
 
 /// Hands the callers of a port to those who take them.
-fn dispatch(listener: TcpListener, desk: &Arc<Desk>) -> Result<Dispatcher, Error> {
+fn dispatch(listener: TcpListener, desk: &Arc<Desk>, metrics: &Arc<Metrics>) -> Result<Dispatcher, Error> {
     let address = listener.local_addr().map_err(Error::System)?;
     let desk = Arc::clone(desk);
     let dispatcher = Dispatcher::start(listener, move |caller| hand(&desk, caller))
         .map_err(|error| Error::Listen { address, source: io::Error::other(error) })?;
-    dispatcher.on_refused(|refused| {
+    let metrics = Arc::clone(metrics);
+    dispatcher.on_refused(move |refused| {
+        metrics.refused(refused.untold + 1);
         let more = match refused.untold {
             0 => String::new(),
             untold => format!(" ({untold} more before it)"),
