@@ -38,6 +38,11 @@ pub enum Command {
     Compare(CompareArgs),
     /// Write one HTML page with plots of the measurements in files that --save wrote
     Report(ReportArgs),
+    /// Write man pages
+    Man {
+        /// Folder to write them to
+        folder: PathBuf,
+    },
 }
 
 /// Where results go.

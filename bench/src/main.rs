@@ -28,7 +28,7 @@ mod warm;
 
 use anyhow::Context;
 use args::{Cli, Command, OutputArgs, TransportArgs};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use log::Log;
 use plan::Plan;
 use record::Measurement;
@@ -36,7 +36,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use std::io::{BufRead, BufReader};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -57,11 +57,18 @@ fn main() -> ExitCode {
         Command::Show(args) => show(&args),
         Command::Compare(args) => compare(&args),
         Command::Report(args) => report(&args),
+        Command::Man { folder } => man(&folder),
     };
     result.unwrap_or_else(|error| {
         eprintln!("whimbrel-bench: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+fn man(folder: &Path) -> anyhow::Result<ExitCode> {
+    std::fs::create_dir_all(folder)?;
+    clap_mangen::generate_to(Cli::command(), folder)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Makes a measurement. It succeeds if every run was made and none failed.
