@@ -89,8 +89,8 @@ pub struct HostConfig {
     /// The storages that guests' disks name.
     #[serde(deserialize_with = "named")]
     pub storage: BTreeMap<String, Storage>,
-    /// Where `GET /metrics` is answered to whoever asks; nowhere but on the service's own socket if nothing is
-    /// said. An address of the loopback interface, unless this host is `insecure`.
+    /// Where `GET /metrics` is answered to whoever asks; nowhere but on the service's own socket if nothing
+    /// is said. An address of the loopback interface, unless this host is `insecure`.
     pub metrics: Option<SocketAddr>,
     /// The folder of the machines that `whimbrel start` knows.
     pub machines: Option<PathBuf>,

@@ -1,7 +1,7 @@
 //! What monitoring sees of a host: Prometheus' text format.
 //!
-//! What is now is asked of the machines at each scrape. What has been is counted from the host's history, which
-//! outlives the service: a service that is started anew counts from what is there.
+//! What is now is asked of the machines at each scrape. What has been is counted from the host's history,
+//! which outlives the service: a service that is started anew counts from what is there.
 
 use super::gate::Count;
 use super::history::Tail;
