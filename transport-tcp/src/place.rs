@@ -48,7 +48,7 @@ impl Turns {
     }
 
     /// The turn at the file of a region's part, until it is dropped; `None` when another stream has it.
-    fn try_take(&self, region: u32, part: usize) -> Option<MutexGuard<'_, ()>> {
+    pub(crate) fn try_take(&self, region: u32, part: usize) -> Option<MutexGuard<'_, ()>> {
         match self.0[region as usize][part].try_lock() {
             Ok(turn) => Some(turn),
             // A stream that panicked with the turn writes no more.
@@ -201,7 +201,7 @@ impl Placer {
 
 /// Whether the page at `offset` does not exist, and what begins there can be written as a file. Any way of
 /// placing is right for any memory; this only chooses the cheapest one.
-fn is_new(region: &RamRegion, offset: u64) -> bool {
+pub(crate) fn is_new(region: &RamRegion, offset: u64) -> bool {
     if region.backing_page() > PAGE_SIZE {
         return false;
     }

@@ -198,7 +198,7 @@ impl Receiver<'_> {
                     let placed = match &mut self.channel {
                         Channel::Clear(socket) => placer.place(socket, ram, turns, extents),
                         Channel::Protected(protected) => match protected.decrypted() {
-                            Some(decrypted) => copy::place(decrypted, ram, extents),
+                            Some(decrypted) => copy::place(decrypted, ram, turns, extents),
                             None => {
                                 let placed = placer.place(protected.socket(), ram, turns, extents);
                                 placed.map_err(|error| protected.explain(error))

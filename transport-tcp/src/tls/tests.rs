@@ -5,6 +5,7 @@ use super::files::Files;
 use super::{credentials::Credentials, stream::trouble};
 use crate::channel::{At, Decrypted, Protect, Protected, SharedSocket};
 use crate::copy;
+use crate::place::Turns;
 use crate::stream::Stream;
 use migration::conformance::bed::{self, extent, ram_of};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
@@ -252,7 +253,8 @@ fn an_extent_that_ends_early_is_an_error() {
             SockRef::from(&caller.socket).set_linger(Some(Duration::ZERO)).unwrap();
         }
         drop(caller.socket);
-        let error = copy::place(accepted.decrypted().unwrap(), &ram, &[extent(0, 0, 2)]).unwrap_err();
+        let error = copy::place(accepted.decrypted().unwrap(), &ram, &Turns::new(&ram), &[extent(0, 0, 2)])
+            .unwrap_err();
         if reset {
             assert_eq!(error.kind(), ErrorKind::ConnectionReset);
         } else {
