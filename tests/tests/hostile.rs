@@ -191,7 +191,6 @@ fn receivers_that_are_none() {
     }
     let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
     refused("nobody", &closed.to_string(), "link", "is `whimbrel receive` running there");
-    refused("no port", "localhost", "link", "write the destination as host:port");
     refused("no such port", "localhost:77777", "link", "write the destination as host:port");
     // To people it is one line.
     let ran = run(["migrate", "--api", api, "--to", &closed.to_string()]);
