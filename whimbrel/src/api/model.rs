@@ -54,7 +54,9 @@ pub struct Vm {
     pub guest: Option<Testimony>,
 }
 
-/// `POST /v1/migration`: where to, and how. All but `to` may be left out.
+/// `POST /v1/migration`: where to, and how. All but `to` may be left out. What was added after 0.2.0 is not
+/// sent unless it is asked for: a machine whose process runs an earlier program refuses what it does not
+/// know, and moves all the same when the command is newer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrationRequest {
@@ -76,7 +78,7 @@ pub struct MigrationRequest {
     #[serde(default = "default_downtime")]
     pub downtime_limit_ms: u64,
     /// Bits of memory that travel in a second at most while the guest runs; none for no cap.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth_bps: Option<u64>,
     /// Most pre-copy rounds.
     #[serde(default = "default_rounds")]
@@ -103,10 +105,10 @@ pub struct MigrationRequest {
     #[serde(default = "default_silence")]
     pub silence_s: u64,
     /// Wait for an operator's word before the switchover, at most for so many seconds.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause_before_switchover_s: Option<u64>,
     /// End before any memory travels, and tell whether anything speaks against the move.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,
 }
 
