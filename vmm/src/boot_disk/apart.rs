@@ -7,6 +7,7 @@
 
 use super::filesystem::PIECE;
 use super::{Boot, Error, Gathered, MAX_TEXT, Part, Sink, find, open};
+use crate::sandbox::beside::{assert_single, forget_panics};
 use crate::sandbox::{Mode, reader};
 use crate::virtio::block::{BlockConfig, DiskImage, Images};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -69,19 +70,6 @@ pub fn read_apart(
             }
         }
     }
-}
-
-/// Nothing if this process has one thread.
-pub(crate) fn assert_single() -> io::Result<()> {
-    match std::fs::read_dir("/proc/self/task")?.count() {
-        1 => Ok(()),
-        _ => Err(io::Error::other("this process has other threads by now")),
-    }
-}
-
-/// What a panic says is for this process's own error output, which it no longer has.
-pub(crate) fn forget_panics() {
-    panic::set_hook(Box::new(|_| {}));
 }
 
 /// Answers in the new process, and ends it.

@@ -15,7 +15,7 @@ mod apart;
 
 mod filesystem;
 mod partitions;
-pub(crate) mod standby;
+mod standby;
 mod system;
 #[cfg(test)]
 mod tests;
@@ -30,7 +30,6 @@ use std::rc::Rc;
 use system::System;
 
 pub use apart::read_apart;
-pub(crate) use apart::{assert_single, forget_panics};
 pub use standby::BootReader;
 
 /// Where distributions link to the kernel to boot, and to the initramfs that belongs to it.

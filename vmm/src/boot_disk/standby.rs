@@ -6,17 +6,16 @@
 //! disk (`sandbox::reader`), and answers as [`apart`](super::apart) tells. The one that waits looks at no
 //! disk, and ends when nobody has the other end of the socket: with the machine.
 
-use super::apart::{answer, assert_single, fate, forget_panics, take};
+use super::apart::{answer, fate, take};
 use super::{Boot, Error, find};
 use crate::lock::lock;
-use crate::sandbox::{Mode, reader};
+use crate::sandbox::{Mode, beside, reader};
 use crate::virtio::block::{DiskImage, Geometry};
 use serde::{Deserialize, Serialize};
-use std::ffi::c_void;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::{ManuallyDrop, MaybeUninit};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -30,9 +29,6 @@ const MAX_REQUEST: usize = 64 << 10;
 
 /// Seconds that reading a disk may take. The machine can neither be paused nor moved meanwhile.
 const SECONDS: u32 = 300;
-
-/// What it says when it is confined. Otherwise it says why not.
-pub(crate) const READY: &[u8] = b".";
 
 /// What is to be read. The disk's file and the pipe for the answer come with it.
 #[derive(Serialize, Deserialize)]
@@ -56,28 +52,8 @@ impl BootReader {
     /// The system's answer, also if this process has other threads: a copy of it could find a lock taken for
     /// ever.
     pub fn start(mode: Mode) -> io::Result<Self> {
-        assert_single()?;
-        let [own, other] = pair()?;
-        // SAFETY: this process has one thread, as was just seen, so that nothing is half done that the copy
-        // could meet, and the copy may do whatever this process may. It never returns from here.
-        match unsafe { libc::fork() } {
-            -1 => Err(io::Error::last_os_error()),
-            0 => {
-                drop(own);
-                stand_by(mode, other)
-            }
-            _ => {
-                drop(other);
-                let mut said = vec![0; MAX_REQUEST];
-                let mut own = own;
-                let len = own.read(&mut said)?;
-                match &said[..len] {
-                    READY => Ok(BootReader(Arc::new(Mutex::new(own)))),
-                    [] => Err(io::Error::other("the process that reads disks has ended at once")),
-                    why => Err(io::Error::other(String::from_utf8_lossy(why).into_owned())),
-                }
-            }
-        }
+        let socket = beside::fork("the process that reads disks", |socket| stand_by(mode, socket))?;
+        Ok(BootReader(Arc::new(Mutex::new(socket))))
     }
 
     /// Has an image read that is open and under its lock.
@@ -124,29 +100,15 @@ fn ended_early<T>(taken: &io::Result<T>) -> bool {
     taken.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::UnexpectedEof)
 }
 
-/// Two ends of a socket that keeps messages apart.
-pub(crate) fn pair() -> io::Result<[UnixStream; 2]> {
-    let mut ends = [0; 2];
-    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
-    // SAFETY: the call writes two integers, which live across it.
-    if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: both were just opened, and nobody else knows them.
-    Ok(ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) }.into()))
-}
-
-/// Waits for requests in the new process, and ends it.
-fn stand_by(mode: Mode, mut socket: UnixStream) -> ! {
-    forget_panics();
-    // Signals of the terminal are for the machine.
-    // SAFETY: takes nothing.
-    unsafe { libc::setsid() };
+/// Waits for requests in the new process.
+fn stand_by(mode: Mode, mut socket: UnixStream) {
     let size = reader::size();
-    wake_by_alarm();
-    let confined = reader::stand_by(mode, socket.as_raw_fd()).map_err(|error| error.to_string());
-    let said = socket.write_all(confined.as_ref().err().map_or(READY, |why| why.as_bytes()));
-    if confined.is_ok() && said.is_ok() {
+    let end_of_socket = socket.as_raw_fd();
+    let confine = || {
+        wake_by_alarm();
+        reader::stand_by(mode, end_of_socket)
+    };
+    if beside::begin(&mut socket, confine) {
         let mut request = vec![0; MAX_REQUEST];
         while let Some((len, files)) = next(&socket, &mut request) {
             // SAFETY: there is one thread.
@@ -161,8 +123,6 @@ fn stand_by(mode: Mode, mut socket: UnixStream) -> ! {
             }
         }
     }
-    // SAFETY: the call takes an integer. Nothing that this process has is to be put in order.
-    unsafe { libc::_exit(0) }
 }
 
 /// Has SIGALRM interrupt what this process waits for.
@@ -194,20 +154,8 @@ fn end(child: libc::pid_t) -> libc::c_int {
 
 /// The next request, and the disk and the pipe that come with it; `None` when there will be none.
 fn next(socket: &UnixStream, request: &mut [u8]) -> Option<(usize, [OwnedFd; 2])> {
-    loop {
-        let mut pieces =
-            [libc::iovec { iov_base: request.as_mut_ptr().cast::<c_void>(), iov_len: request.len() }];
-        let mut files: [RawFd; 2] = [-1; 2];
-        // SAFETY: the piece is all of `request`, which is borrowed until the call returns.
-        match unsafe { socket.recv_with_fds(&mut pieces, &mut files) } {
-            Ok((len, 2)) if len > 0 => {
-                // SAFETY: both were just received, and nobody else knows them.
-                return Some((len, files.map(|file| unsafe { OwnedFd::from_raw_fd(file) })));
-            }
-            Err(error) if error.errno() == libc::EINTR => {}
-            _ => return None,
-        }
-    }
+    let (len, files) = beside::receive(socket, request).ok()??;
+    Some((len, files.try_into().ok()?))
 }
 
 /// Answers in a further process, and ends it.

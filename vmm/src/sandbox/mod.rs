@@ -29,6 +29,7 @@
 //! whatever their arguments are, and does not run it for them. Of the calls that a running guest makes, only
 //! `ioctl` has a condition.
 
+pub(crate) mod beside;
 mod calls;
 mod files;
 mod helper;
