@@ -102,6 +102,15 @@ pub(crate) trait Decrypted {
     /// Hands at most `most` of the next bytes over to `to`, as soon as there are any, and tells how many: 0
     /// at the end. Who expects many says so by `most`.
     fn deliver(&mut self, most: usize, to: &mut dyn FnMut(&[u8])) -> io::Result<usize>;
+
+    /// Reads as [`Read`] does.
+    fn read_into(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let (most, mut filled) = (bytes.len(), 0);
+        self.deliver(most, &mut |some| {
+            bytes[filled..][..some.len()].copy_from_slice(some);
+            filled += some.len();
+        })
+    }
 }
 
 /// Where bytes are encrypted and decrypted.

@@ -1,6 +1,6 @@
 //! Telling of callers that were not let in, though not of each: anybody can call as often as he likes.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +18,17 @@ pub struct Refused {
     pub why: String,
     /// Callers that were refused since the last one that was told of.
     pub untold: u64,
+}
+
+/// In a sentence.
+impl Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the caller from {} was refused: {}", self.peer, self.why)?;
+        if self.untold > 0 {
+            write!(f, " ({} more before it)", self.untold)?;
+        }
+        Ok(())
+    }
 }
 
 type OnRefused = Box<dyn Fn(&Refused) + Send>;

@@ -25,6 +25,7 @@ use socket2::Socket;
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -126,21 +127,22 @@ impl Streams {
         let Session { token, secret, timeout, .. } = *session;
         match self {
             Streams::Connect(way) => {
-                let at_once = if way.protection.is_some() { LANES_AT_ONCE.min(way.streams) } else { 1 };
                 let open = |lane| opening::insist(|| way.open(lane, session, |_| {}));
-                let every = |first: u16| (first..way.streams).step_by(at_once.into()).map(open);
-                let mut opened = thread::scope(|scope| -> Result<Vec<_>, Error> {
-                    let opening: Vec<_> =
-                        (1..at_once).map(|first| scope.spawn(move || every(first).collect())).collect();
-                    let mut opened = vec![every(0).collect::<Result<Vec<_>, _>>()];
-                    opened.extend(opening.into_iter().map(|of_thread| match of_thread.join() {
-                        Ok(lanes) => lanes,
-                        Err(panic) => std::panic::resume_unwind(panic),
-                    }));
-                    opened.into_iter().map(|lanes| Ok(lanes?.into_iter())).collect()
-                })?;
-                let in_turn = (0..way.streams).zip((0..opened.len()).cycle());
-                Ok(in_turn.filter_map(|(_, which)| opened[which].next()).collect())
+                if !way.protection.is_some() {
+                    return (0..way.streams).map(open).collect();
+                }
+                let mut opened = Vec::new();
+                for first in (0..way.streams).step_by(LANES_AT_ONCE.into()) {
+                    let lanes = first..way.streams.min(first + LANES_AT_ONCE);
+                    thread::scope(|scope| -> Result<(), Error> {
+                        let opening: Vec<_> = lanes.map(|lane| scope.spawn(move || open(lane))).collect();
+                        for lane in opening {
+                            opened.push(lane.join().unwrap_or_else(|panic| resume_unwind(panic))?);
+                        }
+                        Ok(())
+                    })?;
+                }
+                Ok(opened)
             }
             Streams::Given(sockets) => {
                 let sockets = std::mem::take(sockets);

@@ -300,11 +300,7 @@ impl Decrypted for Accepted {
 
 impl Read for Accepted {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let (most, mut filled) = (bytes.len(), 0);
-        self.deliver(most, &mut |some| {
-            bytes[filled..][..some.len()].copy_from_slice(some);
-            filled += some.len();
-        })
+        self.read_into(bytes)
     }
 }
 

@@ -182,11 +182,7 @@ impl Decrypted for TlsStream {
 
 impl Read for TlsStream {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let (most, mut filled) = (bytes.len(), 0);
-        self.deliver(most, &mut |some| {
-            bytes[filled..][..some.len()].copy_from_slice(some);
-            filled += some.len();
-        })
+        self.read_into(bytes)
     }
 }
 
