@@ -257,11 +257,15 @@ fn monitoring_sees_the_host() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let pair = Pair::start(folder.path(), "");
     let watched = Service::start(&folder.path().join("watched"), &format!("metrics = '{free}'\n"));
-    let scrape = || {
+    let get = |path: &str| {
         let mut stream = TcpStream::connect(free).unwrap();
-        write!(stream, "GET /metrics HTTP/1.1\r\nHost: it\r\nConnection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: it\r\nConnection: close\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let scrape = || {
+        let answer = get("/metrics");
         assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("text/plain"), "{answer}");
         answer
     };
@@ -275,10 +279,7 @@ fn monitoring_sees_the_host() {
         has("whimbrel_migrations_total{direction=\"out\",outcome=\"stayed\"} 1")
     });
     // Nothing else is answered there, and not to everybody.
-    let mut stream = TcpStream::connect(free).unwrap();
-    write!(stream, "GET /v1/machines HTTP/1.1\r\nHost: it\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
+    let answer = get("/v1/machines");
     assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
     let open = folder.path().join("open");
     std::fs::create_dir(&open).unwrap();

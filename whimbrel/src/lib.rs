@@ -6,7 +6,7 @@
 //! HTTP API, its server and its client. [`transports`] says which data planes a migration may use.
 //! [`security`] says how connections are protected, and [`pki`] makes certificates. [`node`] runs the program
 //! as a child process, for benchmarks and tests. [`doctor`] examines the host. [`host`] is what a host
-//! knows of its machines.
+//! knows of its machines. [`toml_file`] says what is wrong in an operator's file.
 
 pub mod api;
 pub mod doctor;
@@ -17,4 +17,5 @@ pub mod pki;
 pub mod record;
 pub mod security;
 pub mod slot;
+pub mod toml_file;
 pub mod transports;

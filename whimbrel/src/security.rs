@@ -91,6 +91,15 @@ pub enum Security {
 }
 
 impl Security {
+    /// By certificates, if there are any; `insecure` says that there need be none.
+    pub fn new(files: Option<TlsFiles>, insecure: bool) -> Self {
+        match files {
+            Some(files) => Security::Tls(files),
+            None if insecure => Security::Insecure,
+            None => Security::Near,
+        }
+    }
+
     /// What makes connections. Certificates are read now.
     ///
     /// # Errors

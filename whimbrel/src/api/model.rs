@@ -54,6 +54,11 @@ pub struct Vm {
     pub guest: Option<Testimony>,
 }
 
+/// What JSON calls it: a state, a phase.
+pub fn word(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(String::from)).unwrap_or_default()
+}
+
 /// `POST /v1/migration`: where to, and how. All but `to` may be left out. What was added after 0.2.0 is not
 /// sent unless it is asked for: a machine whose process runs an earlier program refuses what it does not
 /// know, and moves all the same when the command is newer.

@@ -12,6 +12,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+use whimbrel::toml_file::{self, TomlFile};
 
 /// The option that names the file.
 const OPTION: &str = "config";
@@ -25,24 +26,9 @@ pub enum Error {
     /// The command line is wrong, or asks for help.
     #[error(transparent)]
     Usage(#[from] clap::Error),
-    /// The configuration file cannot be read.
-    #[error("cannot read the configuration file {}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// It says something that cannot be.
-    #[error("{}:{line}: {what}", path.display())]
-    Entry {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What is wrong.
-        what: String,
-    },
+    /// The configuration file cannot be used.
+    #[error(transparent)]
+    File(#[from] toml_file::Error),
 }
 
 impl Error {
@@ -97,14 +83,8 @@ struct Entry {
 impl File {
     /// The file at `path` for the command of this name, of which `given` was on the command line.
     fn read(path: &Path, command: &str, given: &ArgMatches) -> Result<Self, Error> {
-        let read = std::fs::read_to_string(path);
-        let text = read.map_err(|source| Error::Read { path: path.into(), source })?;
-        let entry = |at: usize, what: String| {
-            let line = text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
-            Error::Entry { path: path.into(), line, what }
-        };
-        let table = DeTable::parse(&text)
-            .map_err(|error| entry(error.span().map_or(0, |span| span.start), error.message().into()))?;
+        let read = TomlFile::read(path, "the configuration file")?;
+        let table = DeTable::parse(&read.text).map_err(|error| read.wrong(&error))?;
         let program = Cli::command();
         let options: Vec<&Arg> = program
             .find_subcommand(command)
@@ -116,12 +96,11 @@ impl File {
             let (at, key) = (key.span().start, key.get_ref());
             let named = |option: &&&Arg| option.get_long() == Some(key) && key != OPTION;
             let option = options.iter().find(named).ok_or_else(|| {
-                entry(at, format!("\"{key}\" is not an option of `whimbrel {command}`; see its --help"))
+                read.entry(at, format!("\"{key}\" is not an option of `whimbrel {command}`; see its --help"))
             })?;
-            let words = words(option, key, value.get_ref()).map_err(|what| entry(at, what))?;
+            let words = words(option, key, value.get_ref()).map_err(|what| read.entry(at, what))?;
             if given.value_source(option.get_id().as_str()) != Some(ValueSource::CommandLine) {
-                let line = text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
-                entries.push(Entry { key: key.to_string(), line, words });
+                entries.push(Entry { key: key.to_string(), line: read.line(at), words });
             }
         }
         Ok(File { path: path.into(), entries })
@@ -141,7 +120,7 @@ impl File {
         let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
         let what = lines.collect::<Vec<_>>().join(" ");
         let what = what.strip_prefix("error: ").unwrap_or(&what).into();
-        Error::Entry { path: self.path.clone(), line: entry.line, what }
+        toml_file::Error::Entry { path: self.path.clone(), line: entry.line, what }.into()
     }
 }
 

@@ -5,7 +5,7 @@ use super::{Exit, render, say};
 use anyhow::Context;
 use migration::monitor::Phase;
 use serde_json::{Value, json};
-use whimbrel::api::model::Migration;
+use whimbrel::api::model::{Migration, word};
 use whimbrel::host::inventory::{self, Listed};
 
 pub fn list(args: &ListArgs) -> anyhow::Result<Exit> {
@@ -25,14 +25,9 @@ pub fn list(args: &ListArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// What a machine is doing, in a word.
-fn state(machine: &Listed) -> String {
-    machine.state().map_or_else(|| "silent".into(), |state| render::word(&state))
-}
-
 fn program(machine: &Listed) -> Value {
     let Listed { name, vm, migration, arrival, .. } = machine;
-    json!({ "name": name, "state": state(machine), "vm": vm, "migration": migration, "arrival": arrival })
+    json!({ "name": name, "state": machine.doing(), "vm": vm, "migration": migration, "arrival": arrival })
 }
 
 fn row(machine: &Listed) -> [String; 7] {
@@ -42,7 +37,7 @@ fn row(machine: &Listed) -> [String; 7] {
     let from = machine.arrival.as_ref().filter(|arrival| arrival.failure.is_none());
     [
         machine.name.clone(),
-        state(machine) + &trouble,
+        machine.doing() + &trouble,
         of(&|vm| render::size(vm.memory)),
         of(&|vm| vm.vcpus.to_string()),
         of(&|vm| vm.pid.to_string()),
@@ -56,7 +51,7 @@ fn moving(migration: &Migration) -> String {
     let progress = &migration.progress;
     let phase = match progress.phase {
         Phase::Precopy => format!("round {}", progress.round),
-        other => render::word(&other),
+        other => word(&other),
     };
     let left = progress.round_bytes.saturating_sub(progress.round_done);
     let mut text = format!("to {}: {phase}", migration.to);

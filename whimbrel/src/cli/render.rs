@@ -3,12 +3,11 @@
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use migration::monitor::Progress;
 use migration::report::{Report, Verdict};
-use serde::Serialize;
 use serde_json::Value;
 use std::fmt::Write;
 use std::net::SocketAddr;
 use vmm::guest::Testimony;
-use whimbrel::api::model::{Arrival, Migration, Vm, VmState};
+use whimbrel::api::model::{Arrival, Migration, Vm, VmState, word};
 use whimbrel::security::Secured;
 
 /// A number of bytes in the largest binary unit that it fills.
@@ -44,11 +43,6 @@ pub fn with_testimony(migration: &Migration) -> anyhow::Result<Value> {
         report.insert("testimony".into(), testimony.unwrap_or(Value::Null));
     }
     Ok(value)
-}
-
-/// What JSON calls it: a state, a phase.
-pub fn word(value: &impl Serialize) -> String {
-    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(String::from)).unwrap_or_default()
 }
 
 /// A machine's status.

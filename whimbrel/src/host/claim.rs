@@ -101,19 +101,22 @@ impl Names {
 
     /// Keeps others from removing sockets.
     fn hold(&self) -> io::Result<Held<'_>> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match self.folder.try_lock() {
-                Ok(()) => return Ok(Held(&self.folder)),
-                Err(TryLockError::Error(error)) => return Err(error),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(PAUSE),
-                Err(TryLockError::WouldBlock) => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::TimedOut,
-                        "another process keeps the folder locked",
-                    ));
-                }
-            }
+        if lock_within(&self.folder, PATIENCE)? {
+            return Ok(Held(&self.folder));
+        }
+        Err(io::Error::new(io::ErrorKind::TimedOut, "another process keeps the folder locked"))
+    }
+}
+
+/// Locks a file, or waits so long until nobody else does. Whether it is locked then.
+pub(super) fn lock_within(file: &File, patience: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return Ok(false),
+            Err(TryLockError::WouldBlock) => thread::sleep(PAUSE),
         }
     }
 }

@@ -20,6 +20,7 @@
 //! ```
 
 use crate::security::{Encryption, TlsFiles};
+use crate::toml_file::{Error, TomlFile};
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -38,29 +39,6 @@ pub fn with_port(to: &str) -> String {
     let has_port =
         !bare && to.rsplit_once(':').is_some_and(|(host, _)| !host.starts_with('[') || host.ends_with(']'));
     if has_port { host } else { format!("{host}:{PORT}") }
-}
-
-/// Why a file cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// It cannot be read.
-    #[error("cannot read the host's configuration {}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// It says something that cannot be.
-    #[error("{}:{line}: {what}", path.display())]
-    Entry {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What is wrong.
-        what: String,
-    },
 }
 
 /// A host's configuration.
@@ -141,13 +119,8 @@ impl HostConfig {
     /// # Errors
     /// [`Error`].
     pub fn read(path: &Path) -> Result<Self, Error> {
-        let read = std::fs::read_to_string(path);
-        let text = read.map_err(|source| Error::Read { path: path.into(), source })?;
-        let config: HostConfig = toml::from_str(&text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start);
-            let line = text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1;
-            Error::Entry { path: path.into(), line, what: error.message().into() }
-        })?;
+        let read = TomlFile::read(path, "the host's configuration")?;
+        let config: HostConfig = toml::from_str(&read.text).map_err(|error| read.wrong(&error))?;
         let file = std::path::absolute(path).unwrap_or_else(|_| path.into());
         Ok(HostConfig { file: Some(file), ..config })
     }

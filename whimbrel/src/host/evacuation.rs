@@ -105,11 +105,6 @@ impl Schedule {
         }
     }
 
-    /// Nobody is offered to anybody any more. The guests that were not.
-    pub fn call_off(&mut self) -> Vec<usize> {
-        self.waiting.drain(..).map(|(guest, ..)| guest).collect()
-    }
-
     /// The first host from the task's own on that it was not offered to; one that can be reached if possible.
     fn host_for(&self, task: &Task) -> Option<usize> {
         let hosts = self.unreachable.len();

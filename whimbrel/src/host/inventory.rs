@@ -4,7 +4,7 @@ use super::claim::Names;
 use super::run_dir::RunDir;
 use crate::api::Error;
 use crate::api::client::Caller;
-use crate::api::model::{Arrival, Migration, Vm, VmState};
+use crate::api::model::{Arrival, Migration, Vm, VmState, word};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
@@ -37,6 +37,11 @@ impl Listed {
     /// What it is doing; `None` if it does not answer.
     pub fn state(&self) -> Option<VmState> {
         self.vm.as_ref().map(|vm| vm.state)
+    }
+
+    /// The same in a word; `silent` if it does not answer.
+    pub fn doing(&self) -> String {
+        self.state().map_or_else(|| "silent".into(), |state| word(&state))
     }
 }
 

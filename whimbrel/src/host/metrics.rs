@@ -6,7 +6,7 @@
 use super::gate::Count;
 use super::history::Tail;
 use super::inventory::Listed;
-use crate::api::model::VmState;
+use crate::api::model::word;
 use prometheus::proto::MetricFamily;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -184,7 +184,7 @@ fn present(now: &Now<'_>) -> prometheus::Result<Vec<MetricFamily>> {
     let machines = gauges("machines", "Machines of this host by state.", &["state"])?;
     STATES.iter().for_each(|state| machines.with_label_values(&[state]).set(0));
     for machine in now.machines {
-        machines.with_label_values(&[state(machine.state())]).inc();
+        machines.with_label_values(&[machine.doing().as_str()]).inc();
     }
     let memory = |machine: &Listed| machine.vm.as_ref().map_or(0, |vm| vm.memory);
     gauge(
@@ -234,29 +234,13 @@ fn present(now: &Now<'_>) -> prometheus::Result<Vec<MetricFamily>> {
         if let Some(us) = progress.predicted_blackout_us {
             set(&predicted, us);
         }
-        let called = serde_json::to_value(progress.phase).ok();
-        let called = called.as_ref().and_then(Value::as_str).unwrap_or("unknown");
-        phase.with_label_values(&[name, called]).set(1);
+        phase.with_label_values(&[name, word(&progress.phase).as_str()]).set(1);
     }
     Ok(registry.gather())
 }
 
 fn whole(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-fn state(state: Option<VmState>) -> &'static str {
-    match state {
-        Some(VmState::Waiting) => "waiting",
-        Some(VmState::Receiving) => "receiving",
-        Some(VmState::Running) => "running",
-        Some(VmState::Paused) => "paused",
-        Some(VmState::Migrating) => "migrating",
-        Some(VmState::Held) => "held",
-        Some(VmState::Moved) => "moved",
-        Some(VmState::Ended) => "ended",
-        None => "silent",
-    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 use super::config::HostConfig;
 use super::gate::Desk;
 use super::run_dir::RunDir;
-use crate::security::Encryption;
+use crate::api::model::word;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -131,12 +131,7 @@ pub fn standby(run_dir: &RunDir, config: &HostConfig) -> Vec<OsString> {
     };
     say("--gate", run_dir.gate_socket().as_os_str());
     say("--run-dir", run_dir.path().as_os_str());
-    let encryption = match config.encryption {
-        Encryption::Preferred => "preferred",
-        Encryption::Required => "required",
-        Encryption::Off => "off",
-    };
-    say("--encryption", encryption.as_ref());
+    say("--encryption", word(&config.encryption).as_ref());
     if let Some(folder) = &config.tls {
         say("--tls", folder.as_os_str());
     }
@@ -156,15 +151,15 @@ pub fn standby(run_dir: &RunDir, config: &HostConfig) -> Vec<OsString> {
     for storage in config.storage.values() {
         say("--disks", storage.path.as_os_str());
     }
-    what_names_mean(config, &mut say);
+    say_host(config, &mut say);
     if config.insecure {
         words.push("--insecure".into());
     }
     words
 }
 
-/// Has a process find out itself what networks and storages are here, and write the host's history.
-fn what_names_mean(config: &HostConfig, say: &mut impl FnMut(&str, &OsStr)) {
+/// Has a process find out itself what networks and storages are on this host, and keep the host's history.
+fn say_host(config: &HostConfig, say: &mut impl FnMut(&str, &OsStr)) {
     // Without them it needs no process that makes taps.
     let any = !config.networks.is_empty() || !config.storage.is_empty();
     if let Some(file) = config.file.as_ref().filter(|_| any) {
@@ -182,7 +177,7 @@ pub fn machine(run_dir: &RunDir, config: &HostConfig, name: &str, path: &Path) -
     let mut say = |option: &str, value: &OsStr| words.extend([OsString::from(option), value.into()]);
     say("--config", path.as_os_str());
     say("--run-dir", run_dir.path().as_os_str());
-    what_names_mean(config, &mut say);
+    say_host(config, &mut say);
     if let Some(folder) = config.tls.as_ref().filter(|_| !says_who_it_is(path)) {
         say("--tls", folder.as_os_str());
     }

@@ -5,6 +5,7 @@
 //! process that has the session ([`gate`](super::gate)). No byte of a guest goes through the service, and it
 //! knows no secret: who may come is found out by the process, which has given up its rights.
 
+use super::claim::lock_within;
 use super::config::{HostConfig, PORT};
 use super::gate::{Count, Desk, Door, Rules, hand_over};
 use super::metrics::Metrics;
@@ -15,13 +16,12 @@ use crate::security::{Encryption, Security, is_near};
 use listenfd::ListenFd;
 use migration::preamble::{Kind, Status};
 use serde::{Deserialize, Serialize};
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 use transport_tcp::{Caller, Dispatcher};
 
@@ -188,16 +188,10 @@ fn lock(run_dir: &RunDir) -> Result<File, Error> {
     let path = run_dir.lock_file();
     let failed = |source| Error::Path { path: path.clone(), source };
     let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    let deadline = Instant::now() + SUCCESSION;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::Error(error)) => return Err(failed(error)),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                thread::sleep(Duration::from_millis(20));
-            }
-            Err(TryLockError::WouldBlock) => return Err(Error::Running(run_dir.path().into())),
-        }
+    if lock_within(&file, SUCCESSION).map_err(failed)? {
+        Ok(file)
+    } else {
+        Err(Error::Running(run_dir.path().into()))
     }
 }
 
@@ -226,11 +220,7 @@ fn listeners(wanted: &[SocketAddr], desk: &Desk) -> Result<Vec<TcpListener>, Err
 }
 
 fn check_security(config: &HostConfig, addresses: &[SocketAddr]) -> Result<(), Error> {
-    let security = match config.certificates() {
-        Some(files) => Security::Tls(files),
-        None if config.insecure => Security::Insecure,
-        None => Security::Near,
-    };
+    let security = Security::new(config.certificates(), config.insecure);
     if let Some(exposed) = addresses.iter().find(|address| !security.may_listen(**address)) {
         return Err(Error::Exposed(*exposed));
     }
@@ -251,11 +241,7 @@ fn dispatch(listener: TcpListener, desk: &Arc<Desk>, metrics: &Arc<Metrics>) -> 
     let metrics = Arc::clone(metrics);
     dispatcher.on_refused(move |refused| {
         metrics.refused(refused.untold + 1);
-        let more = match refused.untold {
-            0 => String::new(),
-            untold => format!(" ({untold} more before it)"),
-        };
-        tell(format_args!("the caller from {} was refused: {}{more}", refused.peer, refused.why));
+        tell(format_args!("{refused}"));
     });
     Ok(dispatcher)
 }

@@ -67,10 +67,6 @@ impl SecurityArgs {
 
     /// What a process does that is told no more.
     pub fn security(&self) -> Security {
-        match self.files() {
-            Some(files) => Security::Tls(files),
-            None if self.insecure => Security::Insecure,
-            None => Security::Near,
-        }
+        Security::new(self.files(), self.insecure)
     }
 }
