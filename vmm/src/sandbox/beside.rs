@@ -18,8 +18,8 @@ const MAX_SAID: usize = 16 << 10;
 /// Most files that come with a message.
 const MAX_FILES: usize = 16;
 
-/// Forks a process that runs `child`, which [begins](begin). Returns the end of a socket by which it is asked,
-/// and which keeps messages apart. Errors call the process `what`.
+/// Forks a process that runs `child`, which [begins](begin). Returns the end of a socket by which it is
+/// asked. The socket keeps messages apart. Errors call the process `what`.
 ///
 /// # Errors
 /// The system's answer, also if this process has other threads: a copy of it could find a lock taken for
