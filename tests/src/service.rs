@@ -18,6 +18,7 @@ pub struct Service {
     folder: PathBuf,
     run: RunDir,
     address: SocketAddr,
+    program: PathBuf,
     child: Child,
 }
 
@@ -32,8 +33,10 @@ impl Service {
         std::fs::create_dir_all(folder).unwrap();
         std::fs::write(folder.join("host.toml"), config).unwrap();
         let run = RunDir::new(Some(&folder.join("run")));
-        let child = spawn(folder, &run, any);
-        let mut service = Service { folder: folder.into(), run, address: any, child };
+        let program = whimbrel();
+        let child = spawn(program, folder, &run, any);
+        let mut service =
+            Service { folder: folder.into(), run, address: any, program: program.into(), child };
         service.address = service.wait().listen[0];
         service
     }
@@ -51,7 +54,22 @@ impl Service {
     /// Kills it, as a crash does, and starts another at the same port, which answers.
     pub fn replace(&mut self) {
         self.kill();
-        self.child = spawn(&self.folder, &self.run, self.address);
+        self.begin_anew();
+    }
+
+    /// Ends it, as an upgrade does, and starts this program in its place.
+    pub fn upgrade(&mut self, program: &Path) {
+        let pid = libc::pid_t::try_from(self.child.id()).unwrap();
+        // SAFETY: the call takes integers. The process is a child of this one that was not waited for, so
+        // that no other can have its number.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        self.child.wait().unwrap();
+        self.program = program.into();
+        self.begin_anew();
+    }
+
+    fn begin_anew(&mut self) {
+        self.child = spawn(&self.program, &self.folder, &self.run, self.address);
         self.wait();
     }
 
@@ -147,9 +165,9 @@ impl Drop for Service {
     }
 }
 
-fn spawn(folder: &Path, run: &RunDir, listen: SocketAddr) -> Child {
+fn spawn(program: &Path, folder: &Path, run: &RunDir, listen: SocketAddr) -> Child {
     let log = std::fs::File::options().append(true).create(true).open(folder.join("service.log")).unwrap();
-    Command::new(whimbrel())
+    Command::new(program)
         .arg("host")
         .arg("--config")
         .arg(folder.join("host.toml"))
