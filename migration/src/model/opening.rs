@@ -1,7 +1,8 @@
 //! How the control link is opened before there is a migration: the preamble, its answer, the session's
 //! secret, the proof of it, and the verdict. Preambles, proofs and their judgement are those of production.
 
-use super::{Luck, Wire};
+use super::luck::Luck;
+use super::world::Wire;
 use crate::preamble::{LEN, Preamble, Status};
 use crate::transport::{Proof, Secret, Token};
 use std::collections::VecDeque;
