@@ -8,6 +8,7 @@
 //! another one after it, and never again once it was lost.
 
 use crate::failure::{Code, Failure};
+use crate::machine::Throttle;
 use crate::policy::{OnStall, Policy};
 use std::time::Duration;
 
@@ -27,6 +28,12 @@ const UNKNOWN_HANDOVER: Duration = Duration::from_millis(25);
 
 /// Messages of the blackout that are answered before it goes on: the state and `Commit`.
 const ROUND_TRIPS: u32 = 2;
+
+/// A guest that is slowed may at first write half of what can be sent: each round then halves what is left.
+const FIRST_SHARE: f64 = 0.5;
+
+/// A guest that is slowed to this and does not converge never will.
+const LAST_SHARE: f64 = 1.0 / 64.0;
 
 /// What a switchover takes with no memory left to send.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,6 +116,16 @@ pub struct Judge {
     stalled: u32,
     /// The last prediction that kept to the limit.
     met: Option<Duration>,
+    throttle: Option<Slowed>,
+}
+
+/// How far the guest's writers are slowed.
+#[derive(Clone, Copy, Debug)]
+struct Slowed {
+    /// Of what can be sent meanwhile, the part that they may make dirty.
+    share: f64,
+    /// What they made dirty in a second before, in bytes.
+    dirty_rate: f64,
 }
 
 impl Judge {
@@ -123,6 +140,7 @@ impl Judge {
             best: None,
             stalled: 0,
             met: None,
+            throttle: None,
         }
     }
 
@@ -145,7 +163,11 @@ impl Judge {
 
     /// Forgets the measured rate and the record of progress: the transport has changed.
     pub fn start_over(&mut self) {
-        *self = Judge { rounds: self.rounds, ..Judge::new(self.policy.clone(), self.handover) };
+        *self = Judge {
+            rounds: self.rounds,
+            throttle: self.throttle,
+            ..Judge::new(self.policy.clone(), self.handover)
+        };
     }
 
     /// Blackout to expect if it began now.
@@ -204,6 +226,10 @@ impl Judge {
         } else {
             self.stalled += 1;
         }
+        let throttles = self.policy.on_stall == OnStall::Throttle && self.writes_are_at_fault(facts);
+        if throttles && self.stalled > 0 && self.slow_down(facts) {
+            self.stalled = 0;
+        }
         let stalled = self.stalled >= self.policy.stall_rounds;
         let why = if self.rounds >= self.policy.max_rounds {
             format!("after {} rounds", self.rounds)
@@ -217,11 +243,39 @@ impl Judge {
         let story = self.story(&why, stalled, facts);
         match self.policy.on_stall {
             OnStall::Switch => Decision::Switch(Some(story)),
-            OnStall::Abort => Decision::GiveUp(Failure::new(
+            OnStall::Abort | OnStall::Throttle => Decision::GiveUp(Failure::new(
                 Code::NOT_CONVERGING,
                 format_args!("{story}; raise the downtime limit, or choose to switch over on a stall"),
             )),
         }
+    }
+
+    /// What the guest may write from here on, if it is to be slowed.
+    pub fn throttle(&self) -> Option<Throttle> {
+        self.throttle.map(|slowed| Throttle {
+            limit: (self.rate * slowed.share) as u64,
+            dirty_rate: slowed.dirty_rate as u64,
+        })
+    }
+
+    /// Whether a blackout with less to send would keep to the limit.
+    fn writes_are_at_fault(&self, facts: &RoundFacts) -> bool {
+        let parts = self.parts(facts.remaining, facts.barrier);
+        parts.barrier.saturating_add(parts.handover) < self.policy.downtime_limit
+    }
+
+    /// Slows the guest's writers, or more than before. False if that is of no use any more.
+    fn slow_down(&mut self, facts: &RoundFacts) -> bool {
+        let slowed = match self.throttle {
+            None => {
+                let dirty_rate = facts.remaining as f64 / facts.elapsed.as_secs_f64().max(1e-6);
+                Slowed { share: FIRST_SHARE, dirty_rate }
+            }
+            Some(slowed) if slowed.share > LAST_SHARE => Slowed { share: slowed.share / 2.0, ..slowed },
+            Some(_) => return false,
+        };
+        self.throttle = Some(slowed);
+        true
     }
 
     /// Whether to go on although `predicted` keeps to the limit.
@@ -244,7 +298,7 @@ impl Judge {
     fn story(&self, why: &str, stalled: bool, facts: &RoundFacts) -> String {
         let parts = self.parts(facts.remaining, facts.barrier);
         let limit = self.policy.downtime_limit;
-        let fault = if parts.barrier.saturating_add(parts.handover) > limit {
+        let fault = if !self.writes_are_at_fault(facts) {
             "a switchover takes longer than the downtime limit even with no memory left to send"
         } else if stalled {
             "the guest dirties memory faster than it can be sent"
@@ -266,6 +320,10 @@ impl Judge {
             milliseconds(parts.barrier),
             milliseconds(parts.handover),
         );
+        if let Some(throttle) = self.throttle() {
+            let limit = throttle.limit as f64 / f64::from(1 << 20);
+            story += &format!("; its writers were slowed to {limit:.1} MiB/s");
+        }
         if let Some(met) = self.met {
             story += &format!("; after an earlier round it was {}", milliseconds(met));
         }
@@ -364,6 +422,55 @@ mod tests {
             total_elapsed: Duration::from_secs(second),
         });
         facts.map(|facts| judge.round(&facts)).collect()
+    }
+
+    #[test]
+    fn writers_are_slowed_until_rounds_make_progress() {
+        let mut judge = Judge::new(Policy::default().with_on_stall(OnStall::Throttle), QUICK);
+        let mut second = 0;
+        let mut round = |judge: &mut Judge, remaining: u64| {
+            second += 1;
+            judge.round(&RoundFacts {
+                sent: 1000 * MIB,
+                elapsed: Duration::from_secs(1),
+                barrier: ms(1),
+                remaining: remaining * MIB,
+                total_elapsed: Duration::from_secs(second),
+            })
+        };
+        assert_eq!((round(&mut judge, 1000).1, judge.throttle()), (Decision::Again, None));
+        // No progress, for the first time.
+        assert_eq!(round(&mut judge, 1000).1, Decision::Again);
+        let slowed = judge.throttle().unwrap();
+        assert_eq!((slowed.limit, slowed.dirty_rate), (500 * MIB, 1000 * MIB));
+        // Progress: as it is.
+        assert_eq!(round(&mut judge, 500).1, Decision::Again);
+        assert_eq!(judge.throttle(), Some(slowed));
+        // None: more.
+        assert_eq!(round(&mut judge, 480).1, Decision::Again);
+        assert_eq!(judge.throttle().unwrap().limit, 250 * MIB);
+        assert_eq!(round(&mut judge, 250).1, Decision::Again);
+        assert_eq!(round(&mut judge, 240).1, Decision::Switch(None));
+        // There is an end to it.
+        let told = (0..30).map(|_| round(&mut judge, 1000).1).find(|told| *told != Decision::Again);
+        let Some(Decision::GiveUp(why)) = told else { panic!("{told:?}") };
+        assert!(why.message.contains("its writers were slowed to 15.6 MiB/s"), "{why}");
+    }
+
+    #[test]
+    fn nobody_is_slowed_for_a_handover_that_takes_too_long() {
+        let policy = Policy::default().with_on_stall(OnStall::Throttle).with_downtime_limit(ms(2));
+        let mut judge = Judge::new(policy, QUICK);
+        let facts = RoundFacts {
+            sent: 1000 * MIB,
+            elapsed: Duration::from_secs(1),
+            barrier: ms(1),
+            remaining: 0,
+            total_elapsed: Duration::from_secs(1),
+        };
+        let told = (0..30).map(|_| judge.round(&facts).1).find(|told| *told != Decision::Again);
+        assert!(matches!(told, Some(Decision::GiveUp(_))), "{told:?}");
+        assert_eq!(judge.throttle(), None);
     }
 
     #[test]

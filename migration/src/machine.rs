@@ -109,7 +109,7 @@
 pub use crate::message::{MAX_DESCRIPTION, MAX_REMARKS, MAX_STATE, MAX_STATE_PART};
 
 use crate::dirty::DirtySet;
-use crate::failure::Failure;
+use crate::failure::{Code, Failure};
 use crate::memory::{Ram, RegionLayout};
 use std::sync::Arc;
 use std::time::Duration;
@@ -180,10 +180,37 @@ pub trait SourceMachine: Send + Sync {
         None
     }
 
+    /// Keeps what the guest writes to a limit, for a migration under
+    /// [`OnStall::Throttle`](crate::policy::OnStall::Throttle), by slowing whoever writes, and nobody who
+    /// does not. `None` lets it run free again. Comes after a round, with another limit now and then; `None`
+    /// comes once the machine is paused, and when the migration has failed. By default a machine cannot do
+    /// that, and such a migration gives up where it would be asked for.
+    fn throttle(&self, limit: Option<Throttle>) -> Result<(), Failure> {
+        match limit {
+            None => Ok(()),
+            Some(_) => Err(Failure::new(Code::NOT_CONVERGING, "this machine cannot slow its guest")),
+        }
+    }
+
+    /// How long each vCPU has stood still for that since it was first asked for: for the report.
+    fn throttled(&self) -> Vec<Duration> {
+        Vec::new()
+    }
+
     /// The locks that have to be given up before the guest may run elsewhere; `None` if there are none.
     fn arbiter(&self) -> Option<&dyn Arbiter> {
         None
     }
+}
+
+/// What a guest may write while it is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Throttle {
+    /// Bytes of pages that may become dirty in a second, by all vCPUs together.
+    pub limit: u64,
+    /// What became dirty in a second before there was a limit. A machine that cannot tell which vCPU writes
+    /// how much is told by this how much too fast the guest is.
+    pub dirty_rate: u64,
 }
 
 /// Builds shadow machines.

@@ -59,6 +59,9 @@ pub struct Progress {
     pub dirty_rate: Option<f64>,
     /// Blackout in microseconds to expect if it began after the last round; `None` while nothing is known.
     pub predicted_blackout_us: Option<u64>,
+    /// Bytes that the guest may make dirty in a second, if its writers are slowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttled_to: Option<u64>,
     /// Microseconds since the migration began.
     pub elapsed_us: u64,
 }

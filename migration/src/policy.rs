@@ -13,6 +13,8 @@ pub enum OnStall {
     Abort,
     /// Switch over all the same, with a blackout over the limit.
     Switch,
+    /// Slow the guest's writers, just as much as it takes to keep to the limit; give up if that does not do.
+    Throttle,
 }
 
 /// The operator's limits. Begin with the default and change what is to differ:
@@ -30,9 +32,10 @@ pub struct Policy {
     /// Most pre-copy rounds.
     pub max_rounds: u32,
     /// Most time for the migration, from its begin until the guest is handed over; `None` for no limit. When
-    /// it has passed, a migration under [`OnStall::Abort`] stops wherever it is, inside a round too; only a
-    /// switchover that has begun gets a second more than [`downtime_limit`](Self::downtime_limit). Under
-    /// [`OnStall::Switch`], the round under way becomes the last. Waiting for an operator does not count.
+    /// it has passed, any migration but one under [`OnStall::Switch`] stops wherever it is, inside a round
+    /// too; only a switchover that has begun gets a second more than
+    /// [`downtime_limit`](Self::downtime_limit). Under [`OnStall::Switch`], the round under way becomes the
+    /// last. Waiting for an operator does not count.
     pub timeout: Option<Duration>,
     /// Rounds without progress (a tenth off the best prediction) after which it has stalled.
     pub stall_rounds: u32,

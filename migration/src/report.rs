@@ -31,6 +31,9 @@ pub struct RoundReport {
     pub remaining: u64,
     /// Blackout in microseconds that was predicted after it.
     pub predicted_blackout_us: u64,
+    /// Bytes that the guest was allowed to make dirty in a second meanwhile, if its writers were slowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttled_to: Option<u64>,
 }
 
 impl RoundReport {
@@ -123,6 +126,9 @@ pub struct Report {
     /// programs called it the testimony.
     #[serde(alias = "testimony")]
     pub remarks: Option<String>,
+    /// If the guest's writers were slowed: how many microseconds each vCPU stood still for that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub throttled_us: Vec<u64>,
 }
 
 impl Report {
@@ -152,6 +158,7 @@ impl Report {
             destination_cpu_us: None,
             destination_resident: None,
             remarks: None,
+            throttled_us: Vec::new(),
         }
     }
 

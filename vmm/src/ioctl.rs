@@ -4,13 +4,15 @@
 use crate::retry::retry;
 use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log, kvm_xsave};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_io_nr!(KVM_GET_API_VERSION, KVMIO, 0x00);
 ioctl_io_nr!(KVM_CHECK_EXTENSION, KVMIO, 0x03);
+ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_ior_nr!(KVM_GET_XSAVE, KVMIO, 0xa4, kvm_xsave);
@@ -87,6 +89,14 @@ pub fn capability(kvm_or_vm: &impl AsRawFd, capability: u32) -> Result<u32, KvmE
     retry!(unsafe { ioctl_with_val(kvm_or_vm, KVM_CHECK_EXTENSION(), capability.into()) })
         .map(|value| value as u32)
         .context("KVM_CHECK_EXTENSION")
+}
+
+/// A file with what KVM counts of a vCPU.
+pub fn get_stats(vcpu: &VcpuFd) -> Result<File, KvmError> {
+    // SAFETY: the call takes no argument.
+    let fd = retry!(unsafe { ioctl_with_val(vcpu, KVM_GET_STATS_FD(), 0) }).context("KVM_GET_STATS_FD")?;
+    // SAFETY: the kernel has just made the descriptor, and nobody else knows of it.
+    Ok(unsafe { File::from_raw_fd(fd) })
 }
 
 /// Reads slot `slot`'s dirty log into `words`, which must have a bit for every page of the slot.

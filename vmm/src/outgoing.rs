@@ -7,7 +7,7 @@ use crate::machine::Machine;
 use crate::vcpu::outcome::{Crash, Outcome};
 use migration::Failure;
 use migration::dirty::DirtySet;
-use migration::machine::{Arbiter, SourceMachine};
+use migration::machine::{Arbiter, SourceMachine, Throttle};
 use migration::memory::Ram;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,6 +77,14 @@ impl SourceMachine for Machine {
 
     fn handover_estimate(&self) -> Option<Duration> {
         Some(half_a_handover(self.config().vcpus))
+    }
+
+    fn throttle(&self, limit: Option<Throttle>) -> Result<(), Failure> {
+        Ok(Machine::throttle(self, limit)?)
+    }
+
+    fn throttled(&self) -> Vec<Duration> {
+        Machine::throttled(self)
     }
 
     fn arbiter(&self) -> Option<&dyn Arbiter> {

@@ -71,7 +71,7 @@ pub(super) fn drive<'a>(
     monitor.default_bandwidth(options.policy.bandwidth);
     let run = || run(machine, ram, has_arbiter, path, options, monitor, began);
     // One that is to switch over when its time has passed stops at nothing else.
-    let Some(limit) = options.policy.timeout.filter(|_| options.policy.on_stall == OnStall::Abort) else {
+    let Some(limit) = options.policy.timeout.filter(|_| options.policy.on_stall != OnStall::Switch) else {
         return run();
     };
     monitor.set_deadline(began.checked_add(limit));
@@ -276,7 +276,11 @@ impl<'a> Driver<'a> {
                 self.precopy = Some(self.begin_precopy());
                 self.memory(Precopy::run)
             }
-            Command::Pause => event(self.machine.pause()),
+            Command::Pause => {
+                let paused = self.machine.pause();
+                self.let_go();
+                event(paused)
+            }
             Command::Save => match self.save() {
                 Ok(state) => Event::Saved(Box::new(state)),
                 Err(why) => Event::Failed(why),
@@ -355,10 +359,22 @@ impl<'a> Driver<'a> {
         let Some(precopy) = &mut self.precopy else {
             return Event::Failed(Failure::new(Code::TRANSPORT, "no data plane"));
         };
-        match work(precopy, &mut self.path) {
+        let worked = work(precopy, &mut self.path);
+        if worked.is_err() {
+            self.let_go();
+        }
+        match worked {
             Ok(()) => Event::Done,
             Err(why) if matches!(why.code, Code::TRANSPORT | Code::TIMEOUT) => self.last_words(why),
             Err(why) => Event::Failed(why),
+        }
+    }
+
+    /// The guest need not be slowed any more.
+    fn let_go(&self) {
+        if self.precopy.as_ref().is_some_and(Precopy::slows) {
+            // That cannot fail in a way that somebody could mend.
+            let _ = unwind::catch("let the guest's writers go", || self.machine.throttle(None));
         }
     }
 
@@ -474,6 +490,11 @@ impl<'a> Driver<'a> {
                 Failure::new(f.code, format_args!("{}; these pages differ: {}", f.message, pages.join(", ")))
             });
         }
+        self.let_go();
+        let slows = self.precopy.as_ref().is_some_and(Precopy::slows);
+        let throttled =
+            slows.then(|| unwind::catch("tell of the guest's writers", || Ok(self.machine.throttled())));
+        let throttled = throttled.and_then(Result::ok).unwrap_or_default();
         let epilogue = (verdict == Verdict::Moved).then(|| self.epilogue()).flatten();
         if verdict == Verdict::Stayed
             && let Err(why) = unwind::catch("stop dirty tracking", || self.machine.stop_tracking())
@@ -492,6 +513,7 @@ impl<'a> Driver<'a> {
             destination_cpu_us: epilogue.as_ref().map(|e| e.cpu_us),
             destination_resident: epilogue.as_ref().map(|e| e.resident),
             remarks: epilogue.and_then(|e| e.remarks),
+            throttled_us: throttled.iter().map(|held| held.as_micros() as u64).collect(),
             ..Report::new(verdict, self.ram.len())
         };
         if let Some(precopy) = self.precopy {

@@ -6,7 +6,7 @@ use crate::cpu::CpuTime;
 use crate::dirty::DirtySet;
 use crate::failure::{Code, Failure};
 use crate::judge::{Decision, Judge, RoundFacts};
-use crate::machine::SourceMachine;
+use crate::machine::{SourceMachine, Throttle};
 use crate::memory::Ram;
 use crate::message::Message;
 use crate::monitor::{Monitor, Phase};
@@ -47,6 +47,8 @@ pub(super) struct Precopy<'a> {
     over_limit: Option<String>,
     reports: Vec<RoundReport>,
     lane_cpu: CpuTime,
+    /// What the guest may write.
+    throttle: Option<Throttle>,
 }
 
 /// What is left of a [`Precopy`] for the report.
@@ -85,6 +87,7 @@ impl<'a> Precopy<'a> {
             over_limit: None,
             reports: Vec::new(),
             lane_cpu: CpuTime::default(),
+            throttle: None,
         }
     }
 
@@ -104,6 +107,7 @@ impl<'a> Precopy<'a> {
             if self.monitor.wants_switch() {
                 decision = Decision::Switch(self.judge.switch_now(predicted));
             }
+            self.slow_down()?;
             match decision {
                 Decision::Again => self.sign_of_life(path, SIGN_OF_LIFE)?,
                 // The round that follows the wait decides anew.
@@ -117,6 +121,22 @@ impl<'a> Precopy<'a> {
                 Decision::GiveUp(why) => return Err(why),
             }
         }
+    }
+
+    /// Whether the guest was slowed.
+    pub(super) fn slows(&self) -> bool {
+        self.throttle.is_some()
+    }
+
+    /// Slows the guest's writers as the judge wants it.
+    fn slow_down(&mut self) -> Result<(), Failure> {
+        let throttle = self.judge.throttle();
+        if throttle != self.throttle {
+            self.machine.throttle(throttle)?;
+            self.throttle = throttle;
+            self.monitor.update(|p| p.throttled_to = throttle.map(|throttle| throttle.limit));
+        }
+        Ok(())
     }
 
     /// Sends what is dirty now that the guest is paused. Nothing is marked clean any more: no
@@ -256,6 +276,7 @@ impl<'a> Precopy<'a> {
             barrier_us: sent.barrier.as_micros() as u64,
             remaining,
             predicted_blackout_us: 0,
+            throttled_to: self.throttle.map(|throttle| throttle.limit),
         });
         let seconds = sent.elapsed.as_secs_f64().max(1e-6);
         self.monitor.update(|p| {

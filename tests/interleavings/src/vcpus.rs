@@ -13,6 +13,7 @@ taken!(control_pauses_without_a_kick);
 taken!(control_parks_in_silence);
 taken!(control_pauses_only_until_the_first);
 taken!(control_resets_without_a_kick);
+taken!(control_lets_go_in_silence);
 
 /// A vCPU that KVM runs, and the signal that kicks it.
 pub mod kick {
@@ -31,6 +32,7 @@ pub mod kick {
         pub fn run(&self) {
             let mut state = self.state.lock().unwrap();
             state.1 = true;
+            self.kicked.notify_all();
             while !state.0 {
                 state = self.kicked.wait(state).unwrap();
             }
@@ -44,6 +46,14 @@ pub mod kick {
 
         pub fn clear_immediate_exit(&self) {
             self.state.lock().unwrap().0 = false;
+        }
+
+        /// Waits until it runs its guest.
+        pub fn wait(&self) {
+            let mut state = self.state.lock().unwrap();
+            while !state.1 {
+                state = self.kicked.wait(state).unwrap();
+            }
         }
 
         pub fn runs(&self) -> bool {
@@ -108,7 +118,7 @@ macro_rules! scenarios {
                                     break;
                                 }
                                 vcpu.run();
-                                if !control.go_on(|| vcpu.clear_immediate_exit()) {
+                                if !control.go_on(index as u8, || vcpu.clear_immediate_exit()) {
                                     break;
                                 }
                             }
@@ -128,6 +138,35 @@ macro_rules! scenarios {
                     control.pause(vcpus);
                     assert!(!all.iter().any(|vcpu| vcpu.runs()), "a vCPU runs in a pause");
                 }
+                control.stop();
+                threads.into_iter().for_each(|thread| thread.join().unwrap());
+            }
+
+            /// A vCPU is held and let go meanwhile, or held all the time.
+            pub fn pauses_who_is_held(for_good: bool) {
+                let (control, all, threads) = machine(1, None);
+                control.resume().unwrap();
+                let holding = control.clone();
+                let holder = thread::spawn(move || {
+                    holding.hold(0, true);
+                    if !for_good {
+                        holding.hold(0, false);
+                    }
+                });
+                control.pause(1);
+                assert!(!all[0].runs(), "a vCPU runs in a pause");
+                holder.join().unwrap();
+                control.stop();
+                threads.into_iter().for_each(|thread| thread.join().unwrap());
+            }
+
+            /// A vCPU runs on once it is let go.
+            pub fn lets_go() {
+                let (control, all, threads) = machine(1, None);
+                control.resume().unwrap();
+                control.hold(0, true);
+                control.hold(0, false);
+                all[0].wait();
                 control.stop();
                 threads.into_iter().for_each(|thread| thread.join().unwrap());
             }
@@ -209,12 +248,20 @@ mod over {
     scenarios!(control_parks_in_silence);
     scenarios!(control_pauses_only_until_the_first);
     scenarios!(control_resets_without_a_kick);
+    scenarios!(control_lets_go_in_silence);
 }
 
 #[test]
 fn a_pause_returns_and_no_vcpu_runs_then() {
     explore(3, || over::control::pauses(1, 2));
     explore(2, || over::control::pauses(2, 1));
+}
+
+#[test]
+fn who_is_held_runs_once_it_is_let_go_and_is_paused_meanwhile() {
+    explore(3, || over::control::pauses_who_is_held(true));
+    explore(3, || over::control::pauses_who_is_held(false));
+    explore(3, over::control::lets_go);
 }
 
 #[test]
@@ -241,4 +288,5 @@ fn every_broken_rule_is_found() {
     finds(2, || over::control_parks_in_silence::pauses(1, 1));
     finds(2, || over::control_pauses_only_until_the_first::pauses(2, 1));
     finds(2, || over::control_resets_without_a_kick::resets(2));
+    finds(3, over::control_lets_go_in_silence::lets_go);
 }

@@ -21,6 +21,8 @@ use crate::serial::SerialPort;
 use crate::state::PowerOn;
 use crate::vcpu::control::Control;
 use crate::vcpu::kick::{self, KickTarget};
+use crate::vcpu::stats::Counter;
+use crate::vcpu::throttle::Throttle;
 use crate::vcpu::{Vcpu, msr};
 use crate::virtio;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
@@ -75,6 +77,7 @@ impl Machine {
             let boot_vcpu = lock(&vcpus[0]);
             (ioctl::retried!("KVM_GET_TSC_KHZ", boot_vcpu.fd.get_tsc_khz())?, boot_vcpu.msrs.indices())
         };
+        let counters = vcpus.iter().map(|vcpu| Counter::of_first_writes(&lock(vcpu).fd)).collect();
         let reboot = config.reboot.clone();
         let reboots = reboot != Reboot::Never;
         let shared = Arc::new(Shared {
@@ -84,6 +87,7 @@ impl Machine {
             devices,
             ram: ram.clone(),
             control: Control::new(reboots),
+            throttle: Throttle::new(counters),
             standing: Mutex::default(),
             reboot,
             boot_reader: config.local.boot_reader.clone(),
@@ -104,6 +108,7 @@ impl Machine {
         let mut machine = Machine {
             config,
             threads: Vec::new(),
+            throttling: Mutex::default(),
             shared,
             tracking,
             _collapser: collapser,

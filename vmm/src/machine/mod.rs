@@ -35,8 +35,9 @@ use crate::state;
 use crate::vcpu::control::Phase;
 use crate::vcpu::outcome::Outcome;
 use crate::virtio;
+use migration::machine::Throttle;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -45,6 +46,8 @@ pub struct Machine {
     config: MachineConfig,
     // The threads' handles come before what they use: they are joined in `drop`.
     threads: Vec<JoinHandle<()>>,
+    /// Keeps vCPUs to a limit of what they write, while there is one.
+    throttling: Mutex<Option<JoinHandle<()>>>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) tracking: DirtyTracking,
     /// Works while the guest runs and its writes are not tracked for a migration.
@@ -177,6 +180,31 @@ impl Machine {
     pub fn disk_trouble(&self) -> Option<String> {
         let waits = self.shared.waits_for_disk.load(Ordering::Relaxed);
         waits.then(|| self.shared.devices.trouble()).flatten()
+    }
+
+    /// Keeps what the guest writes to a limit, by holding the vCPUs that write; `None` for no limit.
+    ///
+    /// # Errors
+    /// [`Error::Thread`].
+    pub fn throttle(&self, limit: Option<Throttle>) -> Result<(), Error> {
+        if !self.shared.throttle.set(limit) {
+            return Ok(());
+        }
+        let shared = self.shared.clone();
+        let keep = move || shared.throttle.keep(&shared.control);
+        match std::thread::Builder::new().name("throttle".into()).spawn(keep) {
+            Ok(thread) => *lock(&self.throttling) = Some(thread),
+            Err(error) => {
+                self.shared.throttle.not_kept();
+                return Err(Error::Thread(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// How long each vCPU was held since a limit was [set](Self::throttle).
+    pub fn throttled(&self) -> Vec<Duration> {
+        self.shared.throttle.held()
     }
 
     /// Whether the guest is running.
@@ -348,7 +376,13 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        // Who holds vCPUs kicks their threads, which have to be there.
+        self.shared.throttle.set(None);
+        let throttling = lock(&self.throttling).take();
         self.stop();
+        if let Some(thread) = throttling {
+            let _ = thread.join();
+        }
         for thread in self.threads.drain(..) {
             // A vCPU thread that panicked has printed why; there is nothing left to save here.
             let _ = thread.join();

@@ -12,6 +12,7 @@ use crate::state::PowerOn;
 use crate::vcpu::Vcpu;
 use crate::vcpu::control::{Control, Phase};
 use crate::vcpu::outcome::Outcome;
+use crate::vcpu::throttle::Throttle;
 use kvm_ioctls::VmFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -24,6 +25,7 @@ pub(crate) struct Shared {
     pub(crate) devices: Devices,
     pub(super) ram: Arc<GuestRam>,
     pub(super) control: Control,
+    pub(super) throttle: Throttle,
     /// Serialises pause, resume, save, load, resets, and this process's own writes to guest memory.
     pub(super) standing: Mutex<Standing>,
     pub(super) reboot: Reboot,

@@ -17,6 +17,7 @@
 use super::kick::{self, Thread};
 use super::outcome::Outcome;
 use crate::lock::lock;
+use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What vCPU threads are to do.
@@ -38,6 +39,8 @@ struct Inner {
     reset: bool,
     /// A device has requests that must wait.
     alarm: bool,
+    /// vCPUs that wait although the machine runs.
+    held: BTreeSet<u8>,
 }
 
 /// What the machine's supervisor has to do.
@@ -72,7 +75,14 @@ impl Control {
     /// Nobody parked, nobody to run. A guest that asks for a reset gets it if the machine `reboots`;
     /// otherwise it has ended.
     pub fn new(reboots: bool) -> Self {
-        let inner = Inner { phase: Phase::Paused, parked: 0, outcome: None, reset: false, alarm: false };
+        let inner = Inner {
+            phase: Phase::Paused,
+            parked: 0,
+            outcome: None,
+            reset: false,
+            alarm: false,
+            held: BTreeSet::new(),
+        };
         Control { inner: Mutex::new(inner), changed: Condvar::new(), reboots, threads: OnceLock::new() }
     }
 
@@ -103,12 +113,31 @@ impl Control {
         inner.phase == Phase::Running
     }
 
-    /// In a vCPU thread that was kicked: whether to go on running. `clear` resets `immediate_exit`.
-    pub fn go_on(&self, clear: impl FnOnce()) -> bool {
+    /// In the thread of vCPU `index` that was kicked: whether to go on running, once it is not held. `clear`
+    /// resets `immediate_exit`.
+    pub fn go_on(&self, index: u8, clear: impl FnOnce()) -> bool {
         // In this order: a kick that comes after the look must still be there for the next KVM_RUN.
         clear();
-        let inner = self.lock();
+        let mut inner = self.lock();
+        while inner.phase == Phase::Running && !inner.reset && inner.held.contains(&index) {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
         inner.phase == Phase::Running && !inner.reset
+    }
+
+    /// Has a vCPU wait although the machine runs, or lets it go on.
+    pub fn hold(&self, index: u8, held: bool) {
+        let mut inner = self.lock();
+        if !held {
+            if inner.held.remove(&index) {
+                self.changed.notify_all();
+            }
+        } else if inner.held.insert(index)
+            && let Some(thread) = self.threads.get().and_then(|threads| threads.get(usize::from(index)))
+        {
+            // SAFETY: as in `kick`: whoever holds vCPUs of a machine is joined before their threads are.
+            unsafe { kick::kick(thread) };
+        }
     }
 
     /// In a vCPU thread: the guest has ended, or asks for a reset. All vCPUs park.

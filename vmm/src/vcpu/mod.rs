@@ -4,6 +4,8 @@ pub(crate) mod control;
 pub(crate) mod kick;
 pub(crate) mod msr;
 pub(crate) mod outcome;
+pub(crate) mod stats;
+pub(crate) mod throttle;
 
 use crate::devices::Devices;
 use crate::ioctl::{self, KvmError};
@@ -94,7 +96,7 @@ impl Vcpu {
                 // EINTR: kicked. EAGAIN: a vCPU that waits to be started was woken.
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
                     let kicked = error.errno() == libc::EINTR;
-                    if kicked && !control.go_on(|| self.fd.set_kvm_immediate_exit(0)) {
+                    if kicked && !control.go_on(self.index, || self.fd.set_kvm_immediate_exit(0)) {
                         return;
                     }
                     None

@@ -17,6 +17,8 @@ pub const BAD_READS: u64 = 0x20_0014;
 pub const DEAF: u64 = 0x20_0018;
 /// Has [`entropy`] reset the machine, once.
 pub const RESET: u64 = 0x20_001c;
+/// Has the first vCPU of [`smp`] write to each page from 4 MiB to 6 MiB between two counts.
+pub const WRITES: u64 = 0x20_0020;
 /// Counts how often [`rebooter`] has begun.
 pub const BOOTS: u64 = 0x30_0000;
 /// Where each of the other vCPUs counts: four bytes each, by APIC ID.
@@ -230,6 +232,13 @@ global_asm!(
         jnz 2b
         loop 1b
     3:  inc dword ptr [0x200000]
+        cmp dword ptr [0x200020], 0
+        je 3b
+        mov edi, 0x400000
+    4:  inc dword ptr [edi]
+        add edi, 4096
+        cmp edi, 0x600000
+        jb 4b
         jmp 3b
     .code16
     ap_start:

@@ -78,6 +78,7 @@ pub const KTLS: Choices<Ktls> =
 pub const ON_STALL: Choices<OnStall> = &[
     ("abort", OnStall::Abort, "Give up; the guest continues to run at the source"),
     ("switch", OnStall::Switch, "Switch over, with a blackout longer than the limit"),
+    ("throttle", OnStall::Throttle, "Slow the guest's writers, just as much as it takes"),
 ];
 
 /// Parses one of `choices`.

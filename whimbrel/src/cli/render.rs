@@ -110,7 +110,8 @@ pub fn migration(migration: &Migration) -> String {
 pub fn outlook(progress: &Progress) -> String {
     let dirtied = progress.dirty_rate.map(|rate| format!(", dirtied {}/s", size(rate as u64)));
     let blackout = progress.predicted_blackout_us.map(|us| format!(", blackout of {} expected", ms(us)));
-    [dirtied, blackout].into_iter().flatten().collect()
+    let slowed = progress.throttled_to.map(|rate| format!(", its writers slowed to {}/s", size(rate)));
+    [dirtied, slowed, blackout].into_iter().flatten().collect()
 }
 
 /// The whole story.
@@ -143,6 +144,10 @@ fn write_report(out: &mut String, report: &Report, to: &str) -> std::fmt::Result
     }
     if !report.rounds.is_empty() {
         writeln!(out, "{}", rounds(report))?;
+    }
+    if !report.throttled_us.is_empty() {
+        let held = report.throttled_us.iter().map(|us| ms(*us)).collect::<Vec<_>>().join(", ");
+        writeln!(out, "the guest's writers were slowed; its vCPUs stood still for {held}")?;
     }
     if !report.lanes.is_empty() {
         writeln!(out, "{}", lanes(report))?;
