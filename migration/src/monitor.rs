@@ -2,6 +2,7 @@
 
 use crate::failure::{Code, Failure};
 use crate::pacer::Pacer;
+use crate::report::RoundReport;
 use crate::transport::Interrupt;
 use serde::{Deserialize, Serialize};
 use std::panic::{self, AssertUnwindSafe};
@@ -91,6 +92,8 @@ pub struct Monitor {
 
 struct Current {
     progress: Progress,
+    rounds: Vec<RoundReport>,
+    downtime_limit: Option<Duration>,
     round_began: Instant,
     sent_before: u64,
 }
@@ -122,7 +125,13 @@ impl Default for Monitor {
         let now = Instant::now();
         Monitor {
             began: now,
-            current: Mutex::new(Current { progress: Progress::default(), round_began: now, sent_before: 0 }),
+            current: Mutex::new(Current {
+                progress: Progress::default(),
+                rounds: Vec::new(),
+                downtime_limit: None,
+                round_began: now,
+                sent_before: 0,
+            }),
             sent: AtomicU64::new(0),
             zero: AtomicU64::new(0),
             round_done: AtomicU64::new(0),
@@ -157,6 +166,17 @@ impl Monitor {
             now.rate = (now.sent - current.sent_before) as f64 / seconds;
         }
         now
+    }
+
+    /// The pre-copy rounds that are over, as the report will have them.
+    pub fn rounds(&self) -> Vec<RoundReport> {
+        lock(&self.current).rounds.clone()
+    }
+
+    /// The longest blackout that is acceptable, by which the end of the last round was judged; `None` before
+    /// memory travels.
+    pub fn downtime_limit(&self) -> Option<Duration> {
+        lock(&self.current).downtime_limit
     }
 
     /// Calls `callback` with [`progress`](Self::progress) whenever the phase changes and after each pre-copy
@@ -368,6 +388,16 @@ impl Monitor {
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {
         change(&mut lock(&self.current).progress);
+    }
+
+    /// Notes what is judged by, before the first round and whenever it may have changed.
+    pub(crate) fn judged_by(&self, downtime_limit: Duration) {
+        lock(&self.current).downtime_limit = Some(downtime_limit);
+    }
+
+    /// Notes the pre-copy rounds that are over.
+    pub(crate) fn rounds_are(&self, rounds: &[RoundReport]) {
+        lock(&self.current).rounds = rounds.to_vec();
     }
 
     /// Notes a new phase and tells the callbacks.

@@ -112,7 +112,7 @@ pub struct Report {
     /// Microseconds from the pause at the source to the destination's word that the guest runs;
     /// longer than the blackout by half a round trip. 0 if there was no switchover.
     pub blackout_us: u64,
-    /// The blackout's parts, in order; together they are the blackout.
+    /// The blackout's parts, in order. What they leave of it passed between them.
     pub spans: Vec<Span>,
     /// CPU time in microseconds of the source's migration threads, those of its transport included.
     pub source_cpu_us: u64,

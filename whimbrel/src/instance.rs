@@ -510,12 +510,16 @@ impl Inner {
 
 impl Attempt {
     fn view(&self) -> Migration {
+        let rounds = if self.report.is_none() { self.monitor.rounds() } else { Vec::new() };
+        let limit = self.monitor.downtime_limit();
         Migration {
             number: self.number,
             to: self.to.clone(),
             dry_run: self.dry_run,
             secured: self.secured.clone(),
+            downtime_limit_ms: limit.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
             progress: self.monitor.progress(),
+            rounds,
             report: self.report.clone(),
         }
     }

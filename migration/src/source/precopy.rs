@@ -93,6 +93,7 @@ impl<'a> Precopy<'a> {
 
     /// Starts tracking and makes rounds until the policy or an operator decides.
     pub(super) fn run(&mut self, path: &mut Path<'_>) -> Result<(), Failure> {
+        self.monitor.judged_by(self.judge.downtime_limit());
         self.monitor.enter(Phase::Precopy);
         self.machine.start_tracking()?;
         self.dirty.fill();
@@ -101,6 +102,7 @@ impl<'a> Precopy<'a> {
             self.judge.set_bandwidth(self.monitor.bandwidth());
             if let Some(limit) = self.monitor.take_downtime_limit() {
                 self.judge.limit_downtime(limit);
+                self.monitor.judged_by(limit);
             }
             let (predicted, mut decision) = self.judge.round(&facts);
             self.predicted(predicted);
@@ -292,6 +294,7 @@ impl<'a> Precopy<'a> {
         if let Some(report) = self.reports.last_mut() {
             report.predicted_blackout_us = us;
         }
+        self.monitor.rounds_are(&self.reports);
         self.monitor.update(|p| p.predicted_blackout_us = Some(us));
         self.monitor.notify();
     }

@@ -178,9 +178,14 @@ fn the_downtime_limit_may_be_raised_in_mid_move() {
             generous.upgrade().unwrap().limit_downtime(PATIENCE);
         }
     });
+    assert_eq!((monitor.rounds().len(), monitor.downtime_limit()), (0, None), "nothing has begun");
     let moved = migrate_watched(&guest, Host::default(), &monitor, |migration| migration.policy(never()));
     assert_eq!(moved.report.verdict, Verdict::Moved, "{:?}", moved.report.failure);
     assert!(moved.report.rounds.len() >= 4 && moved.report.over_limit.is_none());
+    // Whoever watched has seen the same: all rounds but the one in the blackout.
+    let (_, before) = moved.report.rounds.split_last().unwrap();
+    assert_eq!(monitor.rounds(), before);
+    assert_eq!(monitor.downtime_limit(), Some(PATIENCE));
 }
 
 fn within(limit: Duration) -> Policy {

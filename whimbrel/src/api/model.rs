@@ -5,7 +5,7 @@ use migration::Failure;
 use migration::destination;
 use migration::monitor::Progress;
 use migration::policy::{OnStall, Policy};
-use migration::report::Report;
+use migration::report::{Report, RoundReport};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -182,8 +182,14 @@ pub struct Migration {
     /// certificates.
     #[serde(default)]
     pub secured: Option<Secured>,
+    /// The longest acceptable blackout in milliseconds, as it is now; `None` before memory travels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_limit_ms: Option<u64>,
     /// This moment.
     pub progress: Progress,
+    /// The pre-copy rounds that are over, as long as there is no report, which has all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rounds: Vec<RoundReport>,
     /// The whole story, once it is over.
     pub report: Option<Report>,
 }
