@@ -20,6 +20,9 @@ pub fn host(args: &ServiceArgs) -> anyhow::Result<Exit> {
     let service = Service::start(&args.host.run_dir(), &config, &args.listen)?;
     let listen: Vec<_> = service.listen().iter().map(ToString::to_string).collect();
     eprintln!("whimbrel: guests are taken in on {}", listen.join(", "));
+    if let Some(page) = service.page() {
+        eprintln!("whimbrel: the page is at http://{page}/");
+    }
     // Without systemd nobody is told.
     let status = sd_notify::NotifyState::Status("guests are taken in");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, status]);

@@ -70,6 +70,9 @@ pub struct HostConfig {
     /// Where `GET /metrics` is answered to whoever asks; nowhere but on the service's own socket if nothing
     /// is said. An address of the loopback interface, unless this host is `insecure`.
     pub metrics: Option<SocketAddr>,
+    /// Where the page of this host is served, to be looked at and no more; nowhere but on the service's own
+    /// socket if nothing is said. An address of the loopback interface.
+    pub page: Option<SocketAddr>,
     /// The folder of the machines that `whimbrel start` knows.
     pub machines: Option<PathBuf>,
     /// The folder of what outlives a reboot of the host: its history.

@@ -5,7 +5,10 @@
 //! the new one, which is there by then.
 
 use crate::record::{self, Records};
+use serde::Deserialize;
 use serde_json::Value;
+use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::fs::{DirBuilder, File};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -70,6 +73,52 @@ fn read_file(file: impl Read, name: Option<&str>, entries: &mut Vec<Value>) -> i
         }
     }
     Ok(())
+}
+
+/// The last `most` entries as they are written, from the oldest on; of the machine of this name, if one is
+/// given.
+///
+/// # Errors
+/// Those of reading a file. No file is no error.
+pub fn last(folder: &Path, name: Option<&str>, most: usize) -> io::Result<Vec<Vec<u8>>> {
+    #[derive(Deserialize)]
+    struct Entry<'a> {
+        #[serde(borrow, default)]
+        name: Cow<'a, str>,
+    }
+    let wanted = |line: &[u8]| {
+        serde_json::from_slice(line)
+            .is_ok_and(|entry: Entry<'_>| name.is_none_or(|name| entry.name.as_ref() == name))
+    };
+    let mut last = VecDeque::new();
+    for path in FILES.map(|file| folder.join(file)) {
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            file => file?,
+        };
+        for line in BufReader::new(file).split(b'\n') {
+            let line = line?;
+            if most > 0 && wanted(&line) {
+                if last.len() == most {
+                    last.pop_front();
+                }
+                last.push_back(line);
+            }
+        }
+    }
+    Ok(last.into())
+}
+
+/// What changes whenever an entry is added.
+///
+/// # Errors
+/// Those of looking at a file. No file is no error.
+pub fn version(folder: &Path) -> io::Result<String> {
+    match std::fs::metadata(file(folder)) {
+        Ok(file) => Ok(format!("{:x}-{:x}-{:x}", file.dev(), file.ino(), file.len())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok("none".into()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reads a history as it grows: each entry once.
@@ -151,11 +200,23 @@ mod tests {
         assert_eq!(numbers(None), [4, 5, 6, 7, 8, 9]);
         assert_eq!(numbers(Some("vm1")), [5, 7, 9]);
         assert_eq!(numbers(Some("vm2")), [0; 0]);
+        let last = |name, most| -> Vec<_> {
+            let lines = last(&place, name, most).unwrap();
+            let entries = lines.iter().map(|line| serde_json::from_slice::<Value>(line).unwrap());
+            entries.map(|entry| entry["number"].as_u64().unwrap()).collect()
+        };
+        assert_eq!(last(None, 3), [7, 8, 9]);
+        assert_eq!(last(None, 100), [4, 5, 6, 7, 8, 9]);
+        assert_eq!(last(Some("vm1"), 2), [7, 9]);
+        assert_eq!(last(None, 0), [0; 0]);
+        let before = version(&place).unwrap();
+        assert_eq!(before, version(&place).unwrap());
         let mut tail = Tail::default();
         assert_eq!(tail.entries(&place).unwrap().len(), 6);
         assert_eq!(tail.entries(&place).unwrap().len(), 0);
         // What is added to the file that becomes the older one is read as well.
         old.add(&entry(10)).unwrap();
+        assert_ne!(before, version(&place).unwrap());
         for number in 11..13 {
             let new = open_within(&place, 4 * size).unwrap();
             new.add(&entry(number)).unwrap();
@@ -166,5 +227,6 @@ mod tests {
         // A line that was cut off harms no other.
         std::fs::write(file(&place), "{\"name\":\"vm0\",\"numb\n{\"name\":\"vm1\",\"number\":11}\n").unwrap();
         assert_eq!(numbers(None), [8, 9, 10, 11, 11]);
+        assert_eq!(last(None, 2), [11, 11]);
     }
 }

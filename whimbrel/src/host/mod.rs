@@ -9,6 +9,7 @@ pub mod history;
 pub mod inventory;
 pub mod links;
 pub mod metrics;
+mod page;
 pub mod processes;
 pub mod resolve;
 pub mod run_dir;

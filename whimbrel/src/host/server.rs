@@ -1,16 +1,20 @@
 //! The API of the host service, on a socket of its own.
 
+use super::history;
 use super::inventory::{self, Listed};
 use super::metrics::{FORMAT, Now};
+use super::page;
 use super::processes;
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
 use crate::api::server::{Refusal, Server, blocking, router_of, serve_router};
 use crate::instance::SOFTWARE;
-use axum::extract::{Path as Segment, State};
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path as Segment, Query, State};
+use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
+use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
@@ -30,6 +34,9 @@ const START: Duration = Duration::from_secs(20);
 
 /// How often it is looked for.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// How many entries of the history one answer has at most.
+const MOST_ENTRIES: usize = 1000;
 
 /// How much is told of what a process has said that has ended, in bytes.
 const LAST_WORDS: u64 = 1000;
@@ -55,14 +62,25 @@ pub struct Started {
 }
 
 pub(super) fn serve(path: &Path, host: Arc<Host>) -> Result<Server, Error> {
-    let router = Router::new()
-        .route("/v1/version", get(version))
-        .route("/v1/host", get(status))
+    let router = reading()
         .route("/v1/host/drain", put(drain).delete(undrain))
-        .route("/v1/machines", get(machines))
         .route("/v1/machines/{name}/start", post(start))
         .route("/metrics", get(metrics));
-    serve_router(path, router_of(router, host))
+    serve_router(path, router_of(router, host).layer(from_fn(page::no_foreign_change)))
+}
+
+/// The page, and what it asks for: nothing that changes anything.
+fn reading() -> Router<Arc<Host>> {
+    page::files()
+        .route("/v1/version", get(version))
+        .route("/v1/host", get(status))
+        .route("/v1/machines", get(machines))
+        .route("/v1/history", get(past))
+}
+
+/// Serves the page at an address of the loopback interface, as long as the program runs.
+pub(super) fn serve_page(listener: TcpListener, host: Arc<Host>) -> io::Result<()> {
+    page::port::serve(listener, router_of(reading(), host))
 }
 
 /// Answers `GET /metrics` at an address, and nothing else, as long as the program runs.
@@ -88,9 +106,11 @@ async fn version() -> Json<Version> {
 
 async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
     Json(HostStatus {
+        name: host.name.clone(),
         software: SOFTWARE.into(),
         pid: std::process::id(),
         listen: host.listen.clone(),
+        page: host.page,
         drained: host.run_dir.is_drained(),
         processes: host.desk.count(),
     })
@@ -101,6 +121,54 @@ async fn machines(State(host): State<Arc<Host>>) -> Result<Json<Vec<Listed>>, Re
     blocking(move || take().map_err(|error| Failure::new(Code::HOST, error))).await
 }
 
+/// `GET /v1/history`: which entries.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Past {
+    /// How many at most: the last ones.
+    #[serde(default = "usual_limit")]
+    limit: usize,
+    /// Of which machine; of all if none is named.
+    name: Option<String>,
+}
+
+fn usual_limit() -> usize {
+    100
+}
+
+/// What became of the moves from and to this host, from the oldest on. Who says which state is known already
+/// is told nothing again.
+async fn past(
+    State(host): State<Arc<Host>>,
+    query: Result<Query<Past>, QueryRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let Query(past) = query?;
+    if past.limit > MOST_ENTRIES {
+        let text = format!("limit={} is too much: {MOST_ENTRIES} entries at most are told", past.limit);
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, &text));
+    }
+    let known = headers.get(IF_NONE_MATCH).cloned();
+    let read = move || {
+        let folder = host.history();
+        let failed =
+            |error| Failure::new(Code::HOST, format_args!("cannot read {}: {error}", folder.display()));
+        // Before the entries: what is added meanwhile is told once more, rather than not at all.
+        let version = format!("\"{}\"", history::version(&folder).map_err(failed)?);
+        if known.is_some_and(|known| known.as_bytes() == version.as_bytes()) {
+            return Ok((version, None));
+        }
+        let entries = history::last(&folder, past.name.as_deref(), past.limit).map_err(failed)?;
+        Ok((version, Some([b"[".as_slice(), &entries.join(&b','), b"]"].concat())))
+    };
+    let Json((version, entries)) = blocking(read).await?;
+    let version = [(ETAG, version)];
+    Ok(match entries {
+        Some(entries) => (version, [(CONTENT_TYPE, "application/json")], entries).into_response(),
+        None => (StatusCode::NOT_MODIFIED, version).into_response(),
+    })
+}
+
 /// Prometheus asks for this path.
 async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
     let text = move || {
@@ -108,8 +176,7 @@ async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
             .map_err(|error| Failure::new(Code::HOST, error))?;
         let now =
             Now { machines: &machines, processes: host.desk.count(), drained: host.run_dir.is_drained() };
-        let history = host.config.state.clone().unwrap_or_else(|| host.run_dir.state_folder());
-        host.metrics.text(&now, &history).map_err(|why| Failure::new(Code::HOST, why))
+        host.metrics.text(&now, &host.history()).map_err(|why| Failure::new(Code::HOST, why))
     };
     let Json(text) = blocking(text).await?;
     Ok(([(CONTENT_TYPE, FORMAT)], text).into_response())

@@ -68,6 +68,12 @@ pub enum Error {
          `insecure = true`"
     )]
     Watched(SocketAddr),
+    /// Anybody could look at the page.
+    #[error(
+        "whoever reaches {0} could look at this host's page: let `page` be an address of the loopback interface such as \
+         127.0.0.1:8080, and reach it from elsewhere by `ssh -L 8080:127.0.0.1:8080 HOST`"
+    )]
+    Shown(SocketAddr),
     /// Certificates are of no use.
     #[error(transparent)]
     Certificates(transport_tcp::Error),
@@ -86,6 +92,7 @@ pub enum Error {
 /// the next one.
 pub struct Service {
     listen: Vec<SocketAddr>,
+    page: Option<SocketAddr>,
     _dispatchers: Vec<Dispatcher>,
     _server: Server,
     _lock: File,
@@ -93,23 +100,38 @@ pub struct Service {
 
 /// What the API's server has to know.
 pub(super) struct Host {
+    pub name: String,
     pub run_dir: RunDir,
     pub desk: Arc<Desk>,
     pub processes: Arc<Processes>,
     pub listen: Vec<SocketAddr>,
+    pub page: Option<SocketAddr>,
     pub config: HostConfig,
     pub metrics: Arc<Metrics>,
+}
+
+impl Host {
+    /// The folder of the host's history.
+    pub fn history(&self) -> PathBuf {
+        self.config.state.clone().unwrap_or_else(|| self.run_dir.state_folder())
+    }
 }
 
 /// `GET /v1/host`: the service and its gate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostStatus {
+    /// What the host is called.
+    #[serde(default)]
+    pub name: String,
     /// Name and version of the program.
     pub software: String,
     /// The service's process.
     pub pid: u32,
     /// Where guests are taken in.
     pub listen: Vec<SocketAddr>,
+    /// Where the page is served, beside the service's own socket.
+    #[serde(default)]
+    pub page: Option<SocketAddr>,
     /// Whether nobody is taken in at present.
     pub drained: bool,
     /// Processes that take guests in or have done so.
@@ -137,6 +159,9 @@ impl Service {
         if let Some(metrics) = config.metrics.filter(|metrics| !config.insecure && !is_near(metrics.ip())) {
             return Err(Error::Watched(metrics));
         }
+        if let Some(page) = config.page.filter(|page| !is_near(page.ip())) {
+            return Err(Error::Shown(page));
+        }
 
         let admission = &config.admission;
         let rules = Rules {
@@ -160,11 +185,15 @@ impl Service {
         let processes = Arc::new(Processes::new(run_dir.clone()));
         let words = processes::standby(run_dir, config);
         Arc::clone(&processes).keep_standbys(Arc::clone(&desk), words).map_err(Error::System)?;
+        let page = config.page.map(bound).transpose()?;
+        let shown = page.as_ref().map(TcpListener::local_addr).transpose().map_err(Error::System)?;
         let host = Host {
+            name: hostname(),
             run_dir: run_dir.clone(),
             desk,
             processes,
             listen: listen.clone(),
+            page: shown,
             config: config.clone(),
             metrics,
         };
@@ -173,14 +202,28 @@ impl Service {
             let served = super::server::serve_metrics(address, Arc::clone(&host));
             served.map_err(|source| Error::Listen { address, source })?;
         }
+        if let Some(listener) = page {
+            super::server::serve_page(listener, Arc::clone(&host)).map_err(Error::System)?;
+        }
         let server = super::server::serve(&run_dir.host_socket(), host)?;
-        Ok(Service { listen, _dispatchers: dispatchers, _server: server, _lock: lock })
+        Ok(Service { listen, page: shown, _dispatchers: dispatchers, _server: server, _lock: lock })
     }
 
     /// Where guests are taken in.
     pub fn listen(&self) -> &[SocketAddr] {
         &self.listen
     }
+
+    /// Where the page is served, beside the service's own socket.
+    pub fn page(&self) -> Option<SocketAddr> {
+        self.page
+    }
+}
+
+/// What this host is called; nothing if the kernel does not say it.
+fn hostname() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    name.map(|name| name.trim().into()).unwrap_or_default()
 }
 
 /// Keeps other services away, and waits for one that is about to end.
@@ -217,6 +260,10 @@ fn listeners(wanted: &[SocketAddr], desk: &Desk) -> Result<Vec<TcpListener>, Err
         listener => listener.map_err(|source| Error::Listen { address: *address, source }),
     };
     wanted.iter().map(listen).collect()
+}
+
+fn bound(address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).map_err(|source| Error::Listen { address, source })
 }
 
 fn check_security(config: &HostConfig, addresses: &[SocketAddr]) -> Result<(), Error> {
