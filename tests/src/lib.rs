@@ -18,6 +18,7 @@
 //! | `security` | certificates of all kinds, and what somebody on the network can do |
 //! | `versions` | guests move between this program and the one of the last release, both ways |
 //! | `host` | the service of a host: many guests through one port, and what happens when it is killed |
+//! | `page` | the page of a host: who may look at it, and a browser that does (`ci/page`) |
 //! | `hosts` | destinations that could not run the guest |
 //! | `threads` | destinations that can start no thread once the guest comes |
 //! | `turns` | busy receivers, second migrations, cancelled and stalled ones |
@@ -40,6 +41,7 @@
 
 pub mod bridges;
 pub mod chaos;
+pub mod chromium;
 pub mod client;
 pub mod command;
 pub mod counting;
