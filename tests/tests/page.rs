@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use whimbrel::api::client::Client;
 use whimbrel::api::model::{Migration, MigrationRequest};
 use whimbrel::pki::{Authority, days_from_now};
@@ -138,6 +139,24 @@ fn the_port_answers_what_is_read_and_this_computer_alone() {
     assert!(!host.status().drained);
     host.change(Method::PUT, "/v1/host/drain").unwrap();
     assert!(host.status().drained);
+}
+
+#[test]
+fn idle_browsers_take_so_many_connections_and_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = Service::start(&folder.path().join("host"), "page = '127.0.0.1:0'");
+    let page = host.status().page.unwrap();
+    let mut idle: Vec<_> = (0..64).map(|_| TcpStream::connect(page).unwrap()).collect();
+    let mut late = TcpStream::connect(page).unwrap();
+    late.write_all(b"GET /v1/version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    late.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    assert!(late.read(&mut [0]).is_err(), "it is answered beside 64 others");
+    assert_eq!(host.status().page, Some(page), "the socket is free of them");
+    idle.pop();
+    late.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut answer = String::new();
+    late.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
 #[test]

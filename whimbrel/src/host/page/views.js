@@ -27,7 +27,7 @@ export function showHost(host, machines) {
   const { standbys, arriving } = host.processes;
   facts(at("facts"), [
     ["Guests are taken in at", host.listen.join(", ")],
-    ["Admission", host.drained ? "drained" : "open", { small: host.drained ? "takes nobody in" : `${standbys} waiting, ${arriving} taking a guest in` }],
+    ["Admission", host.drained ? "drained" : "open", { kind: host.drained ? "over" : undefined, small: host.drained ? "takes nobody in" : `${standbys} waiting, ${arriving} taking a guest in` }],
     ["Machines", String(machines.length), { small: told || "none" }],
     ["Memory of all machines", size(memory)],
     ["Moves in progress", String(machines.filter(moving).length)],
@@ -57,8 +57,8 @@ function departure({ name, vm, migration }) {
     make("span", { class: "quiet end" }, [progress.transport, migration.secured?.cipher, time(progress.elapsed_us)].filter(Boolean).join(" · "))));
   if (held) {
     const why = report?.failure;
-    card.append(make("p", {}, "The guest is paused here and may run at the destination. Decide by ", make("code", {}, `whimbrel quit`),
-      " if it runs there, or ", make("code", {}, "whimbrel resume --force"), " if it certainly does not."));
+    card.append(make("p", {}, "The guest is paused here and may run at the destination. Decide by ", make("code", {}, `whimbrel quit ${name}`),
+      " if it runs there, or ", make("code", {}, `whimbrel resume --force ${name}`), " if it certainly does not."));
     if (why) card.append(make("p", {}, make("code", {}, why.code), ` ${why.message}`));
     return card;
   }
