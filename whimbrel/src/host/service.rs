@@ -162,6 +162,8 @@ impl Service {
         if let Some(page) = config.page.filter(|page| !is_near(page.ip())) {
             return Err(Error::Shown(page));
         }
+        let page = config.page.map(bound).transpose()?;
+        let shown = page.as_ref().map(TcpListener::local_addr).transpose().map_err(Error::System)?;
 
         let admission = &config.admission;
         let rules = Rules {
@@ -185,8 +187,6 @@ impl Service {
         let processes = Arc::new(Processes::new(run_dir.clone()));
         let words = processes::standby(run_dir, config);
         Arc::clone(&processes).keep_standbys(Arc::clone(&desk), words).map_err(Error::System)?;
-        let page = config.page.map(bound).transpose()?;
-        let shown = page.as_ref().map(TcpListener::local_addr).transpose().map_err(Error::System)?;
         let host = Host {
             name: hostname(),
             run_dir: run_dir.clone(),
