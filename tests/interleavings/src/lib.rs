@@ -52,7 +52,7 @@ taken!(pacer);
 
 // What the files name.
 extern crate self as migration;
-use engine::{Code, Failure, failure, transport};
+use engine::{Code, Failure, failure, report, transport};
 use reception::{api, instance, security};
 
 /// Checks every order of what happens in `scenario`, with at most so many preemptions.
