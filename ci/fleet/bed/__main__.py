@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 
-from . import cases
+from . import cases, faults
 from .scene import Scene
 
 
@@ -14,9 +14,9 @@ def run_case(scene, case, name):
     """Runs a case; whether all was well."""
     began = time.monotonic()
     try:
-        died = case(scene) or ()
+        stopped = case(scene) or ()
         scene.heal()
-        scene.assert_well(died)
+        scene.assert_well(stopped)
     except Exception:  # pylint: disable=broad-except
         traceback.print_exc()
         time.sleep(float(os.environ.get("FLEET_HOLD", "0")))
@@ -36,6 +36,10 @@ def main():
     began = time.monotonic()
     scene = Scene()
     print(f"three nodes online and {len(scene.names)} guests at work after {time.monotonic() - began:.1f} s", flush=True)
+    if asked.faults:
+        hurt = faults.many(scene, asked.faults, asked.seed)
+        print(f"{asked.faults} faults of seed {asked.seed}: {hurt} guests hurt, in {time.monotonic() - began:.0f} s")
+        sys.exit(1 if hurt else 0)
     chosen = [case for case in cases.CASES if not asked.case or case.__name__ in asked.case]
     results = [run_case(scene, case, case.__name__) for case in chosen]
     results.append(run_case(scene, lambda scene: None, "guests_in_the_end") if not all(results) else True)

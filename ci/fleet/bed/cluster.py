@@ -127,15 +127,14 @@ class Cluster:
         found = re.search(r'value="(.*)"', self.ask("attrd_updater", "-Q", "-n", name, "-N", node, check=False))
         return found[1] if found else ""
 
-    def wait(self, patience=90):
-        """Waits until the cluster has nothing left to do."""
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            self.ask("crm_resource", "--wait", f"--timeout={patience}", check=False, timeout=patience + 30)
-            if not self.blocked():
-                return
-            time.sleep(0.5)
-        raise TimeoutError(f"blocked for {patience} s: {self.blocked()}")
+    def idle(self):
+        """Whether the cluster has nothing left to do, and leaves no guest alone."""
+        coordinator = re.search(r"(n\d+)", self.ask("crmadmin", "-D", "-q", check=False, timeout=90))
+        return coordinator and "S_IDLE" in self.ask("crmadmin", "-S", coordinator[1], check=False) and not self.blocked()
+
+    def wait(self, patience=60):
+        """Waits until the cluster has nothing left to do. What was just asked for it may not have begun yet."""
+        until("the cluster is idle", lambda: self.idle() and time.sleep(0.5) is None and self.idle(), patience)
 
     def wait_online(self, nodes, patience=90):
         """Waits until these nodes are online."""

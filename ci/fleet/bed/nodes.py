@@ -75,6 +75,8 @@ class Bed:
         self.names = [f"n{number}" for number in range(1, count + 1)]
         self.pids = {}
         self.processes = {}
+        # Is called with the name of a node that is about to lose its power.
+        self.before_power_off = lambda name: None
         for folder in (SHARED, LOG, WORK / "overlay"):
             folder.mkdir(exist_ok=True)
         sh(f"mount -t tmpfs -o size=2G overlay {WORK}/overlay")
@@ -137,6 +139,8 @@ class Bed:
 
     def power_off(self, name):
         """Ends a node and all that it runs, at once."""
+        if self.is_on(name):
+            self.before_power_off(name)
         process = self.processes.pop(name, None)
         pid = self.pids.pop(name, None)
         if process:

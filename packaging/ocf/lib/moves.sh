@@ -6,7 +6,8 @@
 #
 #   offer-NAME of the host that has the guest   TOKEN:offered, TOKEN:moving:HOST, TOKEN:stayed:HOST, TOKEN:held:HOST,
 #                                               TOKEN:moved:HOST
-#   claim-NAME of a host that wants it          TOKEN:claim:SECONDS, TOKEN:cancel, TOKEN:running, TOKEN:absent
+#   claim-NAME of a host that wants it          TOKEN:claim:SECONDS, TOKEN:cancel, TOKEN:running, TOKEN:absent,
+#                                               TOKEN:ended
 #
 # The file NAME.move of the folder of moves says that the guest was offered and that nobody has confirmed how that ended:
 # its token, and the host to which it was sent. NAME.parked says that the cluster takes the guest for stopped, although it
@@ -81,6 +82,9 @@ settle_held() {
         "$token:running")
             say "runs on $target; what is held here is ended"
             host quit "$name" >/dev/null ;;
+        "$token:ended")
+            say "has ended on $target; what is held here is older, and is ended"
+            host quit "$name" >/dev/null ;;
         "$token:absent") resume_held "$target has said that it is not there" ;;
         *)
             gone "$target" || return 1
@@ -104,6 +108,22 @@ resume_held() {
         say "cannot be resumed here, because its disks have been used since: $1"
         host quit "$name" >/dev/null
     fi
+}
+
+# Says of the move by this token what has become of the guest here: it runs, has not come and does not come any more, or has
+# been here and has ended. Nothing if that is not known yet.
+answer() {
+    case $(whereabouts) in
+        here | leaving) tell "claim-$name" "$1:running" ;;
+        absent)
+            # The host's history has each guest that ran here.
+            if host history "$name" --json --last 1 | grep -q '"arrival":.*"failure":null' && [ -e "$moves/$name.claimed" ] &&
+                [[ $(host history "$name" --json --last 1 | sed -n 's/.*"at":"\([^"]*\)".*/\1/p') > $(cat "$moves/$name.claimed") ]]; then
+                tell "claim-$name" "$1:ended"
+            else
+                tell "claim-$name" "$1:absent"
+            fi ;;
+    esac
 }
 
 # Whether a process of this host is about to carry the guest away.
