@@ -1,8 +1,8 @@
 """What may happen to a fleet, one case a function. After each, Scene.assert_well looks at all guests."""
 
 
-from .guests import machine_file, vm
-from .nodes import HERE, until
+from .guests import vm
+from .nodes import until
 
 
 def start_stop_monitor(scene):
@@ -71,7 +71,7 @@ def target_into_standby(scene):
     """The target goes into standby in mid-move: the guest goes elsewhere, or stays."""
     _, target = scene.begin_move("slowbare")
     scene.cluster.standby(target)
-    scene.cluster.clear("slowbare")
+    scene.cluster.clear()
     scene.cluster.wait()
     assert scene.where("slowbare") != target
 
@@ -100,33 +100,8 @@ def service_killed(scene):
     scene.arrived("slow", target)
 
 
-def _alone(scene):
-    """A node with a machine that the cluster does not know."""
-    (scene.bed.base / "etc/whimbrel/machines").mkdir(exist_ok=True)
-    text = machine_file(32, 1, False, "alone").replace("\n", "\\n")
-    scene.bed.run("n1", "bash", "-c", f"printf \"{text}\" >/etc/whimbrel/machines/alone.toml")
-    return "n1"
-
-
-def ocf_tester(scene):
-    """The test program of Debian's resource-agents finds nothing wrong with the agent."""
-    told = scene.bed.run(
-        _alone(scene), "ocf-tester", "-n", "alone", "-o", "name=alone", "/usr/lib/ocf/resource.d/whimbrel/vm",
-        check=False, timeout=150)
-    assert "passed all tests" in told, told
-
-
-def ocft(scene):
-    """So does the other one, with the cases of ci/fleet/ocft-vm."""
-    node = _alone(scene)
-    told = scene.bed.run(
-        node, "bash", "-c", f"mkdir -p /var/lib/resource-agents/ocft/cases; "
-        f"cp {HERE}/ocft-vm /usr/share/resource-agents/ocft/configs/vm; ocft make vm && ocft test vm",
-        check=False, timeout=200)
-    print(told)
-    assert "FAILED" not in told and told.count("OK") >= 10, told
-
-
-CASES = [
-    ocf_tester, ocft, start_stop_monitor, live_move, evacuation, agent_killed, carrier_killed, timed_out, receiver_killed,
-    target_into_standby, service_killed, source_killed, target_killed]
+# Those that leave all nodes their power, and those that do not.
+GENTLE = [
+    start_stop_monitor, live_move, evacuation, agent_killed, carrier_killed, timed_out, receiver_killed,
+    target_into_standby, service_killed]
+POWER = [source_killed, target_killed]

@@ -66,6 +66,8 @@ class Cluster:
 
     def __init__(self, bed):
         self.bed = bed
+        self.in_standby = set()
+        self.unwell = set()
 
     def ask(self, *command, **more):
         """Runs a command of the cluster's."""
@@ -110,17 +112,29 @@ class Cluster:
         text = f'<op id="{name}-migrate_from" timeout="{seconds}s"/>'
         self.ask("cibadmin", "--modify", "--scope", "resources", "--xml-text", text)
 
-    def clear(self, name):
+    def clear(self):
         """Forgets what was asked of moves."""
-        self.ask("crm_resource", "--clear", "-r", name, check=False)
+        self.ask("cibadmin", "--delete", "--force", "--xpath", "//constraints/rsc_location", check=False)
 
     def standby(self, node, value="on"):
         """Has a node run nothing, or again something."""
+        self.in_standby.add(node)
         self.ask("crm_attribute", "-N", node, "-n", "standby", "-v", value)
 
     def health(self, node, colour):
         """Says of a node's health what it is."""
+        self.unwell.add(node)
         self.ask("attrd_updater", "-N", node, "-n", "#health-bed", "-U", colour)
+
+    def put_right(self):
+        """Undoes all that was asked of it."""
+        self.clear()
+        for node in list(self.in_standby):
+            self.standby(node, "off")
+        for node in list(self.unwell):
+            self.health(node, "green")
+        self.in_standby.clear()
+        self.unwell.clear()
 
     def attribute(self, node, name):
         """The value of a private attribute."""

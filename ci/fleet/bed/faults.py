@@ -7,7 +7,7 @@ import time
 import traceback
 
 from . import guests
-from .nodes import sh
+from .nodes import sh, until
 
 
 def agent_killed(scene, move):
@@ -60,7 +60,7 @@ def both_into_standby(scene, move):
 def target_hangs(scene, move):
     """Corosync of the target stands still, so that the target is fenced."""
     scene.kill(move.target, "corosync -f", how=signal.SIGSTOP)
-    time.sleep(6)
+    until("the target is fenced", lambda: not scene.bed.is_on(move.target))
 
 
 def target_killed(scene, move):
@@ -84,7 +84,7 @@ def short_cut(scene, move):
 def long_cut(scene, move):
     """The target has no network until it is fenced."""
     sh(f"ip link set v{move.target[1:]} down")
-    time.sleep(8)
+    until("the target is fenced", lambda: not scene.bed.is_on(move.target))
 
 
 def health_flaps(scene, move):
@@ -161,13 +161,13 @@ def many(scene, count, seed):
             traceback.print_exc()
             words = str(error)
             came = "KILLED" if words.startswith("killed") else "DOUBLED" if words.startswith("doubled") else "LOST"
-            print(f"fault {number} of seed {seed}: {fault.__name__}: {came}", flush=True)
             try:
                 scene.heal()
                 scene.assert_well()
             except Exception:  # pylint: disable=broad-except
                 traceback.print_exc()
         row[came] = row.get(came, 0) + 1
+        print(f"{time.strftime('%T')} {number:3} {fault.__name__}: {came}", flush=True)
     heads = ["moved", "stayed", "died with its host", "KILLED", "DOUBLED", "LOST"]
     print(f"{'fault':22}" + "".join(f"{head:>20}" for head in heads))
     for name, row in table.items():

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from . import guests
+from . import guests, tools
 from .cluster import Cluster, first_cib, guest
 from .nodes import Bed, until
 
@@ -28,6 +28,7 @@ class Scene:
             text = guests.machine_file(memory, fill, disk, name)
             (self.bed.base / f"etc/whimbrel/machines/{name}.toml").write_text(text)
             resources.append(guest(name, options))
+        tools.write_machine(self.bed)
         self.bed.finish_base(first_cib(self.bed.names, resources))
         for node in self.bed.names:
             self.bed.power_on(node)
@@ -102,16 +103,15 @@ class Scene:
         until(f"{name} on {node}", lambda: self._agreed(name) == node, patience)
 
     def heal(self):
-        """Puts right what a case has changed."""
-        for node in self.bed.names:
-            if not self.bed.is_on(node):
-                self.bed.power_on(node)
-        self.cluster.wait_online(self.bed.names)
-        for name in self.names:
-            self.cluster.clear(name)
-        for node in self.bed.names:
-            self.cluster.standby(node, "off")
-            self.cluster.health(node, "green")
+        """Puts right what a case has changed. A node that hangs or is cut off is fenced first."""
+        def all_online():
+            for node in self.bed.names:
+                if not self.bed.is_on(node):
+                    self.bed.power_on(node)
+            return set(self.bed.names) <= set(self.cluster.online())
+
+        until("all nodes online", all_online, 90)
+        self.cluster.put_right()
 
     def assert_well(self, stopped=()):
         """No guest was killed or doubled, all are where the cluster takes them to be, and go on; their verdict is clean.

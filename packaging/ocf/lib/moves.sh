@@ -9,8 +9,8 @@
 #   claim-NAME of a host that wants it          TOKEN:claim:SECONDS, TOKEN:cancel, TOKEN:running, TOKEN:absent,
 #                                               TOKEN:ended
 #
-# The file NAME.move of the folder of moves says that the guest was offered and that nobody has confirmed how that ended:
-# its token, and the host to which it was sent. NAME.parked says that the cluster takes the guest for stopped, although it
+# The file NAME.move of the folder of moves says that the guest was offered, or has come, and that the cluster has not taken
+# note of how that ended: the token, and the host to which it was sent. NAME.parked says that the cluster takes the guest for stopped, although it
 # runs: see park() of the agent.
 
 moves=${HA_RSCTMP:-/run/resource-agents}/whimbrel
@@ -128,3 +128,19 @@ answer() {
 
 # Whether a process of this host is about to carry the guest away.
 carried() { [ -e "$moves/$name.carrier" ] && kill -0 "$(cat "$moves/$name.carrier")" 2>/dev/null; }
+
+# Says what a carrier has left unsaid that was killed.
+settle_offer() {
+    local offered
+    [ -e "$moves/$name.carrier" ] && ! carried || return 0
+    offered=$(told "offer-$name" "$(me)")
+    case $offered in
+        *:offered | *:moving:* | *:held:*)
+            case $(whereabouts) in
+                here) tell "offer-$name" "${offered%%:*}:stayed:${offered##*:}" ;;
+                absent) tell "offer-$name" "${offered%%:*}:moved:${offered##*:}" ;;
+                *) return ;;
+            esac ;;
+    esac
+    rm -f "$moves/$name.carrier"
+}
