@@ -18,7 +18,7 @@ def start_stop_monitor(scene):
 def live_move(scene):
     """An operator moves a guest."""
     target = scene.others(scene.where("disk"))[0]
-    scene.cluster.move("disk", target)
+    scene.cluster.ask("crm_resource", "--move", "-r", "disk", "-N", target)
     scene.arrived("disk", target)
 
 
@@ -51,7 +51,7 @@ def carrier_killed(scene):
 
 def timed_out(scene):
     """A move has less time than it takes: it is called off, and the guest runs on where it is."""
-    scene.cluster.timeout("slowbare", 6)
+    scene.cluster.timeout("slowbare", 5)
     source, target = scene.begin_move("slowbare")
     until("it is called off", lambda: scene.cluster.attribute(source, "offer-slowbare").endswith(f":stayed:{target}"))
     assert scene.watch.where("slowbare") == [source]

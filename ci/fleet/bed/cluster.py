@@ -49,7 +49,7 @@ def first_cib(nodes, guests):
         f'{pairs("power-of", {"pcmk_host_list": " ".join(nodes)})}</instance_attributes></primitive>'
         '<clone id="hosts"><meta_attributes id="hosts-meta">' + pairs("hosts-meta", {"interleave": "true"}) +
         '</meta_attributes><primitive id="host" class="ocf" provider="whimbrel" type="host">'
-        + operations("host", monitor={"interval": "3s", "timeout": "60s"}) + "</primitive></clone>" + "".join(guests))
+        + operations("host", monitor={"interval": "2s", "timeout": "60s"}) + "</primitive></clone>" + "".join(guests))
     # What the nodes have to give, so that guests that say what they need find room.
     members = "".join(
         f'<node id="{name[1:]}" uname="{name}"><utilization id="{name}-gives">'
@@ -104,8 +104,9 @@ class Cluster:
         return [found.get("id") for found in told.iter("resource") if found.get("blocked") == "true"] if told is not None else []
 
     def move(self, name, node):
-        """Asks for a live move."""
-        self.ask("crm_resource", "--move", "-r", name, "-N", node)
+        """Asks for a live move, as crm_resource --move does; also of a guest that is being moved."""
+        text = f'<rsc_location id="cli-prefer-{name}" rsc="{name}" role="Started" node="{node}" score="INFINITY"/>'
+        self.ask("cibadmin", "--modify", "--allow-create", "--scope", "constraints", "--xml-text", text)
 
     def timeout(self, name, seconds):
         """Says how long a guest's moves may take."""

@@ -137,7 +137,7 @@ def one(scene, fault):
             pass
     else:
         scene.moving(move.name, move.source)
-        time.sleep(scene.dice.uniform(0, 4.5 if move.name.startswith("slow") else 0.8))
+        time.sleep(scene.dice.uniform(0, 3.5 if move.name.startswith("slow") else 0.8))
     fault(scene, move)
     time.sleep(1)
     died = move.name in scene.died

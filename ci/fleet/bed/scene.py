@@ -12,8 +12,8 @@ from .nodes import Bed, until
 GUESTS = (
     ("disk", 64, 32, True, ""),
     ("bare", 64, 32, False, ""),
-    ("slow", 96, 64, True, "--bandwidth 130M"),
-    ("slowbare", 96, 64, False, "--bandwidth 130M"),
+    ("slow", 80, 52, True, "--bandwidth 130M"),
+    ("slowbare", 80, 52, False, "--bandwidth 130M"),
 )
 
 

@@ -71,6 +71,9 @@ gone() {
         grep 'online="false"' | grep -q 'unclean="false"'
 }
 
+# A node is lost if the cluster does not see it, whatever that means.
+lost() { crm_mon -1 --output-as xml 2>/dev/null | grep "<node name=\"$1\"" | grep -q 'online="false"'; }
+
 in_standby() { [ "$(crm_attribute -N "$1" -n standby -G -q -d off 2>/dev/null)" = on ]; }
 
 # Settles a guest that is held here by what the host knows to which it was handed over. Whether it is settled.
