@@ -7,8 +7,8 @@ from . import guests, tools
 from .cluster import Cluster, first_cib, guest
 from .nodes import Bed, until
 
-# Name, memory and filled memory in MiB, whether it has a disk, options of its moves. A slow one takes some seconds, so that
-# there is time for something to go wrong.
+# Name, memory and filled memory in MiB, whether it has a disk, options of its moves. A slow one takes some
+# seconds, so that there is time for something to go wrong.
 GUESTS = (
     ("disk", 64, 32, True, ""),
     ("bare", 64, 32, False, ""),

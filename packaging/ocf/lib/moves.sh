@@ -1,17 +1,17 @@
-# What the agents ocf:whimbrel:vm and ocf:whimbrel:host share: what this host says of a guest, and how two hosts agree on
-# a move. It is sourced after ocf-shellfuncs, with `name`, `run` and `whimbrel` set.
+# What the agents ocf:whimbrel:vm and ocf:whimbrel:host share: what this host says of a guest, and how two
+# hosts agree on a move. It is sourced after ocf-shellfuncs, with `name`, `run` and `whimbrel` set.
 #
-# A move is an offer and a claim. Both are private attributes of nodes, which Pacemaker carries to all nodes and never
-# writes to the CIB, so that they change no plan of the cluster:
+# A move is an offer and a claim. Both are private attributes of nodes, which Pacemaker carries to all nodes
+# and never writes to the CIB, so that they change no plan of the cluster:
 #
 #   offer-NAME of the host that has the guest   TOKEN:offered, TOKEN:moving:HOST, TOKEN:stayed:HOST, TOKEN:held:HOST,
 #                                               TOKEN:moved:HOST
 #   claim-NAME of a host that wants it          TOKEN:claim:SECONDS, TOKEN:cancel, TOKEN:running, TOKEN:absent,
 #                                               TOKEN:ended
 #
-# The file NAME.move of the folder of moves says that the guest was offered, or has come, and that the cluster has not taken
-# note of how that ended: the token, and the host to which it was sent. NAME.parked says that the cluster takes the guest for stopped, although it
-# runs: see park() of the agent.
+# The file NAME.move of the folder of moves says that the guest was offered, or has come, and that the cluster
+# has not taken note of how that ended: the token, and the host to which it was sent. NAME.parked says that
+# the cluster takes the guest for stopped, although it runs: see park() of the agent.
 
 moves=${HA_RSCTMP:-/run/resource-agents}/whimbrel
 # Not everybody who asks for meta-data may make it.
@@ -102,26 +102,30 @@ settle_held() {
     return 1
 }
 
-# Resumes a held guest that is nowhere else. The program refuses that if the guest's disks were used meanwhile: then the
-# guest has ended with the machine that it ran on.
+# Resumes a held guest that is nowhere else. The program refuses that if the guest's disks were used
+# meanwhile: then the guest has ended with the machine that it ran on.
 resume_held() {
-    if host resume --force "$name" >/dev/null; then
+    local reason
+    if reason=$(timeout 20 "$whimbrel" resume --force "$name" --run-dir "$run" 2>&1 >/dev/null); then
         say "resumed here: $1"
-    else
-        say "cannot be resumed here, because its disks have been used since: $1"
-        host quit "$name" >/dev/null
+        return
     fi
+    say "is not resumed here: $reason"
+    case $reason in *"is in use"* | *"has been used elsewhere"*) host quit "$name" >/dev/null ;; esac
 }
 
-# Says of the move by this token what has become of the guest here: it runs, has not come and does not come any more, or has
-# been here and has ended. Nothing if that is not known yet.
+# Says of the move by this token what has become of the guest here: it runs, has not come and does not come
+# any more, or has been here and has ended. Nothing if that is not known yet.
 answer() {
+    local last claimed at
     case $(whereabouts) in
         here | leaving) tell "claim-$name" "$1:running" ;;
         absent)
             # The host's history has each guest that ran here.
-            if host history "$name" --json --last 1 | grep -q '"arrival":.*"failure":null' && [ -e "$moves/$name.claimed" ] &&
-                [[ $(host history "$name" --json --last 1 | sed -n 's/.*"at":"\([^"]*\)".*/\1/p') > $(cat "$moves/$name.claimed") ]]; then
+            last=$(host history "$name" --json --last 1)
+            at=$(sed -n 's/.*"at":"\([^"]*\)".*/\1/p' <<<"$last")
+            claimed=$(cat "$moves/$name.claimed" 2>/dev/null)
+            if [ -n "$claimed" ] && [[ $at > $claimed ]] && grep -q '"arrival":.*"failure":null' <<<"$last"; then
                 tell "claim-$name" "$1:ended"
             else
                 tell "claim-$name" "$1:absent"
