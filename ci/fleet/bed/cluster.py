@@ -88,6 +88,13 @@ class Cluster:
         return [node.get("name") for node in told.iterfind("nodes/node")
                 if node.get("online") == "true" and node.get("unclean") == "false" and node.get("pending") != "true"]
 
+    def is_gone(self, node):
+        """Whether the cluster knows that a node is off."""
+        told = self.status()
+        return told is not None and any(
+            found.get("online") == "false" and found.get("unclean") == "false"
+            for found in told.iterfind("nodes/node") if found.get("name") == node)
+
     def where(self):
         """Where the cluster takes each guest to be: the names of nodes by those of guests."""
         told = self.status()

@@ -107,6 +107,8 @@ class Scene:
         def all_online():
             for node in self.bed.names:
                 if not self.bed.is_on(node):
+                    # A cluster that has not noticed yet would fence the node that has just come back.
+                    until(f"{node} is known to be off", lambda node=node: self.cluster.is_gone(node), 90)
                     self.bed.power_on(node)
             return set(self.bed.names) <= set(self.cluster.online())
 
