@@ -44,6 +44,10 @@ def receiver_killed(scene, move):
     told = guests.vm(scene.bed, move.target, move.name)
     if told and told["state"] == "receiving":
         scene.bed.run(move.target, "kill", "-9", str(told["pid"]), check=False)
+        time.sleep(1)
+        if not guests.vm(scene.bed, move.source, move.name):
+            # It had just arrived, and has died with its process.
+            scene.died.append(move.name)
 
 
 def target_into_standby(scene, move):
