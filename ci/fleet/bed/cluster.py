@@ -10,6 +10,8 @@ OPTIONS = {
     "stonith-enabled": "true", "stonith-action": "off", "have-watchdog": "false", "dc-deadtime": "2s",
     "cluster-recheck-interval": "10s", "load-threshold": "100000%", "migration-limit": "2", "transition-delay": "0s",
     "node-health-strategy": "migrate-on-red", "placement-strategy": "balanced",
+    # With `stop`, a node that is cut off ends its guests before it is fenced.
+    "no-quorum-policy": "freeze",
 }
 
 
