@@ -1,0 +1,149 @@
+"""A bed with a cluster and guests, what a case may rely on, and what must hold after each."""
+
+import os
+import signal
+
+from . import guests, tools
+from .cluster import Cluster, first_cib, guest
+from .nodes import Bed, until
+
+# Name, memory and filled memory in MiB, whether it has a disk, options of its moves. A slow one takes some
+# seconds, so that there is time for something to go wrong.
+GUESTS = (
+    ("disk", 64, 32, True, ""),
+    ("bare", 64, 32, False, ""),
+    ("slow", 80, 52, True, "--bandwidth 130M"),
+    ("slowbare", 80, 52, False, "--bandwidth 130M"),
+)
+
+
+class Scene:
+    """Three nodes that are online, and all guests at work."""
+
+    def __init__(self):
+        self.names = [name for name, *_ in GUESTS]
+        self.bed = Bed()
+        resources = []
+        for name, memory, fill, disk, options in GUESTS:
+            text = guests.machine_file(memory, fill, disk, name)
+            (self.bed.base / f"etc/whimbrel/machines/{name}.toml").write_text(text)
+            resources.append(guest(name, options))
+        tools.write_machine(self.bed)
+        self.bed.finish_base(first_cib(self.bed.names, resources))
+        for node in self.bed.names:
+            self.bed.power_on(node)
+        self.cluster = Cluster(self.bed)
+        self.watch = guests.Watch(self.bed, self.names)
+        self.cluster.wait_online(self.bed.names)
+        until("all guests at work", lambda: all(self.watch.at.get(name) for name in self.names))
+        self.cluster.wait()
+        # Guests that were on nodes which lost their power.
+        self.died = []
+        self.bed.before_power_off = self._note_died
+
+    def where(self, name):
+        """The node that has a guest: one, by its own word and the cluster's."""
+        return until(f"{name} in one place", lambda: self._agreed(name), 45)
+
+    def _agreed(self, name):
+        truly, believed = self.watch.where(name), self.cluster.where().get(name, [])
+        return truly[0] if len(truly) == 1 and truly == believed else None
+
+    def _all_agreed(self):
+        believed = self.cluster.where()
+        return all(len(found := self.watch.where(name)) == 1 and found == believed.get(name) for name in self.names)
+
+    def _note_died(self, node):
+        for name in self.names:
+            told = guests.vm(self.bed, node, name)
+            if told and told["state"] in guests.OWNERS:
+                self.died.append(name)
+
+    def others(self, *nodes):
+        """The nodes other than these."""
+        return [node for node in self.bed.names if node not in nodes]
+
+    def where_truly(self, name):
+        """The node that has a guest by its own word, whatever the cluster knows; None if it is on its way."""
+        found = self.watch.where(name)
+        return found[0] if len(found) == 1 else None
+
+    def guest(self, name):
+        """What a guest says of itself, where it is."""
+        told = guests.vm(self.bed, self.where_truly(name) or self.where(name), name)
+        return told and told["guest"]
+
+    def moving(self, name, source):
+        """Waits until a guest's memory travels."""
+        def is_so():
+            told = guests.vm(self.bed, source, name)
+            return told and told["state"] == "migrating"
+        until(f"{name} is being moved", is_so)
+
+    def begin_move(self, name, target=None):
+        """Asks for a move, and waits until memory travels. Returns source and target."""
+        source = self.where(name)
+        target = target or self.others(source)[0]
+        self.cluster.move(name, target)
+        self.moving(name, source)
+        return source, target
+
+    def kill(self, node, *words, how=signal.SIGKILL):
+        """Kills the processes of a node with these words in their command line."""
+        found = self.bed.processes_of(node, *words)
+        for pid in found:
+            try:
+                os.kill(pid, how)
+            except ProcessLookupError:
+                pass
+        return found
+
+    def arrived(self, name, node, patience=45):
+        """Waits until a guest is on a node."""
+        until(f"{name} on {node}", lambda: self._agreed(name) == node, patience)
+
+    def heal(self):
+        """Puts right what a case has changed. A node that hangs or is cut off is fenced first."""
+        def all_online():
+            for node in self.bed.names:
+                if not self.bed.is_on(node):
+                    # A cluster that has not noticed yet would fence the node that has just come back.
+                    until(f"{node} is known to be off", lambda node=node: self.cluster.is_gone(node), 90)
+                    self.bed.power_on(node)
+            return set(self.bed.names) <= set(self.cluster.online())
+
+        until("all nodes online", all_online, 90)
+        self.cluster.put_right()
+
+    def assert_well(self, stopped=()):
+        """No guest was killed or doubled, all are where the cluster takes them to be, and go on; their verdict is clean.
+        Guests were started anew if they were on a node that lost its power, or `stopped`, and no others."""
+        self.cluster.wait()
+        until("each guest in one place", self._all_agreed)
+        before = {name: self.guest(name) for name in self.names}
+
+        def goes_on():
+            now = {name: self.guest(name) for name in self.names}
+            return all(now[name]["ticks"] > before[name]["ticks"] and now[name]["pages"] > before[name]["pages"]
+                       for name in self.names) and now
+        after = until("all guests go on", goes_on)
+        for name, told in after.items():
+            assert told["clean"], f"{name}: {told['problems']}"
+        restarts = sorted(name for _, name, _ in self.watch.restarts)
+        doubled, died = list(self.watch.doubled), sorted([*self.died, *stopped])
+        for kept in (self.watch.restarts, self.watch.doubled, self.died):
+            kept.clear()
+        assert not doubled, f"doubled: {doubled}"
+        assert restarts == died, f"killed: started anew: {restarts}; were on a node that lost its power: {died}"
+
+    def assert_journals(self):
+        """Ends all guests, and reads their disks."""
+        last = {name: self.guest(name)["journal"] for name, _, _, disk, _ in GUESTS if disk}
+        for name in self.names:
+            self.cluster.ask("crm_resource", "-r", name, "--meta", "-p", "target-role", "-v", "Stopped")
+        self.cluster.wait()
+        for name in self.names:
+            assert not self.watch.where(name), f"{name} runs on though it was stopped"
+        for name, known in last.items():
+            found = guests.journal(name)
+            assert found >= known > 0, f"{name}: {found} entries, of which it knew {known}"

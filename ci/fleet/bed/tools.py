@@ -1,0 +1,33 @@
+"""The test programs of Debian's package resource-agents, on a machine that the cluster does not know. They run beside the
+cases, on a node that keeps its power."""
+
+from .guests import machine_file
+from .nodes import HERE
+
+NODE = "n1"
+
+
+def write_machine(bed):
+    """The file of the machine; before the nodes start."""
+    (bed.base / "etc/whimbrel/machines/alone.toml").write_text(machine_file(32, 1, False, "alone"))
+    configs = bed.base / "usr/share/resource-agents/ocft/configs"
+    (configs / "vm").write_text((HERE / "ocft-vm").read_text())
+    (bed.base / "var/lib/resource-agents/ocft/cases").mkdir(parents=True, exist_ok=True)
+
+
+def ocf_tester(scene):
+    """ocf-tester finds nothing wrong with the agent."""
+    told = scene.bed.run(
+        NODE, "ocf-tester", "-n", "alone", "-o", "name=alone", "/usr/lib/ocf/resource.d/whimbrel/vm", check=False,
+        timeout=150)
+    assert "passed all tests" in told, told
+
+
+def ocft(scene):
+    """Nor does ocft, by the cases of ci/fleet/ocft-vm."""
+    told = scene.bed.run(NODE, "bash", "-c", "ocft make vm && ocft test vm", check=False, timeout=200)
+    cases = (HERE / "ocft-vm").read_text().count("\nCASE \"")
+    assert "FAILED" not in told and told.count("OK") == cases, told
+
+
+TOOLS = [ocf_tester, ocft]
