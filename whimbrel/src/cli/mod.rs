@@ -76,6 +76,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Receive(args) => receive::receive(args),
         Command::Host(args) => host::host(&args),
+        Command::Units => host::units(),
         Command::Drain(args) => host::drain(&args),
         Command::Start(args) => host::start(&args),
         Command::Migrate(args) => migrate::migrate(args),

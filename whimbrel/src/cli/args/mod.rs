@@ -49,6 +49,9 @@ pub enum Command {
     Receive(ReceiveArgs),
     /// Serve a host: take virtual machines in through one port, each in a process of its own
     Host(ServiceArgs),
+    /// Make units of the processes of virtual machines, for the host service
+    #[command(hide = true)]
+    Units,
     /// Let this host take no virtual machines in
     Drain(DrainArgs),
     /// Start a virtual machine that this host knows by a file
