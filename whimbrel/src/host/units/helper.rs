@@ -50,7 +50,7 @@ fn make(user: u32, request: &Request) -> Result<String, String> {
     RunDir::check(name).map_err(|error| error.to_string())?;
     let gone = || format!("there is no process {pid}");
     let number = i32::try_from(*pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
-    // As long as this is open, the number is nobody else's; what follows is about the same process if it lives.
+    // What follows is about this process if it lives at the end of it.
     let process = pidfd_open(number, PidfdFlags::empty()).map_err(|_| gone())?;
     if !users(*pid).ok_or_else(gone)?.iter().all(|owner| *owner == user) {
         return Err(format!("the process {pid} is another user's"));
@@ -65,8 +65,8 @@ fn make(user: u32, request: &Request) -> Result<String, String> {
     if ended() {
         return Err(gone());
     }
-    // A process whose guest has moved away stays a little for those who wait for its report, and is the unit of
-    // this name until it ends.
+    // A process whose guest has moved away stays a little for those who wait for its report, and is the unit
+    // of this name until it ends.
     let units = [name::of(name), name::beside(name, *pid)];
     let start = |unit: &String| start(unit, *pid, name).map(|()| unit.clone());
     let unit = start(&units[0]).or_else(|_| start(&units[1]))?;
@@ -83,8 +83,8 @@ fn make(user: u32, request: &Request) -> Result<String, String> {
     Ok(unit)
 }
 
-/// Has systemd make the unit. `busctl` is a part of systemd; a library for its bus would be far larger than this
-/// program, which has rights that nothing else of Whimbrel has.
+/// Has systemd make the unit. `busctl` is a part of systemd; a library for its bus would be far larger than
+/// all else that this helper does, and it may do what nothing else of Whimbrel may.
 fn start(unit: &str, pid: u32, name: &str) -> Result<(), String> {
     let call = [
         "--quiet",
@@ -121,8 +121,8 @@ fn start(unit: &str, pid: u32, name: &str) -> Result<(), String> {
     Err(format!("systemd: {}", String::from_utf8_lossy(&ran.stderr).trim()))
 }
 
-/// The real, effective, saved and file system user of a process. The owner of its folder in /proc would not do: it
-/// is the superuser if nobody may look at the process's memory.
+/// The real, effective, saved and file system user of a process. The owner of its folder in /proc would not
+/// do: it is the superuser if nobody may look at the process's memory.
 fn users(pid: u32) -> Option<Vec<u32>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
