@@ -290,6 +290,17 @@ pub struct DoctorArgs {
     /// Size of the virtual machine to check for
     #[arg(long, short = 'm', default_value = "1G", value_parser = size)]
     pub memory: u64,
+    /// Examine as well whether virtual machines can move from here to this host, which has a host service or
+    /// a receiver: small ones made for this are offered to it, and never run there. The port is 4444 unless
+    /// one is given
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub with: Option<String>,
+    /// TOML file with the networks and storages of this host, each of which is tried. A file is made in each
+    /// storage for that, and removed
+    #[arg(long, value_name = "FILE", requires = "with")]
+    pub host_config: Option<PathBuf>,
+    #[command(flatten)]
+    pub security: SecurityArgs,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,
