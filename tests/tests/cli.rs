@@ -252,7 +252,15 @@ fn completions_and_man_pages() {
     assert_eq!(ran.code, Some(0), "{ran:?}");
     for page in ["whimbrel.1", "whimbrel-run.1", "whimbrel-receive.1", "whimbrel-migrate.1"] {
         let text = std::fs::read_to_string(pages.join(page)).unwrap();
-        assert!(text.contains(".TH") && text.contains(".SH"), "{page}");
+        assert!(text.contains(".TH") && text.contains(".SH EXAMPLES") && !text.contains("EXTRA"), "{page}");
+    }
+    // The examples are those of --help.
+    let page = std::fs::read_to_string(pages.join("whimbrel-evacuate.1")).unwrap();
+    let help = run(["evacuate", "--help"]).stdout;
+    let examples: Vec<_> = help.lines().filter_map(|line| line.strip_prefix("    whimbrel ")).collect();
+    assert!(examples.len() >= 2, "{help}");
+    for example in examples {
+        assert!(page.replace('\\', "").contains(example), "{example}: {page}");
     }
     say::figures("completions and man pages", "3 shells, a page for each command");
 }

@@ -2,7 +2,9 @@
 
 use super::args::{DrainArgs, ServiceArgs, StartArgs};
 use super::{Exit, say};
+use anyhow::Context;
 use hyper::Method;
+use listenfd::ListenFd;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::time::Duration;
@@ -10,6 +12,7 @@ use whimbrel::api::client::Client;
 use whimbrel::host::config::HostConfig;
 use whimbrel::host::server::Started;
 use whimbrel::host::service::Service;
+use whimbrel::host::units;
 
 /// Longer than the service waits for a machine.
 const START: Duration = Duration::from_secs(60);
@@ -28,7 +31,18 @@ pub fn host(args: &ServiceArgs) -> anyhow::Result<Exit> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, status]);
     signals.forever().next();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    drop(service);
+    service.end();
+    Ok(Exit::Done)
+}
+
+/// How long the helper stays when nobody asks it for anything.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// `whimbrel units`: the helper that makes units of machines. systemd starts it.
+pub fn units() -> anyhow::Result<Exit> {
+    let listener = ListenFd::from_env().take_unix_listener(0)?;
+    let listener = listener.context("this is started by systemd, by whimbrel-units.socket")?;
+    units::serve(&listener, IDLE)?;
     Ok(Exit::Done)
 }
 

@@ -10,6 +10,7 @@ mod evacuate;
 mod history;
 mod host;
 mod list;
+mod man;
 mod migrate;
 mod pki;
 mod place;
@@ -76,6 +77,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Receive(args) => receive::receive(args),
         Command::Host(args) => host::host(&args),
+        Command::Units => host::units(),
         Command::Drain(args) => host::drain(&args),
         Command::Start(args) => host::start(&args),
         Command::Migrate(args) => migrate::migrate(args),
@@ -104,7 +106,7 @@ pub fn run(cli: Cli) -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "whimbrel", &mut std::io::stdout());
             Ok(Exit::Done)
         }
-        Command::Man { folder } => man(&folder),
+        Command::Man { folder } => man::man(&folder),
     };
     match result {
         Ok(exit) => exit.into(),
@@ -137,12 +139,6 @@ fn story(error: &anyhow::Error) -> String {
         }
     }
     text
-}
-
-fn man(folder: &std::path::Path) -> anyhow::Result<Exit> {
-    std::fs::create_dir_all(folder)?;
-    clap_mangen::generate_to(Cli::command(), folder)?;
-    Ok(Exit::Done)
 }
 
 fn status(target: &Target) -> anyhow::Result<Exit> {

@@ -16,3 +16,4 @@ pub mod run_dir;
 pub mod server;
 pub mod service;
 pub mod taps;
+pub mod units;

@@ -1,11 +1,13 @@
 //! The processes that the host service starts: standbys, which take guests in, and machines from files.
 //!
-//! They are no part of the service: they have a process group of their own, and what they say goes to a file
-//! of the run directory, or to the journal. Whoever ends the service ends none of them.
+//! They are no part of the service: they have a process group of their own, and as machines a unit of their
+//! own where systemd runs ([`units`](super::units)). What they say goes to a file of the run directory, or to
+//! the journal. Whoever ends the service ends none of them.
 
 use super::config::HostConfig;
 use super::gate::Desk;
 use super::run_dir::RunDir;
+use super::units::Units;
 use crate::api::model::word;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -32,13 +34,14 @@ const RESPITE: Duration = Duration::from_secs(1);
 /// Starts processes, and knows those that it has started.
 pub struct Processes {
     run_dir: RunDir,
+    units: Units,
     children: Mutex<Vec<Child>>,
 }
 
 impl Processes {
     /// None yet.
-    pub fn new(run_dir: RunDir) -> Self {
-        Processes { run_dir, children: Mutex::default() }
+    pub fn new(run_dir: RunDir, units: Units) -> Self {
+        Processes { run_dir, units, children: Mutex::default() }
     }
 
     /// Starts this program with these arguments.
@@ -53,6 +56,19 @@ impl Processes {
             command.stdout(log.try_clone()?).stderr(log);
         }
         command.spawn()
+    }
+
+    /// Starts the machine that the file at `path` describes. What its process touches before it has a unit of
+    /// its own, which is a few milliseconds later, is counted as the service's.
+    ///
+    /// # Errors
+    /// Those of starting a process.
+    pub fn start_machine(&self, config: &HostConfig, name: &str, path: &Path) -> io::Result<Child> {
+        let child = self.start(machine(&self.run_dir, config, name, path))?;
+        if let Err(error) = self.units.enter(child.id(), name) {
+            tell(format_args!("{name} has no unit of its own: {error}"));
+        }
+        Ok(child)
     }
 
     /// Waits for a process's end in the background.
@@ -78,10 +94,9 @@ impl Processes {
         let keep = move || {
             loop {
                 if self.ended().into_iter().filter(|pid| desk.is_lost(*pid)).count() > 0 {
-                    let log = self.run_dir.log_file();
+                    let log = said_in(&self.run_dir);
                     tell(format_args!(
-                        "a process that is to take guests in has ended at once; {} says why",
-                        log.display()
+                        "a process that is to take guests in has ended at once; {log} says why"
                     ));
                     not_before = Instant::now() + RESPITE;
                 }
@@ -103,6 +118,14 @@ impl Processes {
         };
         thread::Builder::new().name("standbys".into()).spawn(keep)?;
         Ok(())
+    }
+}
+
+/// Where it is to be read what the processes say.
+pub fn said_in(run_dir: &RunDir) -> String {
+    match std::env::var_os(JOURNAL) {
+        Some(_) => "`journalctl --unit whimbrel-host` or `--unit 'whimbrel-*'`".into(),
+        None => run_dir.log_file().display().to_string(),
     }
 }
 
@@ -172,7 +195,7 @@ fn say_host(config: &HostConfig, say: &mut impl FnMut(&str, &OsStr)) {
 
 /// The arguments of a machine that the file at `path` describes. It shows this host's certificates when it
 /// moves, unless its file says something else of that.
-pub fn machine(run_dir: &RunDir, config: &HostConfig, name: &str, path: &Path) -> Vec<OsString> {
+fn machine(run_dir: &RunDir, config: &HostConfig, name: &str, path: &Path) -> Vec<OsString> {
     let mut words: Vec<OsString> = ["run", "--name", name].map(OsString::from).into();
     let mut say = |option: &str, value: &OsStr| words.extend([OsString::from(option), value.into()]);
     say("--config", path.as_os_str());

@@ -226,7 +226,7 @@ fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Fail
     let failed = |what: std::fmt::Arguments<'_>| Failure::new(Code::HOST, what);
     let mut child = host
         .processes
-        .start(processes::machine(&host.run_dir, &host.config, &name, path))
+        .start_machine(&host.config, &name, path)
         .map_err(|error| failed(format_args!("cannot start a process: {error}")))?;
     let pid = child.id();
     let deadline = Instant::now() + START;
@@ -235,7 +235,8 @@ fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Fail
             Ok(None) => {}
             ended => {
                 let how = ended.ok().flatten().map_or_else(|| "ended".into(), |status| status.to_string());
-                let words = last_words(&log, said);
+                let words = last_words(&log, said)
+                    .unwrap_or_else(|| format!("{} may say why", processes::said_in(&host.run_dir)));
                 return Err(failed(format_args!("the process of {name} has ended ({how}): {words}")));
             }
         }
@@ -254,7 +255,7 @@ fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Fail
 }
 
 /// The end of what has been written to the log since.
-fn last_words(log: &Path, since: u64) -> String {
+fn last_words(log: &Path, since: u64) -> Option<String> {
     let read = || {
         let mut file = File::open(log)?;
         let end = file.seek(SeekFrom::End(0))?;
@@ -263,5 +264,5 @@ fn last_words(log: &Path, since: u64) -> String {
         file.take(LAST_WORDS).read_to_end(&mut words)?;
         std::io::Result::Ok(String::from_utf8_lossy(&words).trim().to_owned())
     };
-    read().ok().filter(|words| !words.is_empty()).unwrap_or_else(|| format!("{} may say why", log.display()))
+    read().ok().filter(|words| !words.is_empty())
 }

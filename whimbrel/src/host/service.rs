@@ -11,6 +11,7 @@ use super::gate::{Count, Desk, Door, Rules, hand_over};
 use super::metrics::Metrics;
 use super::processes::{self, Processes, tell};
 use super::run_dir::RunDir;
+use super::units::Units;
 use crate::api::server::Server;
 use crate::security::{Encryption, Security, is_near};
 use listenfd::ListenFd;
@@ -33,6 +34,9 @@ const LANE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long the service before this one may take to end, and processes to bring its listening sockets.
 const SUCCESSION: Duration = Duration::from_secs(5);
+
+/// How long processes may take to end that have waited for guests in vain.
+const DISMISSAL: Duration = Duration::from_secs(5);
 
 /// Why there is no service.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +97,9 @@ pub enum Error {
 pub struct Service {
     listen: Vec<SocketAddr>,
     page: Option<SocketAddr>,
-    _dispatchers: Vec<Dispatcher>,
+    /// If systemd keeps the sockets.
+    desk: Option<Arc<Desk>>,
+    dispatchers: Vec<Dispatcher>,
     _server: Server,
     _lock: File,
 }
@@ -171,10 +177,12 @@ impl Service {
             max_guests: admission.max_guests,
             max_arrivals: admission.max_arrivals,
         };
-        let desk = Desk::new(run_dir.clone(), rules);
+        let units = Units::from_environment();
+        let desk = Desk::new(run_dir.clone(), rules, units.clone());
         let gate = run_dir.gate_socket();
         desk.open(Door::open(&gate).map_err(at(&gate))?).map_err(Error::System)?;
-        let listeners = if activated.is_empty() { listeners(&wanted, &desk)? } else { activated };
+        let keeps_sockets = !activated.is_empty();
+        let listeners = if keeps_sockets { activated } else { listeners(&wanted, &desk)? };
         let listen = addresses_of(&listeners)?;
         let metrics = Metrics::new().map_err(|error| Error::System(io::Error::other(error)))?;
         let metrics = Arc::new(metrics);
@@ -184,13 +192,13 @@ impl Service {
         }
         desk.use_listeners(listeners);
 
-        let processes = Arc::new(Processes::new(run_dir.clone()));
+        let processes = Arc::new(Processes::new(run_dir.clone(), units));
         let words = processes::standby(run_dir, config);
         Arc::clone(&processes).keep_standbys(Arc::clone(&desk), words).map_err(Error::System)?;
         let host = Host {
             name: hostname(),
             run_dir: run_dir.clone(),
-            desk,
+            desk: Arc::clone(&desk),
             processes,
             listen: listen.clone(),
             page: shown,
@@ -206,7 +214,17 @@ impl Service {
             super::server::serve_page(listener, Arc::clone(&host)).map_err(Error::System)?;
         }
         let server = super::server::serve(&run_dir.host_socket(), host)?;
-        Ok(Service { listen, page: shown, _dispatchers: dispatchers, _server: server, _lock: lock })
+        let desk = keeps_sockets.then_some(desk);
+        Ok(Service { listen, page: shown, desk, dispatchers, _server: server, _lock: lock })
+    }
+
+    /// Ends in good order. If systemd keeps the sockets, callers wait in them, and no process has to be there
+    /// for them any more.
+    pub fn end(mut self) {
+        self.dispatchers.clear();
+        if let Some(desk) = &self.desk {
+            desk.dismiss(DISMISSAL);
+        }
     }
 
     /// Where guests are taken in.

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod examples;
 mod host;
 mod limits;
 mod machine;
@@ -8,6 +9,7 @@ mod security;
 mod target;
 mod values;
 
+pub use examples::HEADING;
 pub use host::{DrainArgs, ServiceArgs, StartArgs};
 pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
@@ -30,13 +32,18 @@ use whimbrel::security::Encryption;
 
 /// Moves running KVM virtual machines from host to host.
 #[derive(Debug, Parser)]
-#[command(name = "whimbrel", version, about, max_term_width = 110, after_help = EXIT_CODES)]
+#[command(name = "whimbrel", version, about, max_term_width = 110, after_help = whole_help())]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the migration failed and the guest runs \
+/// The help's end.
+fn whole_help() -> String {
+    format!("{}\n{EXIT_CODES}", examples::WHIMBREL)
+}
+
+pub const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the migration failed and the guest runs \
 on at the source; 4 the guest is held paused and an operator must decide; 5 the guest crashed; 6 it is unknown whether the guest has \
 moved; 7 (status) no guest runs here; 8 nobody answers on the API's socket, or no machine has that name; 130, 143 (migrate) interrupted, and the \
 migration goes on.";
@@ -44,28 +51,42 @@ migration goes on.";
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a virtual machine
+    #[command(after_help = examples::RUN)]
     Run(RunArgs),
     /// Wait for a virtual machine to arrive, then run it
+    #[command(after_help = examples::RECEIVE)]
     Receive(ReceiveArgs),
     /// Serve a host: take virtual machines in through one port, each in a process of its own
+    #[command(after_help = examples::HOST)]
     Host(ServiceArgs),
+    /// Make units of the processes of virtual machines, for the host service
+    #[command(hide = true)]
+    Units,
     /// Let this host take no virtual machines in
+    #[command(after_help = examples::DRAIN)]
     Drain(DrainArgs),
     /// Start a virtual machine that this host knows by a file
+    #[command(after_help = examples::START)]
     Start(StartArgs),
     /// Move a running virtual machine to another host, or to a waiting receiver
+    #[command(after_help = examples::MIGRATE)]
     Migrate(MigrateArgs),
     /// Move all virtual machines of this host to other hosts
+    #[command(after_help = examples::EVACUATE)]
     Evacuate(EvacuateArgs),
     /// Show all virtual machines of this host
+    #[command(after_help = examples::LIST)]
     List(ListArgs),
     /// Show what a virtual machine is doing, and its migration
+    #[command(after_help = examples::STATUS)]
     Status(Target),
     /// Change a migration that is under way
+    #[command(after_help = examples::CHANGE)]
     Change(ChangeArgs),
     /// Let a migration switch over after the round under way, however long the blackout will be
     SwitchNow(Target),
     /// Show what became of the moves from and to this host
+    #[command(after_help = examples::HISTORY)]
     History(HistoryArgs),
     /// Cancel a migration; the guest continues to run where it is
     Cancel(Target),
@@ -76,14 +97,18 @@ pub enum Command {
     /// Press a virtual machine's power button: a guest that listens to it shuts down
     Shutdown(Target),
     /// Shut a virtual machine down, and end its process if that takes too long
+    #[command(after_help = examples::STOP)]
     Stop(StopArgs),
     /// End a virtual machine's process
     Quit(Target),
     /// Show what this host can do, what it lacks, and how to provide that
+    #[command(after_help = examples::DOCTOR)]
     Doctor(DoctorArgs),
     /// Move an embedded guest between two processes on this machine and show what it felt
+    #[command(after_help = examples::DEMO)]
     Demo(DemoArgs),
     /// Make the certificates by which hosts know each other
+    #[command(after_help = examples::PKI)]
     Pki(PkiArgs),
     /// Print a completion script for a shell
     Completions {
@@ -287,6 +312,17 @@ pub struct DoctorArgs {
     /// Size of the virtual machine to check for
     #[arg(long, short = 'm', default_value = "1G", value_parser = size)]
     pub memory: u64,
+    /// Examine as well whether virtual machines can move from here to this host, which has a host service or
+    /// a receiver: small ones made for this are offered to it, and never run there. The port is 4444 unless
+    /// one is given
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub with: Option<String>,
+    /// TOML file with the networks and storages of this host, each of which is tried. A file is made in each
+    /// storage for that, and removed
+    #[arg(long, value_name = "FILE", requires = "with")]
+    pub host_config: Option<PathBuf>,
+    #[command(flatten)]
+    pub security: SecurityArgs,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,
@@ -321,5 +357,24 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn examples_are_commands() {
+        let mut all = vec![Cli::command()];
+        all.extend(Cli::command().get_subcommands().cloned());
+        let helps = all.iter().filter_map(|command| command.get_after_help().map(ToString::to_string));
+        let helps: Vec<_> = helps.collect();
+        let lines = helps.iter().flat_map(|help| help.lines()).map(str::trim);
+        // Not those of other programs, and nothing that a shell does with the output.
+        let commands: Vec<_> = lines
+            .filter(|line| line.starts_with("whimbrel "))
+            .map(|line| line.split(" | ").next().unwrap().split_whitespace())
+            .collect();
+        assert!(commands.len() > 25, "{commands:?}");
+        for words in commands {
+            let parsed = Cli::try_parse_from(words.clone());
+            assert!(parsed.is_ok(), "{words:?}: {}", parsed.unwrap_err());
+        }
     }
 }

@@ -3,7 +3,9 @@
 use super::line::{Door, Line};
 use super::{FromHost, FromProcess, Guest, OPENING, Phase, Presence};
 use crate::host::inventory;
+use crate::host::processes::tell;
 use crate::host::run_dir::RunDir;
+use crate::host::units::Units;
 use migration::transport::Token;
 use migration::{Code, Failure};
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,7 @@ pub struct Rules {
 pub struct Desk {
     run_dir: RunDir,
     rules: Rules,
+    units: Units,
     state: Mutex<State>,
     changed: Condvar,
     /// Held while one guest is decided about.
@@ -55,6 +58,8 @@ struct State {
     own: BTreeSet<u32>,
     /// Callers for whom no standby has been found yet.
     waiting: usize,
+    /// Standbys are wanted no more.
+    closing: bool,
     listeners: Listeners,
 }
 
@@ -102,9 +107,9 @@ pub struct Count {
 
 impl Desk {
     /// A desk at which nobody is.
-    pub fn new(run_dir: RunDir, rules: Rules) -> Arc<Self> {
+    pub fn new(run_dir: RunDir, rules: Rules, units: Units) -> Arc<Self> {
         let (state, changed, deciding) = (Mutex::default(), Condvar::new(), Mutex::default());
-        Arc::new(Desk { run_dir, rules, state, changed, deciding })
+        Arc::new(Desk { run_dir, rules, units, state, changed, deciding })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -159,6 +164,10 @@ impl Desk {
     fn hear(&self, number: u64, message: FromProcess, files: Vec<OwnedFd>) {
         match message {
             FromProcess::Here(presence) => {
+                // An earlier service may have come to its end before it could do this.
+                if let Some(guest) = &presence.guest {
+                    self.give_unit(presence.pid, guest);
+                }
                 self.lock().arrive(number, presence, files);
                 self.changed.notify_all();
             }
@@ -228,6 +237,9 @@ impl Desk {
     /// How many standbys are to be started now.
     pub fn wanted(&self) -> usize {
         let mut state = self.lock();
+        if state.closing {
+            return 0;
+        }
         let waiting = state.waiting.max(1);
         let expected = state.expected.len();
         let standbys = state.standbys();
@@ -258,6 +270,23 @@ impl Desk {
         drop(self.changed.wait_timeout(self.lock(), patience));
     }
 
+    /// Lets the standbys that this service has started end, as far as no caller is with them, and waits for
+    /// that.
+    pub fn dismiss(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        let mut state = self.lock();
+        state.closing = true;
+        for standby in state.standbys() {
+            let _ = standby.line.send(&FromHost::Retire, &[]);
+        }
+        while state.standbys().next().is_some() || !state.expected.is_empty() {
+            match self.wait(state, deadline) {
+                Some(still) => state = still,
+                None => return,
+            }
+        }
+    }
+
     /// How many are here.
     pub fn count(&self) -> Count {
         let state = self.lock();
@@ -281,6 +310,11 @@ impl Desk {
     fn decide(&self, number: u64, guest: Guest) {
         let _turn = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
         let verdict = self.judge(number, &guest);
+        let pid = self.lock().processes.get(&number).and_then(|p| Some(p.presence.as_ref()?.pid));
+        // Before it has any of the guest's memory, which is then counted as the unit's.
+        if let (Ok(()), Some(pid)) = (&verdict, pid) {
+            self.give_unit(pid, &guest);
+        }
         let mut state = self.lock();
         let Some(process) = state.processes.get_mut(&number) else { return };
         let answer = match verdict {
@@ -294,6 +328,12 @@ impl Desk {
             Err(failure) => FromHost::Refused(failure),
         };
         let _ = process.line.send(&answer, &[]);
+    }
+
+    fn give_unit(&self, pid: u32, guest: &Guest) {
+        if let Err(error) = self.units.enter(pid, &guest.name) {
+            tell(format_args!("{} has no unit of its own: {error}", guest.name));
+        }
     }
 
     fn judge(&self, number: u64, guest: &Guest) -> Result<(), Failure> {
@@ -390,8 +430,8 @@ impl State {
         if !is_new {
             return;
         }
-        if is_standby && !own {
-            // It was told what an earlier service was told.
+        if is_standby && (!own || self.closing) {
+            // It was told what an earlier service was told, or comes too late.
             let _ = process.line.send(&FromHost::Retire, &[]);
         }
         if let Listeners::Offered(offered) = &mut self.listeners {

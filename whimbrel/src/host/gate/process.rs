@@ -42,8 +42,10 @@ struct State {
     verdict: Option<Result<(), Failure>>,
     /// Kept for the next service.
     listeners: Vec<OwnedFd>,
-    /// Since when no further caller comes.
-    retiring: Option<Instant>,
+    /// Whether no further caller comes.
+    retiring: bool,
+    /// When the last one has come.
+    called: Option<Instant>,
 }
 
 impl Gate {
@@ -61,7 +63,8 @@ impl Gate {
             question: None,
             verdict: None,
             listeners: Vec::new(),
-            retiring: None,
+            retiring: false,
+            called: None,
         };
         let shared = Arc::new(Shared { path, state: Mutex::new(state), answered: Condvar::new() });
         let gate = Gate(Arc::clone(&shared));
@@ -112,7 +115,7 @@ impl Gate {
     pub fn is_over(&self) -> bool {
         let state = self.0.lock();
         // Those that have come before have their time.
-        let retired = state.retiring.is_some_and(|since| since.elapsed() > OPENING);
+        let retired = state.retiring && state.called.is_none_or(|when| when.elapsed() > OPENING);
         retired || (state.line.is_none() && state.absent.elapsed() > ABSENCE)
     }
 }
@@ -181,9 +184,12 @@ impl Shared {
 
     fn hear(&self, message: FromHost, files: Vec<OwnedFd>, take: &impl Fn(TcpStream)) {
         match message {
-            FromHost::Caller => files.into_iter().map(TcpStream::from).for_each(take),
+            FromHost::Caller => {
+                self.lock().called = Some(Instant::now());
+                files.into_iter().map(TcpStream::from).for_each(take);
+            }
             FromHost::Listeners => self.lock().listeners = files,
-            FromHost::Retire => self.lock().retiring = Some(Instant::now()),
+            FromHost::Retire => self.lock().retiring = true,
             FromHost::Admitted => self.answer(Ok(())),
             FromHost::Refused(failure) => self.answer(Err(failure)),
         }
