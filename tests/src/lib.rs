@@ -44,6 +44,7 @@ pub mod client;
 pub mod command;
 pub mod counting;
 pub mod flood;
+pub mod http;
 pub mod inject;
 pub mod inspect;
 pub mod journal;

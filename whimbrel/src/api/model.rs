@@ -1,15 +1,35 @@
 //! What the HTTP API takes and gives, as JSON. `docs/api.md` tells the same for people.
 
+use crate::instance::SOFTWARE;
 use crate::security::{Encryption, Secured, TlsFiles};
 use migration::Failure;
 use migration::destination;
 use migration::monitor::Progress;
 use migration::policy::{OnStall, Policy};
 use migration::report::Report;
-use serde::{Deserialize, Serialize};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::net::SocketAddr;
 use std::time::Duration;
 use vmm::guest::Testimony;
+
+/// `GET /v1/version`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Of the program.
+    pub version: String,
+    /// Its name and version, as peers are told.
+    pub software: String,
+    /// Of the API: the first part of each path.
+    pub api: String,
+}
+
+impl Version {
+    /// That of this program.
+    pub fn this() -> Self {
+        Version { version: env!("CARGO_PKG_VERSION").into(), software: SOFTWARE.into(), api: "v1".into() }
+    }
+}
 
 /// What a virtual machine is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,16 +100,17 @@ pub struct MigrationRequest {
     #[serde(default)]
     pub busy_poll: bool,
     /// Longest acceptable blackout in milliseconds.
-    #[serde(default = "default_downtime")]
+    #[serde(default = "default_downtime", deserialize_with = "at_most::<A_DAY_MS, _, _>")]
     pub downtime_limit_ms: u64,
     /// Bits of memory that travel in a second at most while the guest runs; none for no cap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "at_most::<A_PETABIT, _, _>")]
     pub bandwidth_bps: Option<u64>,
     /// Most pre-copy rounds.
     #[serde(default = "default_rounds")]
     pub max_rounds: u32,
     /// Most seconds of pre-copy.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "at_most::<A_YEAR_S, _, _>")]
     pub timeout_s: Option<u64>,
     /// What to do when the guest dirties memory too fast.
     #[serde(default)]
@@ -101,20 +122,52 @@ pub struct MigrationRequest {
     #[serde(default)]
     pub encryption: Encryption,
     /// Certificates to use instead of those that the process was given.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "an_object")]
     pub tls: Option<TlsFiles>,
     /// Migrate to another host without certificates, if the process was given none.
     #[serde(default)]
     pub insecure: bool,
     /// Seconds without any sign from the destination after which it counts as lost.
-    #[serde(default = "default_silence")]
+    #[serde(default = "default_silence", deserialize_with = "at_most::<A_YEAR_S, _, _>")]
     pub silence_s: u64,
     /// Wait for an operator's word before the switchover, at most for so many seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "at_most::<A_YEAR_S, _, _>")]
     pub pause_before_switchover_s: Option<u64>,
     /// End before any memory travels, and tell whether anything speaks against the move.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,
+}
+
+/// Times beyond these are no times that anybody waits for, and clocks cannot add them to the present.
+const A_DAY_MS: u64 = 24 * 60 * 60 * 1000;
+const A_YEAR_S: u64 = 365 * 24 * 60 * 60;
+const A_PETABIT: u64 = 1_000_000_000_000_000;
+
+/// A number that may be left out, up to `MOST`.
+fn at_most<'de, const MOST: u64, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: Deserialize<'de> + Copy + Into<Option<u64>>,
+    D: Deserializer<'de>,
+{
+    let value = T::deserialize(deserializer)?;
+    match value.into() {
+        Some(number) if number > MOST => {
+            Err(serde::de::Error::custom(format_args!("{number} is too much: at most {MOST}")))
+        }
+        _ => Ok(value),
+    }
+}
+
+/// A value with fields, if there is one: a list is none.
+fn an_object<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    T: DeserializeOwned,
+    D: Deserializer<'de>,
+{
+    let fields = Option::<serde_json::Map<String, serde_json::Value>>::deserialize(deserializer)?;
+    let value = |fields| serde_json::from_value(serde_json::Value::Object(fields));
+    fields.map(value).transpose().map_err(serde::de::Error::custom)
 }
 
 fn default_downtime() -> u64 {
@@ -146,7 +199,7 @@ impl MigrationRequest {
 #[serde(deny_unknown_fields, default)]
 pub struct MigrationChange {
     /// Longest acceptable blackout in milliseconds, from the end of the round under way on.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "at_most::<A_DAY_MS, _, _>")]
     pub downtime_limit_ms: Option<u64>,
     /// Switch over after the round under way, however long the blackout will be.
     pub switch_now: bool,

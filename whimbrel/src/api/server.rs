@@ -1,18 +1,22 @@
 //! The API's server: one thread, one socket, one [`Slot`], whose instance may arrive later.
 
 use super::Error;
-use super::model::{Arrival, ErrorBody, Migration, MigrationChange, MigrationRequest, Vm};
+use super::model::{Arrival, ErrorBody, Migration, MigrationChange, MigrationRequest, Version, Vm};
 use crate::instance::{Instance, Waiting};
 use crate::slot::Slot;
-use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Query, State};
-use axum::http::StatusCode;
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Query, Request, State};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
 use axum::{Json, Router};
 use migration::{Code, Failure};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::AsFd;
@@ -136,6 +140,7 @@ fn clear_stale(path: &Path) -> Result<(), Error> {
 
 fn router(slot: Arc<Slot>) -> Router {
     let routes = Router::new()
+        .route("/v1/version", get(version))
         .route("/v1/vm", get(vm))
         .route("/v1/vm/pause", put(pause))
         .route("/v1/vm/resume", put(resume))
@@ -192,22 +197,75 @@ impl From<Failure> for Refusal {
     }
 }
 
-impl From<JsonRejection> for Refusal {
-    fn from(rejection: JsonRejection) -> Self {
-        Refusal::new(rejection.status(), &rejection.body_text())
-    }
+/// What cannot be taken from a request is told as everything else that is wrong.
+macro_rules! refusal_from {
+    ($($rejection:ty),*) => {$(
+        impl From<$rejection> for Refusal {
+            fn from(rejection: $rejection) -> Self {
+                Refusal::new(rejection.status(), &rejection.body_text())
+            }
+        }
+    )*};
 }
 
-impl From<QueryRejection> for Refusal {
-    fn from(rejection: QueryRejection) -> Self {
-        Refusal::new(rejection.status(), &rejection.body_text())
-    }
-}
+refusal_from!(BytesRejection, PathRejection, QueryRejection);
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         (self.0, Json(ErrorBody { error: self.1 })).into_response()
     }
+}
+
+/// What a request says in its body, as JSON. Its type need not be said: what `curl -d` calls a form is taken
+/// for JSON as well.
+pub(crate) struct Said<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Said<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        if !may_be_json(request.headers()) {
+            let text = "the body has to be JSON; leave its Content-Type out, or let it be application/json";
+            return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, text));
+        }
+        let bytes = Bytes::from_request(request, state).await?;
+        let no_json = |error| Refusal::new(StatusCode::BAD_REQUEST, &format!("the body is no JSON: {error}"));
+        let value = serde_json::from_slice(&bytes).map_err(no_json)?;
+        let wrong = |text: &str| Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, text);
+        // A list would be taken for the values of the fields in their order.
+        if !matches!(value, Value::Object(_)) {
+            return Err(wrong("the body has to be a JSON object"));
+        }
+        serde_path_to_error::deserialize(with_whole_numbers(value))
+            .map(Said)
+            .map_err(|error| wrong(&format!("the body says what cannot be said: {error}")))
+    }
+}
+
+/// To JSON, 3.0 is the same number as 3.
+fn with_whole_numbers(value: Value) -> Value {
+    /// From here on, not every whole number has a floating-point number of its own.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    match value {
+        Value::Number(number) => match number.as_f64() {
+            Some(float) if number.is_f64() && float.fract() == 0.0 && float.abs() < EXACT => {
+                (float as i64).into()
+            }
+            _ => number.into(),
+        },
+        Value::Object(fields) => {
+            fields.into_iter().map(|(name, value)| (name, with_whole_numbers(value))).collect()
+        }
+        other => other,
+    }
+}
+
+fn may_be_json(headers: &HeaderMap) -> bool {
+    let Some(kind) = headers.get(CONTENT_TYPE) else { return true };
+    let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    let kind = kind.to_ascii_lowercase();
+    let json = |kind: &str| kind == "application/json" || kind.ends_with("+json");
+    json(&kind) || kind == "application/x-www-form-urlencoded"
 }
 
 /// Runs blocking work in another thread, so that a status query is always answered.
@@ -220,17 +278,32 @@ pub(crate) async fn blocking<T: Send + 'static>(
     }
 }
 
+/// The same for work that has nothing to tell but that it is done.
+pub(crate) async fn done(
+    work: impl FnOnce() -> Result<(), Failure> + Send + 'static,
+) -> Result<StatusCode, Refusal> {
+    blocking(work).await.map(|_| StatusCode::NO_CONTENT)
+}
+
+/// Tell the program's and the API's version
+pub(crate) async fn version() -> Json<Version> {
+    Json(Version::this())
+}
+
+/// Tell what the machine is doing
 async fn vm(State(slot): State<Arc<Slot>>) -> Result<Json<Vm>, Refusal> {
     slot.status().map(Json).ok_or_else(nobody)
 }
 
+/// Tell of the guest that is being taken in, or of the last one that was, or was not
 async fn arrival(State(slot): State<Arc<Slot>>) -> Result<Json<Arrival>, Refusal> {
     let none = || Refusal::new(StatusCode::NOT_FOUND, "no guest has come here from another host");
     slot.arrival().map(Json).ok_or_else(none)
 }
 
-async fn pause(Present(instance): Present) -> Result<Json<()>, Refusal> {
-    blocking(move || instance.pause()).await
+/// Pause the guest
+async fn pause(Present(instance): Present) -> Result<StatusCode, Refusal> {
+    done(move || instance.pause()).await
 }
 
 #[derive(Deserialize)]
@@ -241,20 +314,23 @@ struct Resume {
     force: bool,
 }
 
+/// Let the guest run again
 async fn resume(
     Present(instance): Present,
     query: Result<Query<Resume>, QueryRejection>,
-) -> Result<Json<()>, Refusal> {
+) -> Result<StatusCode, Refusal> {
     let Query(query) = query?;
-    blocking(move || instance.resume(query.force)).await
+    done(move || instance.resume(query.force)).await
 }
 
-async fn shutdown(Present(instance): Present) -> Result<Json<()>, Refusal> {
-    blocking(move || instance.shutdown()).await
+/// Press the guest's power button
+async fn shutdown(Present(instance): Present) -> Result<StatusCode, Refusal> {
+    done(move || instance.shutdown()).await
 }
 
-async fn quit(State(slot): State<Arc<Slot>>) -> Result<Json<()>, Refusal> {
-    blocking(move || slot.quit()).await
+/// Cancel a migration, and end the machine and its process
+async fn quit(State(slot): State<Arc<Slot>>) -> Result<StatusCode, Refusal> {
+    done(move || slot.quit()).await
 }
 
 #[derive(Deserialize)]
@@ -265,13 +341,13 @@ struct Wait {
     wait: bool,
 }
 
+/// Start to move the guest away
 async fn migrate(
     Present(instance): Present,
     query: Result<Query<Wait>, QueryRejection>,
-    request: Result<Json<MigrationRequest>, JsonRejection>,
+    Said(request): Said<MigrationRequest>,
 ) -> Result<Response, Refusal> {
     let Query(query) = query?;
-    let Json(request) = request?;
     let mover = Arc::clone(&instance);
     let started = blocking(move || mover.migrate(request)).await?;
     if query.wait {
@@ -280,6 +356,7 @@ async fn migrate(
     Ok((StatusCode::ACCEPTED, started).into_response())
 }
 
+/// Tell of the migration that is under way, or of the last one
 async fn migration(
     State(slot): State<Arc<Slot>>,
     query: Result<Query<Wait>, QueryRejection>,
@@ -302,14 +379,15 @@ fn unmoved() -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, "no guest has been moved away from here")
 }
 
+/// Change the migration that is under way
 async fn change(
     Present(instance): Present,
-    change: Result<Json<MigrationChange>, JsonRejection>,
+    Said(change): Said<MigrationChange>,
 ) -> Result<Json<Migration>, Refusal> {
-    let Json(change) = change?;
     blocking(move || instance.change(&change)).await
 }
 
+/// Cancel the migration that is under way
 async fn cancel(Present(instance): Present) -> Result<Json<Migration>, Refusal> {
     blocking(move || instance.cancel()).await
 }

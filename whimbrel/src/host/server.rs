@@ -6,8 +6,9 @@ use super::processes;
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
-use crate::api::server::{Refusal, Server, blocking, router_of, serve_router};
+use crate::api::server::{Refusal, Server, blocking, router_of, serve_router, version};
 use crate::instance::SOFTWARE;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path as Segment, State};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
@@ -33,17 +34,6 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// How much is told of what a process has said that has ended, in bytes.
 const LAST_WORDS: u64 = 1000;
-
-/// `GET /v1/version`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Version {
-    /// Of the program.
-    pub version: String,
-    /// Its name and version, as peers are told.
-    pub software: String,
-    /// Of the API: the first part of each path.
-    pub api: String,
-}
 
 /// The answer to `POST /v1/machines/NAME/start`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,10 +72,7 @@ pub(super) fn serve_metrics(address: SocketAddr, host: Arc<Host>) -> io::Result<
     Ok(())
 }
 
-async fn version() -> Json<Version> {
-    Json(Version { version: env!("CARGO_PKG_VERSION").into(), software: SOFTWARE.into(), api: "v1".into() })
-}
-
+/// Tell what the service is doing
 async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
     Json(HostStatus {
         software: SOFTWARE.into(),
@@ -96,12 +83,13 @@ async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
     })
 }
 
+/// Tell of all machines of this host
 async fn machines(State(host): State<Arc<Host>>) -> Result<Json<Vec<Listed>>, Refusal> {
     let take = move || inventory::take(&host.run_dir, inventory::PATIENCE);
     blocking(move || take().map_err(|error| Failure::new(Code::HOST, error))).await
 }
 
-/// Prometheus asks for this path.
+/// Tell what monitoring wants to know, as Prometheus asks for it
 async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
     let text = move || {
         let machines = inventory::take(&host.run_dir, inventory::PATIENCE)
@@ -115,10 +103,12 @@ async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
     Ok(([(CONTENT_TYPE, FORMAT)], text).into_response())
 }
 
+/// Let the host take nobody in
 async fn drain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
     change_drain(&host.run_dir, true)
 }
 
+/// Let the host take guests in again
 async fn undrain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
     change_drain(&host.run_dir, false)
 }
@@ -130,10 +120,12 @@ fn change_drain(run_dir: &RunDir, drained: bool) -> Result<StatusCode, Refusal> 
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Start a machine that this host knows by a file, and answer when its API does
 async fn start(
     State(host): State<Arc<Host>>,
-    Segment(name): Segment<String>,
+    name: Result<Segment<String>, PathRejection>,
 ) -> Result<Json<Started>, Refusal> {
+    let Segment(name) = name?;
     let known = |folder: &std::path::PathBuf| {
         RunDir::check(&name).ok()?;
         Some(folder.join(format!("{name}.toml"))).filter(|path| path.is_file())
