@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod model;
+pub(crate) mod openapi;
 pub mod server;
 
 use migration::Failure;

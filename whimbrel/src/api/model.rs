@@ -11,10 +11,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::net::SocketAddr;
 use std::time::Duration;
+use utoipa::ToSchema;
 use vmm::guest::Testimony;
 
 /// `GET /v1/version`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Version {
     /// Of the program.
     pub version: String,
@@ -32,7 +33,7 @@ impl Version {
 }
 
 /// What a virtual machine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
     /// A receiver that no guest has reached yet.
@@ -54,7 +55,7 @@ pub enum VmState {
 }
 
 /// `GET /v1/vm`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
     /// The machine's name; empty at a receiver that was given none, as long as it has no guest.
     pub name: String,
@@ -82,35 +83,42 @@ pub fn word(value: &impl Serialize) -> String {
 /// `POST /v1/migration`: where to, and how. All but `to` may be left out. What was added after 0.2.0 is not
 /// sent unless it is asked for: a machine whose process runs an earlier program refuses what it does not
 /// know, and moves all the same when the command is newer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MigrationRequest {
     /// Where `whimbrel receive` listens, as `host:port`.
+    #[schema(examples("hostb.example:4444"))]
     pub to: String,
     /// `auto`, or the one transport to use.
     #[serde(default)]
     pub transport: TransportChoice,
     /// TCP streams; 0 for the default.
     #[serde(default)]
+    #[schema(maximum = 65535)]
     pub streams: u16,
     /// RDMA queue pairs; 0 for the default.
     #[serde(default)]
+    #[schema(maximum = 65535)]
     pub queue_pairs: u16,
     /// Spin on RDMA completions instead of sleeping: shorter waits, a whole processor for each queue pair.
     #[serde(default)]
     pub busy_poll: bool,
     /// Longest acceptable blackout in milliseconds.
     #[serde(default = "default_downtime", deserialize_with = "at_most::<A_DAY_MS, _, _>")]
+    #[schema(default = default_downtime, maximum = 86400000)]
     pub downtime_limit_ms: u64,
     /// Bits of memory that travel in a second at most while the guest runs; none for no cap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(deserialize_with = "at_most::<A_PETABIT, _, _>")]
+    #[schema(maximum = 1000000000000000u64)]
     pub bandwidth_bps: Option<u64>,
     /// Most pre-copy rounds.
     #[serde(default = "default_rounds")]
+    #[schema(default = default_rounds, maximum = 4294967295u64)]
     pub max_rounds: u32,
     /// Most seconds of pre-copy.
     #[serde(default, deserialize_with = "at_most::<A_YEAR_S, _, _>")]
+    #[schema(maximum = 31536000)]
     pub timeout_s: Option<u64>,
     /// What to do when the guest dirties memory too fast.
     #[serde(default)]
@@ -129,10 +137,12 @@ pub struct MigrationRequest {
     pub insecure: bool,
     /// Seconds without any sign from the destination after which it counts as lost.
     #[serde(default = "default_silence", deserialize_with = "at_most::<A_YEAR_S, _, _>")]
+    #[schema(default = default_silence, maximum = 31536000)]
     pub silence_s: u64,
     /// Wait for an operator's word before the switchover, at most for so many seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(deserialize_with = "at_most::<A_YEAR_S, _, _>")]
+    #[schema(maximum = 31536000)]
     pub pause_before_switchover_s: Option<u64>,
     /// End before any memory travels, and tell whether anything speaks against the move.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -195,11 +205,12 @@ impl MigrationRequest {
 }
 
 /// `PATCH /v1/migration`: what is to change in the migration that is under way. What is left out stays.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MigrationChange {
     /// Longest acceptable blackout in milliseconds, from the end of the round under way on.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "at_most::<A_DAY_MS, _, _>")]
+    #[schema(maximum = 86400000)]
     pub downtime_limit_ms: Option<u64>,
     /// Switch over after the round under way, however long the blackout will be.
     pub switch_now: bool,
@@ -208,7 +219,7 @@ pub struct MigrationChange {
 }
 
 /// Which transports may be used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TransportChoice {
     /// The best one that both sides have; another steps in if it breaks.
@@ -221,7 +232,7 @@ pub enum TransportChoice {
 }
 
 /// `GET /v1/migration`: the migration that is under way, or the last one.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Migration {
     /// Counts the migrations of this process, from 1.
     pub number: u64,
@@ -242,11 +253,12 @@ pub struct Migration {
 }
 
 /// `GET /v1/arrival`: the guest that is being taken in, or the last one that was, or was not.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Arrival {
     /// Counts the guests that came to this process, from 1.
     pub number: u64,
     /// Where from.
+    #[schema(value_type = String)]
     pub from: SocketAddr,
     /// Who that is, and how what travels is encrypted; `None` without certificates.
     #[serde(default)]
@@ -264,7 +276,7 @@ pub struct Arrival {
 }
 
 /// Body of every answer that is not 2xx.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     /// What went wrong and what to do.
     pub error: Failure,

@@ -2,16 +2,16 @@
 
 use super::Error;
 use super::model::{Arrival, ErrorBody, Migration, MigrationChange, MigrationRequest, Version, Vm};
+use super::openapi::{self, Table};
 use crate::instance::{Instance, Waiting};
 use crate::slot::Slot;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Query, Request, State};
+use axum::extract::{FromRequest, FromRequestParts, Query, Request, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
 use axum::{Json, Router};
 use migration::{Code, Failure};
 use serde::Deserialize;
@@ -23,14 +23,16 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::sync::oneshot;
+use utoipa::IntoParams;
+use utoipa_axum::routes;
 
 /// Largest request body in bytes.
-const MAX_BODY: usize = 64 << 10;
+pub(crate) const MAX_BODY: usize = 64 << 10;
 
 /// How long requests under way may take to be answered when the process ends.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -67,7 +69,7 @@ impl Drop for Server {
 /// [`Error::InUse`] when a live process serves there, [`Error::NotASocket`], [`Error::Bind`]. A socket
 /// that nobody serves any more is replaced.
 pub fn serve(path: &Path, slot: Arc<Slot>) -> Result<Server, Error> {
-    serve_router(path, router(slot))
+    serve_router(path, table().router(slot))
 }
 
 /// The same of another API.
@@ -138,28 +140,26 @@ fn clear_stale(path: &Path) -> Result<(), Error> {
     std::fs::remove_file(path).map_err(|source| Error::Bind { path: path.into(), source })
 }
 
-fn router(slot: Arc<Slot>) -> Router {
-    let routes = Router::new()
-        .route("/v1/version", get(version))
-        .route("/v1/vm", get(vm))
-        .route("/v1/vm/pause", put(pause))
-        .route("/v1/vm/resume", put(resume))
-        .route("/v1/vm/shutdown", put(shutdown))
-        .route("/v1/vm/quit", put(quit))
-        .route("/v1/migration", get(migration).post(migrate).patch(change).delete(cancel))
-        .route("/v1/arrival", get(arrival));
-    router_of(routes, slot)
+/// All that a machine's API has.
+fn table() -> Table<Arc<Slot>> {
+    let description =
+        "One virtual machine of Whimbrel, over HTTP on a Unix socket: what it is doing, and its migrations.";
+    Table::new("A Whimbrel machine", description)
+        .with(routes!(version))
+        .with(routes!(openapi))
+        .with(routes!(vm))
+        .with(routes!(pause))
+        .with(routes!(resume))
+        .with(routes!(shutdown))
+        .with(routes!(quit))
+        .with(routes!(migration, migrate, change, cancel))
+        .with(routes!(arrival))
 }
 
-/// These routes, with what all APIs do alike.
-pub(crate) fn router_of<S: Clone + Send + Sync + 'static>(routes: Router<S>, state: S) -> Router {
-    routes
-        .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "no such path; see docs/api.md"))
-        .method_not_allowed_fallback(async || {
-            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no such method on this path; see docs/api.md")
-        })
-        .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(state)
+/// The description of a machine's API by OpenAPI, as JSON.
+pub fn document() -> &'static str {
+    static DOCUMENT: LazyLock<String> = LazyLock::new(|| table().document());
+    &DOCUMENT
 }
 
 /// The instance of a request; refuses as long as no guest is here.
@@ -286,28 +286,46 @@ pub(crate) async fn done(
 }
 
 /// Tell the program's and the API's version
+#[utoipa::path(get, path = "/v1/version", responses((status = OK, body = Version)))]
 pub(crate) async fn version() -> Json<Version> {
     Json(Version::this())
 }
 
+/// Tell what this API has, by OpenAPI
+#[utoipa::path(get, path = "/v1/openapi.json", responses((status = OK, description = "This document", body = Object)))]
+async fn openapi() -> Response {
+    openapi::told(document())
+}
+
 /// Tell what the machine is doing
+#[utoipa::path(get, path = "/v1/vm", responses((status = OK, body = Vm), (status = 503, description = "No guest is here yet", body = ErrorBody)))]
 async fn vm(State(slot): State<Arc<Slot>>) -> Result<Json<Vm>, Refusal> {
     slot.status().map(Json).ok_or_else(nobody)
 }
 
 /// Tell of the guest that is being taken in, or of the last one that was, or was not
+#[utoipa::path(get, path = "/v1/arrival", responses(
+    (status = OK, body = Arrival),
+    (status = 404, description = "No guest has come here", body = ErrorBody),
+))]
 async fn arrival(State(slot): State<Arc<Slot>>) -> Result<Json<Arrival>, Refusal> {
     let none = || Refusal::new(StatusCode::NOT_FOUND, "no guest has come here from another host");
     slot.arrival().map(Json).ok_or_else(none)
 }
 
 /// Pause the guest
+#[utoipa::path(put, path = "/v1/vm/pause", responses(
+    (status = 204, description = "The guest is paused"),
+    (status = 409, description = "Not possible in the present state", body = ErrorBody),
+    (status = 503, description = "No guest is here yet", body = ErrorBody),
+))]
 async fn pause(Present(instance): Present) -> Result<StatusCode, Refusal> {
     done(move || instance.pause()).await
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct Resume {
     /// Resume a held guest: the operator vouches that it does not run at the destination.
     #[serde(default)]
@@ -315,6 +333,11 @@ struct Resume {
 }
 
 /// Let the guest run again
+#[utoipa::path(put, path = "/v1/vm/resume", params(Resume), responses(
+    (status = 204, description = "The guest runs"),
+    (status = 409, description = "Not possible in the present state", body = ErrorBody),
+    (status = 503, description = "No guest is here yet", body = ErrorBody),
+))]
 async fn resume(
     Present(instance): Present,
     query: Result<Query<Resume>, QueryRejection>,
@@ -324,17 +347,27 @@ async fn resume(
 }
 
 /// Press the guest's power button
+#[utoipa::path(put, path = "/v1/vm/shutdown", responses(
+    (status = 204, description = "It is pressed; when the guest shuts down is its own business"),
+    (status = 409, description = "The guest does not listen to it, or does not run", body = ErrorBody),
+    (status = 503, description = "No guest is here yet", body = ErrorBody),
+))]
 async fn shutdown(Present(instance): Present) -> Result<StatusCode, Refusal> {
     done(move || instance.shutdown()).await
 }
 
 /// Cancel a migration, and end the machine and its process
+#[utoipa::path(put, path = "/v1/vm/quit", responses(
+    (status = 204, description = "It ends"),
+    (status = 409, description = "A guest is being handed over to this process", body = ErrorBody),
+))]
 async fn quit(State(slot): State<Arc<Slot>>) -> Result<StatusCode, Refusal> {
     done(move || slot.quit()).await
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct Wait {
     /// Answer when the migration is over. The process stays for those who wait.
     #[serde(default)]
@@ -342,6 +375,12 @@ struct Wait {
 }
 
 /// Start to move the guest away
+#[utoipa::path(post, path = "/v1/migration", params(Wait), request_body = MigrationRequest, responses(
+    (status = 200, description = "The migration is over", body = Migration),
+    (status = 202, description = "The migration has begun", body = Migration),
+    (status = 409, description = "Not possible in the present state", body = ErrorBody),
+    (status = 503, description = "No guest is here yet", body = ErrorBody),
+))]
 async fn migrate(
     Present(instance): Present,
     query: Result<Query<Wait>, QueryRejection>,
@@ -357,6 +396,7 @@ async fn migrate(
 }
 
 /// Tell of the migration that is under way, or of the last one
+#[utoipa::path(get, path = "/v1/migration", params(Wait), responses((status = OK, body = Migration), (status = 404, description = "No guest has been moved away from here", body = ErrorBody)))]
 async fn migration(
     State(slot): State<Arc<Slot>>,
     query: Result<Query<Wait>, QueryRejection>,
@@ -380,6 +420,11 @@ fn unmoved() -> Refusal {
 }
 
 /// Change the migration that is under way
+#[utoipa::path(patch, path = "/v1/migration", request_body = MigrationChange, responses(
+    (status = OK, body = Migration),
+    (status = 409, description = "None is under way, or it can no longer be changed", body = ErrorBody),
+    (status = 503, description = "No guest is here yet", body = ErrorBody),
+))]
 async fn change(
     Present(instance): Present,
     Said(change): Said<MigrationChange>,
@@ -388,6 +433,11 @@ async fn change(
 }
 
 /// Cancel the migration that is under way
+#[utoipa::path(delete, path = "/v1/migration", responses(
+    (status = OK, body = Migration),
+    (status = 409, description = "None is under way, or it can no longer be cancelled", body = ErrorBody),
+    (status = 503, description = "No guest is here yet", body = ErrorBody),
+))]
 async fn cancel(Present(instance): Present) -> Result<Json<Migration>, Refusal> {
     blocking(move || instance.cancel()).await
 }

@@ -23,6 +23,7 @@ mod terminal;
 
 use anyhow::Context;
 use args::{Cli, Command, Target};
+use choice::Api;
 use clap::CommandFactory;
 use hyper::Method;
 use migration::monitor::Phase;
@@ -100,6 +101,8 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Pki(args) => pki::pki(args),
+        Command::OpenApi { api: Api::Machine } => say(api::server::document()).map(|()| Exit::Done),
+        Command::OpenApi { api: Api::Host } => say(whimbrel::host::server::document()).map(|()| Exit::Done),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "whimbrel", &mut std::io::stdout());
             Ok(Exit::Done)

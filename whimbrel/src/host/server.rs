@@ -6,15 +6,16 @@ use super::processes;
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
-use crate::api::server::{Refusal, Server, blocking, router_of, serve_router, version};
+use crate::api::model::ErrorBody;
+use crate::api::openapi::{self, Table};
+use crate::api::server::{__path_version, Refusal, Server, blocking, serve_router, version};
 use crate::instance::SOFTWARE;
+use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path as Segment, State};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
-use axum::{Json, Router};
 use migration::{Code, Failure};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -22,9 +23,11 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
+use utoipa::ToSchema;
+use utoipa_axum::routes;
 
 /// How long a machine may take until it serves its API.
 const START: Duration = Duration::from_secs(20);
@@ -36,7 +39,7 @@ const LOOK: Duration = Duration::from_millis(20);
 const LAST_WORDS: u64 = 1000;
 
 /// The answer to `POST /v1/machines/NAME/start`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Started {
     /// The machine's name.
     pub name: String,
@@ -45,21 +48,34 @@ pub struct Started {
 }
 
 pub(super) fn serve(path: &Path, host: Arc<Host>) -> Result<Server, Error> {
-    let router = Router::new()
-        .route("/v1/version", get(version))
-        .route("/v1/host", get(status))
-        .route("/v1/host/drain", put(drain).delete(undrain))
-        .route("/v1/machines", get(machines))
-        .route("/v1/machines/{name}/start", post(start))
-        .route("/metrics", get(metrics));
-    serve_router(path, router_of(router, host))
+    serve_router(path, table().router(host))
+}
+
+/// All that a host's API has.
+fn table() -> Table<Arc<Host>> {
+    let description = "The service of a host of Whimbrel machines, over HTTP on a Unix socket: the host, its machines, and \
+                       its metrics.";
+    Table::new("A Whimbrel host", description)
+        .with(routes!(version))
+        .with(routes!(openapi))
+        .with(routes!(status))
+        .with(routes!(drain, undrain))
+        .with(routes!(machines))
+        .with(routes!(start))
+        .with(routes!(metrics))
+}
+
+/// The description of a host's API by OpenAPI, as JSON.
+pub fn document() -> &'static str {
+    static DOCUMENT: LazyLock<String> = LazyLock::new(|| table().document());
+    &DOCUMENT
 }
 
 /// Answers `GET /metrics` at an address, and nothing else, as long as the program runs.
 pub(super) fn serve_metrics(address: SocketAddr, host: Arc<Host>) -> io::Result<()> {
     let listener = TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
-    let router = router_of(Router::new().route("/metrics", get(metrics)), host);
+    let router = Table::new("Metrics", "").with(routes!(metrics)).router(host);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let listener = {
         let _entered = runtime.enter();
@@ -72,7 +88,14 @@ pub(super) fn serve_metrics(address: SocketAddr, host: Arc<Host>) -> io::Result<
     Ok(())
 }
 
+/// Tell what this API has, by OpenAPI
+#[utoipa::path(get, path = "/v1/openapi.json", responses((status = OK, description = "This document", body = Object)))]
+async fn openapi() -> Response {
+    openapi::told(document())
+}
+
 /// Tell what the service is doing
+#[utoipa::path(get, path = "/v1/host", responses((status = OK, body = HostStatus)))]
 async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
     Json(HostStatus {
         software: SOFTWARE.into(),
@@ -84,12 +107,16 @@ async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
 }
 
 /// Tell of all machines of this host
+#[utoipa::path(get, path = "/v1/machines", responses((status = OK, body = Vec<Listed>)))]
 async fn machines(State(host): State<Arc<Host>>) -> Result<Json<Vec<Listed>>, Refusal> {
     let take = move || inventory::take(&host.run_dir, inventory::PATIENCE);
     blocking(move || take().map_err(|error| Failure::new(Code::HOST, error))).await
 }
 
 /// Tell what monitoring wants to know, as Prometheus asks for it
+#[utoipa::path(get, path = "/metrics", responses(
+    (status = OK, description = "All metrics", body = String, content_type = "text/plain"),
+))]
 async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
     let text = move || {
         let machines = inventory::take(&host.run_dir, inventory::PATIENCE)
@@ -104,11 +131,13 @@ async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
 }
 
 /// Let the host take nobody in
+#[utoipa::path(put, path = "/v1/host/drain", responses((status = 204, description = "Nobody is taken in")))]
 async fn drain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
     change_drain(&host.run_dir, true)
 }
 
 /// Let the host take guests in again
+#[utoipa::path(delete, path = "/v1/host/drain", responses((status = 204, description = "Guests are taken in")))]
 async fn undrain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
     change_drain(&host.run_dir, false)
 }
@@ -121,6 +150,14 @@ fn change_drain(run_dir: &RunDir, drained: bool) -> Result<StatusCode, Refusal> 
 }
 
 /// Start a machine that this host knows by a file, and answer when its API does
+#[utoipa::path(post, path = "/v1/machines/{name}/start",
+    params(("name" = String, Path, description = "The machine's name: its file is called so")),
+    responses(
+        (status = OK, body = Started),
+        (status = 404, description = "There is no such file", body = ErrorBody),
+        (status = 409, description = "The machine is here already", body = ErrorBody),
+    ),
+)]
 async fn start(
     State(host): State<Arc<Host>>,
     name: Result<Segment<String>, PathRejection>,

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use transport_tcp::{Caller, Dispatcher};
+use utoipa::ToSchema;
 
 /// How long a caller waits for a process that takes it: as long as a source waits for an answer, or less.
 const STANDBY_PATIENCE: Duration = Duration::from_secs(8);
@@ -102,13 +103,14 @@ pub(super) struct Host {
 }
 
 /// `GET /v1/host`: the service and its gate.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HostStatus {
     /// Name and version of the program.
     pub software: String,
     /// The service's process.
     pub pid: u32,
     /// Where guests are taken in.
+    #[schema(value_type = Vec<String>)]
     pub listen: Vec<SocketAddr>,
     /// Whether nobody is taken in at present.
     pub drained: bool,

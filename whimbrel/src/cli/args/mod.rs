@@ -16,7 +16,7 @@ pub use security::SecurityArgs;
 pub use target::{HistoryArgs, ListArgs, ResumeArgs, StopArgs, Target};
 pub use values::{NetArg, OutputTarget, SerialTarget};
 
-use super::choice::{AIO, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
+use super::choice::{AIO, APIS, Api, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
 use clap::{Args, Parser, Subcommand};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -85,6 +85,13 @@ pub enum Command {
     Demo(DemoArgs),
     /// Make the certificates by which hosts know each other
     Pki(PkiArgs),
+    /// Print what an API has, by OpenAPI 3.1: that of a machine, or of a host's service
+    #[command(name = "openapi")]
+    OpenApi {
+        /// The API
+        #[arg(value_parser = one_of(APIS))]
+        api: Api,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
