@@ -42,7 +42,7 @@ impl Described {
     /// When it is not so.
     pub fn assert_describes(&self, method: &str, path: &str, status: u16, body: &Value) {
         let method = method.to_lowercase();
-        let response = &self.0["paths"][path][method]["responses"][status.to_string()];
+        let response = &self.0["paths"][path][method.as_str()]["responses"][status.to_string()];
         let schema = &response["content"]["application/json"]["schema"];
         assert!(schema.is_object(), "{method} {path}, {status}: {response}");
         self.assert_fits(schema, body, &format!("{method} {path}, {status}"));
