@@ -275,6 +275,57 @@ pub struct Arrival {
     pub failure: Option<Failure>,
 }
 
+/// What has happened, as `GET /v1/events` tells it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Where it is in the order of its server's events: a time in microseconds since 1970, and no two have
+    /// the same. Of those with which a stream begins, that from which it goes on.
+    pub id: u64,
+    /// When it happened, in UTC, by this host's clock.
+    pub at: String,
+    /// What has happened.
+    pub event: EventKind,
+    /// The machine that it is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// With `machine`: what it is doing now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<VmState>,
+    /// With `migration-…`: as it was at that moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Migration>,
+    /// With `arrival-…`: as it was at that moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrival: Option<Arrival>,
+    /// With `drain`: whether nobody is taken in from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drained: Option<bool>,
+}
+
+/// What can happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// A machine is here, or its state is another one.
+    Machine,
+    /// A machine is not here any more.
+    Gone,
+    /// A migration from here has begun.
+    MigrationBegun,
+    /// It has come to another phase.
+    MigrationPhase,
+    /// A pre-copy round has ended.
+    MigrationRound,
+    /// It is over; its report tells how.
+    MigrationEnded,
+    /// A guest comes from another host.
+    ArrivalBegun,
+    /// It has arrived, or was not taken in.
+    ArrivalEnded,
+    /// The host takes nobody in from now on, or takes guests in again.
+    Drain,
+}
+
 /// Body of every answer that is not 2xx.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {

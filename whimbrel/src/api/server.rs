@@ -1,7 +1,8 @@
 //! The API's server: one thread, one socket, one [`Slot`], whose instance may arrive later.
 
 use super::Error;
-use super::model::{Arrival, ErrorBody, Migration, MigrationChange, MigrationRequest, Version, Vm};
+use super::events::{Asked, Listen};
+use super::model::{Arrival, ErrorBody, Event, Migration, MigrationChange, MigrationRequest, Version, Vm};
 use super::openapi::{self, Table};
 use crate::instance::{Instance, Waiting};
 use crate::slot::Slot;
@@ -12,7 +13,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use migration::{Code, Failure};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -27,7 +28,7 @@ use std::sync::{Arc, LazyLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::net::{UnixListener, UnixSocket};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use utoipa::IntoParams;
 use utoipa_axum::routes;
 
@@ -82,10 +83,12 @@ pub(crate) fn serve_router(path: &Path, router: Router) -> Result<Server, Error>
         listen(path).map_err(bind)?
     };
     let (close, closed) = oneshot::channel();
+    let (closes, closing) = watch::channel(false);
+    let router = router.layer(Extension(Closing(Some(closing))));
     let thread = thread::Builder::new()
         .name("api".into())
         .spawn(move || {
-            if let Err(error) = runtime.block_on(answer(listener, router, closed)) {
+            if let Err(error) = runtime.block_on(answer(listener, router, closed, closes)) {
                 eprintln!("whimbrel: the API has stopped: {error}");
             }
             // A request that hangs in a blocking call must not keep the process.
@@ -93,6 +96,26 @@ pub(crate) fn serve_router(path: &Path, router: Router) -> Result<Server, Error>
         })
         .map_err(bind)?;
     Ok(Server { path: path.into(), close: Some(close), thread: Some(thread) })
+}
+
+/// Tells answers that would go on for ever that the API ends.
+#[derive(Clone, Default)]
+pub(crate) struct Closing(Option<watch::Receiver<bool>>);
+
+impl Closing {
+    /// Whether it ends.
+    pub fn has_begun(&self) -> bool {
+        self.0.as_ref().is_some_and(|closing| *closing.borrow())
+    }
+
+    /// Waits until it does.
+    pub async fn begin(&mut self) {
+        match &mut self.0 {
+            // An error means that it has ended.
+            Some(closing) => drop(closing.wait_for(|begun| *begun).await),
+            None => std::future::pending().await,
+        }
+    }
 }
 
 /// Listens on a new socket at `path`. It has its mode before it has a name, so that nobody else can open it
@@ -108,12 +131,18 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Serves until `closed`, then at most [`FAREWELL`] longer.
-async fn answer(listener: UnixListener, router: Router, closed: oneshot::Receiver<()>) -> io::Result<()> {
+async fn answer(
+    listener: UnixListener,
+    router: Router,
+    closed: oneshot::Receiver<()>,
+    closes: watch::Sender<bool>,
+) -> io::Result<()> {
     let (closing, last_call) = oneshot::channel();
-    let graceful = axum::serve(listener, router).with_graceful_shutdown(async {
+    let graceful = axum::serve(listener, router).with_graceful_shutdown(async move {
         // An error means that the server was dropped, which is the same.
         let _ = closed.await;
         let _ = closing.send(());
+        closes.send_replace(true);
     });
     let too_late = async {
         let _ = last_call.await;
@@ -154,6 +183,7 @@ fn table() -> Table<Arc<Slot>> {
         .with(routes!(quit))
         .with(routes!(migration, migrate, change, cancel))
         .with(routes!(arrival))
+        .with(routes!(events))
 }
 
 /// The description of a machine's API by OpenAPI, as JSON.
@@ -311,6 +341,17 @@ async fn vm(State(slot): State<Arc<Slot>>) -> Result<Json<Vm>, Refusal> {
 async fn arrival(State(slot): State<Arc<Slot>>) -> Result<Json<Arrival>, Refusal> {
     let none = || Refusal::new(StatusCode::NOT_FOUND, "no guest has come here from another host");
     slot.arrival().map(Json).ok_or_else(none)
+}
+
+/// Tell what happens to this machine, as it happens: server-sent events
+///
+/// The `data` of each is an `Event`. The last 4096 are kept.
+#[utoipa::path(get, path = "/v1/events",
+    params(Listen, ("Last-Event-ID" = Option<u64>, Header, description = "The number of the last event that is known")),
+    responses((status = OK, description = "Events", body = Event, content_type = "text/event-stream")),
+)]
+async fn events(State(slot): State<Arc<Slot>>, asked: Asked) -> Response {
+    Arc::clone(slot.events()).answer(&asked, Vec::new())
 }
 
 /// Pause the guest

@@ -7,6 +7,7 @@ pub mod config;
 mod demo;
 mod doctor;
 mod evacuate;
+mod events;
 mod history;
 mod host;
 mod list;
@@ -91,6 +92,7 @@ pub fn run(cli: Cli) -> ExitCode {
             change(&target, &MigrationChange { switch_now: true, ..MigrationChange::default() })
         }
         Command::History(args) => history::history(&args),
+        Command::Events(args) => events::events(&args),
         Command::Cancel(target) => send(&target, Method::DELETE, "/v1/migration"),
         Command::Pause(target) => send(&target, Method::PUT, "/v1/vm/pause"),
         Command::Resume(args) if args.force => send(&args.target, Method::PUT, "/v1/vm/resume?force=true"),

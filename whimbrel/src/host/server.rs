@@ -6,7 +6,8 @@ use super::processes;
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
-use crate::api::model::ErrorBody;
+use crate::api::events::{Asked, Listen};
+use crate::api::model::{ErrorBody, Event};
 use crate::api::openapi::{self, Table};
 use crate::api::server::{__path_version, Refusal, Server, blocking, serve_router, version};
 use crate::instance::SOFTWARE;
@@ -22,7 +23,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -62,6 +63,7 @@ fn table() -> Table<Arc<Host>> {
         .with(routes!(drain, undrain))
         .with(routes!(machines))
         .with(routes!(start))
+        .with(routes!(events))
         .with(routes!(metrics))
 }
 
@@ -123,11 +125,35 @@ async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
             .map_err(|error| Failure::new(Code::HOST, error))?;
         let now =
             Now { machines: &machines, processes: host.desk.count(), drained: host.run_dir.is_drained() };
-        let history = host.config.state.clone().unwrap_or_else(|| host.run_dir.state_folder());
-        host.metrics.text(&now, &history).map_err(|why| Failure::new(Code::HOST, why))
+        host.metrics.text(&now, &state_folder(&host)).map_err(|why| Failure::new(Code::HOST, why))
     };
     let Json(text) = blocking(text).await?;
     Ok(([(CONTENT_TYPE, FORMAT)], text).into_response())
+}
+
+/// The folder of the host's history.
+fn state_folder(host: &Host) -> PathBuf {
+    host.config.state.clone().unwrap_or_else(|| host.run_dir.state_folder())
+}
+
+/// Tell what happens on this host, as it happens: server-sent events
+///
+/// The `data` of each is an `Event`. The last 4096 are kept as long as the service runs. Of earlier times
+/// there is what the history has: how migrations and arrivals ended.
+#[utoipa::path(get, path = "/v1/events",
+    params(Listen, ("Last-Event-ID" = Option<u64>, Header, description = "The number of the last event that is known")),
+    responses((status = OK, description = "Events", body = Event, content_type = "text/event-stream")),
+)]
+async fn events(State(host): State<Arc<Host>>, asked: Asked) -> Result<Response, Refusal> {
+    let floor = host.events.floor();
+    let Some(since) = asked.since.filter(|since| *since < floor) else {
+        return Ok(Arc::clone(&host.events).answer(&asked, Vec::new()));
+    };
+    let folder = state_folder(&host);
+    let failed = |error| Failure::new(Code::HOST, format_args!("cannot read the history: {error}"));
+    let Json(earlier) =
+        blocking(move || super::events::earlier(&folder, since, floor).map_err(failed)).await?;
+    Ok(Arc::clone(&host.events).answer(&asked, earlier))
 }
 
 /// Let the host take nobody in
@@ -163,7 +189,7 @@ async fn start(
     name: Result<Segment<String>, PathRejection>,
 ) -> Result<Json<Started>, Refusal> {
     let Segment(name) = name?;
-    let known = |folder: &std::path::PathBuf| {
+    let known = |folder: &PathBuf| {
         RunDir::check(&name).ok()?;
         Some(folder.join(format!("{name}.toml"))).filter(|path| path.is_file())
     };

@@ -11,6 +11,7 @@ use super::gate::{Count, Desk, Door, Rules, hand_over};
 use super::metrics::Metrics;
 use super::processes::{self, Processes, tell};
 use super::run_dir::RunDir;
+use crate::api::events::Events;
 use crate::api::server::Server;
 use crate::security::{Encryption, Security, is_near};
 use listenfd::ListenFd;
@@ -100,6 +101,7 @@ pub(super) struct Host {
     pub listen: Vec<SocketAddr>,
     pub config: HostConfig,
     pub metrics: Arc<Metrics>,
+    pub events: Arc<Events>,
 }
 
 /// `GET /v1/host`: the service and its gate.
@@ -169,7 +171,9 @@ impl Service {
             listen: listen.clone(),
             config: config.clone(),
             metrics,
+            events: Arc::default(),
         };
+        super::events::watch(run_dir.clone(), Arc::clone(&host.events)).map_err(Error::System)?;
         let host = Arc::new(host);
         if let Some(address) = config.metrics {
             let served = super::server::serve_metrics(address, Arc::clone(&host));

@@ -13,7 +13,7 @@ pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
 pub use moving::{ChangeArgs, EvacuateArgs, MigrateArgs, PolicyArgs};
 pub use security::SecurityArgs;
-pub use target::{HistoryArgs, ListArgs, ResumeArgs, StopArgs, Target};
+pub use target::{EventsArgs, HistoryArgs, ListArgs, ResumeArgs, StopArgs, Target};
 pub use values::{NetArg, OutputTarget, SerialTarget};
 
 use super::choice::{AIO, APIS, Api, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
@@ -67,6 +67,8 @@ pub enum Command {
     SwitchNow(Target),
     /// Show what became of the moves from and to this host
     History(HistoryArgs),
+    /// Show what happens on this host: to its machines, and in their migrations
+    Events(EventsArgs),
     /// Cancel a migration; the guest continues to run where it is
     Cancel(Target),
     /// Pause a virtual machine
