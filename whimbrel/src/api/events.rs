@@ -51,6 +51,22 @@ impl Default for Events {
     }
 }
 
+impl Kept {
+    /// Whether this is not what was told last. It is from now on.
+    fn is_another_state(&mut self, event: &Event) -> bool {
+        let before = self.present.get(&event.name);
+        if before.is_some_and(|before| (before.state, before.drained) == (event.state, event.drained)) {
+            return false;
+        }
+        // A machine that comes has no name at first.
+        if event.name.is_some() {
+            self.present.retain(|name, before| name.is_some() || before.event == EventKind::Drain);
+        }
+        self.present.insert(event.name.clone(), event.clone());
+        true
+    }
+}
+
 /// Microseconds since 1970.
 pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
@@ -114,25 +130,13 @@ impl Events {
     pub fn add_quietly(&self, event: Event) -> bool {
         let mut kept = self.lock();
         let event = Event { id: now().max(kept.last + 1), ..event };
-        match event.event {
-            EventKind::Gone => {
-                if kept.present.remove(&event.name).is_none() {
-                    return false;
-                }
-            }
-            EventKind::Machine | EventKind::Drain => {
-                let before = kept.present.get(&event.name);
-                if before.is_some_and(|before| (before.state, before.drained) == (event.state, event.drained))
-                {
-                    return false;
-                }
-                // A machine that comes has no name at first.
-                if event.name.is_some() {
-                    kept.present.retain(|name, before| name.is_some() || before.event == EventKind::Drain);
-                }
-                kept.present.insert(event.name.clone(), event.clone());
-            }
-            _ => {}
+        let is_news = match event.event {
+            EventKind::Gone => kept.present.remove(&event.name).is_some(),
+            EventKind::Machine | EventKind::Drain => kept.is_another_state(&event),
+            _ => true,
+        };
+        if !is_news {
+            return false;
         }
         kept.last = event.id;
         if kept.events.len() == KEPT {
