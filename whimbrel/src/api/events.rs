@@ -1,7 +1,7 @@
 //! What has happened, kept for a while and told as it happens: server-sent events.
 //!
-//! Whoever lets something happen adds an [`Event`] and waits for nobody. Whoever listens has a place in what is
-//! kept, and reads on from there.
+//! Whoever lets something happen adds an [`Event`] and waits for nobody. Whoever listens has a place in what
+//! is kept, and reads on from there.
 
 use super::model::{Arrival, Event, EventKind, Migration, VmState, word};
 use super::server::{Closing, Refusal};
@@ -126,7 +126,8 @@ impl Events {
         }
     }
 
-    /// The same while nobody is to be woken: those who listen hear of it with what follows. Whether it is news.
+    /// The same while nobody is to be woken: those who listen hear of it with what follows. Whether it is
+    /// news.
     pub fn add_quietly(&self, event: Event) -> bool {
         let mut kept = self.lock();
         let event = Event { id: now().max(kept.last + 1), ..event };
@@ -239,8 +240,8 @@ pub(crate) struct Asked {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Listen {
-    /// Tell of the events after the one of this number, as `Last-Event-ID` does, which stands above it. Without
-    /// either, the stream begins with what is now: the state of each machine.
+    /// Tell of the events after the one of this number, as `Last-Event-ID` does, which stands above it.
+    /// Without either, the stream begins with what is now: the state of each machine.
     #[param(minimum = 0)]
     since: Option<u64>,
     /// Go on as events happen. Otherwise the stream ends with those that have happened.

@@ -1,8 +1,8 @@
 //! What happens on a host, by what its machines tell of themselves.
 //!
-//! The service listens to each machine's own events, and adds what it is told to the host's. Only two things are
-//! looked at again and again, both in the run directory: which sockets there are, and whether the host drains.
-//! Events from before the service's time are those that the history has: how moves ended.
+//! The service listens to each machine's own events, and adds what it is told to the host's. Only two things
+//! are looked at again and again, both in the run directory: which sockets there are, and whether the host
+//! drains. Events from before the service's time are those that the history has: how moves ended.
 
 use super::history;
 use super::run_dir::RunDir;
