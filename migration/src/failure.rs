@@ -30,6 +30,9 @@ macro_rules! codes {
             fn from_name(name: &str) -> Code {
                 match name { $($text => Code::$name,)* _ => Code(u16::MAX) }
             }
+
+            #[cfg(feature = "schema")]
+            const NAMES: &[&str] = &[$($text,)* "unknown"];
         }
     };
 }
@@ -95,6 +98,20 @@ impl<'de> Deserialize<'de> for Code {
     }
 }
 
+#[cfg(feature = "schema")]
+impl utoipa::ToSchema for Code {}
+
+#[cfg(feature = "schema")]
+impl utoipa::PartialSchema for Code {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+        utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .enum_values(Some(Code::NAMES.iter().copied()))
+            .description(Some("What kind of failure it is."))
+            .into()
+    }
+}
+
 impl fmt::Debug for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}({})", self.name(), self.0)
@@ -103,6 +120,7 @@ impl fmt::Debug for Code {
 
 /// Why a migration, or a step of one, failed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[error("{message}")]
 #[non_exhaustive]
 pub struct Failure {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 /// Where a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Phase {
@@ -38,6 +39,7 @@ pub enum Phase {
 
 /// A moment of a migration.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[non_exhaustive]
 pub struct Progress {
     /// Where it is.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 /// What to do with a guest that dirties memory faster than it can be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum OnStall {

@@ -11,6 +11,7 @@ pub(crate) const LAST_PAGES: &str = "last pages";
 /// One pre-copy round, or the final one. All rounds that were made while the migration waited for an operator
 /// are one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[non_exhaustive]
 pub struct RoundReport {
     /// Number, from 0; the final round, in the blackout, is the last.
@@ -53,6 +54,7 @@ impl RoundReport {
 
 /// A transport that was not used, and why.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[non_exhaustive]
 pub struct Declined {
     /// Its name.
@@ -63,6 +65,7 @@ pub struct Declined {
 
 /// A named part of the blackout on one side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Span {
     /// What was being done.
     pub name: String,
@@ -72,6 +75,7 @@ pub struct Span {
 
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Verdict {
@@ -85,6 +89,7 @@ pub enum Verdict {
 
 /// The whole story.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[non_exhaustive]
 pub struct Report {
     /// How it ended.

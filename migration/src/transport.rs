@@ -308,6 +308,7 @@ pub trait Lane: Send {
 
 /// How what a lane carries is hidden from the network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum LaneEncryption {
@@ -332,6 +333,7 @@ impl std::fmt::Display for LaneEncryption {
 
 /// Counters of one lane, and how it is encrypted.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[non_exhaustive]
 pub struct LaneStats {
     /// How what it carries is encrypted.

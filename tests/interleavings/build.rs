@@ -145,10 +145,11 @@ fn main() {
     }
 }
 
-/// A file's text without its tests, to be included, over loom.
+/// A file's text without its tests and what features add, to be included, over loom.
 fn taken(text: &str) -> String {
     let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
-    let lines = code.lines().filter(|line| !line.starts_with("//!"));
+    let left_out = |line: &str| line.starts_with("//!") || line.starts_with("#[cfg_attr(feature");
+    let lines = code.lines().filter(|line| !left_out(line));
     lines
         .flat_map(|line| [line, "\n"])
         .collect::<String>()

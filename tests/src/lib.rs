@@ -34,6 +34,8 @@
 //! | `pair` | moves between two hosts (two VMs of the lab) |
 //! | `sandbox` | what a machine's process can no longer do |
 //! | `reboot` | a guest that reboots wherever it is, and while it moves |
+//! | `openapi` | each API has what its description says, no more and no less, and answers as it says |
+//! | `events` | what happens on two hosts is told as it happens, and told again to whoever has missed it |
 //! | `usage`, `cli`, `http` | the program as its users see it |
 //!
 //! If a test says that a guest is undamaged, the guest has been moved once more, into the test's own process
@@ -45,7 +47,9 @@ pub mod chromium;
 pub mod client;
 pub mod command;
 pub mod counting;
+pub mod described;
 pub mod flood;
+pub mod http;
 pub mod inject;
 pub mod inspect;
 pub mod journal;

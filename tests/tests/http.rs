@@ -1,39 +1,14 @@
 //! The API as any HTTP client sees it, byte by byte.
 
 use serde_json::Value;
-use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 use whimbrel::node::Node;
+use whimbrel_tests::http::{answer, call, exchange, request};
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::proxy::{Proxy, Rules};
 use whimbrel_tests::say;
 use whimbrel_tests::sides::{Guest, assert_runs, hop, receiver};
-
-/// Sends a request as it is; returns the status and the body.
-fn exchange(socket: &Path, request: &[u8]) -> (u16, String) {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    // The server may refuse, and hang up, before it has read all.
-    let _ = stream.write_all(request);
-    let mut answer = Vec::new();
-    let _ = stream.read_to_end(&mut answer);
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    (status.unwrap_or_else(|| panic!("no HTTP: {answer:?}")), body.to_string())
-}
-
-fn call(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
-    let length = body.len();
-    let kind = if body.is_empty() { "" } else { "Content-Type: application/json\r\n" };
-    let request = format!(
-        "{method} {path} HTTP/1.1\r\nHost: vm\r\nConnection: close\r\n{kind}Content-Length: {length}\r\n\r\n{body}"
-    );
-    let (status, body) = exchange(socket, request.as_bytes());
-    (status, serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body:?}")))
-}
 
 /// The request must be refused with this status and a body that says why.
 fn refused(node: &Node, method: &str, path: &str, body: &str, status: u16) -> Value {
@@ -62,7 +37,12 @@ fn what_is_asked_wrongly_is_refused() {
         ("POST", "/v1/migration", r#"{"to": "x:1", "speed": 1}"#, 422),
         ("POST", "/v1/migration", r#"{"to": "x:1", "on_stall": "panic"}"#, 422),
         ("POST", "/v1/migration", r#"{"to": "x:1", "max_rounds": -1}"#, 422),
-        ("POST", "/v1/migration", "", 415),
+        ("POST", "/v1/migration", r#"{"to": "x:1", "silence_s": 18446744073709551615}"#, 422),
+        ("POST", "/v1/migration", r#"["x:1"]"#, 422),
+        ("POST", "/v1/migration", r#"{"to": "x:1", "tls": ["/tmp"]}"#, 422),
+        ("POST", "/v1/migration", r#"{"to": "x:1", "streams": 1.5}"#, 422),
+        ("POST", "/v1/migration", "", 400),
+        ("PATCH", "/v1/migration", "null", 422),
         ("DELETE", "/v1/migration", "", 409),
         ("GET", "/v1/migration?wait=true", "", 404),
         ("GET", "/v1/migration?wait=long", "", 400),
@@ -82,6 +62,26 @@ fn what_is_asked_wrongly_is_refused() {
         .as_bytes(),
     );
     assert_eq!(status, 413);
+    // The type of a body may be anything that JSON is sent as, `curl -d` included.
+    for (kind, expected) in [
+        ("", 422),
+        ("application/json; charset=utf-8", 422),
+        ("application/merge-patch+json", 422),
+        ("application/x-www-form-urlencoded", 422),
+        ("text/plain", 415),
+        ("application/xml", 415),
+    ] {
+        let (status, body) = exchange(guest.api_path(), &request("POST", "/v1/migration", kind, "{}"));
+        assert!(status == expected && body.contains("\"code\":\"other\""), "{kind}: {status}, {body}");
+    }
+    // A verb that is wrong is told which are right.
+    for (method, path, allowed) in
+        [("POST", "/v1/vm", "GET,HEAD"), ("GET", "/v1/vm/quit", "PUT"), ("BREW", "/v1/vm/pause", "PUT")]
+    {
+        let (status, head, _) = answer(guest.api_path(), &request(method, path, "", ""));
+        let allow = head.lines().find_map(|line| line.strip_prefix("allow: "));
+        assert_eq!((status, allow), (405, Some(allowed)), "{method} {path}: {head}");
+    }
     let (status, _) = exchange(guest.api_path(), b"not HTTP at all\r\n\r\n");
     assert_eq!(status, 400);
     // One that says nothing keeps nobody from being answered.
@@ -101,9 +101,14 @@ fn a_migration_over_plain_http() {
     assert_eq!(call(next.api_path(), "GET", "/v1/vm", "").1["state"], "waiting");
     let (status, vm) = call(guest.api_path(), "GET", "/v1/vm", "");
     assert_eq!((status, &vm["state"]), (200, &Value::from("running")));
+    for node in [&guest, &next] {
+        let (status, version) = call(node.api_path(), "GET", "/v1/version", "");
+        let expected = (200, &Value::from(env!("CARGO_PKG_VERSION")));
+        assert_eq!((status, &version["version"]), expected, "{version}");
+    }
     let slow = Rules { data_delay: Duration::from_millis(20), ..Rules::default() };
     let proxy = Proxy::start(address, slow);
-    let body = format!(r#"{{"to": "{}"}}"#, proxy.address());
+    let body = format!(r#"{{"to": "{}", "streams": 0.0}}"#, proxy.address());
     let (status, started) = call(guest.api_path(), "POST", "/v1/migration", &body);
     assert_eq!((status, started["number"].as_u64()), (202, Some(1)), "{started}");
     assert_eq!(refused(&guest, "POST", "/v1/migration", &body, 409), "busy");
@@ -114,7 +119,7 @@ fn a_migration_over_plain_http() {
     guest.wait_migration(Duration::from_secs(60)).unwrap();
     assert_runs(&guest);
     for (path, state) in [("/v1/vm/pause", "paused"), ("/v1/vm/resume", "running")] {
-        assert_eq!(call(guest.api_path(), "PUT", path, "").0, 200);
+        assert_eq!(call(guest.api_path(), "PUT", path, "").0, 204);
         assert_eq!(call(guest.api_path(), "GET", "/v1/vm", "").1["state"], state);
     }
     assert_eq!(refused(&guest, "PUT", "/v1/vm/resume?force=perhaps", "", 400), "other");

@@ -28,7 +28,10 @@
 //! - A process that is told to quit calls a migration off, if that is still possible, and stops its machine
 //!   whatever the state is.
 
-use crate::api::model::{Migration, MigrationChange, MigrationRequest, TransportChoice, Vm, VmState};
+use crate::api::events::Events;
+use crate::api::model::{
+    Event, EventKind, Migration, MigrationChange, MigrationRequest, TransportChoice, Vm, VmState,
+};
 use crate::security::{Encryption, Secured, Security};
 use crate::transports;
 use migration::monitor::{Monitor, Phase};
@@ -37,7 +40,7 @@ use migration::source::{self, Timeouts};
 use migration::transport::Token;
 use migration::{Code, Failure};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -76,7 +79,7 @@ struct Attempt {
     number: u64,
     to: String,
     dry_run: bool,
-    secured: Option<Secured>,
+    secured: Arc<OnceLock<Secured>>,
     monitor: Arc<Monitor>,
     report: Option<Report>,
     /// Tells those who wait how it ended.
@@ -104,6 +107,8 @@ pub struct Instance {
     waiting: AtomicUsize,
     /// The number of the last migration of whose end somebody who waited was told; 0 for none.
     told: AtomicU64,
+    /// Where it is told what happens to it.
+    events: OnceLock<Arc<Events>>,
 }
 
 /// What is done with the record of a migration that is over.
@@ -155,6 +160,7 @@ impl Instance {
             keep: Box::new(keep),
             waiting: AtomicUsize::new(0),
             told: AtomicU64::new(0),
+            events: OnceLock::new(),
         })
     }
 
@@ -172,6 +178,20 @@ impl Instance {
         &self.machine
     }
 
+    /// Tells what happens to it there from now on.
+    pub fn tell(&self, events: &Arc<Events>) {
+        let _ = self.events.set(Arc::clone(events));
+        self.tell_state(&self.lock());
+    }
+
+    /// Tells what it is doing now. As long as it is locked, nobody tells it of a later moment.
+    fn tell_state(&self, inner: &Inner) {
+        if let Some(events) = self.events.get() {
+            let trouble = self.machine.disk_trouble();
+            events.add(Event::state(&self.name, self.state(inner, trouble.as_deref())));
+        }
+    }
+
     /// Waits until the process has nothing left to do. The machine has ended by then, in whatever way: it is
     /// stopped when the guest has moved, and when the process is to quit.
     pub fn wait(&self) -> End {
@@ -187,16 +207,8 @@ impl Instance {
     /// What it is doing.
     pub fn status(&self) -> Vm {
         let inner = self.lock();
-        let migrating = inner.attempt.as_ref().is_some_and(|a| a.report.is_none());
         let trouble = self.machine.disk_trouble();
-        let state = match inner.state {
-            State::Moved => VmState::Moved,
-            State::Held => VmState::Held,
-            _ if self.machine.outcome().is_some() => VmState::Ended,
-            _ if migrating => VmState::Migrating,
-            State::Running if trouble.is_none() => VmState::Running,
-            State::Running | State::Paused => VmState::Paused,
-        };
+        let state = self.state(&inner, trouble.as_deref());
         let guest = match inner.state {
             State::Moved => None,
             _ => guest::testimony(self.machine.memory()),
@@ -212,6 +224,18 @@ impl Instance {
         }
     }
 
+    fn state(&self, inner: &Inner, trouble: Option<&str>) -> VmState {
+        let migrating = inner.attempt.as_ref().is_some_and(|a| a.report.is_none());
+        match inner.state {
+            State::Moved => VmState::Moved,
+            State::Held => VmState::Held,
+            _ if self.machine.outcome().is_some() => VmState::Ended,
+            _ if migrating => VmState::Migrating,
+            State::Running if trouble.is_none() => VmState::Running,
+            State::Running | State::Paused => VmState::Paused,
+        }
+    }
+
     /// Pauses the guest.
     ///
     /// # Errors
@@ -223,6 +247,7 @@ impl Instance {
         if inner.state == State::Running {
             inner.state = State::Paused;
         }
+        self.tell_state(&inner);
         Ok(())
     }
 
@@ -240,6 +265,7 @@ impl Instance {
         }
         self.machine.resume()?;
         inner.state = State::Running;
+        self.tell_state(&inner);
         Ok(())
     }
 
@@ -310,7 +336,7 @@ impl Instance {
             number,
             to,
             dry_run,
-            secured: None,
+            secured: Arc::default(),
             monitor,
             report: None,
             ended,
@@ -318,6 +344,7 @@ impl Instance {
         };
         let started = attempt.view();
         inner.attempt = Some(attempt);
+        self.tell_state(&inner);
         Ok(started)
     }
 
@@ -383,6 +410,7 @@ impl Instance {
 
     fn move_away(&self, request: &MigrationRequest, token: Token, monitor: &Arc<Monitor>) {
         let came_to_memory = Arc::new(AtomicBool::new(false));
+        self.tell_progress(monitor);
         if request.dry_run {
             end_before_memory(monitor, Arc::clone(&came_to_memory));
         }
@@ -409,6 +437,10 @@ impl Instance {
             attempt.ended.send_replace(Some(attempt.view()));
             attempt.view()
         });
+        if let (Some(events), Some(over)) = (self.events.get(), &over) {
+            events.add(Event::migration(EventKind::MigrationEnded, &self.name, over.clone()));
+        }
+        self.tell_state(&inner);
         drop(inner);
         // The process of a guest that has moved lives until this is done.
         if let Some(migration) = over.filter(|migration| !migration.dry_run) {
@@ -418,6 +450,37 @@ impl Instance {
             // Its vCPUs are parked for good; nothing but the report is left of it here.
             self.machine.stop();
         }
+    }
+
+    /// Tells of the migration that begins, and how it gets on. In the blackout nobody is woken for that, and
+    /// nothing is waited for.
+    fn tell_progress(&self, monitor: &Monitor) {
+        let begun =
+            self.lock().attempt.as_ref().map(|attempt| (attempt.view(), Arc::clone(&attempt.secured)));
+        let (Some((begun, secured)), Some(events)) = (begun, self.events.get().cloned()) else { return };
+        let name = self.name.clone();
+        events.add(Event::migration(EventKind::MigrationBegun, &name, begun.clone()));
+        let before = Mutex::new(Phase::default());
+        monitor.on_progress(move |progress| {
+            let before = std::mem::replace(
+                &mut *before.lock().unwrap_or_else(PoisonError::into_inner),
+                progress.phase,
+            );
+            let kind = match progress.phase {
+                // This is told with the report.
+                Phase::Moved | Phase::Stayed | Phase::Held => return,
+                phase if phase == before => EventKind::MigrationRound,
+                _ => EventKind::MigrationPhase,
+            };
+            let (secured, progress) = (secured.get().cloned(), progress.clone());
+            let quiet = matches!(progress.phase, Phase::Switchover | Phase::Committed);
+            let event = Event::migration(kind, &name, Migration { secured, progress, ..begun.clone() });
+            if quiet {
+                events.add_quietly(event);
+            } else {
+                events.add(event);
+            }
+        });
     }
 
     /// Calls the destination, protected as the request or else the process says.
@@ -462,8 +525,9 @@ impl Instance {
         let silence = Duration::from_secs(request.silence_s.max(1));
         transports::warm_up(request);
         let mut connection = self.connect(request, token, silence)?;
-        if let Some(attempt) = &mut self.lock().attempt {
-            attempt.secured = connection.identity().map(Secured::from);
+        if let Some(attempt) = &self.lock().attempt {
+            // It is connected once.
+            let _ = connection.identity().map(|identity| attempt.secured.set(identity.into()));
         }
         let transports = transports::source(request, &connection);
         let mut migration = source::Migration::new(self.machine.as_ref(), &mut connection);
@@ -516,7 +580,7 @@ impl Attempt {
             number: self.number,
             to: self.to.clone(),
             dry_run: self.dry_run,
-            secured: self.secured.clone(),
+            secured: self.secured.get().cloned(),
             downtime_limit_ms: limit.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
             progress: self.monitor.progress(),
             rounds,

@@ -7,25 +7,31 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use transport_tcp::tls::{Files, FilesError, Pattern, Renewed};
 use transport_tcp::{Connector, Error, Peer, Protection};
+use utoipa::ToSchema;
 
 /// Where certificates are: in a folder, by the names that `whimbrel pki` gives them, or one by one.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TlsFiles {
     /// Folder with `ca.pem`, `cert.pem`, `key.pem`, and perhaps `crl.pem`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub folder: Option<PathBuf>,
     /// Instead of the folder's `ca.pem`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub ca: Option<PathBuf>,
     /// Instead of its `cert.pem`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub cert: Option<PathBuf>,
     /// Instead of its `key.pem`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub key: Option<PathBuf>,
     /// Instead of its `crl.pem`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub crl: Option<PathBuf>,
     /// Whether the kernel encrypts what it can.
     #[serde(default)]
@@ -33,7 +39,7 @@ pub struct TlsFiles {
 }
 
 /// Whether TLS in the kernel (kTLS) is used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ktls {
     /// Where the kernel has it.
@@ -163,7 +169,7 @@ pub fn is_near(address: IpAddr) -> bool {
 }
 
 /// Whether bytes that are not encrypted may be accepted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Encryption {
     /// What can be encrypted is: with certificates all but memory that travels over RDMA.
@@ -177,7 +183,7 @@ pub enum Encryption {
 }
 
 /// Who is at the other end, and what of a migration is encrypted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Secured {
     /// What its certificate calls it.
     pub peer: String,

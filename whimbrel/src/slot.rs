@@ -3,7 +3,8 @@
 //! `whimbrel run` fills it at once. `whimbrel receive` has a place before it has a guest: it waits, takes a
 //! guest in, may refuse it, and waits again. Operators see all of that through the API, and can end it.
 
-use crate::api::model::{Arrival, Vm, VmState};
+use crate::api::events::Events;
+use crate::api::model::{Arrival, Event, EventKind, Vm, VmState};
 use crate::instance::Instance;
 use crate::security::Secured;
 use migration::destination::{Monitor, Phase};
@@ -23,6 +24,7 @@ pub struct Slot {
     reception: Option<Mutex<Reception>>,
     /// Notified when a receiver has a guest, or takes nobody in any more.
     settled: Condvar,
+    events: Arc<Events>,
 }
 
 /// What a receiver is doing.
@@ -54,10 +56,16 @@ impl Slot {
 
     /// Puts the instance in its place; the first one stays.
     pub fn put(&self, instance: Arc<Instance>) {
+        instance.tell(&self.events);
         let _ = self.instance.set(instance);
         // Whoever is between looking and waiting holds the lock.
         drop(self.reception());
         self.settled.notify_all();
+    }
+
+    /// What happens here.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
     }
 
     /// The instance, if it is there yet.
@@ -117,6 +125,11 @@ impl Slot {
             failure: None,
         });
         reception.monitor = Some(Arc::clone(&monitor));
+        let name = reception.name.as_deref().unwrap_or_default();
+        self.events.add(Event::state(name, VmState::Receiving));
+        if let Some(arrival) = reception.arrival.clone() {
+            self.events.add(Event::arrival(EventKind::ArrivalBegun, name, arrival));
+        }
         Some(monitor)
     }
 
@@ -131,7 +144,14 @@ impl Slot {
             Ok(sender) => arrival.sender = Some(sender.into()),
             Err(failure) => arrival.failure = Some(failure),
         }
-        Some(arrival.clone())
+        let arrival = arrival.clone();
+        let given = reception.name.as_deref().unwrap_or_default();
+        let name = self.get().map_or(given, |instance| instance.name());
+        self.events.add(Event::arrival(EventKind::ArrivalEnded, name, arrival.clone()));
+        if arrival.failure.is_some() {
+            self.events.add(Event::state(given, VmState::Waiting));
+        }
+        Some(arrival)
     }
 
     /// Whether a receiver is to end.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 /// Where a migration is, as the destination sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = ArrivalPhase))]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Phase {
@@ -27,6 +28,7 @@ pub enum Phase {
 
 /// A moment of a migration, as the destination sees it.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = ArrivalProgress))]
 #[non_exhaustive]
 pub struct Progress {
     /// Where it is.

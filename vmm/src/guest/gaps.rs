@@ -8,6 +8,7 @@ const LONGEST: usize = 8;
 
 /// A distribution of gaps, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Gaps {
     /// How many there were.
     pub count: u64,
@@ -21,6 +22,7 @@ pub struct Gaps {
 
 /// One long gap.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct LongGap {
     /// The vCPU that felt it.
     pub vcpu: u32,

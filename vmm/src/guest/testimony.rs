@@ -24,6 +24,7 @@ const PATIENCE: [(u64, &str); 2] = [(1, "local timer"), (10, "PIT")];
 
 /// The guest's own account of itself. All times in microseconds of guest time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Testimony {
     /// `booting`, `filling`, `running`, `finished` or `failed`.
     pub state: String,

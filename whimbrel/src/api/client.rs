@@ -1,15 +1,19 @@
 //! The API's client, for the program's own commands.
 
 use super::Error;
-use super::model::ErrorBody;
+use super::events::LAST;
+use super::model::{ErrorBody, Event};
+use futures_util::StreamExt;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::SendRequest;
-use hyper::{Method, Request};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use migration::{Code, Failure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use sse_stream::SseStream;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -80,6 +84,28 @@ impl Client {
         })
     }
 
+    /// Is told of the events after `since`, or first of what is now, until there are no more: those that have
+    /// happened, or with `follow` those that happen.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    pub fn listen(
+        &self,
+        since: Option<u64>,
+        follow: bool,
+        mut tell: impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<(), Error> {
+        self.runtime.block_on(async {
+            let mut listening = Caller::connect(&self.path).await?.listen(since, follow).await?;
+            while let Some(event) = listening.next().await? {
+                if tell(event).is_break() {
+                    break;
+                }
+            }
+            Ok(())
+        })
+    }
+
     async fn exchange<A: DeserializeOwned>(
         &self,
         method: Method,
@@ -131,20 +157,66 @@ impl Caller {
             .body(Full::new(Bytes::from(body)))
             .map_err(http)?;
         let response = self.sender.send_request(request).await.map_err(http)?;
-        let status = response.status();
-        let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();
-        if status.is_success() {
-            // Some answers have no body.
-            let body: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
-            return serde_json::from_slice(body).map_err(http);
-        }
-        Err(Error::Refused(match serde_json::from_slice::<ErrorBody>(&bytes) {
-            Ok(body) => body.error,
-            Err(_) => {
-                Failure::new(Code::OTHER, format_args!("{status}: {}", String::from_utf8_lossy(&bytes)))
-            }
-        }))
+        let bytes = whole(response).await?;
+        // Some answers have no body.
+        let body: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+        serde_json::from_slice(body).map_err(http)
     }
+
+    /// `GET /v1/events`, as [`Client::listen`].
+    ///
+    /// # Errors
+    /// As for [`Client::get`].
+    pub async fn listen(mut self, since: Option<u64>, follow: bool) -> Result<Listening, Error> {
+        let path = format!("/v1/events?follow={follow}");
+        let mut request = Request::builder().uri(path).header("host", "vm");
+        if let Some(since) = since {
+            request = request.header(LAST, since);
+        }
+        let request = request.body(Full::default()).map_err(http)?;
+        let response = self.sender.send_request(request).await.map_err(http)?;
+        if response.status().is_success() {
+            return Ok(Listening { events: SseStream::new(response.into_body()), _sender: self.sender });
+        }
+        whole(response).await?;
+        Err(http("a refusal that is none"))
+    }
+}
+
+/// The events that a server tells.
+pub struct Listening {
+    events: SseStream<Incoming>,
+    /// The connection lives as long as it.
+    _sender: SendRequest<Full<Bytes>>,
+}
+
+impl Listening {
+    /// The next one, which is waited for; `None` after the last one.
+    ///
+    /// # Errors
+    /// When the server is gone.
+    pub async fn next(&mut self) -> Result<Option<Event>, Error> {
+        while let Some(told) = self.events.next().await {
+            // Lines without meaning show that the server is there.
+            if let Some(data) = told.map_err(http)?.data {
+                return serde_json::from_str(&data).map(Some).map_err(http);
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The body of an answer, unless it is a refusal.
+async fn whole(response: Response<Incoming>) -> Result<Bytes, Error> {
+    let status = response.status();
+    let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();
+    if status.is_success() {
+        return Ok(bytes);
+    }
+    Err(Error::Refused(match serde_json::from_slice::<ErrorBody>(&bytes) {
+        Ok(body) => body.error,
+        Err(_) => Failure::new(Code::OTHER, format_args!("{status}: {}", String::from_utf8_lossy(&bytes))),
+    }))
 }
 
 fn http(error: impl std::fmt::Display) -> Error {

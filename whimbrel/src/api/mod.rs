@@ -4,7 +4,9 @@
 //! threads never wait for it: the server has a thread of its own, and a migration runs in another.
 
 pub mod client;
+pub mod events;
 pub mod model;
+pub(crate) mod openapi;
 pub mod server;
 
 use migration::Failure;

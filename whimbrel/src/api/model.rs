@@ -1,18 +1,39 @@
 //! What the HTTP API takes and gives, as JSON. `docs/api.md` tells the same for people.
 
+use crate::instance::SOFTWARE;
 use crate::security::{Encryption, Secured, TlsFiles};
 use migration::Failure;
 use migration::destination;
 use migration::monitor::Progress;
 use migration::policy::{OnStall, Policy};
 use migration::report::{Report, RoundReport};
-use serde::{Deserialize, Serialize};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::net::SocketAddr;
 use std::time::Duration;
+use utoipa::ToSchema;
 use vmm::guest::Testimony;
 
+/// `GET /v1/version`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Version {
+    /// Of the program.
+    pub version: String,
+    /// Its name and version, as peers are told.
+    pub software: String,
+    /// Of the API: the first part of each path.
+    pub api: String,
+}
+
+impl Version {
+    /// That of this program.
+    pub fn this() -> Self {
+        Version { version: env!("CARGO_PKG_VERSION").into(), software: SOFTWARE.into(), api: "v1".into() }
+    }
+}
+
 /// What a virtual machine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
     /// A receiver that no guest has reached yet.
@@ -34,7 +55,7 @@ pub enum VmState {
 }
 
 /// `GET /v1/vm`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
     /// The machine's name; empty at a receiver that was given none, as long as it has no guest.
     pub name: String,
@@ -62,34 +83,42 @@ pub fn word(value: &impl Serialize) -> String {
 /// `POST /v1/migration`: where to, and how. All but `to` may be left out. What was added after 0.2.0 is not
 /// sent unless it is asked for: a machine whose process runs an earlier program refuses what it does not
 /// know, and moves all the same when the command is newer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MigrationRequest {
     /// Where `whimbrel receive` listens, as `host:port`.
+    #[schema(examples("hostb.example:4444"))]
     pub to: String,
     /// `auto`, or the one transport to use.
     #[serde(default)]
     pub transport: TransportChoice,
     /// TCP streams; 0 for the default.
     #[serde(default)]
+    #[schema(maximum = 65535)]
     pub streams: u16,
     /// RDMA queue pairs; 0 for the default.
     #[serde(default)]
+    #[schema(maximum = 65535)]
     pub queue_pairs: u16,
     /// Spin on RDMA completions instead of sleeping: shorter waits, a whole processor for each queue pair.
     #[serde(default)]
     pub busy_poll: bool,
     /// Longest acceptable blackout in milliseconds.
-    #[serde(default = "default_downtime")]
+    #[serde(default = "default_downtime", deserialize_with = "at_most::<A_DAY_MS, _, _>")]
+    #[schema(default = default_downtime, maximum = 86400000)]
     pub downtime_limit_ms: u64,
     /// Bits of memory that travel in a second at most while the guest runs; none for no cap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "at_most::<A_PETABIT, _, _>")]
+    #[schema(maximum = 1000000000000000u64)]
     pub bandwidth_bps: Option<u64>,
     /// Most pre-copy rounds.
     #[serde(default = "default_rounds")]
+    #[schema(default = default_rounds, maximum = 4294967295u64)]
     pub max_rounds: u32,
     /// Most seconds of pre-copy.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "at_most::<A_YEAR_S, _, _>")]
+    #[schema(maximum = 31536000)]
     pub timeout_s: Option<u64>,
     /// What to do when the guest dirties memory too fast.
     #[serde(default)]
@@ -101,20 +130,54 @@ pub struct MigrationRequest {
     #[serde(default)]
     pub encryption: Encryption,
     /// Certificates to use instead of those that the process was given.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "an_object")]
     pub tls: Option<TlsFiles>,
     /// Migrate to another host without certificates, if the process was given none.
     #[serde(default)]
     pub insecure: bool,
     /// Seconds without any sign from the destination after which it counts as lost.
-    #[serde(default = "default_silence")]
+    #[serde(default = "default_silence", deserialize_with = "at_most::<A_YEAR_S, _, _>")]
+    #[schema(default = default_silence, maximum = 31536000)]
     pub silence_s: u64,
     /// Wait for an operator's word before the switchover, at most for so many seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "at_most::<A_YEAR_S, _, _>")]
+    #[schema(maximum = 31536000)]
     pub pause_before_switchover_s: Option<u64>,
     /// End before any memory travels, and tell whether anything speaks against the move.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,
+}
+
+/// Times beyond these are no times that anybody waits for, and clocks cannot add them to the present.
+const A_DAY_MS: u64 = 24 * 60 * 60 * 1000;
+const A_YEAR_S: u64 = 365 * 24 * 60 * 60;
+const A_PETABIT: u64 = 1_000_000_000_000_000;
+
+/// A number that may be left out, up to `MOST`.
+fn at_most<'de, const MOST: u64, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: Deserialize<'de> + Copy + Into<Option<u64>>,
+    D: Deserializer<'de>,
+{
+    let value = T::deserialize(deserializer)?;
+    match value.into() {
+        Some(number) if number > MOST => {
+            Err(serde::de::Error::custom(format_args!("{number} is too much: at most {MOST}")))
+        }
+        _ => Ok(value),
+    }
+}
+
+/// A value with fields, if there is one: a list is none.
+fn an_object<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    T: DeserializeOwned,
+    D: Deserializer<'de>,
+{
+    let fields = Option::<serde_json::Map<String, serde_json::Value>>::deserialize(deserializer)?;
+    let value = |fields| serde_json::from_value(serde_json::Value::Object(fields));
+    fields.map(value).transpose().map_err(serde::de::Error::custom)
 }
 
 fn default_downtime() -> u64 {
@@ -142,11 +205,12 @@ impl MigrationRequest {
 }
 
 /// `PATCH /v1/migration`: what is to change in the migration that is under way. What is left out stays.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MigrationChange {
     /// Longest acceptable blackout in milliseconds, from the end of the round under way on.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "at_most::<A_DAY_MS, _, _>")]
+    #[schema(maximum = 86400000)]
     pub downtime_limit_ms: Option<u64>,
     /// Switch over after the round under way, however long the blackout will be.
     pub switch_now: bool,
@@ -155,7 +219,7 @@ pub struct MigrationChange {
 }
 
 /// Which transports may be used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TransportChoice {
     /// The best one that both sides have; another steps in if it breaks.
@@ -168,7 +232,7 @@ pub enum TransportChoice {
 }
 
 /// `GET /v1/migration`: the migration that is under way, or the last one.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Migration {
     /// Counts the migrations of this process, from 1.
     pub number: u64,
@@ -195,11 +259,12 @@ pub struct Migration {
 }
 
 /// `GET /v1/arrival`: the guest that is being taken in, or the last one that was, or was not.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Arrival {
     /// Counts the guests that came to this process, from 1.
     pub number: u64,
     /// Where from.
+    #[schema(value_type = String)]
     pub from: SocketAddr,
     /// Who that is, and how what travels is encrypted; `None` without certificates.
     #[serde(default)]
@@ -216,8 +281,59 @@ pub struct Arrival {
     pub failure: Option<Failure>,
 }
 
+/// What has happened, as `GET /v1/events` tells it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Where it is in the order of its server's events: a time in microseconds since 1970, and no two have
+    /// the same. Of those with which a stream begins, that from which it goes on.
+    pub id: u64,
+    /// When it happened, in UTC, by this host's clock.
+    pub at: String,
+    /// What has happened.
+    pub event: EventKind,
+    /// The machine that it is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// With `machine`: what it is doing now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<VmState>,
+    /// With `migration-…`: as it was at that moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Migration>,
+    /// With `arrival-…`: as it was at that moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrival: Option<Arrival>,
+    /// With `drain`: whether nobody is taken in from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drained: Option<bool>,
+}
+
+/// What can happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// A machine is here, or its state is another one.
+    Machine,
+    /// A machine is not here any more.
+    Gone,
+    /// A migration from here has begun.
+    MigrationBegun,
+    /// It has come to another phase.
+    MigrationPhase,
+    /// A pre-copy round has ended.
+    MigrationRound,
+    /// It is over; its report tells how.
+    MigrationEnded,
+    /// A guest comes from another host.
+    ArrivalBegun,
+    /// It has arrived, or was not taken in.
+    ArrivalEnded,
+    /// The host takes nobody in from now on, or takes guests in again.
+    Drain,
+}
+
 /// Body of every answer that is not 2xx.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     /// What went wrong and what to do.
     pub error: Failure,

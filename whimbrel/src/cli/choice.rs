@@ -81,6 +81,19 @@ pub const ON_STALL: Choices<OnStall> = &[
     ("throttle", OnStall::Throttle, "Slow the guest's writers, just as much as it takes"),
 ];
 
+/// The APIs that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Api {
+    Machine,
+    Host,
+}
+
+/// `openapi`
+pub const APIS: Choices<Api> = &[
+    ("machine", Api::Machine, "The API of a machine, or of a process that waits for one"),
+    ("host", Api::Host, "The API of the service of a host"),
+];
+
 /// Parses one of `choices`.
 pub fn one_of<T: Copy + Send + Sync + 'static>(choices: Choices<T>) -> impl TypedValueParser<Value = T> {
     let words = choices.iter().map(|(word, _, help)| PossibleValue::new(*word).help(*help));

@@ -7,6 +7,7 @@ pub mod config;
 mod demo;
 mod doctor;
 mod evacuate;
+mod events;
 mod history;
 mod host;
 mod list;
@@ -24,6 +25,7 @@ mod terminal;
 
 use anyhow::Context;
 use args::{Cli, Command, Target};
+use choice::Api;
 use clap::CommandFactory;
 use hyper::Method;
 use migration::monitor::Phase;
@@ -92,6 +94,7 @@ pub fn run(cli: Cli) -> ExitCode {
             change(&target, &MigrationChange { switch_now: true, ..MigrationChange::default() })
         }
         Command::History(args) => history::history(&args),
+        Command::Events(args) => events::events(&args),
         Command::Cancel(target) => send(&target, Method::DELETE, "/v1/migration"),
         Command::Pause(target) => send(&target, Method::PUT, "/v1/vm/pause"),
         Command::Resume(args) if args.force => send(&args.target, Method::PUT, "/v1/vm/resume?force=true"),
@@ -102,6 +105,8 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Pki(args) => pki::pki(args),
+        Command::OpenApi { api: Api::Machine } => say(api::server::document()).map(|()| Exit::Done),
+        Command::OpenApi { api: Api::Host } => say(whimbrel::host::server::document()).map(|()| Exit::Done),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "whimbrel", &mut std::io::stdout());
             Ok(Exit::Done)

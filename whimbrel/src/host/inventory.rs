@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use utoipa::ToSchema;
 
 /// How long a machine may take to answer before it counts as silent.
 pub const PATIENCE: Duration = Duration::from_secs(1);
@@ -18,7 +19,7 @@ pub const PATIENCE: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(10);
 
 /// A machine of the host.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Listed {
     /// What its socket is called.
     pub name: String,

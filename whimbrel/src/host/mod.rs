@@ -4,6 +4,7 @@
 pub mod claim;
 pub mod config;
 pub mod evacuation;
+pub mod events;
 pub mod gate;
 pub mod history;
 pub mod inventory;

@@ -8,26 +8,30 @@ use super::processes;
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
-use crate::api::server::{Refusal, Server, blocking, router_of, serve_router};
+use crate::api::events::{Asked, Listen};
+use crate::api::model::{ErrorBody, Event};
+use crate::api::openapi::{self, Table};
+use crate::api::server::{__path_version, Refusal, Server, blocking, serve_router, version};
 use crate::instance::SOFTWARE;
-use axum::extract::rejection::QueryRejection;
+use axum::Json;
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path as Segment, Query, State};
 use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
-use axum::{Json, Router};
 use migration::{Code, Failure};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::routes;
 
 /// How long a machine may take until it serves its API.
 const START: Duration = Duration::from_secs(20);
@@ -41,19 +45,8 @@ const MOST_ENTRIES: usize = 1000;
 /// How much is told of what a process has said that has ended, in bytes.
 const LAST_WORDS: u64 = 1000;
 
-/// `GET /v1/version`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Version {
-    /// Of the program.
-    pub version: String,
-    /// Its name and version, as peers are told.
-    pub software: String,
-    /// Of the API: the first part of each path.
-    pub api: String,
-}
-
 /// The answer to `POST /v1/machines/NAME/start`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Started {
     /// The machine's name.
     pub name: String,
@@ -62,32 +55,44 @@ pub struct Started {
 }
 
 pub(super) fn serve(path: &Path, host: Arc<Host>) -> Result<Server, Error> {
-    let router = reading()
-        .route("/v1/host/drain", put(drain).delete(undrain))
-        .route("/v1/machines/{name}/start", post(start))
-        .route("/metrics", get(metrics));
-    serve_router(path, router_of(router, host).layer(from_fn(page::no_foreign_change)))
+    let router = table().router(host).merge(page::files());
+    serve_router(path, router.layer(from_fn(page::no_foreign_change)))
 }
 
-/// The page, and what it asks for: nothing that changes anything.
-fn reading() -> Router<Arc<Host>> {
-    page::files()
-        .route("/v1/version", get(version))
-        .route("/v1/host", get(status))
-        .route("/v1/machines", get(machines))
-        .route("/v1/history", get(past))
+/// All that a host's API has.
+fn table() -> Table<Arc<Host>> {
+    let description = "The service of a host of Whimbrel machines, over HTTP on a Unix socket: the host, its machines, and \
+                        its metrics.";
+    reading(Table::new("A Whimbrel host", description))
+        .with(routes!(openapi))
+        .with(routes!(drain, undrain))
+        .with(routes!(start))
+        .with(routes!(events))
+        .with(routes!(metrics))
+}
+
+/// What the page asks for: nothing that changes anything.
+fn reading(table: Table<Arc<Host>>) -> Table<Arc<Host>> {
+    table.with(routes!(version)).with(routes!(status)).with(routes!(machines)).with(routes!(past))
 }
 
 /// Serves the page at an address of the loopback interface, as long as the program runs.
 pub(super) fn serve_page(listener: TcpListener, host: Arc<Host>) -> io::Result<()> {
-    page::port::serve(listener, router_of(reading(), host))
+    let table = reading(Table::new("The page of a Whimbrel host", ""));
+    page::port::serve(listener, table.router(host).merge(page::files()))
+}
+
+/// The description of a host's API by OpenAPI, as JSON.
+pub fn document() -> &'static str {
+    static DOCUMENT: LazyLock<String> = LazyLock::new(|| table().document());
+    &DOCUMENT
 }
 
 /// Answers `GET /metrics` at an address, and nothing else, as long as the program runs.
 pub(super) fn serve_metrics(address: SocketAddr, host: Arc<Host>) -> io::Result<()> {
     let listener = TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
-    let router = router_of(Router::new().route("/metrics", get(metrics)), host);
+    let router = Table::new("Metrics", "").with(routes!(metrics)).router(host);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let listener = {
         let _entered = runtime.enter();
@@ -100,10 +105,14 @@ pub(super) fn serve_metrics(address: SocketAddr, host: Arc<Host>) -> io::Result<
     Ok(())
 }
 
-async fn version() -> Json<Version> {
-    Json(Version { version: env!("CARGO_PKG_VERSION").into(), software: SOFTWARE.into(), api: "v1".into() })
+/// Tell what this API has, by OpenAPI
+#[utoipa::path(get, path = "/v1/openapi.json", responses((status = OK, description = "This document", body = Object)))]
+async fn openapi() -> Response {
+    openapi::told(document())
 }
 
+/// Tell what the service is doing
+#[utoipa::path(get, path = "/v1/host", responses((status = OK, body = HostStatus)))]
 async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
     Json(HostStatus {
         name: host.name.clone(),
@@ -116,17 +125,21 @@ async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
     })
 }
 
+/// Tell of all machines of this host
+#[utoipa::path(get, path = "/v1/machines", responses((status = OK, body = Vec<Listed>)))]
 async fn machines(State(host): State<Arc<Host>>) -> Result<Json<Vec<Listed>>, Refusal> {
     let take = move || inventory::take(&host.run_dir, inventory::PATIENCE);
     blocking(move || take().map_err(|error| Failure::new(Code::HOST, error))).await
 }
 
 /// `GET /v1/history`: which entries.
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 struct Past {
     /// How many at most: the last ones.
     #[serde(default = "usual_limit")]
+    #[param(default = 100, minimum = 0, maximum = 1000)]
     limit: usize,
     /// Of which machine; of all if none is named.
     name: Option<String>,
@@ -136,8 +149,13 @@ fn usual_limit() -> usize {
     100
 }
 
-/// What became of the moves from and to this host, from the oldest on. Who says which state is known already
-/// is told nothing again.
+/// Tell what became of the moves from and to this host
+///
+/// From the oldest on. Who says which state is known already is told nothing again.
+#[utoipa::path(get, path = "/v1/history", params(Past), responses(
+    (status = OK, description = "The entries", body = Vec<Object>, headers(("ETag" = String, description = "The state"))),
+    (status = NOT_MODIFIED, description = "The state that If-None-Match names"),
+))]
 async fn past(
     State(host): State<Arc<Host>>,
     query: Result<Query<Past>, QueryRejection>,
@@ -169,7 +187,10 @@ async fn past(
     })
 }
 
-/// Prometheus asks for this path.
+/// Tell what monitoring wants to know, as Prometheus asks for it
+#[utoipa::path(get, path = "/metrics", responses(
+    (status = OK, description = "All metrics", body = String, content_type = "text/plain"),
+))]
 async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
     let text = move || {
         let machines = inventory::take(&host.run_dir, inventory::PATIENCE)
@@ -182,10 +203,34 @@ async fn metrics(State(host): State<Arc<Host>>) -> Result<Response, Refusal> {
     Ok(([(CONTENT_TYPE, FORMAT)], text).into_response())
 }
 
+/// Tell what happens on this host, as it happens: server-sent events
+///
+/// The `data` of each is an `Event`. The last 4096 are kept as long as the service runs. Of earlier times
+/// there is what the history has: how migrations and arrivals ended.
+#[utoipa::path(get, path = "/v1/events",
+    params(Listen, ("Last-Event-ID" = Option<u64>, Header, description = "The number of the last event that is known")),
+    responses((status = OK, description = "Events", body = Event, content_type = "text/event-stream")),
+)]
+async fn events(State(host): State<Arc<Host>>, asked: Asked) -> Result<Response, Refusal> {
+    let floor = host.events.floor();
+    let Some(since) = asked.since.filter(|since| *since < floor) else {
+        return Ok(Arc::clone(&host.events).answer(&asked, Vec::new()));
+    };
+    let folder = host.history();
+    let failed = |error| Failure::new(Code::HOST, format_args!("cannot read the history: {error}"));
+    let Json(earlier) =
+        blocking(move || super::events::earlier(&folder, since, floor).map_err(failed)).await?;
+    Ok(Arc::clone(&host.events).answer(&asked, earlier))
+}
+
+/// Let the host take nobody in
+#[utoipa::path(put, path = "/v1/host/drain", responses((status = 204, description = "Nobody is taken in")))]
 async fn drain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
     change_drain(&host.run_dir, true)
 }
 
+/// Let the host take guests in again
+#[utoipa::path(delete, path = "/v1/host/drain", responses((status = 204, description = "Guests are taken in")))]
 async fn undrain(State(host): State<Arc<Host>>) -> Result<StatusCode, Refusal> {
     change_drain(&host.run_dir, false)
 }
@@ -197,11 +242,21 @@ fn change_drain(run_dir: &RunDir, drained: bool) -> Result<StatusCode, Refusal> 
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Start a machine that this host knows by a file, and answer when its API does
+#[utoipa::path(post, path = "/v1/machines/{name}/start",
+    params(("name" = String, Path, description = "The machine's name: its file is called so")),
+    responses(
+        (status = OK, body = Started),
+        (status = 404, description = "There is no such file", body = ErrorBody),
+        (status = 409, description = "The machine is here already", body = ErrorBody),
+    ),
+)]
 async fn start(
     State(host): State<Arc<Host>>,
-    Segment(name): Segment<String>,
+    name: Result<Segment<String>, PathRejection>,
 ) -> Result<Json<Started>, Refusal> {
-    let known = |folder: &std::path::PathBuf| {
+    let Segment(name) = name?;
+    let known = |folder: &PathBuf| {
         RunDir::check(&name).ok()?;
         Some(folder.join(format!("{name}.toml"))).filter(|path| path.is_file())
     };

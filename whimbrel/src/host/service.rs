@@ -12,6 +12,7 @@ use super::metrics::Metrics;
 use super::processes::{self, Processes, tell};
 use super::run_dir::RunDir;
 use super::units::Units;
+use crate::api::events::Events;
 use crate::api::server::Server;
 use crate::security::{Encryption, Security, is_near};
 use listenfd::ListenFd;
@@ -25,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use transport_tcp::{Caller, Dispatcher};
+use utoipa::ToSchema;
 
 /// How long a caller waits for a process that takes it: as long as a source waits for an answer, or less.
 const STANDBY_PATIENCE: Duration = Duration::from_secs(8);
@@ -114,6 +116,7 @@ pub(super) struct Host {
     pub page: Option<SocketAddr>,
     pub config: HostConfig,
     pub metrics: Arc<Metrics>,
+    pub events: Arc<Events>,
 }
 
 impl Host {
@@ -124,7 +127,7 @@ impl Host {
 }
 
 /// `GET /v1/host`: the service and its gate.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HostStatus {
     /// What the host is called.
     #[serde(default)]
@@ -134,9 +137,11 @@ pub struct HostStatus {
     /// The service's process.
     pub pid: u32,
     /// Where guests are taken in.
+    #[schema(value_type = Vec<String>)]
     pub listen: Vec<SocketAddr>,
     /// Where the page is served, beside the service's own socket.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub page: Option<SocketAddr>,
     /// Whether nobody is taken in at present.
     pub drained: bool,
@@ -204,7 +209,9 @@ impl Service {
             page: shown,
             config: config.clone(),
             metrics,
+            events: Arc::default(),
         };
+        super::events::watch(run_dir.clone(), Arc::clone(&host.events)).map_err(Error::System)?;
         let host = Arc::new(host);
         if let Some(address) = config.metrics {
             let served = super::server::serve_metrics(address, Arc::clone(&host));

@@ -15,10 +15,10 @@ pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
 pub use moving::{ChangeArgs, EvacuateArgs, MigrateArgs, PolicyArgs};
 pub use security::SecurityArgs;
-pub use target::{HistoryArgs, ListArgs, ResumeArgs, StopArgs, Target};
+pub use target::{EventsArgs, HistoryArgs, ListArgs, ResumeArgs, StopArgs, Target};
 pub use values::{NetArg, OutputTarget, SerialTarget};
 
-use super::choice::{AIO, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
+use super::choice::{AIO, APIS, Api, ENCRYPTION, ON_REBOOT, OnReboot, SECCOMP, THP, one_of};
 use clap::{Args, Parser, Subcommand};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -88,6 +88,8 @@ pub enum Command {
     /// Show what became of the moves from and to this host
     #[command(after_help = examples::HISTORY)]
     History(HistoryArgs),
+    /// Show what happens on this host: to its machines, and in their migrations
+    Events(EventsArgs),
     /// Cancel a migration; the guest continues to run where it is
     Cancel(Target),
     /// Pause a virtual machine
@@ -110,6 +112,13 @@ pub enum Command {
     /// Make the certificates by which hosts know each other
     #[command(after_help = examples::PKI)]
     Pki(PkiArgs),
+    /// Print what an API has, by OpenAPI 3.1: that of a machine, or of a host's service
+    #[command(name = "openapi")]
+    OpenApi {
+        /// The API
+        #[arg(value_parser = one_of(APIS))]
+        api: Api,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell

@@ -79,6 +79,19 @@ pub struct ListArgs {
 }
 
 #[derive(Args, Debug)]
+pub struct EventsArgs {
+    #[command(flatten)]
+    pub host: HostArgs,
+    /// Begin with what is now, and go on as events happen, also when the host's service is replaced. Without
+    /// it, those are shown that the service and the host's history know
+    #[arg(long, short = 'f')]
+    pub follow: bool,
+    /// Answer as JSON, one event a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
 pub struct HistoryArgs {
     /// Only what this machine did
     pub name: Option<String>,

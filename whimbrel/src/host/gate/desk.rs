@@ -95,7 +95,7 @@ impl Process {
 }
 
 /// How many are at the gate.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Count {
     /// Processes that wait for a session.
     pub standbys: usize,
