@@ -152,7 +152,7 @@ fn a_move_is_told_as_it_happens_and_told_again() {
         follower.all.iter().filter(|other| id(other) > id(event)).cloned().collect()
     };
     assert_eq!(since(&a.run().host_socket(), id(&began)), after(&source, &began));
-    assert_eq!(since(&b.run().host_socket(), id(&arrived)), [drained.clone()]);
+    assert_eq!(since(&b.run().host_socket(), id(&arrived)), std::slice::from_ref(&drained));
     // The machine's own events are the same ones, by other numbers.
     let own = since(&b.run().machine_socket("web1"), 0);
     assert!(own.iter().any(|event| event["arrival"] == arrived["arrival"]), "{own:#?}");

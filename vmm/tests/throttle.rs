@@ -54,7 +54,7 @@ fn who_writes_is_slowed_to_the_limit() {
     machine.throttle(Some(LIMIT)).unwrap();
     let (pages, took) = dirtied(&machine, Duration::from_secs(1));
     let allowed = (took.as_secs_f64() * LIMIT.limit as f64) as u64 / PAGE_SIZE;
-    // Before it was first held, it may have written all of them, and some of them since it was looked at last.
+    // Before it was first held, it may have written all of them, and some since it was looked at last.
     assert!(pages < allowed + 3 * PAGES, "{pages} pages, {allowed} are allowed");
     let held = machine.throttled();
     assert!(held[0] > Duration::ZERO, "{held:?}");

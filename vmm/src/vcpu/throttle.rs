@@ -2,10 +2,10 @@
 //!
 //! What the vCPUs may write in all is a number of pages a second. Each has a *token bucket*. Tokens come in
 //! at an equal share of the limit; what a vCPU has no room for, since it writes little, goes to those that
-//! want more. Each page that a vCPU is the first to write since it was last sent costs a token, and KVM counts
-//! those pages for each vCPU ([`Counter`]). A vCPU in debt is *held*: it is kicked out of KVM_RUN and waits
-//! until its debt is paid. So a vCPU that only reads is never held, and one that writes gets just what the
-//! limit leaves.
+//! want more. Each page that a vCPU is the first to write since it was last sent costs a token, and KVM
+//! counts those pages for each vCPU ([`Counter`]). A vCPU in debt is *held*: it is kicked out of KVM_RUN and
+//! waits until its debt is paid. So a vCPU that only reads is never held, and one that writes gets just what
+//! the limit leaves.
 //!
 //! ```text
 //!     limit ──┬── share ──▶ [vCPU 0: full ]──┐ overflow     reads: never held
