@@ -106,7 +106,12 @@ struct Orders {
     switch_now: bool,
     proceed: bool,
     downtime_limit: Option<Duration>,
-    /// Counts the changes of the cap on the bandwidth.
+    /// The operator's cap on the bandwidth, and whether it was asked for beside the policy.
+    cap: Option<u64>,
+    asked: bool,
+    /// What a whole host leaves for this migration.
+    share: Option<u64>,
+    /// Counts the changes of both.
     caps: u64,
     deadline: Deadline,
 }
@@ -223,9 +228,25 @@ impl Monitor {
     /// [`Policy::bandwidth`]: crate::policy::Policy::bandwidth
     pub fn set_bandwidth(&self, bytes_per_second: Option<u64>) {
         self.order(|orders| {
-            self.pacer.set_rate(bytes_per_second);
-            orders.caps += 1;
+            (orders.cap, orders.asked) = (bytes_per_second, true);
+            self.cap(orders);
         });
+    }
+
+    /// Caps them once more, by what a host of many migrations leaves for this one. The lower cap counts.
+    pub fn set_share(&self, bytes_per_second: Option<u64>) {
+        self.order(|orders| {
+            // What lanes owe is forgotten when a cap changes.
+            if orders.share != bytes_per_second {
+                orders.share = bytes_per_second;
+                self.cap(orders);
+            }
+        });
+    }
+
+    fn cap(&self, orders: &mut Orders) {
+        self.pacer.set_rate([orders.cap, orders.share].into_iter().flatten().min());
+        orders.caps += 1;
     }
 
     /// The cap on the bytes that travel in a second.
@@ -273,8 +294,9 @@ impl Monitor {
     /// The cap of the migration's policy, unless another was asked for already.
     pub(crate) fn default_bandwidth(&self, bytes_per_second: Option<u64>) {
         self.order(|orders| {
-            if orders.caps == 0 {
-                self.pacer.set_rate(bytes_per_second);
+            if !orders.asked {
+                orders.cap = bytes_per_second;
+                self.cap(orders);
             }
         });
     }
@@ -490,7 +512,11 @@ mod tests {
     #[test]
     fn a_lane_that_is_held_back_hears_of_a_stop_and_of_another_cap() {
         type Order = fn(&Monitor);
-        let orders: [Order; 2] = [Monitor::cancel, |monitor| monitor.set_bandwidth(None)];
+        let orders: [Order; 3] = [
+            Monitor::cancel,
+            |monitor| monitor.set_bandwidth(None),
+            |monitor| monitor.set_share(Some(1 << 50)),
+        ];
         for order in orders {
             let monitor = Monitor::default();
             monitor.set_bandwidth(Some(1));

@@ -10,7 +10,8 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
-use whimbrel::api::model::{Migration, MigrationRequest, Version, VmState};
+use whimbrel::api::client::Client;
+use whimbrel::api::model::{Migration, MigrationChange, MigrationRequest, Version, VmState};
 use whimbrel::host::server::Started;
 use whimbrel::pki::{Authority, days_from_now};
 use whimbrel::security::TlsFiles;
@@ -249,6 +250,33 @@ fn a_host_starts_the_machines_that_it_knows_by_files() {
     let all: serde_json::Value = host.ask("/v1/machines").unwrap();
     assert_eq!((&all[0]["name"], &all[0]["vm"]["pid"]), (&"web1".into(), &started.pid.into()), "{all}");
     assert_is_well(&host, "web1");
+}
+
+#[test]
+fn migrations_share_what_their_host_may_send() {
+    const BITS: u64 = 80_000_000;
+    let folder = tempfile::tempdir().unwrap();
+    let pair = Pair::start(folder.path(), &format!("bandwidth = '{BITS}'\n"));
+    let _started = ["web1", "web2"]
+        .map(|name| pair.hosts[0].machine(name, &[&pair.tls(0), "--memory=80M", "--fill=60M"]));
+    let client = |name: &str| Client::new(&pair.hosts[0].run().machine_socket(name)).unwrap();
+    let cap = |name: &str| -> Option<u64> {
+        client(name).get::<Migration>("/v1/migration").ok().and_then(|migration| migration.bandwidth_bps)
+    };
+    for name in ["web1", "web2"] {
+        let _: Migration = client(name).call(Method::POST, "/v1/migration", &pair.request(1)).unwrap();
+    }
+    wait_until("each has its half", || ["web1", "web2"].iter().all(|name| cap(name) == Some(BITS / 2)));
+    // What an operator asks for stands if it is less.
+    let change = |bits| MigrationChange { bandwidth_bps: Some(bits), ..MigrationChange::default() };
+    let less: Migration = client("web1").call(Method::PATCH, "/v1/migration", &change(8_000_000)).unwrap();
+    assert_eq!(less.bandwidth_bps, Some(8_000_000));
+    let more: Migration = client("web1").call(Method::PATCH, "/v1/migration", &change(0)).unwrap();
+    assert_eq!(more.bandwidth_bps, Some(BITS / 2));
+    let _: Migration = client("web1").call(Method::DELETE, "/v1/migration", &()).unwrap();
+    wait_until("the other has all", || cap("web2") == Some(BITS));
+    client("web2").call::<Migration>(Method::DELETE, "/v1/migration", &()).unwrap();
+    ["web1", "web2"].iter().for_each(|name| assert_is_well(&pair.hosts[0], name));
 }
 
 #[test]

@@ -400,6 +400,13 @@ impl Instance {
         if let Some(limit) = change.downtime_limit_ms {
             attempt.monitor.limit_downtime(Duration::from_millis(limit));
         }
+        let cap = |bits: u64| Some(bits.div_ceil(8)).filter(|bytes| *bytes > 0);
+        if let Some(bits) = change.bandwidth_bps {
+            attempt.monitor.set_bandwidth(cap(bits));
+        }
+        if let Some(bits) = change.share_bps {
+            attempt.monitor.set_share(cap(bits));
+        }
         if change.switch_now {
             attempt.monitor.switch_now();
         } else if change.proceed {
@@ -582,6 +589,7 @@ impl Attempt {
             dry_run: self.dry_run,
             secured: self.secured.get().cloned(),
             downtime_limit_ms: limit.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+            bandwidth_bps: self.monitor.bandwidth().map(|bytes| bytes.saturating_mul(8)),
             progress: self.monitor.progress(),
             rounds,
             report: self.report.clone(),

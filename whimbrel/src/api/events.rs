@@ -147,6 +147,13 @@ impl Events {
         true
     }
 
+    /// The machines that are being moved away.
+    pub(crate) fn migrating(&self) -> Vec<String> {
+        let kept = self.lock();
+        let moving = kept.present.values().filter(|event| event.state == Some(VmState::Migrating));
+        moving.filter_map(|event| event.name.clone()).collect()
+    }
+
     /// What is now, and from where on the rest follows.
     fn present(&self) -> (Vec<Event>, u64) {
         let kept = self.lock();

@@ -212,6 +212,15 @@ pub struct MigrationChange {
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "at_most::<A_DAY_MS, _, _>")]
     #[schema(maximum = 86400000)]
     pub downtime_limit_ms: Option<u64>,
+    /// Bits of memory that travel in a second at most while the guest runs; 0 for no cap.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "at_most::<A_PETABIT, _, _>")]
+    #[schema(maximum = 1000000000000000u64)]
+    pub bandwidth_bps: Option<u64>,
+    /// What the host leaves for this migration, of what all its migrations together may send; 0 for no cap.
+    /// The lower of the two counts. The host's service sets this by itself.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "at_most::<A_PETABIT, _, _>")]
+    #[schema(maximum = 1000000000000000u64)]
+    pub share_bps: Option<u64>,
     /// Switch over after the round under way, however long the blackout will be.
     pub switch_now: bool,
     /// Switch over as soon as the policy allows it, and wait for an operator no more.
@@ -249,6 +258,9 @@ pub struct Migration {
     /// The longest acceptable blackout in milliseconds, as it is now; `None` before memory travels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_limit_ms: Option<u64>,
+    /// Bits of memory that may travel in a second at most, as it is now; `None` for as many as there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_bps: Option<u64>,
     /// This moment.
     pub progress: Progress,
     /// The pre-copy rounds that are over, as long as there is no report, which has all of them.

@@ -87,8 +87,10 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::List(args) => list::list(&args),
         Command::Status(target) => status(&target),
         Command::Change(args) => {
-            let downtime_limit_ms = Some(args.downtime_limit.as_millis() as u64);
-            change(&args.target, &MigrationChange { downtime_limit_ms, ..MigrationChange::default() })
+            let downtime_limit_ms = args.downtime_limit.map(|limit| limit.as_millis() as u64);
+            let bandwidth_bps = args.bandwidth;
+            let what = MigrationChange { downtime_limit_ms, bandwidth_bps, ..MigrationChange::default() };
+            change(&args.target, &what)
         }
         Command::SwitchNow(target) => {
             change(&target, &MigrationChange { switch_now: true, ..MigrationChange::default() })

@@ -61,6 +61,9 @@ pub struct HostConfig {
     pub encryption: Encryption,
     /// Which guests are taken in.
     pub admission: Admission,
+    /// Bits of guests' memory that all migrations from this host together send in a second at most.
+    #[serde(deserialize_with = "bits")]
+    pub bandwidth: Option<u64>,
     /// The networks that guests' interfaces name.
     #[serde(deserialize_with = "named")]
     pub networks: BTreeMap<String, Network>,
@@ -157,6 +160,23 @@ where
 
 /// A number of bytes, or a text such as `64G`.
 fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    amount(deserializer, parse_size::Config::new().with_binary(), "a size such as 512M or 4G")
+}
+
+/// A number of bits a second, or a text such as `10G`.
+fn bits<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let bits = amount(deserializer, parse_size::Config::new().with_decimal(), "bits a second such as 10G")?;
+    match bits {
+        Some(0) => Err(serde::de::Error::custom("nothing would ever leave; leave the line out for no cap")),
+        bits => Ok(bits),
+    }
+}
+
+fn amount<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    config: parse_size::Config,
+    example: &str,
+) -> Result<Option<u64>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Size {
@@ -166,9 +186,8 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Er
     match Size::deserialize(deserializer)? {
         Size::Bytes(bytes) => Ok(Some(bytes)),
         Size::Text(text) => {
-            let config = parse_size::Config::new().with_binary();
             let size = config.parse_size(&text).map_err(|error| {
-                serde::de::Error::custom(format_args!("{text:?}: {error}; write a size such as 512M or 4G"))
+                serde::de::Error::custom(format_args!("{text:?}: {error}; write {example}"))
             })?;
             Ok(Some(size))
         }

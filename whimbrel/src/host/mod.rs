@@ -1,6 +1,7 @@
 //! What makes a host of single machines: where their sockets are, what the host's operator has decided, and
 //! the service by whose port they come.
 
+mod bandwidth;
 pub mod claim;
 pub mod config;
 pub mod evacuation;

@@ -212,6 +212,10 @@ impl Service {
             events: Arc::default(),
         };
         super::events::watch(run_dir.clone(), Arc::clone(&host.events)).map_err(Error::System)?;
+        if let Some(bits) = config.bandwidth {
+            let events = Arc::clone(&host.events);
+            super::bandwidth::divide(bits, run_dir.clone(), events).map_err(Error::System)?;
+        }
         let host = Arc::new(host);
         if let Some(address) = config.metrics {
             let served = super::server::serve_metrics(address, Arc::clone(&host));

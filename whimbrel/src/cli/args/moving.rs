@@ -3,9 +3,9 @@
 use super::super::choice::{ENCRYPTION, ON_STALL, TRANSPORTS, one_of};
 use super::security::SecurityArgs;
 use super::target::{HostArgs, Target};
-use super::values::bandwidth;
-use clap::Args;
+use super::values::{bandwidth, bandwidth_or_none};
 use clap::builder::TypedValueParser;
+use clap::{ArgGroup, Args};
 use migration::policy::OnStall;
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -36,12 +36,16 @@ pub struct MigrateArgs {
 }
 
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("what").required(true).multiple(true).args(["downtime_limit", "bandwidth"])))]
 pub struct ChangeArgs {
     #[command(flatten)]
     pub target: Target,
     /// Longest acceptable blackout
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    pub downtime_limit: Duration,
+    pub downtime_limit: Option<Duration>,
+    /// Bits of memory that travel in a second at most, such as 10G; `none` for no cap
+    #[arg(long, value_name = "BITS", value_parser = bandwidth_or_none)]
+    pub bandwidth: Option<u64>,
 }
 
 #[derive(Args, Debug)]

@@ -58,6 +58,11 @@ pub fn bandwidth(text: &str) -> Result<u64, String> {
     }
 }
 
+/// The same, or 0 for no cap.
+pub fn bandwidth_or_none(text: &str) -> Result<u64, String> {
+    if text == "none" { Ok(0) } else { bandwidth(text) }
+}
+
 /// A size that guest memory can have.
 pub fn memory(text: &str) -> Result<u64, String> {
     let bytes = size(text)?;
