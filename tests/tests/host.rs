@@ -276,7 +276,10 @@ fn migrations_share_what_their_host_may_send() {
     let _: Migration = client("web1").call(Method::DELETE, "/v1/migration", &()).unwrap();
     wait_until("the other has all", || cap("web2") == Some(BITS));
     client("web2").call::<Migration>(Method::DELETE, "/v1/migration", &()).unwrap();
-    ["web1", "web2"].iter().for_each(|name| assert_is_well(&pair.hosts[0], name));
+    for name in ["web1", "web2"] {
+        wait_until("it stays", || pair.hosts[0].vm(name).unwrap().state == VmState::Running);
+        assert_is_well(&pair.hosts[0], name);
+    }
 }
 
 #[test]

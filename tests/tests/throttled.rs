@@ -3,10 +3,10 @@
 use migration::policy::OnStall;
 use migration::report::Verdict;
 use std::time::Duration;
-use whimbrel::api::model::MigrationRequest;
+use whimbrel::api::model::{MigrationRequest, VmState};
 use whimbrel_tests::inspect::settle;
 use whimbrel_tests::say;
-use whimbrel_tests::sides::{Guest, assert_runs, migrate, receiver, request};
+use whimbrel_tests::sides::{Guest, assert_runs, migrate, receiver, request, wait_until};
 
 /// It rewrites all of 4 MiB many times a second.
 const BUSY: Guest = Guest { memory: 16 << 20, vcpus: 1, working_set: 4 << 20, fill: 0 };
@@ -27,7 +27,9 @@ fn a_guest_that_does_not_converge_is_slowed_until_it_does() {
     policy.timeout_s = Some(3);
     let report = migrate(&source, &policy);
     assert_eq!(report.verdict, Verdict::Stayed, "{report:?}");
+    destination.expect("refused").unwrap();
     assert_runs(&source);
+    wait_until("the receiver waits again", || destination.status().unwrap().state == VmState::Waiting);
 
     policy.timeout_s = None;
     let report = migrate(&source, &policy);

@@ -14,6 +14,7 @@ taken!(control_parks_in_silence);
 taken!(control_pauses_only_until_the_first);
 taken!(control_resets_without_a_kick);
 taken!(control_lets_go_in_silence);
+taken!(control_pauses_who_is_held_in_silence);
 
 /// A vCPU that KVM runs, and the signal that kicks it.
 pub mod kick {
@@ -249,6 +250,7 @@ mod over {
     scenarios!(control_pauses_only_until_the_first);
     scenarios!(control_resets_without_a_kick);
     scenarios!(control_lets_go_in_silence);
+    scenarios!(control_pauses_who_is_held_in_silence);
 }
 
 #[test]
@@ -289,4 +291,5 @@ fn every_broken_rule_is_found() {
     finds(2, || over::control_pauses_only_until_the_first::pauses(2, 1));
     finds(2, || over::control_resets_without_a_kick::resets(2));
     finds(3, over::control_lets_go_in_silence::lets_go);
+    finds(2, || over::control_pauses_who_is_held_in_silence::pauses_who_is_held(true));
 }

@@ -179,6 +179,10 @@ impl Control {
         let mut inner = self.lock();
         if inner.phase == Phase::Running {
             inner.phase = Phase::Paused;
+            if !inner.held.is_empty() {
+                // Who is held waits for a word, which a kick is not.
+                self.changed.notify_all();
+            }
         }
         if inner.parked < vcpus {
             self.kick();
