@@ -226,7 +226,7 @@ impl Judge {
         } else {
             self.stalled += 1;
         }
-        let throttles = self.policy.on_stall == OnStall::Throttle && self.writes_are_at_fault(facts);
+        let throttles = self.policy.on_stall == OnStall::Throttle && self.writes_are_at_fault(facts.barrier);
         if throttles && self.stalled > 0 && self.slow_down(facts) {
             self.stalled = 0;
         }
@@ -258,10 +258,9 @@ impl Judge {
         })
     }
 
-    /// Whether a blackout with less to send would keep to the limit.
-    fn writes_are_at_fault(&self, facts: &RoundFacts) -> bool {
-        let parts = self.parts(facts.remaining, facts.barrier);
-        parts.barrier.saturating_add(parts.handover) < self.policy.downtime_limit
+    /// Whether a blackout with nothing to send would keep to the limit.
+    fn writes_are_at_fault(&self, barrier: Duration) -> bool {
+        self.predict(0, barrier) <= self.policy.downtime_limit
     }
 
     /// Slows the guest's writers, or more than before. False if that is of no use any more.
@@ -298,7 +297,7 @@ impl Judge {
     fn story(&self, why: &str, stalled: bool, facts: &RoundFacts) -> String {
         let parts = self.parts(facts.remaining, facts.barrier);
         let limit = self.policy.downtime_limit;
-        let fault = if !self.writes_are_at_fault(facts) {
+        let fault = if !self.writes_are_at_fault(facts.barrier) {
             "a switchover takes longer than the downtime limit even with no memory left to send"
         } else if stalled {
             "the guest dirties memory faster than it can be sent"
@@ -424,11 +423,10 @@ mod tests {
         facts.map(|facts| judge.round(&facts)).collect()
     }
 
-    #[test]
-    fn writers_are_slowed_until_rounds_make_progress() {
-        let mut judge = Judge::new(Policy::default().with_on_stall(OnStall::Throttle), QUICK);
+    /// Rounds of a second each, in which 1000 MiB are sent and so many stay dirty.
+    fn seconds() -> impl FnMut(&mut Judge, u64) -> (Duration, Decision) {
         let mut second = 0;
-        let mut round = |judge: &mut Judge, remaining: u64| {
+        move |judge, remaining| {
             second += 1;
             judge.round(&RoundFacts {
                 sent: 1000 * MIB,
@@ -437,7 +435,13 @@ mod tests {
                 remaining: remaining * MIB,
                 total_elapsed: Duration::from_secs(second),
             })
-        };
+        }
+    }
+
+    #[test]
+    fn writers_are_slowed_until_rounds_make_progress() {
+        let mut judge = Judge::new(Policy::default().with_on_stall(OnStall::Throttle), QUICK);
+        let mut round = seconds();
         assert_eq!((round(&mut judge, 1000).1, judge.throttle()), (Decision::Again, None));
         // No progress, for the first time.
         assert_eq!(round(&mut judge, 1000).1, Decision::Again);
@@ -460,15 +464,8 @@ mod tests {
     #[test]
     fn nobody_is_slowed_for_a_handover_that_takes_too_long() {
         let policy = Policy::default().with_on_stall(OnStall::Throttle).with_downtime_limit(ms(2));
-        let mut judge = Judge::new(policy, QUICK);
-        let facts = RoundFacts {
-            sent: 1000 * MIB,
-            elapsed: Duration::from_secs(1),
-            barrier: ms(1),
-            remaining: 0,
-            total_elapsed: Duration::from_secs(1),
-        };
-        let told = (0..30).map(|_| judge.round(&facts).1).find(|told| *told != Decision::Again);
+        let (mut judge, mut round) = (Judge::new(policy, QUICK), seconds());
+        let told = (0..30).map(|_| round(&mut judge, 0).1).find(|told| *told != Decision::Again);
         assert!(matches!(told, Some(Decision::GiveUp(_))), "{told:?}");
         assert_eq!(judge.throttle(), None);
     }
@@ -476,17 +473,7 @@ mod tests {
     #[test]
     fn the_limit_may_change_meanwhile() {
         let mut judge = Judge::new(Policy::default(), QUICK);
-        let mut second = 0;
-        let mut round = |judge: &mut Judge, remaining: u64| {
-            second += 1;
-            judge.round(&RoundFacts {
-                sent: 1000 * MIB,
-                elapsed: Duration::from_secs(1),
-                barrier: ms(1),
-                remaining: remaining * MIB,
-                total_elapsed: Duration::from_secs(second),
-            })
-        };
+        let mut round = seconds();
         // Under the limit of 300 ms, and worth another round; then under the limit no more.
         assert_eq!(round(&mut judge, 250).1, Decision::Again);
         judge.limit_downtime(ms(100));
