@@ -226,6 +226,20 @@ mod tests {
     /// Bytes that are on their way when the barrier is waited for.
     const BYTES: usize = 2 << 20;
 
+    /// A lane through this socket, of a guest with 256 pages.
+    fn lane(stream: Socket) -> TcpLane {
+        TcpLane {
+            channel: Channel::Clear(stream.into()),
+            ram: ram_of(&[256]),
+            timeout: PATIENCE,
+            head: Vec::new(),
+            stats: LaneStats::default(),
+            interrupter: Arc::default(),
+            renewal: None,
+            records: 0,
+        }
+    }
+
     /// A lane with a long queue to a peer that takes a few KiB at a time, until it has taken `takes` bytes.
     fn lane_to_slow_peer(takes: usize) -> (TcpLane, thread::JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -251,17 +265,7 @@ mod tests {
                 thread::sleep(4 * PATIENCE);
             }
         });
-        let lane = TcpLane {
-            channel: Channel::Clear(stream.into()),
-            ram: ram_of(&[256]),
-            timeout: PATIENCE,
-            head: Vec::new(),
-            stats: LaneStats::default(),
-            interrupter: Arc::default(),
-            renewal: None,
-            records: 0,
-        };
-        (lane, peer)
+        (lane(stream), peer)
     }
 
     #[test]
@@ -287,17 +291,7 @@ mod tests {
         let stream = Socket::from(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
         stream::prepare(&stream, PATIENCE).unwrap();
         let (peer, _) = listener.accept().unwrap();
-        let ram = ram_of(&[256]);
-        let mut lane = TcpLane {
-            channel: Channel::Clear(stream.into()),
-            ram,
-            timeout: PATIENCE,
-            head: Vec::new(),
-            stats: LaneStats::default(),
-            interrupter: Arc::default(),
-            renewal: None,
-            records: 0,
-        };
+        let mut lane = lane(stream);
         let all = [Extent { region: 0, offset: 0, len: 256 * PAGE_SIZE }];
         lane.write(&all).unwrap();
         fate(peer);
