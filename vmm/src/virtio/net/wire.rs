@@ -75,22 +75,20 @@ pub struct Wire(OwnedFd);
 impl Wire {
     /// The other end of the tap of this name.
     pub fn of(tap: &str) -> Self {
-        let all = (libc::ETH_P_ALL as u16).to_be();
-        // SAFETY: the call takes integers only.
-        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, all.into()) };
+        Self::filtered(tap, None)
+    }
+
+    /// The same, for frames of one protocol only, so that others do not take their place in the meantime.
+    pub fn with_protocol(tap: &str, protocol: u16) -> Self {
+        Self::filtered(tap, Some(protocol))
+    }
+
+    fn filtered(tap: &str, protocol: Option<u16>) -> Self {
+        // SAFETY: the call takes integers only. A socket of no protocol takes no frame until it is bound.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
         assert!(fd >= 0, "{}", io::Error::last_os_error());
         // SAFETY: the kernel just gave us this descriptor.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let name = std::ffi::CString::new(tap).unwrap();
-        // SAFETY: all zeros is a valid value of the structure.
-        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = all;
-        // SAFETY: a valid C string.
-        address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
-        let len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-        // SAFETY: the address lives across the call and has that length.
-        assert_eq!(unsafe { libc::bind(fd, (&raw const address).cast(), len) }, 0);
+        let wire = Wire(unsafe { OwnedFd::from_raw_fd(fd) });
         let on: libc::c_int = 1;
         let int = size_of::<libc::c_int>() as libc::socklen_t;
         // SAFETY: the option's value is an int that lives across the call.
@@ -98,15 +96,27 @@ impl Wire {
             libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, (&raw const on).cast(), int)
         };
         assert_eq!(set, 0);
-        let wire = Wire(socket);
+        // Before it is bound: frames that come between the two would pass.
+        if let Some(protocol) = protocol {
+            wire.take_only(protocol);
+        }
+        let name = std::ffi::CString::new(tap).unwrap();
+        // SAFETY: all zeros is a valid value of the structure.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+        // SAFETY: a valid C string.
+        address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
+        let len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: the address lives across the call and has that length.
+        assert_eq!(unsafe { libc::bind(fd, (&raw const address).cast(), len) }, 0);
         // The first question has the kernel begin to note the times.
         let _ = wire.ask_stamp();
         wire
     }
 
-    /// The same, for frames of one protocol only, so that others do not take their place in the meantime.
-    pub fn with_protocol(tap: &str, protocol: u16) -> Self {
-        let wire = Self::of(tap);
+    /// Has the kernel drop frames of all other protocols.
+    fn take_only(&self, protocol: u16) {
         let code = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
         // Half a word at 12; if it is the protocol, all of the frame, or else nothing of it. (A socket that
         // is bound to the protocol sees nothing of what a bridge takes.)
@@ -118,11 +128,10 @@ impl Wire {
         ];
         let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
         let (value, len) = ((&raw const filter).cast(), size_of::<libc::sock_fprog>() as libc::socklen_t);
-        let socket = wire.0.as_raw_fd();
+        let socket = self.0.as_raw_fd();
         // SAFETY: the option's value is a filter program, which lives across the call.
         let set = unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, value, len) };
         assert_eq!(set, 0, "{}", io::Error::last_os_error());
-        wire
     }
 
     /// Sends a frame with its header to the guest.
