@@ -20,7 +20,10 @@ use transport_rdma::internals;
 use transport_tcp::Connector;
 use transport_tcp::frame::{self, Header, Kind};
 use transport_tcp::tls::{Files, Renewed};
+use vmm::internals::described_with;
+use vmm::virtio::block::BlockConfig;
 use vmm::virtio::console::ConsoleConfig;
+use vmm::virtio::net::NetConfig;
 use vmm::virtio::{DeviceConfig, LocalConfig};
 use vmm::{Host, Machine, MachineConfig, SerialOutput};
 use whimbrel_fuzz::tls;
@@ -98,7 +101,8 @@ fn control_links() -> Vec<Vec<u8>> {
     ]
 }
 
-/// What callers say, to a listener without certificates (0) and to one with (1).
+/// What callers say, to a listener without certificates (0), to one with (1), and to that one through TLS,
+/// with a certificate that it trusts (2: for a control link, 3: for a lane).
 fn openings() -> Vec<Vec<u8>> {
     let (control, lane) = (Preamble::control(TOKEN), Preamble::data(TOKEN, 1, 4));
     let proof = Secret::NONE.proof(&control.encode());
@@ -113,6 +117,11 @@ fn openings() -> Vec<Vec<u8>> {
         // An alert, and a record of another kind.
         from(1, &[&control.encrypted(true).encode(), &[21, 3, 3, 0, 2, 2, 40]]),
         from(1, &[&control.encrypted(true).encode(), &[23, 3, 3, 0, 1, 0]]),
+        // A proof of another secret, part of one, and more than one.
+        from(2, &[&proof, &control.encode()]),
+        from(2, &[&proof[..16]]),
+        from(3, &[&proof]),
+        from(3, &[&[0; 100]]),
     ]
 }
 
@@ -193,6 +202,31 @@ fn description() -> Vec<u8> {
         ..MachineConfig::new(&host, 16 << 20, 2).expect("a machine")
     };
     Machine::build(&host, config).expect("a machine").describe().expect("a description")
+}
+
+/// Descriptions of machines without names and with, whose guests run and stay paused.
+fn descriptions() -> Vec<Vec<u8>> {
+    let plain = description();
+    let mac = "52:54:00:00:00:07".parse().expect("an address");
+    let net = |number, network: Option<&str>| {
+        DeviceConfig::Net(NetConfig {
+            number,
+            mac,
+            pairs: 2,
+            negotiated: None,
+            network: network.map(Into::into),
+        })
+    };
+    let disk = |storage: Option<&str>| {
+        let config = BlockConfig { storage: storage.map(Into::into), ..BlockConfig::new("web/1.raw".into()) };
+        DeviceConfig::Block(config)
+    };
+    let unnamed = vec![DeviceConfig::Rng, net(0, None), disk(None)];
+    let named = vec![disk(Some("fast")), DeviceConfig::Rng, net(0, Some("blue")), net(1, None)];
+    let with = |devices: &[DeviceConfig], paused| {
+        described_with(&plain, devices.to_vec(), paused).expect("a description")
+    };
+    vec![plain.clone(), with(&unnamed, true), with(&named, false), with(&named, true)]
 }
 
 /// The driver's doings in `whimbrel_fuzz::guest`.
@@ -428,7 +462,7 @@ fn main() {
     write("patterns", patterns());
     write("tcp_frames", frames());
     write("rdma", rdma());
-    write("description", [description()]);
+    write("description", descriptions());
     write("component", [b"WHIM\x01\x05\x00\x01\x04\x00\x00\x00\x00".to_vec(), b"WHIM\x00".to_vec()]);
     write("load", [vec![], change(0, b"WHIN"), change(200, &[0xff; 8]), change(5000, &[0; 40])]);
     write("virtio_rng", rng());

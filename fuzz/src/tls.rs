@@ -1,8 +1,13 @@
 //! A host's files for TLS, always the same.
 
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use tempfile::TempDir;
 
 /// Their names and contents.
@@ -25,4 +30,24 @@ pub fn folder() -> TempDir {
     let folder = tempfile::tempdir().expect("a folder");
     FILES.iter().for_each(|(name, content)| put(folder.path(), name, content));
     folder
+}
+
+/// The calling end of TLS, which has the host's own certificate.
+pub fn caller() -> ClientConnection {
+    static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
+    let config = CONFIG.get_or_init(|| {
+        let certificates = |pem| CertificateDer::pem_slice_iter(pem).map(|one| one.expect("a certificate"));
+        let mut roots = RootCertStore::empty();
+        certificates(FILES[0].1).for_each(|authority| roots.add(authority).expect("an authority"));
+        let key = PrivateKeyDer::from_pem_slice(FILES[2].1).expect("a key");
+        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .with_root_certificates(roots)
+            .with_client_auth_cert(certificates(FILES[1].1).collect(), key)
+            .expect("a certificate that fits the key");
+        config.alpn_protocols = vec![b"whimbrel".into()];
+        Arc::new(config)
+    });
+    ClientConnection::new(config.clone(), "fuzz.example".try_into().expect("a name")).expect("a caller")
 }

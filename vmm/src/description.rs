@@ -48,14 +48,14 @@ pub(crate) struct Description {
     msrs: Vec<u32>,
     /// PCI devices by place.
     #[serde(deserialize_with = "at_most::<MAX_FUNCTIONS, _, _>")]
-    devices: Vec<DeviceConfig>,
+    pub(crate) devices: Vec<DeviceConfig>,
     /// What its operators call it.
     name: String,
     /// What follows a reset that the guest asks for.
     reboot: Reboot,
     /// Told by the version.
     #[serde(skip)]
-    stays_paused: bool,
+    pub(crate) stays_paused: bool,
 }
 
 impl Description {
