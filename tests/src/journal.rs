@@ -70,6 +70,16 @@ impl Disk {
         Box::new(move || fs::remove_file(ballast).expect("the ballast"))
     }
 
+    /// Makes it as if nobody had written to it: a guest that begins anew begins its journal anew as well.
+    /// Entries of the guest before, in blocks that the new one has not come to, would count for its own
+    /// (where a journal comes round at once, there are none).
+    pub fn begin_anew(&self) {
+        if self.own.is_some() {
+            let image = File::create(self.path()).expect("the image");
+            image.set_len(self.blocks * BLOCK as u64).expect("an image");
+        }
+    }
+
     /// The image.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("journal")

@@ -133,11 +133,16 @@ impl Scene {
         assert!(entries >= known, "{entries} entries of {known} that were confirmed");
     }
 
-    /// The guest is gone: what it wrote is there, `known` entries at least, and another starts from its disk,
-    /// moves to `receiver`, if there is one, and works.
-    pub fn finish_anew(&self, known: u64, receiver: Option<(&mut Node, SocketAddr)>) {
+    /// The guest is gone: what it wrote is there, `known` entries at least. Another starts with its disk.
+    pub fn guest_anew(&self, known: u64) -> Node {
         self.assert_kept(known);
-        let mut other = self.guest(Host::A, "other");
+        self.disk.begin_anew();
+        self.guest(Host::A, "other")
+    }
+
+    /// The same, and that one moves to `receiver`, if there is one, and works.
+    pub fn finish_anew(&self, known: u64, receiver: Option<(&mut Node, SocketAddr)>) {
+        let mut other = self.guest_anew(known);
         if let Some((receiver, address)) = receiver {
             hop(&other, receiver, address);
             self.finish_at(receiver);

@@ -93,9 +93,8 @@ impl Course<'_> {
             return "source killed, went on at the destination";
         }
         assert!(verdict.is_none_or(|verdict| verdict != Verdict::Moved), "{:?}", self.ran);
-        self.scene.assert_kept(self.known);
-        let scene = self.scene;
-        self.source = self.cable.at(Host::A, || scene.guest(Host::A, "other"));
+        let (scene, known) = (self.scene, self.known);
+        self.source = self.cable.at(Host::A, || scene.guest_anew(known));
         self.hop();
         "source killed with its guest, started anew"
     }
