@@ -211,6 +211,10 @@ fn nobody() -> Refusal {
 pub(crate) struct Refusal(StatusCode, Failure);
 
 impl Refusal {
+    pub(crate) fn of(status: StatusCode, failure: Failure) -> Self {
+        Refusal(status, failure)
+    }
+
     pub(crate) fn new(status: StatusCode, message: &str) -> Self {
         Refusal(status, Failure::new(Code::OTHER, message))
     }

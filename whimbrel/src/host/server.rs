@@ -1,16 +1,18 @@
-//! The API of the host service, on a socket of its own.
+//! The API of the host service, on a socket of its own, and where it is wanted on a port over mutual TLS.
 
+use super::config::Api;
 use super::history;
 use super::inventory::{self, Listed};
 use super::metrics::{FORMAT, Now};
 use super::page;
-use super::processes;
+use super::processes::{self, tell};
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
 use crate::api::events::{Asked, Listen};
 use crate::api::model::{ErrorBody, Event};
 use crate::api::openapi::{self, Table};
+use crate::api::port::{self, Port, Rights};
 use crate::api::server::{__path_version, Refusal, Server, blocking, serve_router, version};
 use crate::instance::SOFTWARE;
 use axum::Json;
@@ -18,7 +20,7 @@ use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path as Segment, Query, State};
 use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
 use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::from_fn;
+use axum::middleware::{from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use migration::{Code, Failure};
 use serde::{Deserialize, Serialize};
@@ -29,7 +31,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
+use transport_tcp::Refusals;
+use transport_tcp::tls::{Pattern, Renewed};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
@@ -40,7 +44,7 @@ const START: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// How many entries of the history one answer has at most.
-const MOST_ENTRIES: usize = 1000;
+pub const MOST_ENTRIES: usize = 1000;
 
 /// How much is told of what a process has said that has ended, in bytes.
 const LAST_WORDS: u64 = 1000;
@@ -61,9 +65,9 @@ pub(super) fn serve(path: &Path, host: Arc<Host>) -> Result<Server, Error> {
 
 /// All that a host's API has.
 fn table() -> Table<Arc<Host>> {
-    let description = "The service of a host of Whimbrel machines, over HTTP on a Unix socket: the host, its machines, and \
-                        its metrics.";
-    reading(Table::new("A Whimbrel host", description))
+    let description = "The service of a host of Whimbrel machines, over HTTP on a Unix socket, and on a port by mutual \
+                        TLS if its operator has said so: the host, its machines, and its metrics.";
+    reading(Table::new("A Whimbrel host", description).on_a_port_as_well(port::PORT))
         .with(routes!(openapi))
         .with(routes!(drain, undrain))
         .with(routes!(start))
@@ -80,6 +84,25 @@ fn reading(table: Table<Arc<Host>>) -> Table<Arc<Host>> {
 pub(super) fn serve_page(listener: TcpListener, host: Arc<Host>) -> io::Result<()> {
     let table = reading(Table::new("The page of a Whimbrel host", ""));
     page::port::serve(listener, table.router(host).merge(page::files()))
+}
+
+/// Serves all of it, and the page, over mutual TLS, as long as the program runs.
+pub(super) fn serve_port(listener: TcpListener, certificates: Renewed, host: Arc<Host>) -> io::Result<()> {
+    let named = |patterns: fn(&Api) -> &Vec<Pattern>| host.config.api.as_ref().map(patterns).cloned();
+    let rights = Rights {
+        readers: named(|api| &api.allow).unwrap_or_default(),
+        operators: named(|api| &api.operators).unwrap_or_default(),
+    };
+    let refusals = Refusals::default();
+    let metrics = Arc::clone(&host.metrics);
+    refusals.tell_to(move |refused| {
+        metrics.refused(refused.untold + 1);
+        tell(format_args!("the API: {refused}"));
+    });
+    let router = table().router(host).merge(page::files());
+    // A browser shows its user's certificate to whatever page has it ask.
+    let router = router.layer(from_fn(page::no_foreign_change)).layer(map_response(page::with_headers));
+    port::serve(listener, Port { certificates, rights, router, refusals, on_change: tell })
 }
 
 /// The description of a host's API by OpenAPI, as JSON.
@@ -120,6 +143,8 @@ async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
         pid: std::process::id(),
         listen: host.listen.clone(),
         page: host.page,
+        api: host.api,
+        time: humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
         drained: host.run_dir.is_drained(),
         processes: host.desk.count(),
     })
