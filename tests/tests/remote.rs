@@ -143,6 +143,27 @@ fn who_may_look_looks_and_who_may_act_acts() {
     let tls = place.authority.host(READER);
     let nobody = run(["list", "--at", "https://127.0.0.1:1", "--tls", tls.to_str().unwrap()]);
     nobody.refused(8, "no host answers at 127.0.0.1:1");
+
+    // A pair is examined by it as well: the clocks of one host are the same.
+    let ran = run([
+        "doctor",
+        "--json",
+        "--memory",
+        "64M",
+        "--with",
+        &place.host.address().to_string(),
+        "--at",
+        &place.url(),
+        "--tls",
+        tls.to_str().unwrap(),
+    ]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let clock = &ran.json()["with"]["clock"];
+    let [ahead, within] = ["ahead_us", "within_us"].map(|part| clock[part].as_i64().unwrap());
+    assert!(ahead.abs() <= within, "{clock}");
+    let all = ran.json()["with"]["findings"].clone();
+    let found = all.as_array().unwrap().iter().find(|finding| finding["what"] == "clocks").unwrap();
+    assert!(found["level"] == "good" && found["found"].as_str().unwrap().contains("give or take"), "{found}");
 }
 
 #[test]
