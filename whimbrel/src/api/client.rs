@@ -115,7 +115,7 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> Result<A, Error> {
-        Caller::of(&self.reach).await?.call(method, path, body).await
+        Caller::of(&self.reach).await?.send_body(method, path, body).await
     }
 }
 
@@ -147,10 +147,23 @@ impl Caller {
     /// # Errors
     /// As for [`Client::get`].
     pub async fn get<A: DeserializeOwned>(&mut self, path: &str) -> Result<A, Error> {
-        self.call(Method::GET, path, b"null".to_vec()).await
+        self.call(Method::GET, path, &()).await
     }
 
-    async fn call<A: DeserializeOwned>(
+    /// `method path` with a JSON body.
+    ///
+    /// # Errors
+    /// As for [`Client::get`].
+    pub async fn call<A: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<A, Error> {
+        self.send_body(method, path, serde_json::to_vec(body).map_err(http)?).await
+    }
+
+    async fn send_body<A: DeserializeOwned>(
         &mut self,
         method: Method,
         path: &str,
