@@ -76,8 +76,8 @@ pub struct HostConfig {
     /// Where the page of this host is served, to be looked at and no more; nowhere but on the service's own
     /// socket if nothing is said. An address of the loopback interface.
     pub page: Option<SocketAddr>,
-    /// Where this host's API is served to whoever shows a certificate. Nowhere but on the service's own socket
-    /// if nothing is said.
+    /// Where this host's API is served to whoever shows a certificate; nowhere but on the service's own
+    /// socket if nothing is said.
     pub api: Option<Api>,
     /// The folder of the machines that `whimbrel start` knows.
     pub machines: Option<PathBuf>,

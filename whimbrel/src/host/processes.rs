@@ -1,11 +1,12 @@
 //! The processes that the host service starts: standbys, which take guests in, and machines from files.
 //!
 //! They are no part of the service: they have a process group of their own, and as machines a unit of their
-//! own where systemd runs ([`units`](super::units)). What they say goes to a file of the run directory, or to
-//! the journal. Whoever ends the service ends none of them.
+//! own where systemd runs ([`units`](super::units)). What they say goes to a file of the run directory, which
+//! is kept [within bounds](super::log_file), or to the journal. Whoever ends the service ends none of them.
 
 use super::config::HostConfig;
 use super::gate::Desk;
+use super::log_file;
 use super::run_dir::RunDir;
 use super::units::Units;
 use crate::api::model::word;
@@ -92,7 +93,13 @@ impl Processes {
     pub fn keep_standbys(self: Arc<Self>, desk: Arc<Desk>, words: Vec<OsString>) -> io::Result<()> {
         let mut not_before = Instant::now();
         let keep = move || {
+            let mut looked = Instant::now();
             loop {
+                if looked.elapsed() >= LOOK {
+                    looked = Instant::now();
+                    // What cannot be done now may be done later, and what they say matters more than where.
+                    let _ = log_file::keep_within_bounds(&self.run_dir.log_file());
+                }
                 if self.ended().into_iter().filter(|pid| desk.is_lost(*pid)).count() > 0 {
                     let log = said_in(&self.run_dir);
                     tell(format_args!(

@@ -339,6 +339,8 @@ fn last_words(log: &Path, since: u64) -> Option<String> {
     let read = || {
         let mut file = File::open(log)?;
         let end = file.seek(SeekFrom::End(0))?;
+        // It may have been cut since.
+        let since = if since > end { 0 } else { since };
         file.seek(SeekFrom::Start(since.max(end.saturating_sub(LAST_WORDS))))?;
         let mut words = Vec::new();
         file.take(LAST_WORDS).read_to_end(&mut words)?;
