@@ -223,7 +223,7 @@ impl Refusal {
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
         let status = match failure.code {
-            Code::BUSY | Code::GUEST_ENDED => StatusCode::CONFLICT,
+            Code::BUSY | Code::GUEST_ENDED | Code::LIMITS => StatusCode::CONFLICT,
             Code::PROTOCOL => StatusCode::BAD_REQUEST,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };

@@ -214,9 +214,55 @@ fn machine(run_dir: &RunDir, config: &HostConfig, name: &str, path: &Path) -> Ve
     words
 }
 
+/// Memory of a machine of which nothing else is said.
+pub const USUAL_MEMORY: &str = "1G";
+/// Its vCPUs.
+pub const USUAL_VCPUS: u32 = 1;
+
+/// Bytes of memory and vCPUs of the machine that the file at `path` describes. What is wrong with the file
+/// its process finds, and says: as much as that it does not have.
+pub fn plan(path: &Path) -> (u64, u32) {
+    let table = std::fs::read_to_string(path).ok().and_then(|text| text.parse::<toml::Table>().ok());
+    let table = table.unwrap_or_default();
+    let bytes = |text: &str| parse_size::Config::new().with_binary().parse_size(text).unwrap_or(0);
+    let memory = match table.get("memory") {
+        Some(toml::Value::String(text)) => bytes(text),
+        Some(toml::Value::Integer(number)) => u64::try_from(*number).unwrap_or(0),
+        Some(_) => 0,
+        None => bytes(USUAL_MEMORY),
+    };
+    let vcpus = match table.get("vcpus") {
+        Some(toml::Value::String(text)) => text.parse().unwrap_or(0),
+        Some(toml::Value::Integer(number)) => u32::try_from(*number).unwrap_or(0),
+        Some(_) => 0,
+        None => USUAL_VCPUS,
+    };
+    (memory, vcpus)
+}
+
 /// Whether the file of a machine has entries about certificates. What is wrong with the file its process
 /// finds, and says.
 fn says_who_it_is(path: &Path) -> bool {
     let table = std::fs::read_to_string(path).ok().and_then(|text| text.parse::<toml::Table>().ok());
     table.is_some_and(|table| table.keys().any(|key| key.starts_with("tls") || key == "insecure"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machines_size_is_what_its_file_says() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (content, expected) in [
+            ("", (1 << 30, 1)),
+            ("memory = '64M'\nvcpus = 4\n", (64 << 20, 4)),
+            ("memory = 1048576\n", (1 << 20, 1)),
+            ("memory = 'much'\n", (0, 1)),
+            ("memory = [", (1 << 30, 1)),
+        ] {
+            std::fs::write(file.path(), content).unwrap();
+            assert_eq!(plan(file.path()), expected, "{content:?}");
+        }
+    }
 }

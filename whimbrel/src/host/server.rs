@@ -1,6 +1,7 @@
 //! The API of the host service, on a socket of its own, and where it is wanted on a port over mutual TLS.
 
 use super::config::Api;
+use super::gate::Guest;
 use super::history;
 use super::inventory::{self, Listed};
 use super::metrics::{FORMAT, Now};
@@ -36,6 +37,7 @@ use transport_tcp::Refusals;
 use transport_tcp::tls::{Pattern, Renewed};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
+use vmm::limits::Limits;
 
 /// How long a machine may take until it serves its API.
 const START: Duration = Duration::from_secs(20);
@@ -273,7 +275,8 @@ fn change_drain(run_dir: &RunDir, drained: bool) -> Result<StatusCode, Refusal> 
     responses(
         (status = OK, body = Started),
         (status = 404, description = "There is no such file", body = ErrorBody),
-        (status = 409, description = "The machine is here already", body = ErrorBody),
+        (status = 409, description = "The machine is here already, or a guest like it could not come: the host drains, or \
+            it is too large, or not called as guests may be", body = ErrorBody),
     ),
 )]
 async fn start(
@@ -301,6 +304,14 @@ fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Fail
     if UnixStream::connect(&socket).is_ok() {
         return Err(Failure::new(Code::BUSY, format_args!("the machine {name} is here already")));
     }
+    let (memory, vcpus) = processes::plan(path);
+    let admission = &host.config.admission;
+    // Here the host's operator has said so many vCPUs, unless there is a limit.
+    let most_vcpus = Some(admission.max_vcpus.unwrap_or(u32::MAX));
+    let (most, names) = (admission.max_memory, admission.names.clone());
+    let limits = Limits { memory: most, vcpus: most_vcpus, names, ..Limits::default() };
+    limits.check_plan(&name, memory, vcpus)?;
+    let _counts = host.desk.admit_start(Guest { name: name.clone(), memory })?;
     let log = host.run_dir.log_file();
     let said = std::fs::metadata(&log).map_or(0, |log| log.len());
     let failed = |what: std::fmt::Arguments<'_>| Failure::new(Code::HOST, what);
