@@ -330,3 +330,35 @@ fn monitoring_sees_the_host() {
     );
     assert!(ran.code == Some(1) && ran.stderr.contains("could see this host's machines"), "{ran:?}");
 }
+
+#[test]
+fn a_machine_that_could_not_come_is_not_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let machines = folder.path().join("machines");
+    std::fs::create_dir(&machines).unwrap();
+    for (name, memory) in [("web1", "16M"), ("web2", "16M"), ("web3", "40M"), ("db1", "16M"), ("web4", "16M")]
+    {
+        let file = format!("memory = '{memory}'\nworking-set = '1M'\nserial = 'none'\n");
+        std::fs::write(machines.join(format!("{name}.toml")), file).unwrap();
+    }
+    let config = format!(
+        "machines = {machines:?}\n[admission]\nmax-memory = '32M'\ntotal-memory = '40M'\nmax-guests = 3\nnames = ['web*']\n"
+    );
+    let host = Service::start(&folder.path().join("host"), &config);
+    let start = |name: &str| host.change(Method::POST, &format!("/v1/machines/{name}/start"));
+    let refused = |name: &str, why: &str| match start(name) {
+        Err(whimbrel::api::Error::Refused(failure)) => {
+            assert!(failure.code == Code::LIMITS && failure.message.contains(why), "{name}: {failure}");
+        }
+        other => panic!("{name}: {other:?}"),
+    };
+    host.change(Method::PUT, "/v1/host/drain").unwrap();
+    refused("web1", "this host takes no guests");
+    host.change(Method::DELETE, "/v1/host/drain").unwrap();
+    refused("web3", "40 MiB of memory, of which at most 32 MiB");
+    refused("db1", "its name is db1");
+    start("web1").unwrap();
+    start("web2").unwrap();
+    refused("web4", "those of this host have 32 of the 40 MiB");
+    assert_eq!(host.names(), ["web1", "web2"]);
+}

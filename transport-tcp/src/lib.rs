@@ -40,7 +40,7 @@ pub use destination::TcpDestination;
 pub use dispatch::{Caller, Dispatcher};
 pub use link::{Connection, Connector, StreamLink, connect_control, host_of};
 pub use listener::{Call, Feed, Listener};
-pub use refusals::Refused;
+pub use refusals::{Refusals, Refused};
 pub use source::{DEFAULT_STREAMS, TcpSource};
 pub use stream::Stream;
 

@@ -35,7 +35,7 @@ type OnRefused = Box<dyn Fn(&Refused) + Send>;
 
 /// Who is told, and when somebody was.
 #[derive(Default)]
-pub(crate) struct Refusals(Mutex<State>);
+pub struct Refusals(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -50,6 +50,7 @@ impl Refusals {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).callback = Some(Box::new(callback));
     }
 
+    /// This caller was refused. It is told of, or counted.
     pub fn tell(&self, peer: SocketAddr, why: impl Display) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if state.callback.is_none() {

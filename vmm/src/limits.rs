@@ -35,6 +35,7 @@ pub struct Limits {
 impl Limits {
     /// Refuses what exceeds a limit. All limits that are exceeded are told in one sentence.
     pub(crate) fn check(&self, guest: &Description) -> Result<(), Error> {
+        let mut exceeded = self.exceeded(guest.name(), guest.memory(), guest.vcpus());
         let count = |is: fn(&DeviceConfig) -> bool| guest.devices().iter().filter(|d| is(d)).count() as u64;
         let devices = [
             ("disks", count(|d| matches!(d, DeviceConfig::Block(_))), self.disks),
@@ -42,17 +43,7 @@ impl Limits {
             ("entropy devices", count(|d| matches!(d, DeviceConfig::Rng)), self.rngs),
             ("consoles", count(|d| matches!(d, DeviceConfig::Console)), self.consoles),
         ];
-        let mut exceeded = Vec::new();
-        match self.memory {
-            Some(most) if guest.memory() > most => exceeded.push(format!(
-                "it has {} of memory, of which at most {} are allowed",
-                mib(guest.memory(), u64::div_ceil),
-                mib(most, |bytes, unit| bytes / unit)
-            )),
-            _ => {}
-        }
-        let vcpus = ("vCPUs", u64::from(guest.vcpus()), Some(self.most_vcpus() as usize));
-        for (what, has, most) in std::iter::once(vcpus).chain(devices) {
+        for (what, has, most) in devices {
             match most {
                 Some(most) if has > most as u64 => {
                     exceeded.push(format!("it has {has} {what}, of which at most {most} are allowed"));
@@ -60,11 +51,37 @@ impl Limits {
                 _ => {}
             }
         }
-        if !self.names.is_empty() && !self.names.iter().any(|pattern| pattern.stands_for(guest.name())) {
-            let names: Vec<_> = self.names.iter().map(ToString::to_string).collect();
-            exceeded.push(format!("its name is {}, and only {} may come", guest.name(), names.join(", ")));
+        refuse(exceeded)
+    }
+
+    /// The same of a machine that is not built yet, by what there is to be known of it: its name, bytes of
+    /// memory, and vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::Limits`].
+    pub fn check_plan(&self, name: &str, memory: u64, vcpus: u32) -> Result<(), Error> {
+        refuse(self.exceeded(name, memory, vcpus))
+    }
+
+    fn exceeded(&self, name: &str, memory: u64, vcpus: u32) -> Vec<String> {
+        let mut exceeded = Vec::new();
+        match self.memory {
+            Some(most) if memory > most => exceeded.push(format!(
+                "it has {} of memory, of which at most {} are allowed",
+                mib(memory, u64::div_ceil),
+                mib(most, |bytes, unit| bytes / unit)
+            )),
+            _ => {}
         }
-        if exceeded.is_empty() { Ok(()) } else { Err(Error::Limits { exceeded: exceeded.join("; ") }) }
+        let most = self.most_vcpus();
+        if vcpus > most {
+            exceeded.push(format!("it has {vcpus} vCPUs, of which at most {most} are allowed"));
+        }
+        if !self.names.is_empty() && !self.names.iter().any(|pattern| pattern.stands_for(name)) {
+            let names: Vec<_> = self.names.iter().map(ToString::to_string).collect();
+            exceeded.push(format!("its name is {name}, and only {} may come", names.join(", ")));
+        }
+        exceeded
     }
 
     fn most_vcpus(&self) -> u32 {
@@ -73,6 +90,10 @@ impl Limits {
             u32::try_from(processors).unwrap_or(u32::MAX).saturating_mul(VCPUS_PER_PROCESSOR)
         })
     }
+}
+
+fn refuse(exceeded: Vec<String>) -> Result<(), Error> {
+    if exceeded.is_empty() { Ok(()) } else { Err(Error::Limits { exceeded: exceeded.join("; ") }) }
 }
 
 fn mib(bytes: u64, divide: fn(u64, u64) -> u64) -> String {

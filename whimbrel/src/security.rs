@@ -4,7 +4,6 @@ use migration::transport::{LaneEncryption, LaneStats};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
 use transport_tcp::tls::{Files, FilesError, Pattern, Renewed};
 use transport_tcp::{Connector, Error, Peer, Protection};
 use utoipa::ToSchema;
@@ -67,6 +66,16 @@ impl TlsFiles {
         self.folder.iter().cloned().chain(parents).collect()
     }
 
+    /// What reads them, and again when they have been renewed. Of peers these are admitted.
+    pub(crate) fn renewed(&self, admitted: Vec<Pattern>) -> Result<Renewed, Error> {
+        if !self.is_whole() {
+            let why = "name a folder of certificates, or each of CA, certificate and key".into();
+            return Err(FilesError::Setup { ca: self.files().ca, why }.into());
+        }
+        let files = self.clone();
+        Ok(Renewed::by(move || files.files(), admitted))
+    }
+
     /// The files as they are there now.
     fn files(&self) -> Files {
         let in_folder = Files::in_folder(self.folder.as_deref().unwrap_or("".as_ref()));
@@ -115,7 +124,7 @@ impl Security {
             Security::Near => Ok(Connector::near_only()),
             Security::Insecure => Ok(Connector::new(Protection::none())),
             Security::Tls(files) => {
-                Ok(Connector::new(adapted(renewed(files, Vec::new())?.protection()?, files, encryption)))
+                Ok(Connector::new(adapted(files.renewed(Vec::new())?.protection()?, files, encryption)))
             }
         }
     }
@@ -131,7 +140,7 @@ impl Security {
         encryption: Encryption,
     ) -> Result<impl Fn() -> Result<Protection, Error> + Send + Sync + use<>, Error> {
         let renewed = match self {
-            Security::Tls(files) => Some((renewed(files, admitted)?, files.clone())),
+            Security::Tls(files) => Some((files.renewed(admitted)?, files.clone())),
             _ => None,
         };
         let protecting = move || match &renewed {
@@ -152,15 +161,6 @@ impl Security {
 fn adapted(protection: Protection, files: &TlsFiles, encryption: Encryption) -> Protection {
     let protection = if files.ktls == Ktls::Off { protection.in_user_space() } else { protection };
     if encryption == Encryption::Off { protection.with_clear_lanes() } else { protection }
-}
-
-fn renewed(files: &TlsFiles, admitted: Vec<Pattern>) -> Result<Arc<Renewed>, Error> {
-    if !files.is_whole() {
-        let why = "name a folder of certificates, or each of CA, certificate and key".into();
-        return Err(FilesError::Setup { ca: files.files().ca, why }.into());
-    }
-    let files = files.clone();
-    Ok(Arc::new(Renewed::by(move || files.files(), admitted)))
 }
 
 /// Whether an address is this host's own, which no network reaches.

@@ -1,6 +1,7 @@
 //! What a host's files are made into: how it protects a connection as either end.
 
 use super::files::{Files, FilesError};
+use super::https::Https;
 use super::names::Pattern;
 use super::{accepted, explain, names, stream};
 use crate::channel::{At, Peer, Protect, Protected, SharedSocket};
@@ -38,6 +39,7 @@ const SUITES: [SupportedCipherSuite; 3] = [
 pub(super) struct Credentials {
     pub(super) client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
+    pub(super) https: Https,
     admitted: Vec<Pattern>,
 }
 
@@ -97,7 +99,9 @@ impl Credentials {
         server.send_tls13_tickets = 0;
         server.alpn_protocols = vec![PROTOCOL.into()];
         server.enable_secret_extraction = true;
-        Ok(Credentials { client: Arc::new(client), server: Arc::new(server), admitted: admitted.to_vec() })
+        let https = Https::like(&client, &server);
+        let (client, server) = (Arc::new(client), Arc::new(server));
+        Ok(Credentials { client, server, https, admitted: admitted.to_vec() })
     }
 }
 

@@ -4,7 +4,8 @@ use rustls::pki_types::UnixTime;
 use rustls::{AlertDescription, CertificateError, Error};
 
 /// What is wrong with a peer that could not be trusted: the end of a sentence that begins with its name.
-pub(super) fn fault(error: &Error) -> String {
+#[must_use]
+pub fn fault(error: &Error) -> String {
     match error {
         Error::InvalidCertificate(why) => format!("has a certificate that {}", certificate(why)),
         Error::AlertReceived(alert) => complaint(*alert),

@@ -1,6 +1,7 @@
 //! The files of a host, and taking notice when they are renewed.
 
 use super::credentials::Credentials;
+use super::https::Https;
 use super::names::Pattern;
 use crate::{Error, Protection};
 use std::fs::Metadata;
@@ -131,6 +132,18 @@ impl Renewed {
     /// # Errors
     /// [`Error::Untrusted`], which says what is wrong with them.
     pub fn protection(&self) -> Result<Protection, Error> {
+        Ok(Protection::by(self.credentials()?))
+    }
+
+    /// What connections of HTTP are protected with by these files. Peers are not compared with the patterns.
+    ///
+    /// # Errors
+    /// [`Error::Untrusted`], which says what is wrong with them.
+    pub fn https(&self) -> Result<Https, Error> {
+        Ok(self.credentials()?.https.clone())
+    }
+
+    fn credentials(&self) -> Result<Arc<Credentials>, Error> {
         let files = (self.files)();
         let stamp_of = |path: &Path| {
             let read = std::fs::metadata(path);
@@ -142,10 +155,10 @@ impl Renewed {
         if let Some((known, credentials)) = &*read
             && *known == stamps
         {
-            return Ok(Protection::by(Arc::clone(credentials) as _));
+            return Ok(Arc::clone(credentials));
         }
         let credentials = Arc::new(Credentials::read(&files, &self.admitted)?);
         *read = Some((stamps, Arc::clone(&credentials)));
-        Ok(Protection::by(credentials))
+        Ok(credentials)
     }
 }

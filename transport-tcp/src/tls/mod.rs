@@ -28,12 +28,15 @@ mod accepted;
 mod credentials;
 mod explain;
 mod files;
+mod https;
 mod kernel;
 mod names;
 mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use explain::fault;
 pub use files::{Files, FilesError, Renewed};
+pub use https::Https;
 pub use kernel::{KernelError, in_kernel};
-pub use names::{Pattern, PatternError};
+pub use names::{Pattern, PatternError, name_of};

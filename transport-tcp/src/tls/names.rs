@@ -36,7 +36,8 @@ impl fmt::Display for Pattern {
 
 impl Pattern {
     /// Whether it stands for the holder of this certificate, which has been verified.
-    pub(super) fn admits(&self, certificate: &[u8]) -> bool {
+    #[must_use]
+    pub fn admits(&self, certificate: &[u8]) -> bool {
         let der = CertificateDer::from(certificate);
         let Ok(certificate) = EndEntityCert::try_from(&der) else { return false };
         match self.0.strip_prefix('*') {
@@ -51,7 +52,8 @@ impl Pattern {
 }
 
 /// What the holder of a certificate is called in logs and reports: the first name that it is for.
-pub(super) fn name_of(certificate: &[u8]) -> String {
+#[must_use]
+pub fn name_of(certificate: &[u8]) -> String {
     let der = CertificateDer::from(certificate);
     let parsed = EndEntityCert::try_from(&der);
     let name = parsed.ok().and_then(|certificate| certificate.valid_dns_names().next().map(String::from));

@@ -3,20 +3,18 @@
 use super::Error;
 use super::events::LAST;
 use super::model::{ErrorBody, Event};
+use super::reach::{Connection, Reach};
 use futures_util::StreamExt;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::client::conn::http1::SendRequest;
 use hyper::{Method, Request, Response};
-use hyper_util::rt::TokioIo;
 use migration::{Code, Failure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sse_stream::SseStream;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
-use tokio::net::UnixStream;
 
 /// Largest answer that is read, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
@@ -24,10 +22,10 @@ const MAX_ANSWER: usize = 16 << 20;
 /// How long one answer may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Talks to one machine. Every call opens its own connection: calls are rare, and a machine that
-/// ended in between is noticed at once.
+/// Talks to one machine, or to one host. Every call opens its own connection: calls are rare, and a machine
+/// that ended in between is noticed at once.
 pub struct Client {
-    path: PathBuf,
+    reach: Reach,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -37,11 +35,16 @@ impl Client {
     /// # Errors
     /// When the process can have no more threads or descriptors.
     pub fn new(path: &Path) -> Result<Self, Error> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|source| Error::Connect { path: path.into(), source })?;
-        Ok(Client { path: path.into(), runtime })
+        Client::of(Reach::Socket(path.into()))
+    }
+
+    /// A client of what is served there.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn of(reach: Reach) -> Result<Self, Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(http)?;
+        Ok(Client { reach, runtime })
     }
 
     /// `GET path`.
@@ -96,7 +99,7 @@ impl Client {
         mut tell: impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<(), Error> {
         self.runtime.block_on(async {
-            let mut listening = Caller::connect(&self.path).await?.listen(since, follow).await?;
+            let mut listening = Caller::of(&self.reach).await?.listen(since, follow).await?;
             while let Some(event) = listening.next().await? {
                 if tell(event).is_break() {
                     break;
@@ -112,13 +115,14 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> Result<A, Error> {
-        Caller::connect(&self.path).await?.call(method, path, body).await
+        Caller::of(&self.reach).await?.send_body(method, path, body).await
     }
 }
 
-/// A connection to one machine's API, by which one question follows the other.
+/// A connection to one API, by which one question follows the other.
 pub struct Caller {
-    sender: SendRequest<Full<Bytes>>,
+    authority: String,
+    connection: Connection,
 }
 
 impl Caller {
@@ -127,12 +131,15 @@ impl Caller {
     /// # Errors
     /// [`Error::Connect`] when nobody is there.
     pub async fn connect(path: &Path) -> Result<Self, Error> {
-        let stream =
-            UnixStream::connect(path).await.map_err(|source| Error::Connect { path: path.into(), source })?;
-        let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
-        tokio::spawn(connection);
-        Ok(Caller { sender })
+        Caller::of(&Reach::Socket(path.into())).await
+    }
+
+    /// Calls what is served there.
+    ///
+    /// # Errors
+    /// As for [`connect`](Self::connect), and [`Error::Unreachable`] and [`Error::Untrusted`].
+    pub async fn of(reach: &Reach) -> Result<Self, Error> {
+        Ok(Caller { authority: reach.authority(), connection: reach.connect().await? })
     }
 
     /// `GET path`.
@@ -140,10 +147,23 @@ impl Caller {
     /// # Errors
     /// As for [`Client::get`].
     pub async fn get<A: DeserializeOwned>(&mut self, path: &str) -> Result<A, Error> {
-        self.call(Method::GET, path, b"null".to_vec()).await
+        self.call(Method::GET, path, &()).await
     }
 
-    async fn call<A: DeserializeOwned>(
+    /// `method path` with a JSON body.
+    ///
+    /// # Errors
+    /// As for [`Client::get`].
+    pub async fn call<A: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<A, Error> {
+        self.send_body(method, path, serde_json::to_vec(body).map_err(http)?).await
+    }
+
+    async fn send_body<A: DeserializeOwned>(
         &mut self,
         method: Method,
         path: &str,
@@ -152,11 +172,11 @@ impl Caller {
         let request = Request::builder()
             .method(method)
             .uri(path)
-            .header("host", "vm")
+            .header("host", &self.authority)
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(http)?;
-        let response = self.sender.send_request(request).await.map_err(http)?;
+        let response = self.send(request).await?;
         let bytes = whole(response).await?;
         // Some answers have no body.
         let body: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
@@ -169,17 +189,25 @@ impl Caller {
     /// As for [`Client::get`].
     pub async fn listen(mut self, since: Option<u64>, follow: bool) -> Result<Listening, Error> {
         let path = format!("/v1/events?follow={follow}");
-        let mut request = Request::builder().uri(path).header("host", "vm");
+        let mut request = Request::builder().uri(path).header("host", &self.authority);
         if let Some(since) = since {
             request = request.header(LAST, since);
         }
         let request = request.body(Full::default()).map_err(http)?;
-        let response = self.sender.send_request(request).await.map_err(http)?;
+        let response = self.send(request).await?;
         if response.status().is_success() {
-            return Ok(Listening { events: SseStream::new(response.into_body()), _sender: self.sender });
+            let events = SseStream::new(response.into_body());
+            return Ok(Listening { events, _connection: self.connection });
         }
         whole(response).await?;
         Err(http("a refusal that is none"))
+    }
+
+    async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Error> {
+        match self.connection.sender.send_request(request).await {
+            Ok(response) => Ok(response),
+            Err(error) => Err(self.connection.explain(error).await),
+        }
     }
 }
 
@@ -187,7 +215,7 @@ impl Caller {
 pub struct Listening {
     events: SseStream<Incoming>,
     /// The connection lives as long as it.
-    _sender: SendRequest<Full<Bytes>>,
+    _connection: Connection,
 }
 
 impl Listening {

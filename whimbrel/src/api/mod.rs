@@ -1,4 +1,5 @@
-//! Driving a running virtual machine over a Unix socket: HTTP/1.1 with JSON bodies.
+//! Driving a running virtual machine over a Unix socket, and a host also over mutual TLS: HTTP/1.1 with JSON
+//! bodies.
 //!
 //! Any HTTP client can use it: `curl --unix-socket vm.sock http://vm/v1/vm`. The machine's own
 //! threads never wait for it: the server has a thread of its own, and a migration runs in another.
@@ -7,6 +8,8 @@ pub mod client;
 pub mod events;
 pub mod model;
 pub(crate) mod openapi;
+pub mod port;
+pub mod reach;
 pub mod server;
 
 use migration::Failure;
@@ -38,11 +41,25 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A text that is no host.
+    #[error("{0:?} is no host: write it as https://b.hosts.example, with another port than 8443 behind it")]
+    Url(String),
+    /// No host answers.
+    #[error("no host answers at {to}: {source}")]
+    Unreachable {
+        /// The host's address.
+        to: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// One side does not trust the other. The text is a sentence.
+    #[error("{0}")]
+    Untrusted(String),
     /// The conversation broke off.
-    #[error("the virtual machine's API broke off: {0}")]
+    #[error("the API broke off: {0}")]
     Http(String),
     /// No answer came.
-    #[error("the virtual machine's API has not answered within {} s", .0.as_secs())]
+    #[error("the API has not answered within {} s", .0.as_secs())]
     Silent(Duration),
     /// The machine refused.
     #[error("{0}")]

@@ -10,6 +10,8 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::openapi::security::{SecurityRequirement, SecurityScheme};
+use utoipa::openapi::server::{ServerBuilder, ServerVariableBuilder};
 use utoipa::openapi::{ContentBuilder, Info, License, OpenApi, OpenApiBuilder, Ref, ResponseBuilder};
 use utoipa::{PartialSchema, ToSchema};
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
@@ -26,6 +28,34 @@ impl<S: Clone + Send + Sync + 'static> Table<S> {
         license.identifier = Some("Apache-2.0".into());
         info.license = Some(license);
         Table(OpenApiRouter::with_openapi(OpenApiBuilder::new().info(info).build()))
+    }
+
+    /// The same, served over mutual TLS as well, at this port unless another one is named.
+    pub fn on_a_port_as_well(mut self, port: u16) -> Self {
+        /// What it is called in the description.
+        const MUTUAL_TLS: &str = "mutualTLS";
+        let socket = ServerBuilder::new().url("http://localhost").description(Some("The Unix socket"));
+        let variable = |value: String, what: &str| {
+            ServerVariableBuilder::new().default_value(value).description(Some(what))
+        };
+        let by_tls = ServerBuilder::new()
+            .url("https://{host}:{port}")
+            .description(Some("A port, if the host's configuration has one by `[api]`"))
+            .parameter("host", variable("localhost".into(), "The host's name, as its certificate has it"))
+            .parameter("port", variable(port.to_string(), "The port"));
+        let scheme = SecurityScheme::MutualTls {
+            description: Some("A certificate of an authority that the host trusts".into()),
+            deprecated: None,
+            extensions: None,
+        };
+        let document = self.0.get_openapi_mut();
+        document.servers = Some(vec![socket.build(), by_tls.build()]);
+        document.components.get_or_insert_default().add_security_scheme(MUTUAL_TLS, scheme);
+        let none: [&str; 0] = [];
+        // On the socket it is the user who counts.
+        document.security =
+            Some(vec![SecurityRequirement::default(), SecurityRequirement::new(MUTUAL_TLS, none)]);
+        self
     }
 
     /// The same with more.
@@ -64,6 +94,7 @@ fn describe_refusals(document: &mut OpenApi) {
     let mut error = vec![(ErrorBody::name().into_owned(), ErrorBody::schema())];
     ErrorBody::schemas(&mut error);
     document.components.get_or_insert_default().schemas.extend(error);
+    let by_certificate = document.security.is_some();
     let operations = document.paths.paths.values_mut().flat_map(operations);
     for operation in operations {
         let (body, asked) = (operation.request_body.is_some(), operation.parameters.is_some());
@@ -75,7 +106,9 @@ fn describe_refusals(document: &mut OpenApi) {
         ];
         let wrong_body = wrong_body.into_iter().filter(|_| body);
         let failed = [("500", "It has failed for a reason that is not the request's")];
-        for (status, what) in wrong.into_iter().chain(wrong_body).chain(failed) {
+        let kept_out = ("403", "Whoever has this certificate may not ask for it");
+        let kept_out = by_certificate.then_some(kept_out);
+        for (status, what) in wrong.into_iter().chain(kept_out).chain(wrong_body).chain(failed) {
             let schema = Ref::from_schema_name(ErrorBody::name());
             let content = ContentBuilder::new().schema(Some(schema)).build();
             let refused = ResponseBuilder::new().description(what).content("application/json", content);

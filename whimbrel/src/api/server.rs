@@ -211,6 +211,10 @@ fn nobody() -> Refusal {
 pub(crate) struct Refusal(StatusCode, Failure);
 
 impl Refusal {
+    pub(crate) fn of(status: StatusCode, failure: Failure) -> Self {
+        Refusal(status, failure)
+    }
+
     pub(crate) fn new(status: StatusCode, message: &str) -> Self {
         Refusal(status, Failure::new(Code::OTHER, message))
     }
@@ -219,7 +223,7 @@ impl Refusal {
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
         let status = match failure.code {
-            Code::BUSY | Code::GUEST_ENDED => StatusCode::CONFLICT,
+            Code::BUSY | Code::GUEST_ENDED | Code::LIMITS => StatusCode::CONFLICT,
             Code::PROTOCOL => StatusCode::BAD_REQUEST,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };

@@ -6,7 +6,6 @@ use migration::monitor::Phase;
 use std::ops::ControlFlow;
 use std::thread;
 use std::time::Duration;
-use whimbrel::api::client::Client;
 use whimbrel::api::model::{Event, EventKind, Migration, word};
 use whimbrel::api::{self};
 
@@ -14,7 +13,7 @@ use whimbrel::api::{self};
 const AGAIN: Duration = Duration::from_millis(500);
 
 pub fn events(args: &EventsArgs) -> anyhow::Result<Exit> {
-    let client = Client::new(&args.host.run_dir().host_socket())?;
+    let client = args.host.client()?;
     let mut failed = None;
     // Without an end, it begins with what is now. Otherwise it is all that is known.
     let mut last = (!args.follow).then_some(0);
@@ -35,7 +34,10 @@ pub fn events(args: &EventsArgs) -> anyhow::Result<Exit> {
         }
         match ended {
             // Another service may be there soon.
-            Ok(()) | Err(api::Error::Connect { .. } | api::Error::Http(_)) if args.follow && known => {
+            Ok(())
+            | Err(api::Error::Connect { .. } | api::Error::Unreachable { .. } | api::Error::Http(_))
+                if args.follow && known =>
+            {
                 thread::sleep(AGAIN);
             }
             Ok(()) => return Ok(Exit::Done),

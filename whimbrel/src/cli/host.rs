@@ -8,7 +8,6 @@ use listenfd::ListenFd;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::time::Duration;
-use whimbrel::api::client::Client;
 use whimbrel::host::config::HostConfig;
 use whimbrel::host::server::Started;
 use whimbrel::host::service::Service;
@@ -25,6 +24,9 @@ pub fn host(args: &ServiceArgs) -> anyhow::Result<Exit> {
     eprintln!("whimbrel: guests are taken in on {}", listen.join(", "));
     if let Some(page) = service.page() {
         eprintln!("whimbrel: the page is at http://{page}/");
+    }
+    if let Some(api) = service.api() {
+        eprintln!("whimbrel: the API is at https://{api}/, for whoever shows a certificate");
     }
     // Without systemd nobody is told.
     let status = sd_notify::NotifyState::Status("guests are taken in");
@@ -47,14 +49,13 @@ pub fn units() -> anyhow::Result<Exit> {
 }
 
 pub fn drain(args: &DrainArgs) -> anyhow::Result<Exit> {
-    let run_dir = args.host.run_dir();
     let method = if args.off { Method::DELETE } else { Method::PUT };
-    Client::new(&run_dir.host_socket())?.call::<()>(method, "/v1/host/drain", &())?;
+    args.host.client()?.call::<()>(method, "/v1/host/drain", &())?;
     Ok(Exit::Done)
 }
 
 pub fn start(args: &StartArgs) -> anyhow::Result<Exit> {
-    let client = Client::new(&args.host.run_dir().host_socket())?;
+    let client = args.host.client()?;
     let path = format!("/v1/machines/{}/start", encoded(&args.name));
     let started: Started = client.call_within(START, Method::POST, &path, &())?;
     if args.json {
@@ -63,8 +64,8 @@ pub fn start(args: &StartArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// A name as a part of a path.
-fn encoded(name: &str) -> String {
+/// A name as a part of a path, or of a query.
+pub fn encoded(name: &str) -> String {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(byte);
     name.bytes().map(|b| if plain(&b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }

@@ -9,13 +9,17 @@ use whimbrel::api::model::{Migration, word};
 use whimbrel::host::inventory::{self, Listed};
 
 pub fn list(args: &ListArgs) -> anyhow::Result<Exit> {
-    let run = args.host.run_dir();
-    let listed = inventory::take(&run, inventory::PATIENCE)
-        .with_context(|| format!("cannot look at {}", run.machines_folder().display()))?;
+    let run = args.host.host.run_dir();
+    let listed: Vec<Listed> = match &args.host.at {
+        Some(_) => args.host.client()?.get("/v1/machines")?,
+        None => inventory::take(&run, inventory::PATIENCE)
+            .with_context(|| format!("cannot look at {}", run.machines_folder().display()))?,
+    };
     if args.json {
         say(Value::from_iter(listed.iter().map(program)))?;
     } else if listed.is_empty() {
-        say(format_args!("no machine is in {}", run.path().display()))?;
+        let place = args.host.at.clone().unwrap_or_else(|| run.path().display().to_string());
+        say(format_args!("no machine is in {place}"))?;
     } else {
         let mut table = render::table();
         table.set_header(["name", "state", "memory", "vCPUs", "process", "from", "moving"]);

@@ -119,8 +119,10 @@ pub fn run(cli: Cli) -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => {
             eprintln!("whimbrel: {}", story(&error));
-            let nobody =
-                matches!(error.downcast_ref(), Some(api::Error::Connect { .. })) || error.is::<NotHere>();
+            let nobody = matches!(
+                error.downcast_ref(),
+                Some(api::Error::Connect { .. } | api::Error::Unreachable { .. })
+            ) || error.is::<NotHere>();
             if nobody { Exit::Unreachable.into() } else { Exit::Failed.into() }
         }
     }

@@ -1,6 +1,7 @@
 //! What this host can do for a virtual machine of a given size, what it lacks, and how to provide that.
 
 mod cgroup;
+pub mod clock;
 pub mod pair;
 mod rdma;
 

@@ -3,10 +3,12 @@
 //! Nothing is asked that a migration does not ask: machines of our own, which are small, are offered to the
 //! other host, which builds them and is then told that they do not come. So the findings are what a migration
 //! would find, and hosts of any version that can take guests in can be examined. How far the two clocks
-//! differ no message tells before a guest has moved.
+//! differ no message tells before a guest has moved: that is asked of the other host's API.
 
+use super::clock::{self, Difference};
 use super::{Finding, Level, good, limited};
 use crate::api::model::{Migration, MigrationRequest};
+use crate::api::reach::Reach;
 use crate::host::config::HostConfig;
 use crate::node::{Error, Node};
 use crate::security::TlsFiles;
@@ -48,6 +50,8 @@ pub struct Pair<'a> {
     pub program: PathBuf,
     /// The other host, with its port.
     pub to: String,
+    /// Where it serves its API, as a URL; at its usual port if nothing is said.
+    pub at: Option<String>,
     /// The certificates that this one shows.
     pub tls: Option<TlsFiles>,
     /// Whether none are needed.
@@ -56,19 +60,31 @@ pub struct Pair<'a> {
     pub host: Option<&'a HostConfig>,
 }
 
+/// What was found about a pair.
+#[derive(Clone, Debug)]
+pub struct Examined {
+    /// Each thing that was looked at.
+    pub findings: Vec<Finding>,
+    /// How far the other host's clock is ahead, if that is known.
+    pub clock: Option<Difference>,
+}
+
 /// Examines the pair.
 ///
 /// # Errors
 /// When there can be no temporary folder.
-pub fn examine(pair: &Pair<'_>) -> io::Result<Vec<Finding>> {
+pub fn examine(pair: &Pair<'_>) -> io::Result<Examined> {
     let stream = match connect(&pair.to) {
         Ok((stream, took)) => (stream, took),
         Err(error) => {
             let mend = "start `whimbrel host` there, with `listen` at an address that this host reaches";
-            return Ok(vec![broken("connection", format!("{}: {error}", pair.to), mend)]);
+            let findings = vec![broken("connection", format!("{}: {error}", pair.to), mend)];
+            return Ok(Examined { findings, clock: None });
         }
     };
     let mut findings = vec![connection(&pair.to, stream.1), path_mtu(&stream.0)];
+    let clock = clocks(pair);
+    findings.push(clock::finding(&clock));
     drop(stream);
     let folder = tempfile::tempdir()?;
     let (mut more, goes_on) = machine(pair, folder.path());
@@ -78,7 +94,15 @@ pub fn examine(pair: &Pair<'_>) -> io::Result<Vec<Finding>> {
         let storages = host.storage.iter();
         findings.extend(storages.map(|(name, it)| storage(pair, folder.path(), host, name, &it.path)));
     }
-    Ok(findings)
+    Ok(Examined { findings, clock: clock.ok() })
+}
+
+/// How far the clocks are apart, or why that is not known.
+fn clocks(pair: &Pair<'_>) -> Result<Difference, String> {
+    let tls = pair.tls.as_ref().ok_or("without certificates its API cannot be asked for its time")?;
+    let usual = || format!("https://{}", pair.to.rsplit_once(':').map_or(pair.to.as_str(), |(host, _)| host));
+    let reach = Reach::host(&pair.at.clone().unwrap_or_else(usual), tls);
+    reach.and_then(|reach| clock::compare(&reach)).map_err(|error| error.to_string())
 }
 
 fn broken(what: &'static str, found: String, mend: &str) -> Finding {
@@ -344,8 +368,8 @@ mod tests {
         assert_eq!(path_mtu(&stream).level, Level::Good, "of the loopback interface");
         drop(stream);
         drop(listener);
-        let pair = Pair { program: "none".into(), to, tls: None, insecure: true, host: None };
-        let findings = examine(&pair).unwrap();
+        let pair = Pair { program: "none".into(), to, at: None, tls: None, insecure: true, host: None };
+        let findings = examine(&pair).unwrap().findings;
         assert_eq!((findings.len(), findings[0].level), (1, Level::Broken), "{findings:?}");
     }
 }

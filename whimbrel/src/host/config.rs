@@ -76,10 +76,27 @@ pub struct HostConfig {
     /// Where the page of this host is served, to be looked at and no more; nowhere but on the service's own
     /// socket if nothing is said. An address of the loopback interface.
     pub page: Option<SocketAddr>,
+    /// Where this host's API is served to whoever shows a certificate; nowhere but on the service's own
+    /// socket if nothing is said.
+    pub api: Option<Api>,
     /// The folder of the machines that `whimbrel start` knows.
     pub machines: Option<PathBuf>,
     /// The folder of what outlives a reboot of the host: its history.
     pub state: Option<PathBuf>,
+}
+
+/// A host's API over mutual TLS, by the host's certificates.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Api {
+    /// Where.
+    pub listen: SocketAddr,
+    /// Who may look; all that have a certificate if there is no pattern.
+    #[serde(default, deserialize_with = "texts")]
+    pub allow: Vec<Pattern>,
+    /// Who may change something as well; nobody if there is no pattern.
+    #[serde(default, deserialize_with = "texts")]
+    pub operators: Vec<Pattern>,
 }
 
 /// Which guests are taken in.
@@ -247,6 +264,8 @@ mod tests {
             ("[admission]\nmax-memory = 'much'\n", "host.toml:2: \"much\": "),
             ("[networks.blue]\nswitch = 'br0'\n", "host.toml:2: unknown field `switch`"),
             ("allow = ['a*b*']\n", "host.toml:1: "),
+            ("[api]\nallow = []\n", "missing field `listen`"),
+            ("[api]\nlisten = '127.0.0.1:1'\noperators = ['a b']\n", "host.toml:3: "),
             ("[networks.'a b']\nbridge = 'br0'\n", "\"a b\" is not a name of a network"),
         ] {
             let told = read(content).unwrap_err().to_string();

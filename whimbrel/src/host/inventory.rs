@@ -5,8 +5,8 @@ use super::run_dir::RunDir;
 use crate::api::Error;
 use crate::api::client::Caller;
 use crate::api::model::{Arrival, Migration, Vm, VmState, word};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,11 +19,11 @@ pub const PATIENCE: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(10);
 
 /// A machine of the host.
-#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Listed {
     /// What its socket is called.
     pub name: String,
-    /// Its socket.
+    /// Its socket; empty if it is another host's.
     #[serde(skip)]
     pub socket: PathBuf,
     /// What it says of itself; `None` if it does not answer.

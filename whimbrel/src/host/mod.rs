@@ -10,6 +10,7 @@ pub mod gate;
 pub mod history;
 pub mod inventory;
 pub mod links;
+mod log_file;
 pub mod metrics;
 mod page;
 pub mod processes;

@@ -1,11 +1,12 @@
 //! The processes that the host service starts: standbys, which take guests in, and machines from files.
 //!
 //! They are no part of the service: they have a process group of their own, and as machines a unit of their
-//! own where systemd runs ([`units`](super::units)). What they say goes to a file of the run directory, or to
-//! the journal. Whoever ends the service ends none of them.
+//! own where systemd runs ([`units`](super::units)). What they say goes to a file of the run directory, which
+//! is kept [within bounds](super::log_file), or to the journal. Whoever ends the service ends none of them.
 
 use super::config::HostConfig;
 use super::gate::Desk;
+use super::log_file;
 use super::run_dir::RunDir;
 use super::units::Units;
 use crate::api::model::word;
@@ -92,7 +93,13 @@ impl Processes {
     pub fn keep_standbys(self: Arc<Self>, desk: Arc<Desk>, words: Vec<OsString>) -> io::Result<()> {
         let mut not_before = Instant::now();
         let keep = move || {
+            let mut looked = Instant::now();
             loop {
+                if looked.elapsed() >= LOOK {
+                    looked = Instant::now();
+                    // What cannot be done now may be done later, and what they say matters more than where.
+                    let _ = log_file::keep_within_bounds(&self.run_dir.log_file());
+                }
                 if self.ended().into_iter().filter(|pid| desk.is_lost(*pid)).count() > 0 {
                     let log = said_in(&self.run_dir);
                     tell(format_args!(
@@ -207,9 +214,55 @@ fn machine(run_dir: &RunDir, config: &HostConfig, name: &str, path: &Path) -> Ve
     words
 }
 
+/// Memory of a machine of which nothing else is said.
+pub const USUAL_MEMORY: &str = "1G";
+/// Its vCPUs.
+pub const USUAL_VCPUS: u32 = 1;
+
+/// Bytes of memory and vCPUs of the machine that the file at `path` describes. What is wrong with the file
+/// its process finds, and says: as much as that it does not have.
+pub fn plan(path: &Path) -> (u64, u32) {
+    let table = std::fs::read_to_string(path).ok().and_then(|text| text.parse::<toml::Table>().ok());
+    let table = table.unwrap_or_default();
+    let bytes = |text: &str| parse_size::Config::new().with_binary().parse_size(text).unwrap_or(0);
+    let memory = match table.get("memory") {
+        Some(toml::Value::String(text)) => bytes(text),
+        Some(toml::Value::Integer(number)) => u64::try_from(*number).unwrap_or(0),
+        Some(_) => 0,
+        None => bytes(USUAL_MEMORY),
+    };
+    let vcpus = match table.get("vcpus") {
+        Some(toml::Value::String(text)) => text.parse().unwrap_or(0),
+        Some(toml::Value::Integer(number)) => u32::try_from(*number).unwrap_or(0),
+        Some(_) => 0,
+        None => USUAL_VCPUS,
+    };
+    (memory, vcpus)
+}
+
 /// Whether the file of a machine has entries about certificates. What is wrong with the file its process
 /// finds, and says.
 fn says_who_it_is(path: &Path) -> bool {
     let table = std::fs::read_to_string(path).ok().and_then(|text| text.parse::<toml::Table>().ok());
     table.is_some_and(|table| table.keys().any(|key| key.starts_with("tls") || key == "insecure"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machines_size_is_what_its_file_says() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (content, expected) in [
+            ("", (1 << 30, 1)),
+            ("memory = '64M'\nvcpus = 4\n", (64 << 20, 4)),
+            ("memory = 1048576\n", (1 << 20, 1)),
+            ("memory = 'much'\n", (0, 1)),
+            ("memory = [", (1 << 30, 1)),
+        ] {
+            std::fs::write(file.path(), content).unwrap();
+            assert_eq!(plan(file.path()), expected, "{content:?}");
+        }
+    }
 }

@@ -7,7 +7,8 @@
 //!   host.sock            the host service's API
 //!   gate.sock            where processes that take guests in wait for connections
 //!   host.lock            is locked by the host service
-//!   processes.log        what the processes say that the host service has started
+//!   processes.log        what the processes say that the host service has started; with its latest copies,
+//!                        processes.log.1 and .2
 //!   drained              is there while the host takes nobody in
 //!   machines/NAME.sock   the API of the machine NAME
 //!   machines/.PID.sock   the API of a process that has no guest yet

@@ -1,16 +1,19 @@
-//! The API of the host service, on a socket of its own.
+//! The API of the host service, on a socket of its own, and where it is wanted on a port over mutual TLS.
 
+use super::config::Api;
+use super::gate::Guest;
 use super::history;
 use super::inventory::{self, Listed};
 use super::metrics::{FORMAT, Now};
 use super::page;
-use super::processes;
+use super::processes::{self, tell};
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
 use crate::api::events::{Asked, Listen};
 use crate::api::model::{ErrorBody, Event};
 use crate::api::openapi::{self, Table};
+use crate::api::port::{self, Port, Rights};
 use crate::api::server::{__path_version, Refusal, Server, blocking, serve_router, version};
 use crate::instance::SOFTWARE;
 use axum::Json;
@@ -18,7 +21,7 @@ use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path as Segment, Query, State};
 use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
 use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::from_fn;
+use axum::middleware::{from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use migration::{Code, Failure};
 use serde::{Deserialize, Serialize};
@@ -29,9 +32,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
+use transport_tcp::Refusals;
+use transport_tcp::tls::{Pattern, Renewed};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
+use vmm::limits::Limits;
 
 /// How long a machine may take until it serves its API.
 const START: Duration = Duration::from_secs(20);
@@ -40,7 +46,7 @@ const START: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// How many entries of the history one answer has at most.
-const MOST_ENTRIES: usize = 1000;
+pub const MOST_ENTRIES: usize = 1000;
 
 /// How much is told of what a process has said that has ended, in bytes.
 const LAST_WORDS: u64 = 1000;
@@ -61,9 +67,9 @@ pub(super) fn serve(path: &Path, host: Arc<Host>) -> Result<Server, Error> {
 
 /// All that a host's API has.
 fn table() -> Table<Arc<Host>> {
-    let description = "The service of a host of Whimbrel machines, over HTTP on a Unix socket: the host, its machines, and \
-                        its metrics.";
-    reading(Table::new("A Whimbrel host", description))
+    let description = "The service of a host of Whimbrel machines, over HTTP on a Unix socket, and on a port by mutual \
+                        TLS if its operator has said so: the host, its machines, and its metrics.";
+    reading(Table::new("A Whimbrel host", description).on_a_port_as_well(port::PORT))
         .with(routes!(openapi))
         .with(routes!(drain, undrain))
         .with(routes!(start))
@@ -80,6 +86,25 @@ fn reading(table: Table<Arc<Host>>) -> Table<Arc<Host>> {
 pub(super) fn serve_page(listener: TcpListener, host: Arc<Host>) -> io::Result<()> {
     let table = reading(Table::new("The page of a Whimbrel host", ""));
     page::port::serve(listener, table.router(host).merge(page::files()))
+}
+
+/// Serves all of it, and the page, over mutual TLS, as long as the program runs.
+pub(super) fn serve_port(listener: TcpListener, certificates: Renewed, host: Arc<Host>) -> io::Result<()> {
+    let named = |patterns: fn(&Api) -> &Vec<Pattern>| host.config.api.as_ref().map(patterns).cloned();
+    let rights = Rights {
+        readers: named(|api| &api.allow).unwrap_or_default(),
+        operators: named(|api| &api.operators).unwrap_or_default(),
+    };
+    let refusals = Refusals::default();
+    let metrics = Arc::clone(&host.metrics);
+    refusals.tell_to(move |refused| {
+        metrics.refused(refused.untold + 1);
+        tell(format_args!("the API: {refused}"));
+    });
+    let router = table().router(host).merge(page::files());
+    // A browser shows its user's certificate to whatever page has it ask.
+    let router = router.layer(from_fn(page::no_foreign_change)).layer(map_response(page::with_headers));
+    port::serve(listener, Port { certificates, rights, router, refusals, on_change: tell })
 }
 
 /// The description of a host's API by OpenAPI, as JSON.
@@ -120,6 +145,8 @@ async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
         pid: std::process::id(),
         listen: host.listen.clone(),
         page: host.page,
+        api: host.api,
+        time: humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
         drained: host.run_dir.is_drained(),
         processes: host.desk.count(),
     })
@@ -248,7 +275,8 @@ fn change_drain(run_dir: &RunDir, drained: bool) -> Result<StatusCode, Refusal> 
     responses(
         (status = OK, body = Started),
         (status = 404, description = "There is no such file", body = ErrorBody),
-        (status = 409, description = "The machine is here already", body = ErrorBody),
+        (status = 409, description = "The machine is here already, or a guest like it could not come: the host drains, or \
+            it is too large, or not called as guests may be", body = ErrorBody),
     ),
 )]
 async fn start(
@@ -276,6 +304,14 @@ fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Fail
     if UnixStream::connect(&socket).is_ok() {
         return Err(Failure::new(Code::BUSY, format_args!("the machine {name} is here already")));
     }
+    let (memory, vcpus) = processes::plan(path);
+    let admission = &host.config.admission;
+    // Here the host's operator has said so many vCPUs, unless there is a limit.
+    let most_vcpus = Some(admission.max_vcpus.unwrap_or(u32::MAX));
+    let (most, names) = (admission.max_memory, admission.names.clone());
+    let limits = Limits { memory: most, vcpus: most_vcpus, names, ..Limits::default() };
+    limits.check_plan(&name, memory, vcpus)?;
+    let _counts = host.desk.admit_start(Guest { name: name.clone(), memory })?;
     let log = host.run_dir.log_file();
     let said = std::fs::metadata(&log).map_or(0, |log| log.len());
     let failed = |what: std::fmt::Arguments<'_>| Failure::new(Code::HOST, what);
@@ -314,6 +350,8 @@ fn last_words(log: &Path, since: u64) -> Option<String> {
     let read = || {
         let mut file = File::open(log)?;
         let end = file.seek(SeekFrom::End(0))?;
+        // It may have been cut since.
+        let since = if since > end { 0 } else { since };
         file.seek(SeekFrom::Start(since.max(end.saturating_sub(LAST_WORDS))))?;
         let mut words = Vec::new();
         file.take(LAST_WORDS).read_to_end(&mut words)?;

@@ -6,13 +6,14 @@
 //! knows no secret: who may come is found out by the process, which has given up its rights.
 
 use super::claim::lock_within;
-use super::config::{HostConfig, PORT};
+use super::config::{Api, HostConfig, PORT};
 use super::gate::{Count, Desk, Door, Rules, hand_over};
 use super::metrics::Metrics;
 use super::processes::{self, Processes, tell};
 use super::run_dir::RunDir;
 use super::units::Units;
 use crate::api::events::Events;
+use crate::api::port;
 use crate::api::server::Server;
 use crate::security::{Encryption, Security, is_near};
 use listenfd::ListenFd;
@@ -25,6 +26,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use transport_tcp::tls::Renewed;
 use transport_tcp::{Caller, Dispatcher};
 use utoipa::ToSchema;
 
@@ -80,6 +82,9 @@ pub enum Error {
          127.0.0.1:8080, and reach it from elsewhere by `ssh -L 8080:127.0.0.1:8080 HOST`"
     )]
     Shown(SocketAddr),
+    /// There is nothing by which callers of the API could know each other.
+    #[error("the API at {0} is for whoever shows a certificate: name the folder of this host's by `tls`")]
+    Unknown(SocketAddr),
     /// Certificates are of no use.
     #[error(transparent)]
     Certificates(transport_tcp::Error),
@@ -99,6 +104,7 @@ pub enum Error {
 pub struct Service {
     listen: Vec<SocketAddr>,
     page: Option<SocketAddr>,
+    api: Option<SocketAddr>,
     /// If systemd keeps the sockets.
     desk: Option<Arc<Desk>>,
     dispatchers: Vec<Dispatcher>,
@@ -114,6 +120,7 @@ pub(super) struct Host {
     pub processes: Arc<Processes>,
     pub listen: Vec<SocketAddr>,
     pub page: Option<SocketAddr>,
+    pub api: Option<SocketAddr>,
     pub config: HostConfig,
     pub metrics: Arc<Metrics>,
     pub events: Arc<Events>,
@@ -143,6 +150,13 @@ pub struct HostStatus {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub page: Option<SocketAddr>,
+    /// Where this API is served over mutual TLS, beside the service's own socket.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub api: Option<SocketAddr>,
+    /// The time by this host's clock, in UTC.
+    #[serde(default)]
+    pub time: String,
     /// Whether nobody is taken in at present.
     pub drained: bool,
     /// Processes that take guests in or have done so.
@@ -175,6 +189,9 @@ impl Service {
         }
         let page = config.page.map(bound).transpose()?;
         let shown = page.as_ref().map(TcpListener::local_addr).transpose().map_err(Error::System)?;
+        let api = config.api.as_ref().map(|api| api_port(config, api)).transpose()?;
+        let api_at = api.as_ref().map(|(listener, _)| listener.local_addr());
+        let api_at = api_at.transpose().map_err(Error::System)?;
 
         let admission = &config.admission;
         let rules = Rules {
@@ -207,6 +224,7 @@ impl Service {
             processes,
             listen: listen.clone(),
             page: shown,
+            api: api_at,
             config: config.clone(),
             metrics,
             events: Arc::default(),
@@ -224,9 +242,12 @@ impl Service {
         if let Some(listener) = page {
             super::server::serve_page(listener, Arc::clone(&host)).map_err(Error::System)?;
         }
+        if let Some((listener, certificates)) = api {
+            super::server::serve_port(listener, certificates, Arc::clone(&host)).map_err(Error::System)?;
+        }
         let server = super::server::serve(&run_dir.host_socket(), host)?;
         let desk = keeps_sockets.then_some(desk);
-        Ok(Service { listen, page: shown, desk, dispatchers, _server: server, _lock: lock })
+        Ok(Service { listen, page: shown, api: api_at, desk, dispatchers, _server: server, _lock: lock })
     }
 
     /// Ends in good order. If systemd keeps the sockets, callers wait in them, and no process has to be there
@@ -246,6 +267,11 @@ impl Service {
     /// Where the page is served, beside the service's own socket.
     pub fn page(&self) -> Option<SocketAddr> {
         self.page
+    }
+
+    /// Where the API is served over mutual TLS, beside the service's own socket.
+    pub fn api(&self) -> Option<SocketAddr> {
+        self.api
     }
 }
 
@@ -293,6 +319,13 @@ fn listeners(wanted: &[SocketAddr], desk: &Desk) -> Result<Vec<TcpListener>, Err
 
 fn bound(address: SocketAddr) -> Result<TcpListener, Error> {
     TcpListener::bind(address).map_err(|source| Error::Listen { address, source })
+}
+
+/// What is needed to serve the API over mutual TLS.
+fn api_port(config: &HostConfig, api: &Api) -> Result<(TcpListener, Renewed), Error> {
+    let files = config.certificates().ok_or(Error::Unknown(api.listen))?;
+    let certificates = port::certificates(&files).map_err(Error::Certificates)?;
+    Ok((bound(api.listen)?, certificates))
 }
 
 fn check_security(config: &HostConfig, addresses: &[SocketAddr]) -> Result<(), Error> {

@@ -1,6 +1,6 @@
 //! The host service, and what it is told.
 
-use super::target::HostArgs;
+use super::target::{AnyHost, HostArgs};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ pub struct DrainArgs {
     #[arg(long)]
     pub off: bool,
     #[command(flatten)]
-    pub host: HostArgs,
+    pub host: AnyHost,
 }
 
 #[derive(Args, Debug)]
@@ -32,7 +32,7 @@ pub struct StartArgs {
     /// The machine's name: its file is NAME.toml in the folder of `machines` of the host's configuration
     pub name: String,
     #[command(flatten)]
-    pub host: HostArgs,
+    pub host: AnyHost,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,

@@ -6,15 +6,16 @@ use clap::Args;
 use vmm::guest::Content;
 use vmm::host::MAX_VCPUS;
 use vmm::memory::PageSize;
+use whimbrel::host::processes::{USUAL_MEMORY, USUAL_VCPUS};
 
 /// What kind of machine.
 #[derive(Args, Clone, Debug)]
 pub struct MachineArgs {
     /// Guest memory, such as 512M or 4G; from 16M up
-    #[arg(long, short = 'm', default_value = "1G", value_parser = memory)]
+    #[arg(long, short = 'm', default_value = USUAL_MEMORY, value_parser = memory)]
     pub memory: u64,
     /// Virtual CPUs
-    #[arg(long, short = 'c', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
+    #[arg(long, short = 'c', default_value_t = USUAL_VCPUS, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
     pub vcpus: u32,
     /// Pages that back guest memory: 4k, or 2m and 1g huge pages
     #[arg(long, default_value = "4k")]

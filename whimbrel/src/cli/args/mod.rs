@@ -326,6 +326,9 @@ pub struct DoctorArgs {
     /// one is given
     #[arg(long, value_name = "HOST[:PORT]")]
     pub with: Option<String>,
+    /// Where that host serves its API, which is asked for its time. Default: https://HOST:8443
+    #[arg(long, value_name = "URL", requires = "with")]
+    pub at: Option<String>,
     /// TOML file with the networks and storages of this host, each of which is tried. A file is made in each
     /// storage for that, and removed
     #[arg(long, value_name = "FILE", requires = "with")]

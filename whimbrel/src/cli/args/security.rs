@@ -9,8 +9,8 @@ use whimbrel::security::{Ktls, Security, TlsFiles};
 #[derive(Args, Clone, Debug, Default)]
 #[group(id = "certificates", multiple = true)]
 pub struct TlsArgs {
-    /// Folder with this host's certificate for migrations: ca.pem, cert.pem, key.pem and perhaps crl.pem, as
-    /// `whimbrel pki` makes them. They are read again for every migration
+    /// Folder with the certificate to show: ca.pem, cert.pem, key.pem and perhaps crl.pem, as `whimbrel pki`
+    /// makes them. They are read again for every migration
     #[arg(long, value_name = "FOLDER")]
     pub tls: Option<PathBuf>,
     /// Certificates of the CAs that vouch for other hosts, in PEM format
@@ -25,6 +25,24 @@ pub struct TlsArgs {
     /// What the CAs have revoked
     #[arg(long, value_name = "FILE")]
     pub tls_crl: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    /// The files that are named.
+    pub fn files(&self, ktls: Ktls) -> Option<TlsFiles> {
+        // Another process may read them, from another folder.
+        let path =
+            |path: &Option<PathBuf>| path.as_ref().map(|p| std::path::absolute(p).unwrap_or(p.clone()));
+        let files = TlsFiles {
+            folder: path(&self.tls),
+            ca: path(&self.tls_ca),
+            cert: path(&self.tls_cert),
+            key: path(&self.tls_key),
+            crl: path(&self.tls_crl),
+            ktls,
+        };
+        (!files.is_empty()).then_some(files)
+    }
 }
 
 /// Where to encrypt.
@@ -51,18 +69,7 @@ pub struct SecurityArgs {
 impl SecurityArgs {
     /// The files that are named.
     pub fn files(&self) -> Option<TlsFiles> {
-        // Another process may read them, from another folder.
-        let path =
-            |path: &Option<PathBuf>| path.as_ref().map(|p| std::path::absolute(p).unwrap_or(p.clone()));
-        let files = TlsFiles {
-            folder: path(&self.tls.tls),
-            ca: path(&self.tls.tls_ca),
-            cert: path(&self.tls.tls_cert),
-            key: path(&self.tls.tls_key),
-            crl: path(&self.tls.tls_crl),
-            ktls: self.ktls.ktls,
-        };
-        (!files.is_empty()).then_some(files)
+        self.tls.files(self.ktls.ktls)
     }
 
     /// What a process does that is told no more.

@@ -1,10 +1,15 @@
 //! Which machine is meant.
 
+use super::security::TlsArgs;
 use clap::Args;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
+use whimbrel::api::client::Client;
+use whimbrel::api::reach::Reach;
+use whimbrel::api::{self};
 use whimbrel::host::run_dir::{NotHere, RunDir};
+use whimbrel::security::Ktls;
 
 /// The machines of this host.
 #[derive(Args, Clone, Debug)]
@@ -18,6 +23,35 @@ impl HostArgs {
     /// The folder.
     pub fn run_dir(&self) -> RunDir {
         RunDir::new(self.run_dir.as_deref())
+    }
+}
+
+/// A host: this one, or one that is reached over a network.
+#[derive(Args, Clone, Debug)]
+pub struct AnyHost {
+    #[command(flatten)]
+    pub host: HostArgs,
+    /// Another host, by the address where it serves its API (`[api]` in its configuration), such as
+    /// https://hostb; the port is 8443 unless one is named
+    #[arg(long, value_name = "URL", requires = "certificates", conflicts_with = "run_dir")]
+    pub at: Option<String>,
+    #[command(flatten)]
+    pub tls: TlsArgs,
+}
+
+impl AnyHost {
+    /// A client of the host's service.
+    pub fn client(&self) -> Result<Client, api::Error> {
+        Client::of(match self.remote() {
+            Some(reach) => reach?,
+            None => Reach::Socket(self.host.run_dir().host_socket()),
+        })
+    }
+
+    /// The other host, if it is one.
+    fn remote(&self) -> Option<Result<Reach, api::Error>> {
+        let url = self.at.as_deref()?;
+        Some(Reach::host(url, &self.tls.files(Ktls::default()).unwrap_or_default()))
     }
 }
 
@@ -72,7 +106,7 @@ pub struct ResumeArgs {
 #[derive(Args, Debug)]
 pub struct ListArgs {
     #[command(flatten)]
-    pub host: HostArgs,
+    pub host: AnyHost,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,
@@ -81,7 +115,7 @@ pub struct ListArgs {
 #[derive(Args, Debug)]
 pub struct EventsArgs {
     #[command(flatten)]
-    pub host: HostArgs,
+    pub host: AnyHost,
     /// Begin with what is now, and go on as events happen, also when the host's service is replaced. Without
     /// it, those are shown that the service and the host's history know
     #[arg(long, short = 'f')]
@@ -96,12 +130,12 @@ pub struct HistoryArgs {
     /// Only what this machine did
     pub name: Option<String>,
     #[command(flatten)]
-    pub host: HostArgs,
+    pub host: AnyHost,
     /// Folder in which the history is. Default: /var/lib/whimbrel for /run/whimbrel, and `state` in any other
     /// run directory
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", conflicts_with = "at")]
     pub state_dir: Option<PathBuf>,
-    /// How many entries at most: the last ones
+    /// How many entries at most: the last ones. Another host (--at) tells 1000 at most
     #[arg(long, value_name = "N")]
     pub last: Option<usize>,
     /// Answer as JSON

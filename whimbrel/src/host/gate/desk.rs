@@ -61,6 +61,8 @@ struct State {
     /// Standbys are wanted no more.
     closing: bool,
     listeners: Listeners,
+    /// Machines that are being started from files, and their memory.
+    starting: BTreeMap<String, u64>,
 }
 
 /// The sockets by which callers come.
@@ -309,7 +311,7 @@ impl Desk {
     /// Says whether a guest may come, after those who have asked before.
     fn decide(&self, number: u64, guest: Guest) {
         let _turn = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
-        let verdict = self.judge(number, &guest);
+        let verdict = self.judge(Some(number), &guest);
         let pid = self.lock().processes.get(&number).and_then(|p| Some(p.presence.as_ref()?.pid));
         // Before it has any of the guest's memory, which is then counted as the unit's.
         if let (Ok(()), Some(pid)) = (&verdict, pid) {
@@ -336,7 +338,20 @@ impl Desk {
         }
     }
 
-    fn judge(&self, number: u64, guest: &Guest) -> Result<(), Failure> {
+    /// Says whether a machine may be started here: if a guest of its name and size may come. It counts as one
+    /// of the host's as long as the answer lives, and then as what it is.
+    ///
+    /// # Errors
+    /// Why it may not, as a guest would be told.
+    pub fn admit_start(self: &Arc<Self>, guest: Guest) -> Result<Starting, Failure> {
+        let _turn = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
+        self.judge(None, &guest)?;
+        self.lock().starting.insert(guest.name.clone(), guest.memory);
+        Ok(Starting { desk: Arc::clone(self), name: guest.name })
+    }
+
+    /// Judges the guest of the process with this number, or a machine that does not come but is started.
+    fn judge(&self, number: Option<u64>, guest: &Guest) -> Result<(), Failure> {
         let refused = |code, text: String| Err(Failure::new(code, text));
         if self.run_dir.is_drained() {
             let text =
@@ -347,11 +362,13 @@ impl Desk {
         let mut guests = BTreeMap::new();
         let arrivals = {
             let state = self.lock();
-            let others = || state.processes.iter().filter(|(other, _)| **other != number).map(|(_, p)| p);
+            let others =
+                || state.processes.iter().filter(|(other, _)| Some(**other) != number).map(|(_, p)| p);
+            guests.extend(state.starting.clone());
             guests.extend(others().filter_map(Process::guest).map(|g| (g.name.clone(), g.memory)));
             others().filter(|p| p.is_at(Phase::Arriving) && p.guest().is_some()).count()
         };
-        if max_arrivals.is_some_and(|most| arrivals >= most) {
+        if number.is_some() && max_arrivals.is_some_and(|most| arrivals >= most) {
             let text =
                 format!("this host takes in {arrivals} guests at once already; wait until one is there");
             return refused(Code::BUSY, text);
@@ -384,6 +401,18 @@ impl Desk {
             return refused(Code::LIMITS, text);
         }
         Ok(())
+    }
+}
+
+/// A machine that is being started.
+pub struct Starting {
+    desk: Arc<Desk>,
+    name: String,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        self.desk.lock().starting.remove(&self.name);
     }
 }
 

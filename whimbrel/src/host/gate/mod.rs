@@ -26,7 +26,7 @@ mod line;
 mod process;
 
 pub(in crate::host) use desk::hand_over;
-pub use desk::{Count, Desk, Rules};
+pub use desk::{Count, Desk, Rules, Starting};
 pub use line::{Door, Line};
 pub use process::Gate;
 

@@ -50,15 +50,20 @@ const HEADERS: [(HeaderName, &str); 6] = [
 /// The page's files.
 pub(super) fn files<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES.into_iter().fold(Router::new(), |router, (path, kind, content)| {
-        router.route(path, get(async move || with_headers(([(CONTENT_TYPE, kind)], content).into_response())))
+        router.route(path, get(async move || headed(([(CONTENT_TYPE, kind)], content).into_response())))
     })
 }
 
-fn with_headers(mut answer: Response) -> Response {
+fn headed(mut answer: Response) -> Response {
     for (name, value) in HEADERS {
         answer.headers_mut().insert(name, HeaderValue::from_static(value));
     }
     answer
+}
+
+/// The same for all that is answered.
+pub(super) async fn with_headers(answer: Response) -> Response {
+    headed(answer)
 }
 
 /// Answers whoever asks for this computer by a name that nobody else can give it. A page of another site can
@@ -72,7 +77,7 @@ async fn near(request: Request, next: Next) -> Response {
         let text = "ask for this page by the name localhost, or an address such as 127.0.0.1";
         Refusal::new(StatusCode::FORBIDDEN, text).into_response()
     };
-    with_headers(answer)
+    headed(answer)
 }
 
 /// Refuses what a page of another site may have a browser do where the service's socket has been made
