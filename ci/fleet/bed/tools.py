@@ -26,11 +26,11 @@ def write_machine(bed):
 
 
 def ocf_tester(scene):
-    """ocf-tester finds nothing wrong with the agent."""
-    told = scene.bed.run(
-        NODE, "ocf-tester", "-n", "alone", "-o", "name=alone", "/usr/lib/ocf/resource.d/whimbrel/vm", check=False,
-        timeout=150)
-    assert "passed all tests" in told, told
+    """ocf-tester finds nothing wrong with the agents."""
+    for agent, name, option in (("vm", "alone", "name=alone"), ("health", "tested", "root=/var/lib/bed")):
+        told = scene.bed.run(
+            NODE, "ocf-tester", "-n", name, "-o", option, f"/usr/lib/ocf/resource.d/whimbrel/{agent}", check=False, timeout=150)
+        assert "passed all tests" in told, told
 
 
 def ocft(scene):
