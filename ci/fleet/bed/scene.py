@@ -56,12 +56,16 @@ timestamp = 'hires'
 """
 
 
-def description(nodes):
+# What `--figures` measures with.
+LARGE = tuple((f"large{number}", 256, 192, number % 2 == 0, "") for number in range(4))
+
+
+def description(nodes, machines):
     """The bed as `whimbrel fleet init` understands it."""
     parts = [FLEET]
     for name in nodes:
         parts.append(f"[[hosts]]\nname = '{name}'\naddresses = ['10.9.0.{name[1:]}']\nmemory = '4G'\ncpus = 16\n")
-    for name, memory, fill, disk, options in GUESTS:
+    for name, memory, fill, disk, options in machines:
         parts.append(f"[machines.{name}]\n{guests.machine_file(memory, fill, disk, name)}")
         if options:
             parts.append(f"fleet = {{ migrate-options = '{options}' }}\n")
@@ -80,11 +84,12 @@ class Hurt(AssertionError):
 class Scene:
     """Three nodes that are online, and all guests at work."""
 
-    def __init__(self):
-        self.names = [name for name, *_ in GUESTS]
+    def __init__(self, machines=GUESTS):
+        self.machines = machines
+        self.names = [name for name, *_ in machines]
         self.bed = Bed()
         tools.write_machine(self.bed)
-        self.bed.finish_base(description(self.bed.names))
+        self.bed.finish_base(description(self.bed.names, machines))
         for node in self.bed.names:
             self.bed.power_on(node)
         self.cluster = Cluster(self.bed)
@@ -200,7 +205,7 @@ class Scene:
 
     def assert_journals(self):
         """Ends all guests, and reads their disks."""
-        last = {name: self.guest(name)["journal"] for name, _, _, disk, _ in GUESTS if disk}
+        last = {name: self.guest(name)["journal"] for name, _, _, disk, _ in self.machines if disk}
         for name in self.names:
             self.cluster.ask("crm_resource", "-r", name, "--meta", "-p", "target-role", "-v", "Stopped")
         self.cluster.wait()
