@@ -7,8 +7,8 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
-from . import cases, faults, tools
-from .scene import Scene
+from . import cases, faults, figures, tools
+from .scene import LARGE, Scene
 
 
 def succeeds(name, test):
@@ -30,6 +30,9 @@ def run_case(scene, case):
 
     def test():
         stopped = case(scene) or ()
+        if isinstance(stopped, tuple) and stopped:
+            stopped, told = stopped
+            print(told, flush=True)
         scene.heal()
         scene.assert_well(stopped)
 
@@ -42,10 +45,14 @@ def main():
     parser.add_argument("case", nargs="*", help="cases to run; all without one")
     parser.add_argument("--faults", type=int, default=0, help="how many faults to try in the place of the cases")
     parser.add_argument("--seed", type=int, default=1, help="which faults")
+    parser.add_argument("--figures", action="store_true", help="measure how long moves take, in the place of the cases")
     asked = parser.parse_args()
     began = time.monotonic()
-    scene = Scene()
+    scene = Scene(LARGE) if asked.figures else Scene()
     print(f"three nodes online and {len(scene.names)} guests at work after {time.monotonic() - began:.1f} s", flush=True)
+    if asked.figures:
+        figures.show(scene)
+        return
     if asked.faults:
         hurt = faults.many(scene, asked.faults, asked.seed)
         print(f"{asked.faults} faults of seed {asked.seed}: {hurt} guests hurt, in {time.monotonic() - began:.0f} s")

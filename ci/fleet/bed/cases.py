@@ -1,8 +1,15 @@
-"""What may happen to a fleet, one case a function. After each, Scene.assert_well looks at all guests."""
+"""What may happen to a fleet, one case a function. After each, Scene.assert_well looks at all guests. A case may return the
+guests that it has stopped; a pair of them and of words, these are shown."""
 
+import os
+import shutil
+import time
 
 from .guests import vm
-from .nodes import until
+from .lossy import LateWay
+from .nodes import SHARED, WORK, until
+
+HEALTH = "#health-whimbrel-health"
 
 
 def start_stop_monitor(scene):
@@ -15,6 +22,15 @@ def start_stop_monitor(scene):
     return ["bare"]
 
 
+def loaded_again(scene):
+    """The configuration that `whimbrel fleet init` has made has nothing that Pacemaker warns of, and is loaded on a cluster that
+    runs, as its README says. No guest notices."""
+    shutil.copy(WORK / "fleet/cib.xml", SHARED / "cib.xml")
+    scene.cluster.ask("cibadmin", "--replace", "--scope", "configuration", "--xml-file", "/shared/cib.xml")
+    scene.cluster.wait()
+    scene.cluster.ask("crm_verify", "--live-check")
+
+
 def live_move(scene):
     """An operator moves a guest."""
     target = scene.others(scene.where("disk"))[0]
@@ -25,14 +41,17 @@ def live_move(scene):
 def evacuation(scene):
     """A node goes into standby, and comes back. All guests leave it, and it takes guests in again."""
     source = scene.where("slow")
+    began = time.monotonic()
     scene.cluster.standby(source)
     for name in scene.names:
         until(f"{name} leaves {source}", lambda name=name: source not in scene.watch.where(name))
+    took = time.monotonic() - began
     scene.cluster.wait()
     scene.cluster.standby(source, "off")
     scene.cluster.wait_online([source])
     scene.cluster.move("disk", source)
     scene.arrived("disk", source)
+    return (), f"a node was evacuated within {took:.1f} s"
 
 
 def agent_killed(scene):
@@ -79,9 +98,14 @@ def target_into_standby(scene):
 def source_killed(scene):
     """The source's power is cut in mid-move. Its guests are started elsewhere, once."""
     source, _ = scene.begin_move("slow")
+    began = time.monotonic()
     scene.bed.power_off(source)
     for name in scene.names:
+        until(f"{name} runs elsewhere", lambda name=name: source not in scene.watch.where(name) and scene.watch.where(name))
+    took = time.monotonic() - began
+    for name in scene.names:
         until(f"{name} runs elsewhere", lambda name=name: scene.where(name) != source)
+    return (), f"all guests ran elsewhere {took:.1f} s after a node died"
 
 
 def target_killed(scene):
@@ -100,8 +124,78 @@ def service_killed(scene):
     scene.arrived("slow", target)
 
 
+def red_node(scene):
+    """A node has too little memory, by what its kernel tells: its guests leave it, live."""
+    # The two that move fast, alone on it.
+    source = scene.where("disk")
+    for name in scene.names:
+        scene.cluster.move(name, source if name in ("disk", "bare") else scene.others(source)[0])
+    scene.arrived("bare", source)
+    for name in ("slow", "slowbare"):
+        scene.arrived(name, scene.others(source)[0])
+    scene.cluster.clear()
+    scene.cluster.wait()
+    guests = ("disk", "bare")
+    scene.bed.pressure(source, 80)
+    until(f"{source} is red", lambda: scene.cluster.attribute(source, HEALTH) == "red")
+    began = time.monotonic()
+    for name in guests:
+        until(f"{name} leaves {source}", lambda name=name: source not in scene.watch.where(name))
+    took = time.monotonic() - began
+    scene.bed.pressure(source, 0)
+    until(f"{source} is green", lambda: scene.cluster.attribute(source, HEALTH) == "green")
+    return (), f"a red node with two guests was empty after {took:.1f} s"
+
+
+def balance(scene):
+    """All guests are on one node: they are spread with no more moves than needed, and then stay."""
+    source = scene.where("disk")
+    for name in scene.names:
+        scene.cluster.move(name, source)
+    for name in scene.names:
+        scene.arrived(name, source)
+    scene.cluster.clear()
+    scene.cluster.wait()
+    # Two go, since no three nodes have four guests more evenly than 2, 1, 1.
+    began = time.monotonic()
+    told = scene.bed.run(scene.bed.any_on(), "whimbrel-balance", timeout=120)
+    took = time.monotonic() - began
+    assert "\n2 moves" in told, told
+    at = {name: scene.where(name) for name in scene.names}
+    assert sorted(list(at.values()).count(node) for node in scene.bed.names) == [1, 1, 2], at
+    scene.cluster.wait()
+    moves = scene.watch.moves
+    end = time.monotonic() + float(os.environ.get("FLEET_QUIET", "12"))
+    while time.monotonic() < end:
+        again = scene.bed.run(scene.bed.any_on(), "whimbrel-balance", timeout=120)
+        assert "nothing to gain" in again, again
+        time.sleep(3)
+    assert scene.watch.moves == moves and at == {name: scene.where(name) for name in scene.names}
+    return (), f"four guests of one node were spread by 2 moves in {took:.1f} s, and stayed"
+
+
+def held(scene):
+    """A guest without a disk is handed over, and the answer does not come any more: the source holds it, until the target's
+    agent has said that it runs there."""
+    source = scene.where("bare")
+    target = scene.others(source)[0]
+    with LateWay(scene.bed, source, target, 0.8) as way:
+        scene.cluster.move("bare", target)
+        scene.moving("bare", source)
+        # Late answers are long blackouts.
+        scene.bed.run(source, "whimbrel", "change", "bare", "--downtime-limit", "20s")
+        # The moment lasts as long as an answer is late.
+        end = time.monotonic() + 60
+        while (vm(scene.bed, source, "bare", "/v1/migration") or {}).get("progress", {}).get("phase") != "committed":
+            assert time.monotonic() < end, "it was not handed over"
+        way.cut()
+        until("the source holds it", lambda: scene.cluster.attribute(source, "offer-bare").endswith(f":held:{target}"))
+        scene.arrived("bare", target)
+    until("the source says that it has moved", lambda: scene.cluster.attribute(source, "offer-bare").endswith(f":moved:{target}"))
+
+
 # Those that leave all nodes their power, and those that do not.
 GENTLE = [
-    start_stop_monitor, live_move, evacuation, agent_killed, carrier_killed, timed_out, receiver_killed,
-    target_into_standby, service_killed]
+    start_stop_monitor, loaded_again, live_move, evacuation, agent_killed, carrier_killed, timed_out, receiver_killed,
+    target_into_standby, service_killed, red_node, balance, held]
 POWER = [source_killed, target_killed]

@@ -6,63 +6,6 @@ from xml.etree import ElementTree
 
 from .nodes import until
 
-OPTIONS = {
-    "stonith-enabled": "true", "stonith-action": "off", "have-watchdog": "false", "dc-deadtime": "2s",
-    "cluster-recheck-interval": "10s", "load-threshold": "100000%", "migration-limit": "2", "transition-delay": "0s",
-    "node-health-strategy": "migrate-on-red", "placement-strategy": "balanced",
-    # With `stop`, a node that is cut off ends its guests before it is fenced.
-    "no-quorum-policy": "freeze",
-}
-
-
-def pairs(of, values):
-    """Name-value pairs."""
-    return "".join(f'<nvpair id="{of}-{name.strip("#")}" name="{name}" value="{value}"/>' for name, value in values.items())
-
-
-def operations(of, **timeouts):
-    """Operations with their timeouts and further attributes."""
-    parts = []
-    for name, attributes in timeouts.items():
-        words = " ".join(f'{key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-        parts.append(f'<op id="{of}-{name}" name="{name}" {words}/>')
-    return f"<operations>{''.join(parts)}</operations>"
-
-
-def guest(name, migrate_options="", move="40s"):
-    """The resource of a guest, as docs/fleet.md recommends it."""
-    return (
-        f'<primitive id="{name}" class="ocf" provider="whimbrel" type="vm">'
-        f'<meta_attributes id="{name}-meta">{pairs(name + "-meta", {"allow-migrate": "true", "resource-stickiness": "100"})}'
-        f'</meta_attributes><instance_attributes id="{name}-of">'
-        f'{pairs(name + "-of", {"migrate_options": migrate_options, "autoset_utilization": "true"})}</instance_attributes>'
-        + operations(
-            name, monitor={"interval": "5s", "timeout": "20s"}, start={"interval": "0", "timeout": "40s"},
-            stop={"interval": "0", "timeout": "40s", "on_fail": "fence"},
-            migrate_to={"interval": "0", "timeout": "20s", "on_fail": "block"},
-            migrate_from={"interval": "0", "timeout": move, "on_fail": "block"})
-        + "</primitive>")
-
-
-def first_cib(nodes, guests):
-    """The configuration that the cluster starts with."""
-    resources = (
-        '<primitive id="power" class="stonith" type="fence_bed"><instance_attributes id="power-of">'
-        f'{pairs("power-of", {"pcmk_host_list": " ".join(nodes)})}</instance_attributes></primitive>'
-        '<clone id="hosts"><meta_attributes id="hosts-meta">' + pairs("hosts-meta", {"interleave": "true"}) +
-        '</meta_attributes><primitive id="host" class="ocf" provider="whimbrel" type="host">'
-        + operations("host", monitor={"interval": "2s", "timeout": "60s"}) + "</primitive></clone>" + "".join(guests))
-    # What the nodes have to give, so that guests that say what they need find room.
-    members = "".join(
-        f'<node id="{name[1:]}" uname="{name}"><utilization id="{name}-gives">'
-        f'{pairs(name + "-gives", {"memory": "4096", "cpu": "16"})}</utilization></node>' for name in nodes)
-    return (
-        '<cib crm_feature_set="3.16.0" validate-with="pacemaker-3.9" epoch="1" num_updates="0" admin_epoch="1">'
-        f'<configuration><crm_config><cluster_property_set id="options">{pairs("option", OPTIONS)}'
-        f"</cluster_property_set></crm_config><nodes>{members}</nodes><resources>{resources}</resources><constraints/></configuration>"
-        "<status/></cib>")
-
-
 class Cluster:
     """The cluster, asked through one of the nodes that run."""
 
@@ -124,7 +67,7 @@ class Cluster:
 
     def clear(self):
         """Forgets what was asked of moves."""
-        self.ask("cibadmin", "--delete", "--force", "--xpath", "//constraints/rsc_location", check=False)
+        self.ask("cibadmin", "--delete-all", "--force", "--xpath", "//constraints/rsc_location", check=False)
 
     def standby(self, node, value="on"):
         """Has a node run nothing, or again something."""

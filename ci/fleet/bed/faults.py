@@ -5,6 +5,7 @@ import random
 import signal
 import time
 import traceback
+from collections import Counter
 
 from . import guests
 from .nodes import sh, until
@@ -46,7 +47,7 @@ def receiver_killed(scene, move):
         scene.bed.run(move.target, "kill", "-9", str(told["pid"]), check=False)
         time.sleep(1)
         if not guests.vm(scene.bed, move.source, move.name):
-            # It had just arrived, and has died with its process.
+            # It had just arrived, and has died with its machine.
             scene.died.append(move.name)
 
 
@@ -65,6 +66,13 @@ def target_hangs(scene, move):
     """Corosync of the target stands still, so that the target is fenced."""
     scene.kill(move.target, "corosync -f", how=signal.SIGSTOP)
     until("the target is fenced", lambda: not scene.bed.is_on(move.target))
+
+
+def node_hangs(scene, move):
+    """All processes of the source or of the target stand still, the guests among them, until it is fenced."""
+    node = scene.dice.choice((move.source, move.target))
+    scene.kill(node, how=signal.SIGSTOP)
+    until("it is fenced", lambda: not scene.bed.is_on(node), 90)
 
 
 def target_killed(scene, move):
@@ -89,6 +97,22 @@ def long_cut(scene, move):
     """The target has no network until it is fenced."""
     sh(f"ip link set v{move.target[1:]} down")
     until("the target is fenced", lambda: not scene.bed.is_on(move.target))
+
+
+def one_way_cut(scene, move):
+    """The source or the target hears nobody, or nobody hears it, until it is fenced."""
+    node = scene.dice.choice((move.source, move.target))
+    scene.dice.choice((scene.bed.deafen, scene.bed.mute))(node)
+    until("it is fenced", lambda: not scene.bed.is_on(node), 90)
+
+
+def no_quorum(scene, _move):
+    """No node has a network for some seconds, so none has quorum."""
+    for name in scene.bed.names:
+        sh(f"ip link set v{name[1:]} down")
+    time.sleep(scene.dice.uniform(5, 12))
+    for name in scene.bed.names:
+        sh(f"ip link set v{name[1:]} up")
 
 
 def health_flaps(scene, move):
@@ -118,8 +142,8 @@ def offer_overtaken(scene, move):
 
 FAULTS = [
     agent_killed, carrier_killed, answer_lost, both_agents_killed, timed_out, receiver_killed, target_into_standby,
-    both_into_standby, target_hangs, target_killed, source_killed, short_cut, long_cut, health_flaps, change_of_mind,
-    services_upgraded, offer_overtaken]
+    both_into_standby, target_hangs, node_hangs, target_killed, source_killed, short_cut, long_cut, one_way_cut, no_quorum,
+    health_flaps, change_of_mind, services_upgraded, offer_overtaken]
 
 
 class Move:
@@ -132,7 +156,7 @@ class Move:
 
 
 def one(scene, fault):
-    """A move with a fault. Returns what came of the guest."""
+    """A move with a fault. Returns how many guests died with their host, and what came of the one that moved."""
     move = Move(scene, scene.dice.choice(scene.names))
     scene.cluster.move(move.name, move.target)
     if fault is offer_overtaken:
@@ -144,36 +168,50 @@ def one(scene, fault):
         time.sleep(scene.dice.uniform(0, 3.5 if move.name.startswith("slow") else 0.8))
     fault(scene, move)
     time.sleep(1)
-    died = move.name in scene.died
     scene.heal()
-    scene.assert_well()
-    return "died with its host" if died else "moved" if scene.where(move.name) == move.target else "stayed"
+    died = scene.assert_well()
+    if move.name in died:
+        return len(died), "restarted"
+    return len(died), "moved" if scene.where(move.name) == move.target else "stayed"
+
+
+HEADS = ("faults", "moved", "stayed", "restarted", "died", "killed", "doubled", "lost")
+LEGEND = """moved, stayed: where the guest was in the end whose move the fault met; restarted: it died with its host, and was started
+anew; died: all guests that died with their host; killed: guests that died without that; doubled: guests that ran twice; lost:
+faults after which the cluster's view of a guest was not the truth, or a guest did not run, a minute after all was put right"""
 
 
 def many(scene, count, seed):
     """So many faults, in the order of the seed's dice. Prints a table; returns how many guests were hurt."""
     scene.dice = random.Random(seed)
-    table = {fault.__name__: {} for fault in FAULTS}
+    table = {fault.__name__: Counter() for fault in FAULTS}
     order = []
     while len(order) < count:
         order += scene.dice.sample(FAULTS, len(FAULTS))
     for number, fault in enumerate(order[:count]):
         row = table[fault.__name__]
+        row["faults"] += 1
+        began = time.monotonic()
         try:
-            came = one(scene, fault)
+            died, came = one(scene, fault)
+            row["died"] += died
+            row[came] += 1
         except Exception as error:  # pylint: disable=broad-except
             traceback.print_exc()
-            words = str(error)
-            came = "KILLED" if words.startswith("killed") else "DOUBLED" if words.startswith("doubled") else "LOST"
+            killed, doubled = getattr(error, "killed", ()), getattr(error, "doubled", ())
+            row["killed"] += len(killed)
+            row["doubled"] += len(doubled)
+            row["lost"] += not killed and not doubled
+            came = f"HURT: {error}"
             try:
                 scene.heal()
                 scene.assert_well()
             except Exception:  # pylint: disable=broad-except
                 traceback.print_exc()
-        row[came] = row.get(came, 0) + 1
-        print(f"{time.strftime('%T')} {number:3} {fault.__name__}: {came}", flush=True)
-    heads = ["moved", "stayed", "died with its host", "KILLED", "DOUBLED", "LOST"]
-    print(f"{'fault':22}" + "".join(f"{head:>20}" for head in heads))
-    for name, row in table.items():
-        print(f"{name:22}" + "".join(f"{row.get(head, 0):20}" for head in heads))
-    return sum(row.get(head, 0) for row in table.values() for head in heads[3:])
+        print(f"{time.strftime('%T')} {number:3} {fault.__name__}: {came} ({time.monotonic() - began:.0f} s)", flush=True)
+    rows = [*table.items(), ("all", sum(table.values(), Counter()))]
+    print("| fault | " + " | ".join(HEADS) + " |\n|---|" + "---:|" * len(HEADS))
+    for name, row in rows:
+        print(f"| {name.replace('_', ' ')} | " + " | ".join(str(row[head]) for head in HEADS) + " |")
+    print(LEGEND)
+    return sum(rows[-1][1][head] for head in HEADS[5:])

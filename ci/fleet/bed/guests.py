@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 from .nodes import SHARED
 
@@ -32,13 +33,21 @@ class _Unix(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
-def vm(bed, node, name):
+def socket_of(bed, node, name):
+    """The socket of a machine's API."""
+    return Path(f"/proc/{bed.pids[node]}/root/run/whimbrel/machines/{name}.sock")
+
+
+def vm(bed, node, name, path="/v1/vm"):
     """What a machine of a node says of itself; None if there is none."""
     if not bed.is_on(node):
         return None
-    caller = _Unix(f"/proc/{bed.pids[node]}/root/run/whimbrel/machines/{name}.sock")
     try:
-        caller.request("GET", "/v1/vm")
+        caller = _Unix(str(socket_of(bed, node, name)))
+    except KeyError:
+        return None
+    try:
+        caller.request("GET", path)
         answer = caller.getresponse()
         return json.loads(answer.read()) if answer.status == 200 else None
     except (OSError, http.client.HTTPException, KeyError, ValueError):
@@ -68,6 +77,8 @@ class Watch:
         self.restarts = []
         self.doubled = []
         self.looks = 0
+        # How often a guest was seen on another node than before.
+        self.moves = 0
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self):
@@ -92,6 +103,7 @@ class Watch:
                     if ticks < self.ticks[name]:
                         self.restarts.append((time.monotonic(), name, node))
                     self.ticks[name] = ticks
+                    self.moves += self.at.get(name) not in (None, node)
                     self.at[name] = node
         if len(running) > 1:
             # Asked one after the other, it may have moved in between.

@@ -15,42 +15,6 @@ WHIMBREL = os.environ["WHIMBREL"]
 SHARED = WORK / "shared"
 LOG = WORK / "log"
 
-COROSYNC = """totem {{
-    version: 2
-    cluster_name: bed
-    transport: knet
-    crypto_cipher: none
-    crypto_hash: none
-    token: 3000
-}}
-system {{
-    sched_rr: no
-    move_to_root_cgroup: no
-    allow_knet_handle_fallback: yes
-}}
-logging {{
-    to_syslog: no
-    to_logfile: yes
-    logfile: /var/log/bed/corosync
-    timestamp: hires
-}}
-quorum {{
-    provider: corosync_votequorum
-    wait_for_all: 0
-}}
-nodelist {{
-{nodes}
-}}
-"""
-
-HOST = """tls = "/etc/whimbrel/tls/n{number}"
-listen = "10.9.0.{number}:4444"
-machines = "/etc/whimbrel/machines"
-[storage.fast]
-path = "/shared"
-"""
-
-
 def sh(command, **more):
     """Runs a command of a shell; fails if it does."""
     return subprocess.run(command, shell=True, check=True, text=True, capture_output=True, **more).stdout
@@ -90,16 +54,10 @@ class Bed:
         base = WORK / "overlay/base"
         # A copy, because no layer of an overlay may be in another one.
         sh(f"cp -a {os.environ['FLEET_BASE']} {base}")
-        for folder in ("etc/corosync", "etc/whimbrel/machines", "var/lib/corosync", "var/log/bed", "var/log/cluster",
+        for folder in ("etc/whimbrel/machines", "var/lib/corosync", "var/log/bed", "var/log/cluster",
                        "var/log/pacemaker", "shared", "usr/sbin", "usr/bin", "usr/lib/ocf/lib",
                        "usr/lib/ocf/resource.d", *(f"var/lib/pacemaker/{of}" for of in ("cib", "pengine", "blackbox", "cores"))):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        numbers = range(1, len(self.names) + 1)
-        node = "    node {{\n        nodeid: {0}\n        name: n{0}\n        ring0_addr: 10.9.0.{0}\n    }}"
-        nodes = "\n".join(node.format(number) for number in numbers)
-        (base / "etc/corosync/corosync.conf").write_text(COROSYNC.format(nodes=nodes))
-        hosts = Path("/etc/hosts").read_text() + "".join(f"10.9.0.{number} n{number}\n" for number in numbers)
-        (base / "etc/hosts").write_text(hosts)
         groups = Path("/etc/group").read_text() + "haclient:x:901:hacluster\n"
         (base / "etc/group").write_text(groups)
         users = Path("/etc/passwd").read_text() + "hacluster:x:901:901::/var/lib/pacemaker:/usr/sbin/nologin\n"
@@ -107,17 +65,19 @@ class Bed:
         shutil.copy(HERE / "fence_bed", base / "usr/sbin/fence_bed")
         shutil.copytree(PROJECT / "packaging/ocf/whimbrel", base / "usr/lib/ocf/resource.d/whimbrel")
         shutil.copytree(PROJECT / "packaging/ocf/lib", base / "usr/lib/ocf/lib/whimbrel")
+        shutil.copy(PROJECT / "packaging/fleet/whimbrel-balance", base / "usr/sbin/whimbrel-balance")
         (base / "usr/bin/whimbrel").symlink_to(WHIMBREL)
-        sh(f"{WHIMBREL} pki init {WORK}/pki")
-        for number in numbers:
-            sh(f"{WHIMBREL} pki host {WORK}/pki n{number} 10.9.0.{number}")
-            shutil.copytree(WORK / f"pki/hosts/n{number}", base / f"etc/whimbrel/tls/n{number}")
-            (base / f"etc/whimbrel/n{number}.toml").write_text(HOST.format(number=number))
         self.base = base
 
-    def finish_base(self, cib):
-        """Gives the cluster its first configuration."""
-        (self.base / "var/lib/pacemaker/cib/cib.xml").write_text(cib)
+    def finish_base(self, description):
+        """Makes of the fleet's description what the nodes need, by the program's own command. Each node is given its folder
+        when it is started for the first time."""
+        (WORK / "fleet.toml").write_text(description)
+        sh(f"{WHIMBREL} fleet init {WORK}/fleet.toml {WORK}/fleet")
+        names = Path("/etc/hosts").read_text() + (WORK / "fleet/hosts.names").read_text()
+        (self.base / "etc/hosts").write_text(names)
+        # What `cibadmin --replace` would do, before the cluster has ever met.
+        shutil.copy(WORK / "fleet/cib.xml", self.base / "var/lib/pacemaker/cib/cib.xml")
         sh(f"chown -R 901:901 {self.base}/var/lib/pacemaker {self.base}/var/log/pacemaker; "
            f"chmod 750 {self.base}/var/lib/pacemaker")
 
@@ -147,6 +107,22 @@ class Bed:
             os.kill(pid, 9)
             process.wait()
         return "off"
+
+    def deafen(self, name):
+        """Lets a node hear nothing, until it is started anew. What it says is heard."""
+        sh(f"bridge link set dev v{name[1:]} learning off flood off mcast_flood off bcast_flood off; "
+           "ip link set br0 type bridge fdb_flush")
+
+    def mute(self, name):
+        """Lets nobody hear a node, until it is started anew. It hears all."""
+        for other in [*(int(other[1:]) for other in self.names if other != name), 254]:
+            self.run(name, "ip", "neigh", "replace", f"10.9.0.{other}", "lladdr", "02:00:00:00:00:01", "nud", "permanent",
+                     "dev", "eth0")
+
+    def pressure(self, name, percent):
+        """Writes how long a node waited for memory into the folder that the agent of health takes for proc and sys."""
+        line = f"full avg10={percent}.00 avg60={percent}.00 avg300=0.00 total=1"
+        self.run(name, "sh", "-c", f"mkdir -p /var/lib/bed/proc/pressure; echo '{line}' >/var/lib/bed/proc/pressure/memory")
 
     def is_on(self, name):
         """Whether the node runs."""

@@ -8,6 +8,7 @@ mod demo;
 mod doctor;
 mod evacuate;
 mod events;
+mod fleet;
 mod history;
 mod host;
 mod list;
@@ -107,6 +108,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Pki(args) => pki::pki(args),
+        Command::Fleet(args) => fleet::fleet(args),
         Command::OpenApi { api: Api::Machine } => say(api::server::document()).map(|()| Exit::Done),
         Command::OpenApi { api: Api::Host } => say(whimbrel::host::server::document()).map(|()| Exit::Done),
         Command::Completions { shell } => {

@@ -98,6 +98,11 @@ pub const DEMO: &str = examples! {
     "Move a guest of 1 GiB three times": "whimbrel demo --memory 1G --moves 3";
 };
 
+pub const FLEET: &str = examples! {
+    "Make certificates, corosync.conf and Pacemaker's configuration for the fleet that a file describes":
+        "whimbrel fleet init fleet.toml fleet";
+};
+
 pub const PKI: &str = examples! {
     "Make an authority": "whimbrel pki init pki";
     "Make the certificate of a host, which is also reached by an address":

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod examples;
+mod fleet;
 mod host;
 mod limits;
 mod machine;
@@ -10,6 +11,7 @@ mod target;
 mod values;
 
 pub use examples::HEADING;
+pub use fleet::{FleetArgs, FleetCommand};
 pub use host::{DrainArgs, ServiceArgs, StartArgs};
 pub use limits::LimitArgs;
 pub use machine::{MachineArgs, WorkloadArgs};
@@ -112,6 +114,9 @@ pub enum Command {
     /// Make the certificates by which hosts know each other
     #[command(after_help = examples::PKI)]
     Pki(PkiArgs),
+    /// Make what a cluster of Pacemaker needs to run machines on several hosts
+    #[command(after_help = examples::FLEET)]
+    Fleet(FleetArgs),
     /// Print what an API has, by OpenAPI 3.1: that of a machine, or of a host's service
     #[command(name = "openapi")]
     OpenApi {
