@@ -150,7 +150,7 @@ impl Shared {
 
 /// A caller who has not shown who it is.
 struct Pending {
-    address: IpAddr,
+    peer: SocketAddr,
     task: JoinHandle<()>,
 }
 
@@ -170,14 +170,15 @@ async fn accept(listener: &TcpListener, shared: Arc<Shared>) {
             continue;
         };
         pending.retain(|caller| !caller.task.is_finished());
-        if let Some(oldest) = gives_way(pending.iter().map(|caller| caller.address), peer.ip())
+        if let Some(oldest) = gives_way(pending.iter().map(|caller| caller.peer.ip()), peer.ip())
             && let Some(caller) = pending.remove(oldest)
         {
             caller.task.abort();
-            shared.port.refusals.tell(peer, "others have called since, and it has not shown who it is");
+            let why = "others have called since, and it has not shown who it is";
+            shared.port.refusals.tell(caller.peer, why);
         }
         let task = tokio::spawn(welcome(Arc::clone(&shared), stream, peer));
-        pending.push_back(Pending { address: peer.ip(), task });
+        pending.push_back(Pending { peer, task });
     }
 }
 
