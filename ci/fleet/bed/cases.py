@@ -165,7 +165,7 @@ def balance(scene):
     assert sorted(list(at.values()).count(node) for node in scene.bed.names) == [1, 1, 2], at
     scene.cluster.wait()
     moves = scene.watch.moves
-    end = time.monotonic() + float(os.environ.get("FLEET_QUIET", "12"))
+    end = time.monotonic() + float(os.environ.get("FLEET_QUIET", "6"))
     while time.monotonic() < end:
         again = scene.bed.run(scene.bed.any_on(), "whimbrel-balance", timeout=120)
         assert "nothing to gain" in again, again
