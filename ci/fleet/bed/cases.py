@@ -189,9 +189,10 @@ def held(scene):
         while (vm(scene.bed, source, "bare", "/v1/migration") or {}).get("progress", {}).get("phase") != "committed":
             assert time.monotonic() < end, "it was not handed over"
         way.cut()
-        until("the source holds it", lambda: scene.cluster.attribute(source, "offer-bare").endswith(f":held:{target}"))
         scene.arrived("bare", target)
     until("the source says that it has moved", lambda: scene.cluster.attribute(source, "offer-bare").endswith(f":moved:{target}"))
+    report = scene.bed.run(source, "cat", "/run/resource-agents/whimbrel/bare.report")
+    assert "HELD" in report, report
 
 
 # Those that leave all nodes their power, and those that do not.
