@@ -30,8 +30,8 @@ def blackouts(scene):
     """The longest blackout of all moves that the nodes know of, in ms."""
     told = []
     for node in scene.bed.names:
-        for line in scene.bed.run(node, "whimbrel", "history", "--json", check=False).splitlines():
-            report = (json.loads(line).get("migration") or {}).get("report") or {}
+        for entry in json.loads(scene.bed.run(node, "whimbrel", "history", "--json")):
+            report = (entry.get("migration") or {}).get("report") or {}
             told.append(report.get("blackout_us", 0) / 1000)
     return max(told, default=0)
 
