@@ -14,7 +14,7 @@ use whimbrel::host::service::Service;
 use whimbrel::host::units;
 
 /// Longer than the service waits for a machine.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_secs(330);
 
 pub fn host(args: &ServiceArgs) -> anyhow::Result<Exit> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;

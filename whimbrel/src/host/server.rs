@@ -10,8 +10,9 @@ use super::processes::{self, tell};
 use super::run_dir::RunDir;
 use super::service::{Host, HostStatus};
 use crate::api::Error;
+use crate::api::client::Client;
 use crate::api::events::{Asked, Listen};
-use crate::api::model::{ErrorBody, Event};
+use crate::api::model::{ErrorBody, Event, Vm};
 use crate::api::openapi::{self, Table};
 use crate::api::port::{self, Port, Rights};
 use crate::api::server::{__path_version, Refusal, Server, blocking, serve_router, version};
@@ -20,7 +21,7 @@ use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path as Segment, Query, State};
 use axum::http::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{from_fn, map_response};
 use axum::response::{IntoResponse, Response};
 use migration::{Code, Failure};
@@ -41,6 +42,8 @@ use vmm::limits::Limits;
 
 /// How long a machine may take until it serves its API.
 const START: Duration = Duration::from_secs(20);
+/// How long it may take until it is built, from then on: much memory may have to be made.
+const BUILD: Duration = Duration::from_secs(300);
 
 /// How often it is looked for.
 const LOOK: Duration = Duration::from_millis(20);
@@ -298,7 +301,7 @@ async fn start(
     blocking(move || start_machine(&host, name, &path)).await
 }
 
-/// Starts a machine, and waits until it serves its API.
+/// Starts a machine, and waits until it is there.
 fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Failure> {
     let socket = host.run_dir.machine_socket(&name);
     if UnixStream::connect(&socket).is_ok() {
@@ -320,7 +323,8 @@ fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Fail
         .start_machine(&host.config, &name, path)
         .map_err(|error| failed(format_args!("cannot start a process: {error}")))?;
     let pid = child.id();
-    let deadline = Instant::now() + START;
+    let mut deadline = Instant::now() + START;
+    let mut serves = false;
     loop {
         match child.try_wait() {
             Ok(None) => {}
@@ -331,18 +335,29 @@ fn start_machine(host: &Host, name: String, path: &Path) -> Result<Started, Fail
                 return Err(failed(format_args!("the process of {name} has ended ({how}): {words}")));
             }
         }
-        if UnixStream::connect(&socket).is_ok() {
+        if !serves && UnixStream::connect(&socket).is_ok() {
+            serves = true;
+            deadline = Instant::now() + BUILD;
+        }
+        // Before it is built, nobody can say how large it is, or do anything with it.
+        if serves && is_built(&socket) {
             host.processes.adopt(child);
             return Ok(Started { name, pid });
         }
         if Instant::now() > deadline {
             host.processes.adopt(child);
-            let text =
-                format_args!("{name} does not answer within {} s; its process is {pid}", START.as_secs());
+            let (what, limit) = if serves { ("is not built", BUILD) } else { ("does not answer", START) };
+            let text = format_args!("{name} {what} within {} s; its process is {pid}", limit.as_secs());
             return Err(Failure::new(Code::TIMEOUT, text));
         }
         thread::sleep(LOOK);
     }
+}
+
+/// Whether there is a machine behind the API that is served there.
+fn is_built(socket: &Path) -> bool {
+    let ask = |client: Client| client.call_within::<Vm>(inventory::PATIENCE, Method::GET, "/v1/vm", &());
+    Client::new(socket).and_then(ask).is_ok()
 }
 
 /// The end of what has been written to the log since.
