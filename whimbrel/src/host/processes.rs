@@ -2,7 +2,7 @@
 //!
 //! They are no part of the service: they have a process group of their own, and as machines a unit of their
 //! own where systemd runs ([`units`](super::units)). What they say goes to a file of the run directory, which
-//! is kept [within bounds](super::log_file), or to the journal. Whoever ends the service ends none of them.
+//! is kept within bounds, or to the journal. Whoever ends the service ends none of them.
 
 use super::config::HostConfig;
 use super::gate::Desk;
