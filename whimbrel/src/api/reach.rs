@@ -7,7 +7,6 @@ use http_body_util::Full;
 use hyper::Uri;
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::rt::{Read, Write};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -16,6 +15,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
@@ -85,27 +85,24 @@ impl Reach {
                     let stream =
                         TcpStream::connect((port.host.as_str(), port.port)).await.map_err(unreachable)?;
                     let connector = TlsConnector::from(Arc::clone(&port.config));
-                    connector.connect(port.name.clone(), stream).await.map_err(|error| self.explain(error))
+                    let connected = connector.connect(port.name.clone(), stream).await;
+                    connected.map_err(|error| self.explain(&error, Some(&error)))
                 };
                 Connection::over(self, tokio::time::timeout(PATIENCE, stream).await.map_err(late)??).await
             }
         }
     }
 
-    /// What was wrong with a connection.
-    fn explain(&self, error: io::Error) -> Error {
-        match (tls_error(&error), self) {
+    /// What was wrong with a connection, of which this is the cause if it is known.
+    fn explain(&self, error: &dyn std::error::Error, cause: Option<&io::Error>) -> Error {
+        match (cause.and_then(tls_error), self) {
             (Some(why), Reach::Port(port)) => Error::Untrusted(format!("{port} {}", fault(why))),
             _ => Error::Http(error.to_string()),
         }
     }
 
     fn explain_http(&self, error: &hyper::Error) -> Error {
-        let cause = error.source().and_then(|source| source.downcast_ref::<io::Error>());
-        match (cause.and_then(tls_error), self) {
-            (Some(why), Reach::Port(port)) => Error::Untrusted(format!("{port} {}", fault(why))),
-            _ => Error::Http(error.to_string()),
-        }
+        self.explain(error, error.source().and_then(|source| source.downcast_ref()))
     }
 }
 
@@ -129,14 +126,10 @@ pub(super) struct Connection {
 impl Connection {
     async fn over(
         reach: &Reach,
-        stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     ) -> Result<Self, Error> {
-        Connection::on(reach, TokioIo::new(stream)).await
-    }
-
-    async fn on(reach: &Reach, stream: impl Read + Write + Send + Unpin + 'static) -> Result<Self, Error> {
         let (sender, connection) =
-            http1::handshake(stream).await.map_err(|error| reach.explain_http(&error))?;
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| reach.explain_http(&error))?;
         Ok(Connection { reach: reach.clone(), sender, task: tokio::spawn(connection) })
     }
 
