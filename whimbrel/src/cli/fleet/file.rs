@@ -181,6 +181,8 @@ pub struct Machine {
     pub disks: Vec<BlockConfig>,
     /// What the file says of it for the cluster.
     pub options: MachineOptions,
+    /// The rest, for the host service: options of `whimbrel run`.
+    pub entries: Table,
 }
 
 /// The table `fleet` of a machine.

@@ -59,6 +59,7 @@ fn machine(name: &str, table: &Table, scratch: &Path) -> anyhow::Result<Machine>
         vcpus: run.machine.vcpus,
         disks: run.disk,
         options,
+        entries,
     })
 }
 
@@ -99,11 +100,11 @@ fn write(fleet: &Fleet, machines: &[Machine], folder: &Path, days: u32) -> anyho
         let path = etc.join("whimbrel/host.toml");
         put(&path, host_toml(fleet, host).to_string().as_bytes(), 0o644)?;
         HostConfig::read(&path).context("what the fleet's file says of hosts' services")?;
-        let machines = etc.join("whimbrel/machines");
-        let _ = fs::remove_dir_all(&machines);
-        make(&machines)?;
-        for (name, table) in &fleet.machines {
-            put(&machines.join(format!("{name}.toml")), parts(table)?.1.to_string().as_bytes(), 0o644)?;
+        let files = etc.join("whimbrel/machines");
+        let _ = fs::remove_dir_all(&files);
+        make(&files)?;
+        for Machine { name, entries, .. } in machines {
+            put(&files.join(format!("{name}.toml")), entries.to_string().as_bytes(), 0o644)?;
         }
         put(&etc.join("corosync/corosync.conf"), conf.as_bytes(), 0o644)?;
         put(&etc.join("corosync/authkey"), &key, 0o400)?;
