@@ -128,14 +128,8 @@ def red_node(scene):
     """A node has too little memory, by what its kernel tells: its guests leave it, live."""
     # The two that move fast, alone on it.
     source = scene.where("disk")
-    for name in scene.names:
-        scene.cluster.move(name, source if name in ("disk", "bare") else scene.others(source)[0])
-    scene.arrived("bare", source)
-    for name in ("slow", "slowbare"):
-        scene.arrived(name, scene.others(source)[0])
-    scene.cluster.clear()
-    scene.cluster.wait()
     guests = ("disk", "bare")
+    scene.gather(source, guests)
     scene.bed.pressure(source, 80)
     until(f"{source} is red", lambda: scene.cluster.attribute(source, HEALTH) == "red")
     began = time.monotonic()
@@ -150,12 +144,7 @@ def red_node(scene):
 def balance(scene):
     """All guests are on one node: they are spread with no more moves than needed, and then stay."""
     source = scene.where("disk")
-    for name in scene.names:
-        scene.cluster.move(name, source)
-    for name in scene.names:
-        scene.arrived(name, source)
-    scene.cluster.clear()
-    scene.cluster.wait()
+    scene.gather(source, scene.names)
     # Two go, since no three nodes have four guests more evenly than 2, 1, 1.
     began = time.monotonic()
     told = scene.bed.run(scene.bed.any_on(), "whimbrel-balance", timeout=120)

@@ -7,17 +7,6 @@ from .cases import HEALTH
 from .nodes import until
 
 
-def gather(scene, node, names):
-    """Moves these guests to a node, and the others away from it."""
-    elsewhere = scene.others(node)[0]
-    for name in scene.names:
-        scene.cluster.move(name, node if name in names else elsewhere)
-    for name in scene.names:
-        scene.arrived(name, node if name in names else elsewhere)
-    scene.cluster.clear()
-    scene.cluster.wait()
-
-
 def empty(scene, node, names):
     """Seconds until a node has none of these guests, and they run elsewhere."""
     began = time.monotonic()
@@ -39,20 +28,20 @@ def blackouts(scene):
 def show(scene):
     """Measures."""
     node = scene.bed.names[0]
-    gather(scene, node, scene.names)
+    scene.gather(node, scene.names)
     scene.cluster.standby(node)
     print(f"evacuation of four guests: {empty(scene, node, scene.names):.1f} s", flush=True)
     scene.cluster.wait()
     scene.cluster.standby(node, "off")
     scene.cluster.wait_online([node])
     two = scene.names[:2]
-    gather(scene, node, two)
+    scene.gather(node, two)
     scene.bed.pressure(node, 80)
     until(f"{node} is red", lambda: scene.cluster.attribute(node, HEALTH) == "red")
     print(f"a red node with two guests is empty after {empty(scene, node, two):.1f} s", flush=True)
     scene.bed.pressure(node, 0)
     until(f"{node} is green", lambda: scene.cluster.attribute(node, HEALTH) == "green")
-    gather(scene, node, two)
+    scene.gather(node, two)
     print(f"the longest blackout of all these moves: {blackouts(scene):.1f} ms", flush=True)
     scene.bed.power_off(node)
     print(f"a dead node's two guests run elsewhere after {empty(scene, node, two):.1f} s", flush=True)

@@ -164,6 +164,17 @@ class Scene:
         """Waits until a guest is on a node."""
         until(f"{name} on {node}", lambda: self._agreed(name) == node, patience)
 
+    def gather(self, node, names):
+        """Moves these guests to a node, and the others away from it. The cluster then has no wishes left."""
+        elsewhere = self.others(node)[0]
+        at = {name: node if name in names else elsewhere for name in self.names}
+        for name, wanted in at.items():
+            self.cluster.move(name, wanted)
+        for name, wanted in at.items():
+            self.arrived(name, wanted)
+        self.cluster.clear()
+        self.cluster.wait()
+
     def heal(self):
         """Puts right what a case has changed. A node that hangs or is cut off is fenced first."""
         def all_online():
